@@ -1,0 +1,1890 @@
+#!/usr/bin/env python3
+"""Train image classifiers on CPUs, forward and backward each on their own cores.
+
+The machine's cores are divided into a forward group, which runs the forward pass, and a backward
+group, which runs loss, backpropagation and the optimizer step: two simulated devices inside one
+machine. Every phase is audited: how long it took, how much CPU time its threads used and on which
+cores, and how much of that time strayed outside its group.
+
+    python train_split_affinity.py --batch-size 32 --steps 50    train ResNet-50, report the phases
+    python train_split_affinity.py plan --split 1:2              show how cores would be divided
+    python train_split_affinity.py --split none                  the control: all cores, no split
+
+Vocabulary. A *lane* is one long-lived thread that owns one core group, used like a device queue. A
+*phase* is one piece of work on a lane: forward; backward (loss and backpropagation); update. A
+*schedule* lays the phases of one optimizer step over the two lanes. *Stray time* is CPU time used
+during a phase by threads that may run outside the phase's group.
+
+Sections, each using only those above it:
+
+    1  Settings                every option once; the errors a user can meet
+    2  Topology and core plan  what the machine has, and which cores each group gets
+    3  Lanes                   threads that stay on their cores, and the audit that proves it
+    4  Models                  torchvision's classifiers by name
+    5  Data                    image folders and synthetic images, as a stream of batches
+    6  Recipe                  the optimizer
+    7  Schedules               one optimizer step over two lanes
+    8  Reports                 progress, the summary, logs.md, metrics.jsonl
+    9  Training                the loop, and how a run starts, stops and ends
+    10 Command line            arguments to settings, errors to exit codes
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import fcntl
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import resource
+import signal
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+
+def process_cpus() -> frozenset[int]:
+    """Logical CPUs that the calling thread may run on; all of them where no affinity exists."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+# These two must precede `import torch`. With one of the variables set, libgomp shrinks the main
+# thread to a single CPU as it loads, and binds every team to one list of places for the whole
+# process [pytorch 49971, 91989, 149422]; lanes place their own threads.
+ALLOWED_CPUS = process_cpus()
+DROPPED_VARIABLES = {
+    name: os.environ.pop(name)
+    for name in ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+    if name in os.environ
+}
+
+
+def explain_import_error(error: Exception) -> str:
+    """One line that says which packages do not fit together and how to mend it."""
+    versions = []
+    for package in ("torch", "torchvision"):
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            versions.append(f"{package} (not installed)")
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"{Path(__file__).name}: error: cannot load {' with '.join(versions)}: {reason}; a torch "
+        "release needs the torchvision made for it: pip install --upgrade -r requirements.txt"
+    )
+
+
+try:
+    import psutil
+    import torch
+    import torchvision
+    from torch.utils.data import DataLoader, Dataset, default_collate
+    from torchvision.transforms import v2
+    from tqdm import tqdm
+except (ImportError, RuntimeError, OSError) as import_error:
+    if __name__ != "__main__":
+        raise
+    print(explain_import_error(import_error), file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+# ==================================================================================================
+# 1  Settings
+# Every option once: name, default, help, parser. Parsers are pure; they take the user's text and
+# return a checked value, or raise with a message that quotes the text and says what is allowed.
+# ==================================================================================================
+
+LARGEST_NUMBER = 2**31 - 1
+LARGEST_CPU = 2**16 - 1
+
+
+class UserError(Exception):
+    """The user asked for something that cannot be done: one line, nothing written."""
+
+    exit_code = 2
+
+
+class RunError(Exception):
+    """A run cannot go on, through no fault of the program: one line."""
+
+    exit_code = 1
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; raised where the next phase would have begun."""
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+def whole_number(minimum: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `minimum` up."""
+
+    def parse(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if minimum <= int(text) <= LARGEST_NUMBER:
+                return int(text)
+        allowed = f"a whole number from {minimum} to {LARGEST_NUMBER}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+
+    return parse
+
+
+def not_negative(text: str) -> float:
+    """A parser of finite numbers from 0 up."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+
+
+def parse_cpu_list(text: str) -> tuple[int, ...]:
+    """Logical CPUs of a list as the kernel and taskset write it: `0-3,8-11`, stride `0-15:2`.
+
+    Returns them ascending. Raises ArgumentTypeError for text that is no such list, a range that
+    runs backwards, a CPU named twice, or an id above 65,535.
+    """
+    cpus: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::([1-9]\d*))?)?\s*", part, re.ASCII)
+        if not match:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a core list such as 0-3,8-11 or 0-15:2"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"{part!r} runs backwards: write {last}-{first}")
+        if last > LARGEST_CPU:
+            raise argparse.ArgumentTypeError(f"{part!r} names a CPU above {LARGEST_CPU}")
+        cpus += range(first, last + 1, int(match[3] or 1))
+    twice = [cpu for cpu, count in Counter(cpus).items() if count > 1]
+    if twice:
+        raise argparse.ArgumentTypeError(f"{text!r} names CPU {twice[0]} twice")
+    return tuple(sorted(cpus))
+
+
+def format_cpu_list(cpus: Iterable[int]) -> str:
+    """The inverse of `parse_cpu_list`, in ranges: `0-3,8`; `none` for no CPUs."""
+    runs: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
+
+
+def parse_split(text: str) -> str:
+    """A checked `--split`: `even`, `none`, or forward:backward in whole parts of 1 or more."""
+    match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text, re.ASCII)
+    if not match and text not in ("even", "none"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not even, none, or forward:backward such as 1:2"
+        )
+    if match and not (int(match[1]) and int(match[2])):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} leaves a group without cores: both parts must be 1 or more"
+        )
+    return text
+
+
+COUNT, COUNT_FROM_0 = whole_number(1), whole_number(0)
+METAVARS = {COUNT: "N", COUNT_FROM_0: "N", not_negative: "X", parse_cpu_list: "LIST", Path: "PATH"}
+
+
+def option(default: Any, help: str, *short: str, opens: str = "", **argument: Any) -> Any:
+    """A field of Settings: its default, its help, and what else argparse needs to know.
+
+    `short` are further flags, `opens` names the help group that starts with this option, and
+    `argument` goes to `add_argument` (type, choices, metavar).
+    """
+    if argument.get("type") in METAVARS:
+        argument.setdefault("metavar", METAVARS[argument["type"]])
+    metadata = {"help": help, "short": short, "opens": opens, "argument": argument}
+    return field(default=default, metadata=metadata)
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Settings:
+    """What the user can choose. Derived values live elsewhere (see CorePlan), never here."""
+
+    model: str = option("resnet50", "torchvision classifier by name", opens="model and data")
+    data_path: Path | None = option(None, "image folder, PATH/train/<class>/*.jpg or "
+        "PATH/<class>/*.jpg (default: synthetic images)", type=Path)
+    num_classes: int | None = option(None, "number of classes (default: as many as the image "
+        "folder has; 1000 for synthetic images)", type=whole_number(2), metavar="N")
+    image_size: int = option(224, "side of the square training images in pixels", type=COUNT)
+    workers: int = option(2, "loader processes; 0 loads in the main thread", "-j",
+        type=COUNT_FROM_0)
+
+    batch_size: int = option(32, "images per batch", "-b", opens="training", type=COUNT)
+    accumulate: int = option(1, "batches per optimizer step", type=COUNT)
+    steps: int | None = option(None, "optimizer steps to train (default: 50)", type=COUNT)
+    epochs: int | None = option(None, "passes over the data to train, in place of --steps",
+        type=COUNT)
+    lr: float = option(0.0125, "learning rate of SGD, here 0.1 for 256 images scaled to 32",
+        type=not_negative)
+    momentum: float = option(0.9, "momentum of SGD", type=not_negative)
+    weight_decay: float = option(1e-4, "weight decay of SGD", type=not_negative)
+    seed: int = option(0, "seed of weights, data order and augmentation", type=COUNT_FROM_0)
+    deterministic: bool = option(False, "refuse operations without a deterministic implementation")
+
+    split: str = option("even", "how cores are divided: even, forward:backward such as 1:2, or "
+        "none (one lane over all cores)", opens="cores", type=parse_split, metavar="even|F:B|none")
+    schedule: str = option("sequential", "how the phases of a step are laid over the lanes: "
+        "sequential alternates strictly", choices=("sequential",))
+    forward_cores: tuple[int, ...] | None = option(None,
+        "logical CPUs of the forward group, such as 0-3,8-11 or 0-15:2", type=parse_cpu_list)
+    backward_cores: tuple[int, ...] | None = option(None, "logical CPUs of the backward group",
+        type=parse_cpu_list)
+    loader_cores: tuple[int, ...] | None = option(None, "logical CPUs of the main thread and the "
+        "loader processes (default: those of the forward group)", type=parse_cpu_list)
+    forward_threads: int | None = option(None,
+        "threads of the forward lane (default: one per core)", type=COUNT)
+    backward_threads: int | None = option(None,
+        "threads of the backward lane (default: one per core)", type=COUNT)
+
+    log_file: Path = option(Path("logs.md"), "Markdown file to which a run appends its section",
+        opens="reports", type=Path)
+    output_dir: Path | None = option(None, "folder for metrics.jsonl (default: not written)",
+        type=Path)
+    print_freq: int = option(10, "steps between two lines of figures", type=COUNT)
+# fmt: on
+
+
+# ==================================================================================================
+# 2  Topology and core plan
+# What the machine has (read from sysfs, cgroup files and the process mask, under a root that tests
+# can replace), and a pure function that decides which logical CPUs each group gets.
+# ==================================================================================================
+
+
+@dataclass(frozen=True, order=True)
+class Core:
+    """One physical core and where it sits; `cpus` are its online hardware threads, ascending.
+
+    `l3` is the lowest logical CPU that shares the L3 cache (-1: none known), `capacity` the
+    relative speed (1024 for the fastest cores).
+    """
+
+    package: int
+    node: int
+    l3: int
+    core_id: int
+    cpus: tuple[int, ...]
+    capacity: int = 1024
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A machine as one process may use it. `quota_cpus` is the cgroup's CPU quota, if any."""
+
+    cpu_model: str
+    cores: tuple[Core, ...]
+    offline: frozenset[int]
+    allowed: frozenset[int]
+    quota_cpus: float | None
+    has_affinity: bool
+
+    @property
+    def online(self) -> tuple[int, ...]:
+        """All online logical CPUs, ascending."""
+        return cpus_of(self.cores)
+
+
+def cpus_of(cores: Iterable[Core]) -> tuple[int, ...]:
+    """The logical CPUs of some cores, ascending."""
+    return tuple(sorted(cpu for core in cores for cpu in core.cpus))
+
+
+def read_text(path: Path) -> str:
+    """A small system file without its line end; empty where it is missing or unreadable."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def read_number(path: Path, default: int) -> int:
+    """A system file that holds one number; `default` where it is missing or negative."""
+    text = read_text(path)
+    return int(text) if text.isdigit() else default
+
+
+def read_cpus(path: Path) -> tuple[int, ...]:
+    """A system file that holds a list of logical CPUs; none where it is missing or empty."""
+    text = read_text(path)
+    return parse_cpu_list(text) if text else ()
+
+
+def read_topology(root: Path = Path("/"), allowed: frozenset[int] = ALLOWED_CPUS) -> Topology:
+    """Read the machine's topology from the files under `root`.
+
+    `allowed` are the logical CPUs that the process may use. Where sysfs tells nothing (macOS),
+    every allowed CPU counts as a core.
+    """
+    system = root / "sys/devices/system/cpu"
+    online = read_cpus(system / "online") or tuple(sorted(allowed))
+    node_of = {
+        cpu: int(directory.name.removeprefix("node"))
+        for directory in (root / "sys/devices/system/node").glob("node[0-9]*")
+        for cpu in read_cpus(directory / "cpulist")
+    }
+    capacity_of = read_capacities(root, online)
+    cores = {
+        read_core(system / f"cpu{cpu}", cpu, online, node_of.get(cpu, 0), capacity_of[cpu])
+        for cpu in online
+    }
+    return Topology(
+        cpu_model=read_cpu_model(root),
+        cores=tuple(sorted(cores)),
+        offline=frozenset(read_cpus(system / "offline")),
+        allowed=allowed & frozenset(online),
+        quota_cpus=read_quota(root),
+        has_affinity=hasattr(os, "sched_setaffinity"),
+    )
+
+
+def read_core(directory: Path, cpu: int, online: Sequence[int], node: int, capacity: int) -> Core:
+    """The physical core that `cpu` belongs to; all its hardware threads give the same Core."""
+    topology = directory / "topology"
+    older, newer = topology / "thread_siblings_list", topology / "core_cpus_list"
+    siblings = read_cpus(newer) or read_cpus(older)
+    cpus = tuple(sibling for sibling in siblings if sibling in online) or (cpu,)
+    sharing_l3 = [
+        read_cpus(cache / "shared_cpu_list")
+        for cache in directory.glob("cache/index*")
+        if read_text(cache / "level") == "3"
+    ]
+    return Core(
+        package=read_number(topology / "physical_package_id", 0),
+        node=node,
+        l3=min(itertools.chain(*sharing_l3), default=-1),
+        core_id=read_number(topology / "core_id", cpus[0]),
+        cpus=cpus,
+        capacity=capacity,
+    )
+
+
+def read_capacities(root: Path, online: Sequence[int]) -> dict[int, int]:
+    """Relative speed of each logical CPU: Intel's P and E lists, else the kernel's capacities."""
+    efficient = read_cpus(root / "sys/devices/cpu_atom/cpus")
+    if efficient and read_cpus(root / "sys/devices/cpu_core/cpus"):
+        return {cpu: 512 if cpu in efficient else 1024 for cpu in online}
+    system = root / "sys/devices/system/cpu"
+    return {cpu: read_number(system / f"cpu{cpu}/cpu_capacity", 1024) for cpu in online}
+
+
+def read_cpu_model(root: Path) -> str:
+    """The processor's name as the kernel gives it, or the nearest thing to it."""
+    match = re.search(r"^model name\s*:\s*(.+)$", read_text(root / "proc/cpuinfo"), re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def read_quota(root: Path) -> float | None:
+    """The CPU quota in CPUs: the smallest among the process's cgroup and those around it.
+
+    In each directory it stands in `cpu.max` (v2) or in `cpu.cfs_quota_us` and `cpu.cfs_period_us`.
+    """
+    quotas = []
+    for directory in cpu_cgroups(root):
+        v1 = [read_text(directory / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+        match = re.fullmatch(r"(\d+) ([1-9]\d*)", read_text(directory / "cpu.max") or " ".join(v1))
+        if match:
+            quotas.append(int(match[1]) / int(match[2]))
+    return min(quotas, default=None)
+
+
+def cpu_cgroups(root: Path) -> Iterator[Path]:
+    """Directories of the process's cgroups that can hold a CPU quota, innermost first, v1 and v2.
+
+    A mount may show only a part of the hierarchy (its root, in /proc/self/mountinfo): a container
+    sees its own cgroup there, and a path outside that part cannot be looked at.
+    """
+    path_of = {}  # by controller; v2 has one path for all, under the empty name
+    for line in read_text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        path_of |= dict.fromkeys(controllers.split(","), PurePosixPath(path))
+    for line in read_text(root / "proc/self/mountinfo").splitlines():
+        mount, _, source = line.partition(" - ")
+        mount_root, mount_point = mount.split()[3:5]
+        kind, _, options = source.split()[:3]
+        holds_cpu = kind == "cgroup2" or (kind == "cgroup" and "cpu" in options.split(","))
+        path = path_of.get("" if kind == "cgroup2" else "cpu")
+        if not holds_cpu or path is None:
+            continue
+        inside = PurePosixPath("/")
+        if path.is_relative_to(mount_root):
+            inside /= path.relative_to(mount_root)
+        for directory in (inside, *inside.parents):
+            yield root / mount_point.lstrip("/") / str(directory).lstrip("/")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The logical CPUs (ascending) of one lane, and the number of its threads."""
+
+    name: str
+    cpus: tuple[int, ...]
+    threads: int
+
+    def __str__(self) -> str:
+        return f"cores {format_cpu_list(self.cpus)}, {plural(self.threads, 'thread')}"
+
+
+@dataclass(frozen=True)
+class CorePlan:
+    """Which cores do what. With `--split none`, forward and backward are the same group."""
+
+    split: str
+    forward: Group
+    backward: Group
+    loader_cpus: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups that get a lane."""
+        return (self.forward,) if self.forward is self.backward else (self.forward, self.backward)
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 core`, `2 cores`, `2 loader processes`."""
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
+
+
+def plan_cores(topology: Topology, settings: Settings) -> CorePlan:
+    """Decide which logical CPUs each group gets. Pure; raises UserError for what cannot be.
+
+    Without lists the cores are shared out in the ratio of `--split`, rounded to whole physical
+    cores (a tie goes to the backward group), each group at least one. Groups have the same mix of
+    fast and slow cores, and sockets, NUMA nodes and L3 domains stay whole where the sizes allow.
+    """
+    check_core_options(topology, settings)
+    usable = usable_cores(topology)
+    if settings.split == "none":
+        threads = settings.forward_threads or settings.backward_threads
+        forward = backward = make_group(topology, "all", cpus_of(usable), threads)
+    else:
+        cpus = settings.forward_cores, settings.backward_cores
+        if cpus == (None, None):
+            cpus = divide_cores(usable, settings.split.replace("even", "1:1"))
+        forward = make_group(topology, "forward", cpus[0], settings.forward_threads)
+        backward = make_group(topology, "backward", cpus[1], settings.backward_threads)
+    return CorePlan(
+        "lists" if settings.forward_cores else settings.split,
+        forward,
+        backward,
+        settings.loader_cores or forward.cpus,
+        tuple(plan_notes(topology, forward, backward)),
+    )
+
+
+def check_core_options(topology: Topology, settings: Settings) -> None:
+    """Raise UserError for core options that contradict each other, the machine or the system."""
+    lists = {
+        "--forward-cores": settings.forward_cores,
+        "--backward-cores": settings.backward_cores,
+        "--loader-cores": settings.loader_cores,
+    }
+    given = {flag: cpus for flag, cpus in lists.items() if cpus}
+    if not topology.has_affinity and (given or settings.split != "none"):
+        asked = next(iter(given), f"--split {settings.split}")
+        system = platform.system()
+        raise UserError(f"{asked}: {system} cannot keep threads on cores; only --split none works")
+    for flag, cpus in given.items():
+        check_cpus(topology, flag, cpus)
+    pair = given.keys() - {"--loader-cores"}
+    if len(pair) == 1:
+        (flag,) = pair
+        missing = "--forward-cores" if flag == "--backward-cores" else "--backward-cores"
+        raise UserError(f"{flag} {format_cpu_list(given[flag])} needs {missing} beside it")
+    if pair and settings.split != "even":
+        raise UserError(f"--split {settings.split} contradicts --forward-cores: give one of them")
+    if pair and (both := set(settings.forward_cores) & set(settings.backward_cores)):
+        raise UserError(
+            f"--forward-cores {format_cpu_list(settings.forward_cores)} and --backward-cores "
+            f"{format_cpu_list(settings.backward_cores)} overlap in {format_cpu_list(both)}"
+        )
+    if settings.split == "none" and settings.forward_threads and settings.backward_threads:
+        raise UserError("--split none has one lane: give --forward-threads alone")
+
+
+def check_cpus(topology: Topology, flag: str, cpus: Sequence[int]) -> None:
+    """Raise UserError for the first CPU of a list that is not online and allowed."""
+    for cpu in sorted(set(cpus) - topology.allowed):
+        if cpu in topology.online:
+            reason = "not allowed for this process"
+        else:
+            reason = "offline" if cpu in topology.offline else "not in this machine"
+        allowed = format_cpu_list(topology.allowed)
+        raise UserError(
+            f"{flag} {format_cpu_list(cpus)}: CPU {cpu} is {reason} (allowed: {allowed})"
+        )
+
+
+def usable_cores(topology: Topology) -> list[Core]:
+    """The cores, cut down to their allowed CPUs, that the CPU quota leaves room for."""
+    cores = [
+        dataclasses.replace(core, cpus=cpus)
+        for core in topology.cores
+        if (cpus := tuple(cpu for cpu in core.cpus if cpu in topology.allowed))
+    ]
+    room = len(cores) if topology.quota_cpus is None else max(1, math.floor(topology.quota_cpus))
+    fastest_first = sorted(cores, key=lambda core: -core.capacity)
+    return sorted(fastest_first[:room])
+
+
+def plan_notes(topology: Topology, forward: Group, backward: Group) -> Iterator[str]:
+    """What the user should know about an allocation."""
+    used, allowed = (
+        sum(not cpus.isdisjoint(core.cpus) for core in topology.cores)
+        for cpus in ({*forward.cpus, *backward.cpus}, topology.allowed)
+    )
+    if topology.quota_cpus is not None and topology.quota_cpus < allowed:
+        quota = f"CPU quota of {topology.quota_cpus:g} CPUs"
+        yield f"{quota}: {used} of {plural(allowed, 'allowed core')} used"
+    if forward is not backward and forward.cpus == backward.cpus:
+        yield "one core: both groups share it, nothing is separated"
+    for core in topology.cores if forward.cpus != backward.cpus else ():
+        if set(core.cpus) & set(forward.cpus) and set(core.cpus) & set(backward.cpus):
+            yield (
+                f"core {core.core_id} of socket {core.package} (CPUs {format_cpu_list(core.cpus)}) "
+                "is in both groups, by different hardware threads"
+            )
+    for group in dict.fromkeys((forward, backward)):
+        if group.threads > len(group.cpus):
+            yield f"{group.name}: {group.threads} threads on {plural(len(group.cpus), 'CPU')}"
+
+
+def make_group(topology: Topology, name: str, cpus: Sequence[int], threads: int | None) -> Group:
+    """A group of logical CPUs; by default with one thread per physical core among them."""
+    cores = sum(not set(cpus).isdisjoint(core.cpus) for core in topology.cores)
+    return Group(name, tuple(cpus), threads or cores)
+
+
+def divide_cores(cores: Sequence[Core], split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The CPUs of the forward and the backward group, in the ratio of `split`.
+
+    A single core is divided into its hardware threads; if it has but one, both groups get it.
+    """
+    if len(cores) == 1:
+        cores = [dataclasses.replace(cores[0], cpus=(cpu,)) for cpu in cores[0].cpus]
+    if len(cores) == 1:
+        return cores[0].cpus, cores[0].cpus
+    count = forward_count(len(cores), *map(int, split.split(":")))
+    forward = [core for kind, share in share_by_kind(cores, count) for core in take(kind, share)]
+    return cpus_of(forward), cpus_of(core for core in cores if core not in forward)
+
+
+def forward_count(count: int, forward: int, backward: int) -> int:
+    """How many of `count` cores come nearest to forward:backward; a tie goes to the backward
+    group, and each group gets at least one.
+    """
+    parts = forward + backward
+    nearest = -((parts - 2 * count * forward) // (2 * parts))  # ceil(count * share - 1/2)
+    return min(max(nearest, 1), count - 1)
+
+
+def share_by_kind(cores: Sequence[Core], count: int) -> list[tuple[list[Core], int]]:
+    """Each kind of core, fastest first, with its part of `count`, by largest remainders.
+
+    A tie goes to the slower kind, so that the other group gets the faster core.
+    """
+    by_speed = sorted(cores, key=lambda core: -core.capacity)
+    kinds = [list(kind) for _, kind in itertools.groupby(by_speed, lambda core: core.capacity)]
+    shares = [len(kind) * count // len(cores) for kind in kinds]
+    remainders = [len(kind) * count % len(cores) for kind in kinds]
+    order = sorted(range(len(kinds)), key=lambda index: (-remainders[index], -index))
+    for index in order[: count - sum(shares)]:
+        shares[index] += 1
+    return list(zip(kinds, shares, strict=True))
+
+
+def take(
+    cores: Sequence[Core], count: int, levels: Sequence[str] = ("package", "node", "l3")
+) -> list[Core]:
+    """Choose `count` cores so that at each level at most one domain is split."""
+    if count in (0, len(cores)) or not levels:
+        return list(cores[:count])
+    domains: dict[int, list[Core]] = {}
+    for core in cores:
+        domains.setdefault(getattr(core, levels[0]), []).append(core)
+    parts = list(domains.values())
+    whole = fullest_subset([len(part) for part in parts], count)
+    chosen = [core for index in whole for core in parts[index]]
+    if len(chosen) < count:  # any domain left over is larger than what is missing
+        rest = next(part for index, part in enumerate(parts) if index not in whole)
+        chosen += take(rest, count - len(chosen), levels[1:])
+    return chosen
+
+
+def fullest_subset(sizes: Sequence[int], limit: int) -> tuple[int, ...]:
+    """Indices of sizes with the largest sum that does not exceed `limit`; early ones preferred."""
+    subsets: dict[int, tuple[int, ...]] = {0: ()}
+    for index, size in enumerate(sizes):
+        for total, subset in list(subsets.items()):
+            if total + size <= limit:
+                subsets.setdefault(total + size, (*subset, index))
+    return subsets[max(subsets)]
+
+
+# ==================================================================================================
+# 3  Lanes
+# A lane is one persistent thread that owns one core group. Its OpenMP team is born inside the
+# group's affinity mask and stays there: moving only the calling thread would leave the workers of
+# an older team where they were [pytorch 161576]. The audit reads, at both ends of every phase, how
+# much CPU time each thread of the process has used, and who was allowed to run where.
+# ==================================================================================================
+
+
+@dataclass(frozen=True)
+class PhaseRecord:
+    """What one phase did. Times are seconds; start and end are of time.perf_counter.
+
+    CPU time was used, `cpu_s` by compute threads confined to the phase's group, `stray_s` by
+    compute threads that were not, `other_lane_s` by the other lane's threads inside their own group
+    (an idle OpenMP worker spins for some milliseconds before it sleeps), `python_s` by the main
+    thread and the interpreter's helper threads. `mask` is the affinity mask in force, `seen_on`
+    where the group's threads were last seen, and `cpu_busy_s` how long each logical CPU was busy
+    with anything at all.
+    """
+
+    phase: str
+    lane: str
+    start_s: float
+    end_s: float
+    mask: frozenset[int]
+    cpu_busy_s: dict[int, float]
+    cpu_s: float
+    stray_s: float
+    other_lane_s: float
+    python_s: float
+    seen_on: frozenset[int]
+
+    @property
+    def duration_s(self) -> float:
+        """Wall-clock seconds."""
+        return self.end_s - self.start_s
+
+
+def confine_thread(cpus: Iterable[int]) -> frozenset[int]:
+    """Keep the calling thread on `cpus`; returns the mask in force.
+
+    The mask is read back: the kernel silently drops CPUs that a container manager has taken away.
+    Raises RunError if none of them is left. Where the system has no affinity, nothing happens.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return frozenset(cpus)
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as error:
+        raise RunError(f"cores {format_cpu_list(cpus)}: {error.strerror}") from error
+    return process_cpus()
+
+
+@contextlib.contextmanager
+def confined_to(cpus: Iterable[int]) -> Iterator[None]:
+    """Keep the calling thread, and threads that it starts, on `cpus` for a while."""
+    before = process_cpus()
+    confine_thread(cpus)
+    try:
+        yield
+    finally:
+        confine_thread(before)
+
+
+def thread_ids() -> list[int]:
+    """Kernel ids of the process's threads; none where the system does not show them."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    try:
+        return [int(name) for name in os.listdir("/proc/self/task")]
+    except OSError:
+        return []
+
+
+def thread_cpu_ns(tid: int) -> int:
+    """CPU time of one thread of this process in nanoseconds. Raises OSError if it has ended.
+
+    This is the clock of pthread_getcpuclockid(3), here for any thread: exact also for a thread that
+    is running, where /proc/self/task/*/schedstat lags by up to a scheduler tick.
+    """
+    return time.clock_gettime_ns((~tid << 3) | 6)
+
+
+def last_cpu(tid: int) -> int:
+    """The logical CPU that a thread of this process last ran on (`processor` in proc(5))."""
+    stat = read_text(Path(f"/proc/self/task/{tid}/stat"))
+    return int(stat.rpartition(")")[2].split()[36])
+
+
+def thread_clocks_ns() -> dict[int, int]:
+    """CPU time so far of each thread; without /proc, the process's own clock stands for all.
+
+    A thread that is born and ends between two readings goes unseen; PyTorch starts none such.
+    """
+    clocks = {}
+    for tid in thread_ids():
+        with contextlib.suppress(OSError):  # ended since it was listed
+            clocks[tid] = thread_cpu_ns(tid)
+    return clocks or {0: time.process_time_ns()}
+
+
+def cpu_busy_s() -> list[float]:
+    """Seconds that each online logical CPU has worked since boot, for anybody (proc_stat(5))."""
+    names = ("user", "nice", "system", "irq", "softirq")
+    return [
+        sum(getattr(times, name, 0.0) for name in names) for times in psutil.cpu_times(percpu=True)
+    ]
+
+
+class Audit:
+    """Shares CPU time out among phases; `born_for` tells the group that a lane's thread is of."""
+
+    def __init__(self, online: Sequence[int]):
+        self.online = online
+        self.born_for: dict[int, Group] = {}  # by thread id
+
+    def attribute(
+        self, group: Group, before_ns: dict[int, int], after_ns: dict[int, int]
+    ) -> dict[str, Any]:
+        """Share the CPU time between two readings out over the fields of a PhaseRecord."""
+        totals = Counter()
+        seen_on = set()
+        python = {thread.native_id for thread in threading.enumerate()} - set(self.born_for)
+        for tid, now_ns in after_ns.items():
+            used_s = (now_ns - before_ns.get(tid, 0)) / 1e9
+            if used_s <= 0:
+                continue
+            try:
+                mask = frozenset(os.sched_getaffinity(tid)) if tid else frozenset(group.cpus)
+                role = thread_role(mask, group, self.born_for.get(tid), tid in python)
+                if role == "cpu_s" and tid:
+                    seen_on.add(last_cpu(tid))
+            except (OSError, IndexError):  # the thread ended just now: nobody can tell where it ran
+                role = "stray_s"
+            totals[role] += used_s
+        roles = ("cpu_s", "stray_s", "other_lane_s", "python_s")
+        return {role: totals[role] for role in roles} | {"seen_on": frozenset(seen_on)}
+
+    def busy_between(self, before_s: list[float], after_s: list[float]) -> dict[int, float]:
+        """Busy seconds of each logical CPU; empty where the system hides some of them."""
+        if not len(self.online) == len(before_s) == len(after_s):
+            return {}
+        pairs = zip(before_s, after_s, strict=True)
+        return dict(zip(self.online, (after - before for before, after in pairs), strict=True))
+
+
+def thread_role(mask: frozenset[int], group: Group, born_for: Group | None, is_python: bool) -> str:
+    """The PhaseRecord field to which a thread's CPU time belongs, during a phase of `group`.
+
+    A thread born for the other lane is that lane's own business only inside that lane's group;
+    threads of the interpreter coordinate and never compute; any other must be inside `group`.
+    """
+    if born_for and born_for.name != group.name:
+        return "other_lane_s" if mask <= set(born_for.cpus) else "stray_s"
+    if is_python:
+        return "python_s"
+    return "cpu_s" if mask <= set(group.cpus) else "stray_s"
+
+
+class Lane:
+    """One core group and the thread that works for it, used like a device queue.
+
+    `records` collects a PhaseRecord per phase, in order. `check_stop` is called in the submitting
+    thread before a phase is queued; it may raise to keep the phase from starting.
+    """
+
+    def __init__(self, group: Group, audit: Audit, check_stop: Callable[[], None] = lambda: None):
+        self.group = group
+        self.records: list[PhaseRecord] = []
+        self.notes: list[str] = []
+        self._audit = audit
+        self._check_stop = check_stop
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"{group.name} lane")
+        try:
+            with confined_to(group.cpus):  # a thread inherits the mask: not a moment elsewhere
+                self.call(self._start_team)
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, phase: str, function: Callable[..., Any], *args: Any) -> Future:
+        """Queue one phase; the future gives the function's result or raises its exception."""
+        self._check_stop()
+        return self._executor.submit(self._run_phase, phase, function, args)
+
+    def run(self, phase: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Run one phase and wait for its result."""
+        return self.submit(phase, function, *args).result()
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run something on the lane's thread that is not a phase, such as building a model."""
+        return self._executor.submit(self._inside_group, function, args).result()
+
+    def close(self) -> None:
+        """Drop what is queued, wait for what is running, and end the thread."""
+        self._executor.shutdown(cancel_futures=True)
+
+    def _enter_group(self) -> frozenset[int]:
+        """Keep the calling thread in the group, with its thread count; the mask in force.
+
+        The thread count is set only when it differs, since the call clears oneDNN's cache.
+        """
+        mask = confine_thread(self.group.cpus)
+        if torch.get_num_threads() != self.group.threads:
+            torch.set_num_threads(self.group.threads)
+        return mask
+
+    def _inside_group(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
+        self._enter_group()
+        return function(*args)
+
+    def _start_team(self) -> None:
+        """Have OpenMP start the lane's workers now, inside the mask, and register them.
+
+        PyTorch gives a thread at least 32,768 elements, so this operation needs them all.
+        """
+        before = set(thread_ids())
+        torch.zeros(self.group.threads * 2**16).add_(1)
+        workers = set(thread_ids()) - before
+        self._audit.born_for |= dict.fromkeys({threading.get_native_id(), *workers}, self.group)
+        if thread_ids() and len(workers) + 1 != self.group.threads:
+            self.notes.append(
+                f"{self.group.name} lane: OpenMP started {plural(len(workers) + 1, 'thread')}, "
+                f"not {self.group.threads} (is OMP_THREAD_LIMIT set?)"
+            )
+
+    def _run_phase(self, phase: str, function: Callable[..., Any], args: Sequence[Any]) -> Any:
+        mask = self._enter_group()
+        cpus_before, threads_before = cpu_busy_s(), thread_clocks_ns()
+        start_s = time.perf_counter()
+        result = function(*args)
+        end_s = time.perf_counter()
+        threads_after, cpus_after = thread_clocks_ns(), cpu_busy_s()
+        used = self._audit.attribute(self.group, threads_before, threads_after)
+        busy = self._audit.busy_between(cpus_before, cpus_after)
+        self.records.append(PhaseRecord(phase, self.group.name, start_s, end_s, mask, busy, **used))
+        return result
+
+
+class Lanes:
+    """The two lanes of a core plan; with `--split none`, one lane under both names.
+
+    A context manager: leaving it, by an exception too, drains and ends both lanes.
+    """
+
+    def __init__(
+        self, plan: CorePlan, online: Sequence[int], check_stop: Callable[[], None] = lambda: None
+    ):
+        audit = Audit(online)
+        self._lanes: list[Lane] = []
+        try:
+            for group in plan.groups:  # one after the other, so that each team is known by birth
+                self._lanes.append(Lane(group, audit, check_stop))
+        except BaseException:
+            self.close()
+            raise
+        self.forward, self.backward = self._lanes[0], self._lanes[-1]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about the lanes."""
+        return [note for lane in self._lanes for note in lane.notes]
+
+    def take_records(self) -> tuple[PhaseRecord, ...]:
+        """The phases since the last call, by start time; forgets them."""
+        records = []
+        for lane in self._lanes:
+            records += lane.records
+            lane.records = []
+        return tuple(sorted(records, key=lambda record: record.start_s))
+
+    def close(self) -> None:
+        """Close all lanes."""
+        for lane in self._lanes:
+            lane.close()
+
+    def __enter__(self) -> Lanes:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+# ==================================================================================================
+# 4  Models
+# torchvision's classifiers by name, with random weights. Knows nothing of cores.
+# ==================================================================================================
+
+
+def classifier_names() -> list[str]:
+    """The names that `--model` takes."""
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def check_model_name(name: str) -> None:
+    """Raise UserError, with the nearest names, for a model that does not exist."""
+    if name not in classifier_names():
+        near = difflib.get_close_matches(name, classifier_names(), n=4, cutoff=0.4)
+        hint = f"did you mean {', '.join(near)}?" if near else "any torchvision classifier will do"
+        raise UserError(f"--model {name}: unknown; {hint}")
+
+
+def build_model(name: str, num_classes: int, image_size: int) -> torch.nn.Module:
+    """A torchvision classifier in training mode, mapping (n, 3, size, size) to (n, classes).
+
+    Transformers are built for the image size, and the auxiliary heads of GoogLeNet and Inception,
+    which the papers use to train without batch normalisation, are left out.
+    """
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": True}
+    elif name.startswith("vit_"):
+        options = {"image_size": image_size}
+    elif name.startswith("maxvit_"):
+        options = {"input_size": (image_size, image_size)}
+    try:
+        model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--image-size {image_size}, {name}: {one_line(error)}") from None
+    return model.train()
+
+
+def check_input_shape(model: torch.nn.Module, name: str, batch_size: int, image_size: int) -> None:
+    """Raise UserError if the model cannot train on such batches (too small for its strides, say).
+
+    Runs the forward pass on the meta device, which computes shapes alone.
+    """
+    weights = {key: value.to("meta") for key, value in model.state_dict().items()}
+    images = torch.empty(batch_size, 3, image_size, image_size, device="meta")
+    try:
+        torch.func.functional_call(model, weights, (images,))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"--batch-size {batch_size} --image-size {image_size}: {name} cannot train on such "
+            f"batches: {one_line(error)}"
+        ) from None
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ==================================================================================================
+# 5  Data
+# Image folders and synthetic images as an endless stream of batches. Knows nothing of lanes; the
+# loader processes are told which logical CPUs to stay on.
+# ==================================================================================================
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SYNTHETIC_IMAGES, SYNTHETIC_CLASSES = 1280, 1000
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # images (n, 3, size, size), class indices (n,)
+
+
+class BrokenImage(RunError):
+    """A file of the data set that cannot be read as an image; the message names it."""
+
+
+def load_image(path: str) -> Any:
+    """torchvision's image reader; a file that it cannot read raises BrokenImage."""
+    try:
+        return torchvision.datasets.folder.default_loader(path)
+    except Exception as error:  # Pillow raises many kinds, SyntaxError among them
+        raise BrokenImage(f"broken image {path}: {one_line(error)}") from error
+
+
+class ImageFolder(torchvision.datasets.ImageFolder):
+    """torchvision's ImageFolder; a broken image is returned as its BrokenImage, not raised.
+
+    Exceptions that leave a loader process arrive with that process's traceback as their text; a
+    value arrives as it is.
+    """
+
+    def __getitem__(self, index: int) -> tuple[Any, int] | BrokenImage:
+        try:
+            return super().__getitem__(index)
+        except BrokenImage as broken:
+            return broken
+
+
+def collate(samples: list[Any]) -> Batch | BrokenImage:
+    """A batch of the samples, or the first of them that is broken."""
+    broken = next((sample for sample in samples if isinstance(sample, BrokenImage)), None)
+    return broken or default_collate(samples)
+
+
+def open_dataset(settings: Settings) -> tuple[Dataset, int]:
+    """The training images, and the number of classes to train.
+
+    Raises UserError for a path that holds no such data set, or fewer images than one batch.
+    """
+    if settings.data_path is None:
+        classes = settings.num_classes or SYNTHETIC_CLASSES
+        size = (3, settings.image_size, settings.image_size)
+        images = max(SYNTHETIC_IMAGES, settings.batch_size)
+        dataset = torchvision.datasets.FakeData(
+            images, size, classes, v2.Compose(to_tensor()), random_offset=settings.seed
+        )
+        return dataset, classes
+    dataset = open_image_folder(settings.data_path, settings.image_size)
+    found = len(dataset.classes)
+    if settings.num_classes and settings.num_classes < found:
+        raise UserError(f"--num-classes {settings.num_classes}: {dataset.root} has {found} classes")
+    if len(dataset) < settings.batch_size:
+        raise UserError(
+            f"--batch-size {settings.batch_size}: {dataset.root} has only "
+            f"{plural(len(dataset), 'image')}"
+        )
+    return dataset, settings.num_classes or found
+
+
+def open_image_folder(path: Path, image_size: int) -> ImageFolder:
+    """The training images under `path` or its `train` folder, one folder per class."""
+    if not path.is_dir():
+        reason = "is a file, not a folder" if path.exists() else "does not exist"
+        raise UserError(f"--data-path {path} {reason}; give an image folder: DIR/<class>/*.jpg")
+    root = path / "train" if (path / "train").is_dir() else path
+    transform = v2.Compose(
+        [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip(), *to_tensor()]
+    )
+    try:
+        dataset = ImageFolder(root, transform, loader=load_image)
+    except OSError as error:
+        raise UserError(f"--data-path {path}: no images: {one_line(error)}") from None
+    if len(dataset.classes) < 2:
+        raise UserError(
+            f"--data-path {path}: one class only ({dataset.classes[0]}); at least two are needed"
+        )
+    return dataset
+
+
+def to_tensor() -> list[Any]:
+    """Transforms from a picture to a normalised float32 tensor (3, height, width)."""
+    return [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+    ]
+
+
+def start_loader(cpus: Sequence[int], worker: int) -> None:
+    """Confine a loader process, and leave signals to the main process.
+
+    The mask is set after torch is up, since a lazy OpenMP start can reset it [pytorch 99625].
+    """
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+    mask = confine_thread(cpus)
+    if mask != set(cpus):
+        asked, given = format_cpu_list(cpus), format_cpu_list(mask)
+        raise RuntimeError(f"loader {worker}: cores {asked} asked for, {given} given")
+
+
+def make_loader(dataset: Dataset, settings: Settings, cpus: Sequence[int]) -> DataLoader:
+    """Shuffled full batches; what does not fill a batch is left out of an epoch."""
+    # torch advises no more loaders than the main thread has cores; ours share them on purpose.
+    warnings.filterwarnings("ignore", "This DataLoader will create")
+    return DataLoader(
+        dataset,
+        settings.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=settings.workers,
+        persistent_workers=settings.workers > 0,
+        collate_fn=collate,
+        worker_init_fn=partial(start_loader, tuple(cpus)),
+        generator=torch.Generator().manual_seed(settings.seed),
+    )
+
+
+class Batches:
+    """`count` batches of a loader, over as many epochs as that takes.
+
+    The first batch is loaded at once, so that loader processes start before any lane exists: a
+    process with an OpenMP team must not be forked. Close it, since loader processes ignore signals.
+    """
+
+    def __init__(self, loader: Iterable[Batch | BrokenImage], count: int):
+        self._loader = loader
+        epochs = itertools.chain.from_iterable(itertools.repeat(loader))
+        self._stream = itertools.islice(epochs, count)
+        self._ahead: list[Batch | BrokenImage] = []
+        try:
+            self.prefetch()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the loader processes, as DataLoader does once nothing refers to it any more."""
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+
+    def prefetch(self) -> None:
+        """Fetch the next batch now, at a moment when the loader's cores are free."""
+        if not self._ahead:
+            self._ahead = list(itertools.islice(self._stream, 1))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        self.prefetch()
+        if not self._ahead:
+            raise StopIteration
+        batch = self._ahead.pop()
+        if isinstance(batch, BrokenImage):
+            raise batch
+        return batch
+
+
+# ==================================================================================================
+# 6  Recipe
+# How weights are updated. Knows nothing of cores.
+# ==================================================================================================
+
+
+def build_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """SGD with momentum and weight decay over all parameters."""
+    return torch.optim.SGD(
+        model.parameters(),
+        settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+
+
+# ==================================================================================================
+# 7  Schedules
+# A schedule lays one optimizer step over the two lanes. All schedules share the same three phase
+# functions, and return the loss of each micro-batch.
+# ==================================================================================================
+
+
+class NonFiniteLoss(Exception):
+    """The loss of a micro-batch is infinite or not a number; nothing was updated."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """The three phases of an optimizer step over `accumulate` micro-batches."""
+
+    model: torch.nn.Module
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    optimizer: torch.optim.Optimizer
+    accumulate: int = 1
+
+    def forward(self, batch: Batch) -> Batch:
+        """Logits (n, classes), with the graph to go back through, and the targets (n,)."""
+        images, targets = batch
+        return self.model(images), targets
+
+    def backward(self, output: Batch) -> float:
+        """Loss and backpropagation; adds to the gradients and returns the mean loss."""
+        loss = self.loss(*output)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteLoss(str(value))
+        (loss / self.accumulate).backward()  # for CPU tensors this runs in the calling thread
+        return value
+
+    def update(self) -> None:
+        """The optimizer step; drops the gradients."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def sequential(lanes: Lanes, work: Work, batches: Batches) -> list[float]:
+    """Forward, then backward, strictly alternating: one group works while the other waits.
+
+    The next batch is fetched while the backward group works, since the loader's home, the forward
+    group, is idle then.
+    """
+    losses = []
+    for _ in range(work.accumulate):
+        output = lanes.forward.run("forward", work.forward, next(batches))
+        backward = lanes.backward.submit("backward", work.backward, output)
+        del output  # the graph shall die with the backward phase
+        batches.prefetch()
+        losses.append(backward.result())
+    lanes.backward.run("update", work.update)
+    return losses
+
+
+SCHEDULES = {"sequential": sequential}
+
+
+# ==================================================================================================
+# 8  Reports
+# What a run tells: progress on the screen, the summary table, a section of logs.md, metrics.jsonl.
+# Pure functions turn records into figures and figures into text; RunReport does the writing.
+# ==================================================================================================
+
+PHASES = ("forward", "backward", "update")
+STRAY_WARNING_SHARE = 0.01
+LATEST_STEPS = 2000
+LOG_HEADER = """\
+# Training log
+
+`train_split_affinity.py` appends a section for each run: settings in force, core allocation, and
+what every phase took. Times are wall-clock, in milliseconds per optimizer step; *busy* is the CPU
+time of a phase's threads as a share of its cores' time; *stray* is CPU time, in total, of compute
+threads that may run outside the phase's cores.
+"""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: mean loss per image, images, and the records of its phases."""
+
+    step: int
+    loss: float
+    images: int
+    step_s: float
+    records: tuple[PhaseRecord, ...]
+
+    def total(self, quantity: str, phase: str | None = None) -> float:
+        """A quantity of PhaseRecord, added up over the records of a phase, or over all."""
+        records = (record for record in self.records if phase in (None, record.phase))
+        return sum(getattr(record, quantity) for record in records)
+
+    def as_metrics(self) -> dict[str, Any]:
+        """The step's line in metrics.jsonl."""
+        line = {"type": "step", "step": self.step, "loss": self.loss, "images": self.images}
+        line["step_s"] = self.step_s
+        line |= {f"{phase}_s": self.total("duration_s", phase) for phase in PHASES}
+        line |= {f"{phase}_cpu_s": self.total("cpu_s", phase) for phase in PHASES}
+        return line | {"stray_s": self.total("stray_s")}
+
+
+@dataclass(frozen=True)
+class PhaseSummary:
+    """One phase of a run. Durations are per optimizer step; `stray_ms` is the total over all steps.
+    `share` of the step and `busy` are fractions; so is `cpu_busy`, by logical CPU.
+    """
+
+    phase: str
+    cores: str
+    threads: int
+    median_ms: float
+    p95_ms: float
+    share: float
+    busy: float
+    stray_ms: float
+    seen_on: str
+    cpu_busy: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A whole run. Speeds and shares leave the first `warmup_steps` out, and of a long run they
+    cover the latest 2,000 steps; the rest covers all.
+    """
+
+    steps: int
+    warmup_steps: int
+    images: int
+    images_per_s: float
+    median_step_s: float
+    no_phase_share: float
+    phases: tuple[PhaseSummary, ...]
+    stray_s: float
+    other_lane_s: float
+    python_s: float
+    loss_first: float
+    loss_last: float
+    peak_memory_bytes: int
+
+
+class Tally:
+    """What the summary needs of a run, in bounded memory: totals over all steps, and the latest
+    steps themselves.
+    """
+
+    def __init__(self, plan: CorePlan):
+        self.steps = self.images = 0
+        self.latest: deque[StepResult] = deque(maxlen=LATEST_STEPS)
+        self._plan = plan
+        self._loss_first = math.nan
+        self._used_s: Counter[tuple[str, str]] = Counter()  # CPU seconds by quantity and phase
+
+    def add(self, step: StepResult) -> None:
+        """Take in one step."""
+        self._loss_first = self._loss_first if self.steps else step.loss
+        self.steps += 1
+        self.images += step.images
+        self.latest.append(step)
+        for record in step.records:
+            for quantity in ("stray_s", "other_lane_s", "python_s"):
+                self._used_s[quantity, record.phase] += getattr(record, quantity)
+
+    def summary(self) -> Summary:
+        """The figures so far, after one step at the least."""
+        warmup = min(2, (self.steps - 1) // 2)
+        timed = [step for step in self.latest if step.step > warmup]
+        timed_s = sum(step.step_s for step in timed)
+        phases = tuple(self._summarise_phase(phase, timed, timed_s) for phase in PHASES)
+        return Summary(
+            steps=self.steps,
+            warmup_steps=warmup,
+            images=self.images,
+            images_per_s=sum(step.images for step in timed) / timed_s,
+            median_step_s=statistics.median(step.step_s for step in timed),
+            no_phase_share=1 - sum(phase.share for phase in phases),
+            phases=phases,
+            stray_s=self._total_s("stray_s"),
+            other_lane_s=self._total_s("other_lane_s"),
+            python_s=self._total_s("python_s"),
+            loss_first=self._loss_first,
+            loss_last=self.latest[-1].loss,
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+    def _total_s(self, quantity: str) -> float:
+        return sum(self._used_s[quantity, phase] for phase in PHASES)
+
+    def _summarise_phase(
+        self, phase: str, timed: Sequence[StepResult], timed_s: float
+    ) -> PhaseSummary:
+        group = self._plan.forward if phase == "forward" else self._plan.backward
+        durations_s = [step.total("duration_s", phase) for step in timed]
+        phase_s = sum(durations_s)
+        records = [record for step in timed for record in step.records if record.phase == phase]
+        cpu_busy_s = sum((Counter(record.cpu_busy_s) for record in records), Counter())
+        return PhaseSummary(
+            phase=phase,
+            cores=format_cpu_list(group.cpus),
+            threads=group.threads,
+            median_ms=1e3 * statistics.median(durations_s),
+            p95_ms=1e3 * float(torch.tensor(durations_s, dtype=torch.float64).quantile(0.95)),
+            share=phase_s / timed_s,
+            busy=sum(record.cpu_s for record in records) / (phase_s * len(group.cpus)),
+            stray_ms=1e3 * self._used_s["stray_s", phase],
+            seen_on=format_cpu_list(frozenset().union(*(record.seen_on for record in records))),
+            cpu_busy={cpu: min(1.0, cpu_busy_s[cpu] / phase_s) for cpu in records[0].cpu_busy_s},
+        )
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size that this process has had; loader processes not included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def placement_warnings(record: PhaseRecord, plan: CorePlan) -> Iterator[str]:
+    """What a phase's record shows to be wrong with the placement of threads."""
+    group = plan.forward if record.lane == plan.forward.name else plan.backward
+    cores = format_cpu_list(group.cpus)
+    if record.mask != frozenset(group.cpus):
+        allowed = format_cpu_list(record.mask)
+        yield f"{group.name} lane: the system allows only cores {allowed} of {cores} now"
+    if record.stray_s > STRAY_WARNING_SHARE * record.duration_s:
+        yield (
+            f"{record.phase}: {1e3 * record.stray_s:.1f} ms of CPU time strayed from cores {cores} "
+            f"in a phase of {1e3 * record.duration_s:.1f} ms"
+        )
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that reads well as Markdown and on a terminal; first column left, others right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for first, *rest in (header, rule, *rows):
+        cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        lines.append(f"| {' | '.join([first.ljust(widths[0]), *cells])} |")
+    return "\n".join(lines)
+
+
+def phase_table(summary: Summary) -> str:
+    """The per-phase table of the summary."""
+    rows = []
+    for phase in summary.phases:
+        median, p95, stray = (f"{ms:.1f}" for ms in (phase.median_ms, phase.p95_ms, phase.stray_ms))
+        threads, share, busy = str(phase.threads), f"{phase.share:.1%}", f"{phase.busy:.0%}"
+        rows.append((phase.phase, phase.cores, threads, median, p95, share, busy, stray))
+    rest = f"{summary.no_phase_share:.1%}"
+    rows.append(("no phase (data, hand-over)", "", "", "", "", rest, "", ""))
+    header = "phase,cores,threads,median ms,p95 ms,share of step,busy,stray ms"
+    return markdown_table(header.split(","), rows)
+
+
+def cpu_table(summary: Summary) -> str:
+    """Which logical CPUs were busy in each phase, with whatever ran on the machine."""
+    rows = []
+    for phase in summary.phases:
+        busy = [cpu for cpu, share in phase.cpu_busy.items() if share >= 0.5]
+        partly = [cpu for cpu, share in phase.cpu_busy.items() if 0.05 <= share < 0.5]
+        each = " ".join(f"{cpu}:{share:.0%}" for cpu, share in phase.cpu_busy.items()) or "unknown"
+        lists = format_cpu_list(busy), format_cpu_list(partly)
+        rows.append((phase.phase, *lists, each, phase.seen_on))
+    header = ("phase", "busy (50 % or more)", "partly (5 to 50 %)", "each CPU", "threads seen on")
+    return markdown_table(header, rows)
+
+
+def summary_lines(summary: Summary) -> list[str]:
+    """Throughput, memory and placement in sentences."""
+    strayed = "some work could leave the phase's cores" if summary.stray_s else "no work strayed"
+    waiting_s = summary.other_lane_s
+    return [
+        f"{summary.images_per_s:.2f} images/s, {summary.median_step_s:.3f} s a step (median), "
+        f"{plural(summary.warmup_steps, 'warm-up step')} left out; "
+        f"loss {summary.loss_first:.4f} first, {summary.loss_last:.4f} last",
+        f"peak memory {summary.peak_memory_bytes / 2**30:.2f} GiB, loader processes not counted; "
+        f"stray time {1e3 * summary.stray_s:.1f} ms: {strayed}",
+        f"CPU time during phases beside their own: main thread {summary.python_s:.2f} s"
+        + (f", waiting threads of the other lane {waiting_s:.2f} s" if waiting_s else ""),
+    ]
+
+
+def describe_topology(topology: Topology) -> str:
+    """The machine in one line."""
+    sockets = plural(len({core.package for core in topology.cores}), "socket")
+    threads = plural(len(topology.online), "hardware thread")
+    quota = f", CPU quota {topology.quota_cpus:g}" if topology.quota_cpus is not None else ""
+    return (
+        f"{topology.cpu_model}: {sockets}, {plural(len(topology.cores), 'core')}, {threads}; "
+        f"allowed: {format_cpu_list(topology.allowed)}{quota}"
+    )
+
+
+def describe_plan(plan: CorePlan, settings: Settings) -> list[str]:
+    """The allocation, a line for each group, then the notes."""
+    tasks = {
+        "forward": "forward pass",
+        "backward": "loss, backpropagation, optimizer step",
+        "all": "every phase, nothing is split",
+    }
+    lines = [f"{group.name:9} {group}: {tasks[group.name]}" for group in plan.groups]
+    loaders = plural(settings.workers, "loader process")
+    lines.append(f"loader    cores {format_cpu_list(plan.loader_cpus)}: main thread, {loaders}")
+    return lines + [f"note: {note}" for note in plan.notes]
+
+
+def draw_plan(topology: Topology, plan: CorePlan, columns: int = 16) -> str:
+    """The machine as a grid for each L3 domain: a column per core, a row per hardware thread."""
+    capacities = sorted({core.capacity for core in topology.cores}, reverse=True)
+    kinds = "PE" if len(capacities) == 2 else [str(capacity) for capacity in capacities]
+    kind_of = dict(zip(capacities, kinds, strict=True)) if len(capacities) > 1 else {}
+    lines, grid = [], []
+    domains = itertools.groupby(topology.cores, lambda core: (core.package, core.node, core.l3))
+    for (package, node, l3), group in domains:
+        grid.append([f"socket {package}, node {node}" + (f", L3 of CPU {l3}" if l3 >= 0 else "")])
+        cores = list(group)
+        for start in range(0, len(cores), columns):
+            grid += core_rows(cores[start : start + columns], kind_of, topology, plan)
+    width = max(len(cell) for row in grid for cell in row[1:])
+    for title, *cells in grid:
+        lines.append(f"{title:7}" + "".join(f" {cell:>{width}}" for cell in cells))
+    return "\n".join([*lines, "  F forward, B backward, - not used, x not allowed"])
+
+
+def core_rows(
+    cores: Sequence[Core], kind_of: dict[int, str], topology: Topology, plan: CorePlan
+) -> list[list[str]]:
+    """The drawing of some cores side by side, in cells: their numbers, kinds, logical CPUs."""
+    rows = [["  core", *(str(core.core_id) for core in cores)]]
+    if kind_of:
+        rows.append(["  kind", *(kind_of[core.capacity] for core in cores)])
+    for cpus in itertools.zip_longest(*(core.cpus for core in cores)):
+        rows.append(["  cpu", *(cpu_mark(cpu, topology, plan) for cpu in cpus)])
+    return rows
+
+
+def cpu_mark(cpu: int | None, topology: Topology, plan: CorePlan) -> str:
+    """What a logical CPU does, and its number: `F0`, `B1`, `FB0` (both), `-2`, `x3`."""
+    if cpu is None:
+        return ""
+    marks = ("F" if cpu in plan.forward.cpus else "") + ("B" if cpu in plan.backward.cpus else "")
+    return (marks or ("-" if cpu in topology.allowed else "x")) + str(cpu)
+
+
+def versions() -> dict[str, str]:
+    """Versions of all that the figures depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "psutil": psutil.__version__,
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def plain_settings(settings: Settings) -> dict[str, Any]:
+    """Settings as JSON types."""
+    values = dataclasses.asdict(settings)
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def log_section(
+    settings: Settings,
+    topology: Topology,
+    plan: CorePlan,
+    outcome: str,
+    summary: Summary | None,
+    warned: Iterable[str],
+) -> str:
+    """A run's section of logs.md; without a summary if no step was finished."""
+    when = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    in_force = {
+        key: format_cpu_list(value) if isinstance(value, tuple) else value
+        for key, value in plain_settings(settings).items()
+        if value is not None
+    }
+    lines = [
+        f"outcome: {outcome}",
+        f"machine: {describe_topology(topology)}",
+        f"detected cores: {format_cpu_list(topology.online)} (logical CPUs online)",
+        *describe_plan(plan, settings),
+        f"settings: {', '.join(f'{key} {value}' for key, value in in_force.items())}",
+        f"versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
+        *(f"warning: {text}" for text in warned),
+        *(summary_lines(summary) if summary else ()),
+    ]
+    heading = f"\n## {when} {settings.model}, {settings.schedule}, split {plan.split}\n"
+    tables = ["", phase_table(summary), "", cpu_table(summary)] if summary else []
+    return "\n".join([heading, *(f"- {line}" for line in lines), *tables]) + "\n"
+
+
+def append_text(path: Path, text: str, header: str = "") -> None:
+    """Append to a file under a lock, so that what two runs write stays whole; a new file gets the
+    header first. Raises RunError when the file cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(text if os.fstat(file.fileno()).st_size else header + text)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def check_writable(settings: Settings) -> None:
+    """Raise UserError if the log or the output folder cannot be written; leaves no trace."""
+    log, output = settings.log_file, settings.output_dir
+    flag = f"--log-file {log}"
+    try:
+        if log.exists():
+            log.open("a").close()
+        else:
+            tempfile.TemporaryFile(dir=log.parent).close()
+        if output:
+            flag = f"--output-dir {output}"
+            existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+            tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise UserError(f"{flag}: cannot be written: {error.strerror}") from None
+
+
+def say(text: str, file: Any = None) -> None:
+    """Print above the progress bar, at once: into a pipe, too, lines shall come as they arise."""
+    tqdm.write(text, file=file or sys.stdout)
+    (file or sys.stdout).flush()
+
+
+class RunReport:
+    """Everything that one run shows and writes while it goes on, and when it ends.
+
+    metrics.jsonl is continued if it exists: every run begins with its own line of type "run".
+    """
+
+    def __init__(self, settings: Settings, topology: Topology, plan: CorePlan):
+        self._settings, self._topology, self._plan = settings, topology, plan
+        self._tally = Tally(plan)
+        self._warnings: dict[str, str] = {}  # by kind: each kind is shown once
+        if settings.output_dir:
+            settings.output_dir.mkdir(parents=True, exist_ok=True)
+        run = {"settings": plain_settings(settings), "plan": dataclasses.asdict(plan)}
+        self._write_metrics({"type": "run", **run, "versions": versions()})
+        tqdm.monitor_interval = 0  # its watching thread would use CPU time on some core
+        self._bar = tqdm(total=settings.steps, unit="step", disable=None, dynamic_ncols=True)
+
+    def warn(self, kind: str, text: str) -> None:
+        """Show a warning on the screen, the first of its kind, and keep it for the log."""
+        if kind not in self._warnings:
+            self._warnings[kind] = text
+            say(f"warning: {text}", sys.stderr)
+
+    def step(self, result: StepResult) -> None:
+        """Take in one finished step."""
+        self._tally.add(result)
+        self._write_metrics(result.as_metrics())
+        for record in result.records:
+            for number, text in enumerate(placement_warnings(record, self._plan)):
+                self.warn(f"{record.phase} {number}", text)
+        figures = (
+            f"loss {result.loss:.4f}, {result.images / result.step_s:.2f} img/s, "
+            f"forward {result.total('duration_s', 'forward'):.2f} s, "
+            f"backward {result.total('duration_s', 'backward'):.2f} s"
+        )
+        self._bar.set_postfix_str(figures, refresh=False)
+        self._bar.update()
+        if result.step % self._settings.print_freq == 0:
+            step_s = statistics.median(step.step_s for step in self._tally.latest)
+            left = tqdm.format_interval(step_s * (self._settings.steps - result.step))
+            say(f"step {result.step}/{self._settings.steps}: {figures}, {left} left")
+
+    def finish(self, outcome: str) -> None:
+        """Print the summary, append it to the log, end the metrics."""
+        self._bar.close()
+        done = f"{self._tally.steps} of {plural(self._settings.steps, 'step')}"
+        outcome = f"{outcome} after {done}"
+        summary = self._tally.summary() if self._tally.steps else None
+        tables = [*summary_lines(summary), "", phase_table(summary)] if summary else []
+        say("\n".join(["", outcome, *tables]))
+        figures = dataclasses.asdict(summary) if summary else {}
+        self._write_metrics({"type": "summary", "outcome": outcome, **figures})
+        run = self._settings, self._topology, self._plan
+        section = log_section(*run, outcome, summary, self._warnings.values())
+        append_text(self._settings.log_file, section, LOG_HEADER)
+
+    def _write_metrics(self, line: dict[str, Any]) -> None:
+        if self._settings.output_dir:
+            text = json.dumps(line, allow_nan=False) + "\n"
+            append_text(self._settings.output_dir / "metrics.jsonl", text)
+
+
+# ==================================================================================================
+# 9  Training
+# The loop, and how a run starts, stops and ends. Knows nothing of flags.
+# ==================================================================================================
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a request that `check` raises as Stopped.
+
+    A second signal ends the process at once. A context manager: leaving it restores the handlers.
+    Outside the main thread, where Python allows no handlers, it does nothing.
+    """
+
+    def __init__(self):
+        self._signum: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def check(self) -> None:
+        """Raise Stopped if a signal has come."""
+        if self._signum is not None:
+            raise Stopped(self._signum)
+
+    def _handle(self, signum: int, frame: object) -> None:
+        self._signum = signum
+        for other in self._previous:
+            signal.signal(other, signal.SIG_DFL)
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def coordinating(deterministic: bool) -> Iterator[None]:
+    """Spare the calling thread an OpenMP team of its own, and have torch refuse nondeterministic
+    operations if asked to; undone at the end.
+    """
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+
+
+def steps_to_train(settings: Settings, images: int) -> int:
+    """Optimizer steps of the run: as asked, or as many as the epochs hold; 50 by default."""
+    if settings.epochs is None:
+        return settings.steps or 50
+    batches = settings.epochs * (images // settings.batch_size)
+    return max(1, batches // settings.accumulate)
+
+
+def train_step(
+    step: int, settings: Settings, lanes: Lanes, work: Work, batches: Batches
+) -> StepResult:
+    """One optimizer step. Raises RunError, before any update, if a loss is not finite."""
+    start_s = time.perf_counter()
+    try:
+        losses = SCHEDULES[settings.schedule](lanes, work, batches)
+    except NonFiniteLoss as error:
+        raise RunError(f"step {step}: the loss is {error}; try a lower --lr") from None
+    step_s = time.perf_counter() - start_s
+    images = settings.batch_size * settings.accumulate
+    return StepResult(step, statistics.fmean(losses), images, step_s, lanes.take_records())
+
+
+def fit(settings: Settings, lanes: Lanes, work: Work, batches: Batches, report: RunReport) -> None:
+    """Train for `settings.steps` optimizer steps; the report gets an end however that goes."""
+    try:
+        for step in range(1, settings.steps + 1):
+            report.step(train_step(step, settings, lanes, work, batches))
+    except (RunError, Stopped) as reason:
+        report.finish(str(reason))
+        raise
+    report.finish("finished")
+
+
+def build_work(settings: Settings, lanes: Lanes) -> Work:
+    """Model and optimizer, each built on the lane whose phases will use it first."""
+    shape = settings.num_classes, settings.image_size
+    model = lanes.forward.call(build_model, settings.model, *shape)
+    check_input_shape(model, settings.model, settings.batch_size, settings.image_size)
+    optimizer = lanes.backward.call(build_optimizer, model, settings)
+    return Work(model, torch.nn.CrossEntropyLoss(), optimizer, settings.accumulate)
+
+
+def train(settings: Settings, topology: Topology, plan: CorePlan) -> torch.nn.Module:
+    """A whole run; returns the trained model. Raises UserError before anything is written."""
+    check_model_name(settings.model)
+    dataset, num_classes = open_dataset(settings)
+    check_writable(settings)
+    settings = dataclasses.replace(  # from here on: the settings in force
+        settings,
+        num_classes=num_classes,
+        steps=steps_to_train(settings, len(dataset)),
+        forward_threads=plan.forward.threads,
+        backward_threads=plan.backward.threads,
+        loader_cores=plan.loader_cpus,
+    )
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        stack.enter_context(confined_to(plan.loader_cpus))
+        stack.enter_context(coordinating(settings.deterministic))
+        torch.manual_seed(settings.seed)
+        loader = make_loader(dataset, settings, plan.loader_cpus)
+        batches = Batches(loader, settings.steps * settings.accumulate)
+        stack.callback(batches.close)
+        lanes = stack.enter_context(Lanes(plan, topology.online, stop.check))
+        work = build_work(settings, lanes)
+        report = RunReport(settings, topology, plan)
+        for note in lanes.notes:
+            report.warn(note, note)
+        fit(settings, lanes, work, batches, report)
+    return work.model
+
+
+# ==================================================================================================
+# 10 Command line
+# Arguments to Settings, commands to functions, errors to exit codes.
+# ==================================================================================================
+
+
+def print_plan(settings: Settings, topology: Topology, plan: CorePlan) -> None:
+    """The `plan` command, and the head of every run."""
+    lines = describe_topology(topology), draw_plan(topology, plan), *describe_plan(plan, settings)
+    say("\n".join(lines))
+
+
+def print_plan_and_train(settings: Settings, topology: Topology, plan: CorePlan) -> None:
+    """The `train` command."""
+    print_plan(settings, topology, plan)
+    train(settings, topology, plan)
+
+
+COMMANDS = {
+    "train": (print_plan_and_train, "train a model (the default)"),
+    "plan": (print_plan, "show the cores and how they would be divided; train nothing"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+
+def build_parser() -> Parser:
+    """The parser of all commands' options; these and their defaults come from Settings."""
+    commands = "\n".join(f"  {name:6} {text}" for name, (_, text) in COMMANDS.items())
+    parser = Parser(
+        prog=Path(__file__).name,
+        usage=f"%(prog)s [{'|'.join(COMMANDS)}] [options]",
+        description="Train an image classifier on CPUs, forward and backward on their own cores."
+        f"\n\ncommands:\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    group = parser
+    for setting in dataclasses.fields(Settings):
+        group = add_option(parser, group, setting)
+    return parser
+
+
+def add_option(parser: Parser, group: Any, setting: dataclasses.Field) -> Any:
+    """Add one field of Settings to its help group, opening the group if it is the first there."""
+    meta = setting.metadata
+    if meta["opens"]:
+        group = parser.add_argument_group(meta["opens"])
+    text = meta["help"]
+    if setting.default is False:
+        kind = {"action": "store_true"}
+    else:
+        kind = {"default": setting.default, **meta["argument"]}
+        text += "" if setting.default is None else " (default: %(default)s)"
+    flag = "--" + setting.name.replace("_", "-")
+    group.add_argument(*meta["short"], flag, dest=setting.name, help=text, **kind)
+    return group
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:
+    """The command and the settings. Raises UserError for arguments that make no sense."""
+    command = argv[0] if argv and not argv[0].startswith("-") else "train"
+    if command not in COMMANDS:
+        raise UserError(f"unknown command {command!r} (choose from {', '.join(COMMANDS)})")
+    options = argv[1:] if argv and argv[0] == command else argv
+    settings = Settings(**vars(build_parser().parse_args(options)))
+    if settings.steps and settings.epochs:
+        raise UserError(f"--steps {settings.steps} and --epochs {settings.epochs}: give one")
+    return command, settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. Everything a user can cause ends in one line."""
+    for name, value in DROPPED_VARIABLES.items():
+        print(f"warning: {name}={value} is ignored: lanes place their threads", file=sys.stderr)
+    try:
+        command, settings = parse_arguments(sys.argv[1:] if argv is None else argv)
+        topology = read_topology()
+        COMMANDS[command][0](settings, topology, plan_cores(topology, settings))
+    except (UserError, RunError, Stopped) as error:
+        prefix = "" if isinstance(error, Stopped) else "error: "
+        print(f"{Path(__file__).name}: {prefix}{error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
