@@ -1,0 +1,207 @@
+"""The command line, inside this process and outside. Run: python -m pytest tests/test_cli.py"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, TWO_CPUS, needs_two_cpus
+
+import train_split_affinity as tsa
+
+SCRIPT = Path(tsa.__file__)
+
+
+def run_script(*arguments, **environment):
+    """The script as a user runs it, in the current directory."""
+    return subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
+def test_the_smallest_run(in_tmp):
+    done = run_script(*TINY, "--steps", "3", "--output-dir", "out", "--print-freq", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for text in (
+        "forward ",
+        "cpu ",
+        "step 3/3: loss ",
+        "finished after 3 of 3 steps",
+        "| backward",
+    ):
+        assert text in done.stdout
+    assert sorted(path.name for path in in_tmp.iterdir()) == ["logs.md", "out"]
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert [line["type"] for line in lines] == ["run", "step", "step", "step", "summary"]
+    assert lines[-1]["stray_s"] == 0
+
+
+def test_plan_prints_and_writes_nothing(in_tmp, capsys):
+    assert tsa.main(["plan", "--split", "even"]) == 0
+    printed = capsys.readouterr().out
+    assert "F forward, B backward" in printed
+    assert "loader    cores" in printed
+    assert not list(in_tmp.iterdir())
+
+
+BAD_INPUT = [
+    (["--forward-cores", ""], "--forward-cores: '' is not a core list"),
+    (["--forward-cores", "3-1"], "'3-1' runs backwards"),
+    (["--forward-cores", "0,0"], "names CPU 0 twice"),
+    (["--forward-cores", "x"], "'x' is not a core list"),
+    (["--forward-cores", "0", "--backward-cores", "0"], "overlap in 0"),
+    (["--forward-cores", "0", "--backward-cores", "9999"], "CPU 9999 is not in this machine"),
+    (["--forward-cores", "0"], "--forward-cores 0 needs --backward-cores"),
+    (["--loader-cores", "9999"], "CPU 9999 is not in this machine (allowed: "),
+    (["--split", "0:1"], "--split: '0:1' leaves a group without cores"),
+    (["--split", "2"], "'2' is not even, none, or forward:backward"),
+    (["--split", "a:b"], "'a:b' is not even, none, or forward:backward"),
+    (["--batch-size", "0"], "--batch-size: '0' is not a whole number from 1"),
+    (["-b", "x"], "-b/--batch-size: 'x' is not a whole number from 1"),
+    (["--steps", "-1"], "--steps: '-1' is not a whole number from 1"),
+    (["--forward-threads", "0"], "--forward-threads: '0' is not a whole number from 1"),
+    (["--image-size", "2.5"], "--image-size: '2.5' is not a whole number from 1"),
+    (["--lr", "nan"], "--lr: 'nan' is not a number of 0 or more"),
+    (["--steps", "3", "--epochs", "2"], "--steps 3 and --epochs 2: give one"),
+    (["--model", "resnet5"], "--model resnet5: unknown; did you mean resnet50"),
+    (["--data-path", "nowhere"], "--data-path nowhere does not exist"),
+    (["--data-path", str(SCRIPT)], "is a file, not a folder"),
+    (["--data-path", "."], "--data-path .: no images"),
+    (["--log-file", "nowhere/logs.md"], "--log-file nowhere/logs.md: cannot be written"),
+    (["--output-dir", f"{SCRIPT}/out"], "cannot be written"),
+    (["--schedule", "magic"], "invalid choice: 'magic'"),
+    (["trian"], "unknown command 'trian' (choose from train, plan)"),
+    (["--unknown"], "unrecognized arguments: --unknown"),
+    (["--batch", "4"], "unrecognized arguments: --batch 4"),
+    (
+        ["--model", "alexnet", "--image-size", "8", "-j", "0"],
+        "alexnet cannot train on such batches",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
+def test_bad_input_is_one_line(in_tmp, capsys, arguments, message):
+    assert tsa.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train_split_affinity.py: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(in_tmp.iterdir()), "nothing written"
+
+
+def test_bad_input_as_a_process(in_tmp):
+    done = run_script("--split", "0:1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert not list(in_tmp.iterdir())
+
+
+def test_without_thread_affinity_only_split_none_works(in_tmp, capsys, monkeypatch):
+    monkeypatch.delattr(os, "sched_setaffinity")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert tsa.main([*TINY, "--steps", "1"]) == 2
+    assert "--split even: Linux cannot keep threads on cores" in capsys.readouterr().err
+    assert tsa.main([*TINY, "--steps", "1", "--split", "none"]) == 0
+    assert "finished after 1 of 1 step" in capsys.readouterr().out
+
+
+def test_a_non_finite_loss_is_exit_code_1(in_tmp, capsys):
+    arguments = [*TINY, "--steps", "9", "--lr", "1e30", "--split", "none", "--momentum", "0"]
+    assert tsa.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("train_split_affinity.py: error: step ")
+    assert "the loss is" in captured.err
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_to_the_whole_process_group(in_tmp, photos, signum, code):
+    """As from a terminal or a batch system: the loader processes get the signal too."""
+    arguments = [*TINY, "-j", "1", "--data-path", str(photos), "--steps", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, *arguments, "--print-freq", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            break
+    os.killpg(process.pid, signum)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert error == f"train_split_affinity.py: stopped by {signum.name}\n"
+    assert f"stopped by {signum.name} after " in out
+    assert "| backward" in out
+    assert f"- outcome: stopped by {signum.name} after " in Path("logs.md").read_text()
+    time.sleep(0.1)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # no loader process is left
+
+
+@needs_two_cpus
+def test_openmp_binding_variables_are_dropped(in_tmp):
+    environment = {"OMP_PROC_BIND": "true", "GOMP_CPU_AFFINITY": "0"}
+    done = run_script(*TINY, "--steps", "2", "--output-dir", "out", **environment)
+    assert done.returncode == 0, done.stderr
+    for name, value in environment.items():
+        assert f"warning: {name}={value} is ignored" in done.stderr
+    run, *_, summary = map(json.loads, Path("out/metrics.jsonl").read_text().splitlines())
+    cpus = run["plan"]["forward"]["cpus"] + run["plan"]["backward"]["cpus"]
+    assert sorted(cpus) == sorted(tsa.ALLOWED_CPUS)
+    assert summary["stray_s"] == 0
+
+
+def test_torchrun_s_thread_count_is_overruled(in_tmp):
+    done = run_script(*TINY, "--steps", "1", "--split", "none", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    threads = len(tsa.usable_cores(tsa.read_topology()))
+    assert f"{threads} thread" in done.stdout
+    assert "warning" not in done.stderr
+
+
+@pytest.mark.skipif(not TWO_CPUS, reason="needs two logical CPUs to take one away")
+def test_one_allowed_cpu(in_tmp):
+    cpu = min(tsa.ALLOWED_CPUS)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *TINY, "--steps", "2"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "note: one core: both groups share it, nothing is separated" in done.stdout
+
+
+@pytest.mark.parametrize("package", ["torchvision", "torch"])
+def test_packages_that_do_not_fit_together(in_tmp, tmp_path, package):
+    fake = tmp_path / "fake" / package
+    fake.mkdir(parents=True)
+    fake.joinpath("__init__.py").write_text(
+        'raise RuntimeError("operator torchvision::nms does not exist")'
+    )
+    done = run_script("--steps", "1", PYTHONPATH=str(fake.parent))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "operator torchvision::nms does not exist" in done.stderr
+    assert "a torch release needs the torchvision made for it" in done.stderr
+    assert not list(in_tmp.iterdir())
+
+
+def test_readme_prints_the_commands_that_work():
+    readme = SCRIPT.with_name("README.md").read_text()
+    setup = "python3 -m venv .venv && .venv/bin/pip install -r"
+    script = ".venv/bin/python train_split_affinity.py --batch-size 32 --steps 50"
+    assert f"{setup} requirements.txt && {script}\n" in readme
+    assert f"{setup} tests/requirements.txt && .venv/bin/python -m pytest\n" in readme

@@ -1,0 +1,251 @@
+"""Lanes and the audit, read from /proc. Run: python -m pytest tests/test_lanes.py"""
+
+import os
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import needs_two_cpus
+
+import train_split_affinity as tsa
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
+    needs_two_cpus,
+]
+
+
+def make_conv():
+    """A convolution and its input, large enough for a team of two threads."""
+    return torch.nn.Conv2d(16, 32, 3), torch.randn(8, 16, 64, 64)
+
+
+def convolve(conv, images, times=10):
+    """Forward passes; the output of the last, with its graph."""
+    for _ in range(times):
+        output = conv(images)
+    return output
+
+
+def backpropagate(output, times=3):
+    for _ in range(times):
+        output.sum().backward(retain_graph=True)
+
+
+def masks():
+    return {tid: frozenset(os.sched_getaffinity(tid)) for tid in tsa.thread_ids()}
+
+
+@pytest.fixture
+def lanes(split_plan):
+    with tsa.Lanes(split_plan, tsa.read_topology().online) as lanes:
+        yield lanes
+
+
+def test_the_thread_clock_is_that_of_the_thread():
+    time.sleep(0.01)
+    before_ns = time.thread_time_ns()
+    clock_ns = tsa.thread_cpu_ns(threading.get_native_id())
+    assert before_ns <= clock_ns <= time.thread_time_ns()
+
+
+def test_a_team_is_born_inside_its_group(split_plan):
+    for group in split_plan.groups:
+        before = set(tsa.thread_ids())
+        lane = tsa.Lane(group, tsa.Audit(()))
+        born = set(tsa.thread_ids()) - before
+        assert len(born) == 2, "the lane's thread and one OpenMP worker"
+        assert {masks()[tid] for tid in born} == {frozenset(group.cpus)}
+        assert lane.notes == []
+        lane.close()
+
+
+def test_a_lane_s_thread_is_never_elsewhere(split_plan, monkeypatch):
+    first_masks = {}
+
+    def confine(cpus, confine=tsa.confine_thread):
+        first_masks.setdefault(threading.get_native_id(), tsa.process_cpus())
+        return confine(cpus)
+
+    monkeypatch.setattr(tsa, "confine_thread", confine)
+    with tsa.Lanes(split_plan, ()) as lanes:
+        for lane in (lanes.forward, lanes.backward):
+            born_on = first_masks[lane.call(threading.get_native_id)]
+            assert born_on == frozenset(lane.group.cpus)
+
+
+def test_work_stays_inside_the_groups(lanes, split_plan):
+    conv, images = make_conv()
+    output = lanes.forward.run("forward", convolve, conv, images)
+    lanes.backward.run("backward", backpropagate, output)
+    forward, backward = lanes.take_records()
+    for record, group in ((forward, split_plan.forward), (backward, split_plan.backward)):
+        assert record.lane == group.name
+        assert record.mask == record.seen_on == frozenset(group.cpus)
+        assert record.stray_s == 0
+        assert 0.3 * record.duration_s < record.cpu_s < 1.3 * record.duration_s
+        assert set(record.cpu_busy_s) == set(tsa.read_topology().online)
+    assert forward.end_s <= backward.start_s
+    assert not list(tsa.placement_warnings(forward, split_plan))
+    assert not list(tsa.placement_warnings(backward, split_plan))
+
+
+def test_both_threads_of_a_team_work(lanes, split_plan):
+    used = {}
+
+    def watched(conv, images):
+        before = tsa.thread_clocks_ns()
+        convolve(conv, images)
+        after = tsa.thread_clocks_ns()
+        used.update({tid: after[tid] - before.get(tid, 0) for tid in after})
+
+    lanes.forward.run("forward", watched, *make_conv())
+    here = {tid for tid, mask in masks().items() if mask == frozenset(split_plan.forward.cpus)}
+    assert sum(used[tid] > 1e6 for tid in here) == 2
+
+
+def naive(group_a, group_b, audit):
+    """What does not work: one thread that moves itself, its OpenMP worker staying behind."""
+    conv, images = make_conv()
+    os.sched_setaffinity(0, group_a.cpus)
+    torch.set_num_threads(2)
+    output = convolve(conv, images)
+    os.sched_setaffinity(0, group_b.cpus)
+    before = tsa.thread_clocks_ns()
+    backpropagate(output)
+    return audit.attribute(group_b, before, tsa.thread_clocks_ns())
+
+
+def test_the_audit_sees_the_naive_way_leak(two_groups):
+    with ThreadPoolExecutor(1) as executor:
+        used = executor.submit(naive, *two_groups, tsa.Audit(())).result()
+    total_s = used["cpu_s"] + used["stray_s"] + used["python_s"]
+    assert used["stray_s"] > 0.2 * total_s, "about half of the time is the worker's"
+
+
+def test_the_audit_sees_a_worker_that_was_moved_away(lanes, split_plan):
+    conv, images = make_conv()
+    moved = set(split_plan.backward.cpus)
+    for tid, mask in masks().items():
+        is_worker = tid not in {thread.native_id for thread in threading.enumerate()}
+        if is_worker and mask == frozenset(split_plan.forward.cpus):
+            os.sched_setaffinity(tid, moved)
+    lanes.forward.run("forward", convolve, conv, images)
+    (record,) = lanes.take_records()
+    assert record.stray_s > 0.2 * record.cpu_s
+    (warning,) = tsa.placement_warnings(record, split_plan)
+    assert "ms of CPU time strayed" in warning
+
+
+def test_a_lane_returns_to_its_group(lanes, split_plan):
+    lanes.forward.call(lambda: None)
+    lane_thread = lanes.forward.call(threading.get_native_id)
+    os.sched_setaffinity(lane_thread, tsa.ALLOWED_CPUS)
+    lanes.forward.run("forward", lambda: None)
+    (record,) = lanes.take_records()
+    assert record.mask == frozenset(split_plan.forward.cpus) == masks()[lane_thread]
+
+
+def test_a_mask_that_the_system_cut_is_reported(split_plan):
+    both = tuple(sorted(tsa.ALLOWED_CPUS))
+    plan = tsa.CorePlan("none", *[tsa.Group("all", both, 2)] * 2, both)
+    record = tsa.PhaseRecord(
+        "forward", "all", 0.0, 1.0, frozenset(both[:1]), {}, 1.0, 0.0, 0.0, 0.0, frozenset()
+    )
+    (warning,) = tsa.placement_warnings(record, plan)
+    assert "allows only cores" in warning
+
+
+def test_a_group_without_any_allowed_cpu_is_an_error():
+    with pytest.raises(tsa.RunError, match="cores 4000: Invalid argument"):
+        tsa.Lane(tsa.Group("forward", (4000,), 1), tsa.Audit(()))
+    assert not [thread for thread in threading.enumerate() if "lane" in thread.name]
+
+
+@pytest.mark.parametrize(
+    ("mask", "team", "is_python", "role"),
+    [
+        ({2}, None, False, "cpu_s"),
+        ({2, 3}, None, False, "cpu_s"),
+        ({1}, None, False, "stray_s"),
+        ({1, 2}, None, False, "stray_s"),
+        ({2}, "backward", False, "cpu_s"),
+        ({1}, "backward", False, "stray_s"),
+        ({0}, "forward", False, "other_lane_s"),
+        ({0, 1}, "forward", False, "other_lane_s"),
+        ({0, 2}, "forward", False, "stray_s"),
+        ({2}, "forward", False, "stray_s"),
+        ({0}, None, True, "python_s"),
+        ({2}, None, True, "python_s"),
+    ],
+)
+def test_whose_time_it_is(mask, team, is_python, role):
+    groups = {
+        "forward": tsa.Group("forward", (0, 1), 2),
+        "backward": tsa.Group("backward", (2, 3), 2),
+        None: None,
+    }
+    found = tsa.thread_role(frozenset(mask), groups["backward"], groups[team], is_python)
+    assert found == role
+
+
+def test_one_lane_serves_both_names(one_lane_plan):
+    with tsa.Lanes(one_lane_plan, ()) as lanes:
+        assert lanes.forward is lanes.backward
+        lanes.forward.run("forward", convolve, *make_conv())
+        (record,) = lanes.take_records()
+        assert (record.stray_s, record.other_lane_s) == (0, 0)
+        assert lanes.take_records() == ()
+
+
+def test_an_exception_keeps_its_traceback_and_ends_both_lanes(split_plan):
+    def fail():
+        raise ValueError("from inside the phase")
+
+    before = set(tsa.thread_ids())
+    with pytest.raises(ValueError, match="inside") as caught, tsa.Lanes(split_plan, ()) as lanes:
+        assert len(set(tsa.thread_ids()) - before) == 4
+        lanes.backward.run("backward", fail)
+    assert caught.traceback[-1].name == "fail"
+    deadline_s = time.monotonic() + 5
+    while set(tsa.thread_ids()) - before and time.monotonic() < deadline_s:
+        time.sleep(0.01)  # OpenMP ends a team's workers after its master
+    assert not set(tsa.thread_ids()) - before
+
+
+def test_leaving_waits_for_the_running_phase_and_drops_the_queue(split_plan):
+    done = []
+    with tsa.Lanes(split_plan, ()) as lanes:
+        started = threading.Event()
+
+        def slow():
+            started.set()
+            time.sleep(0.1)
+            done.append("first")
+
+        lanes.forward.submit("forward", slow)
+        queued = lanes.forward.submit("forward", done.append, "second")
+        started.wait()
+    assert done == ["first"]
+    assert queued.cancelled()
+
+
+def test_a_stop_keeps_the_next_phase_from_starting(split_plan):
+    def check_stop():
+        raise tsa.Stopped(15)
+
+    with tsa.Lanes(split_plan, (), check_stop) as lanes:
+        with pytest.raises(tsa.Stopped, match="stopped by SIGTERM") as caught:
+            lanes.forward.submit("forward", lambda: None)
+        assert lanes.take_records() == ()
+    assert caught.value.exit_code == 143
+
+
+def test_a_team_that_is_too_small_is_noted(monkeypatch, two_groups):
+    monkeypatch.setattr(torch, "zeros", lambda *size: torch.ones(1))  # no parallel operation
+    lane = tsa.Lane(two_groups[0], tsa.Audit(()))
+    lane.close()
+    assert lane.notes == ["forward lane: OpenMP started 1 thread, not 2 (is OMP_THREAD_LIMIT set?)"]

@@ -1,0 +1,378 @@
+"""Topology and core plan, on stored machines. Run: python -m pytest tests/test_topology.py"""
+
+import itertools
+from pathlib import Path
+
+import machines
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_split_affinity as tsa
+from train_split_affinity import Core, Settings, Topology
+
+
+def read(root, rows, allowed=None, files=None, offline=""):
+    """The topology of a stored machine."""
+    machines.write_machine(root, rows, files, offline)
+    cpus = allowed if allowed is not None else [row[0] for row in rows]
+    return tsa.read_topology(root, frozenset(cpus))
+
+
+def plan(topology, **settings):
+    return tsa.plan_cores(topology, Settings(**settings))
+
+
+def groups(topology, **settings):
+    """(forward CPUs, backward CPUs) of a plan."""
+    made = plan(topology, **settings)
+    return made.forward.cpus, made.backward.cpus
+
+
+# Reading
+
+
+def test_reads_a_machine(tmp_path):
+    topology = read(tmp_path, machines.TWO_SOCKETS, offline="8-9")
+    assert topology.cpu_model == "Example CPU @ 3.0GHz"
+    assert topology.online == tuple(range(8))
+    assert topology.offline == {8, 9}
+    assert topology.cores[0] == Core(package=0, node=0, l3=0, core_id=0, cpus=(0,))
+    assert topology.cores[-1] == Core(package=1, node=1, l3=5, core_id=3, cpus=(7,))
+    assert topology.quota_cpus is None
+
+
+def test_siblings_become_one_core(tmp_path):
+    topology = read(tmp_path, machines.SMT_FAR)
+    assert [core.cpus for core in topology.cores] == [(0, 4), (1, 5), (2, 6), (3, 7)]
+
+
+def test_an_offline_sibling_is_no_part_of_its_core(tmp_path):
+    rows = [row for row in machines.SMT_FAR if row[0] != 5]
+    topology = read(
+        tmp_path,
+        rows,
+        files={"sys/devices/system/cpu/cpu1/topology/thread_siblings_list": "1,5\n"},
+        offline="5",
+    )
+    assert [core.cpus for core in topology.cores] == [(0, 4), (1,), (2, 6), (3, 7)]
+
+
+def test_without_sysfs_every_allowed_cpu_is_a_core(tmp_path):
+    topology = tsa.read_topology(tmp_path, frozenset({0, 1, 2}))
+    assert [core.cpus for core in topology.cores] == [(0,), (1,), (2,)]
+
+
+def test_this_machine_can_be_read():
+    topology = tsa.read_topology()
+    assert topology.allowed == tsa.ALLOWED_CPUS
+    assert topology.allowed <= set(topology.online)
+
+
+QUOTA_V2 = {"sys/fs/cgroup/batch/job7/cpu.max": "250000 100000\n"}
+QUOTA_V1 = {
+    "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "150000\n",
+    "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        (machines.CGROUP_V2 | QUOTA_V2, 2.5),
+        (machines.CGROUP_V2 | {"sys/fs/cgroup/batch/job7/cpu.max": "max 100000\n"}, None),
+        (machines.CGROUP_V2 | QUOTA_V2 | {"sys/fs/cgroup/batch/cpu.max": "50000 100000\n"}, 0.5),
+        (machines.CGROUP_V2 | {"sys/fs/cgroup/cpu.max": "300000 100000\n"}, 3.0),
+        (machines.CGROUP_V1 | QUOTA_V1, 1.5),
+        (
+            machines.CGROUP_V1 | QUOTA_V1 | {"sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n"},
+            None,
+        ),
+        ({"proc/self/cgroup": "0::/../outside\n"} | QUOTA_V2, None),
+        ({}, None),
+    ],
+)
+def test_reads_cpu_quotas(tmp_path, files, quota):
+    assert read(tmp_path, machines.SEVEN, files=files).quota_cpus == quota
+
+
+# Even split
+
+
+@pytest.mark.parametrize(
+    ("rows", "forward", "backward"),
+    [
+        (machines.TWO, (0,), (1,)),
+        (machines.THREE, (0,), (1, 2)),
+        (machines.SEVEN, (0, 1, 2), (3, 4, 5, 6)),
+        (machines.SMT_FAR, (0, 1, 4, 5), (2, 3, 6, 7)),
+        (machines.TWO_SOCKETS, (0, 2, 4, 6), (1, 3, 5, 7)),
+    ],
+)
+def test_even_split(tmp_path, rows, forward, backward):
+    assert groups(read(tmp_path, rows)) == (forward, backward)
+
+
+def test_one_core_is_shared_and_said_so(tmp_path):
+    made = plan(read(tmp_path, machines.ONE))
+    assert made.forward.cpus == made.backward.cpus == (0,)
+    assert made.forward is not made.backward
+    assert made.notes == ("one core: both groups share it, nothing is separated",)
+
+
+def test_one_core_with_two_threads_is_divided_into_them(tmp_path):
+    made = plan(read(tmp_path, machines.ONE_CORE_TWO_THREADS))
+    assert (made.forward.cpus, made.backward.cpus) == ((0,), (1,))
+    assert (made.forward.threads, made.backward.threads) == (1, 1)
+    assert "is in both groups" in made.notes[0]
+
+
+def test_threads_count_cores_not_hardware_threads(tmp_path):
+    made = plan(read(tmp_path, machines.SMT_FAR), split="1:3")
+    assert (made.forward.threads, made.backward.threads) == (1, 3)
+    assert made.forward.cpus == (0, 4)
+
+
+def test_fast_and_slow_cores_are_shared_out(tmp_path):
+    topology = read(tmp_path, machines.HYBRID, files=machines.HYBRID_FILES)
+    assert groups(topology) == ((0, 1, 2, 3, 8, 9), (4, 5, 6, 7, 10, 11))
+
+
+def test_the_backward_group_gets_the_odd_fast_core(tmp_path):
+    rows = machines.HYBRID[:6] + machines.HYBRID[8:11]  # three fast cores, three slow ones
+    topology = read(tmp_path, rows, files=machines.HYBRID_FILES)
+    assert groups(topology) == ((0, 1, 8, 9), (2, 3, 4, 5, 10))
+
+
+def test_arm_capacities_tell_kinds_apart(tmp_path):
+    topology = read(tmp_path, machines.BIG_LITTLE, files=machines.BIG_LITTLE_FILES)
+    assert groups(topology) == ((0, 2), (1, 3))
+
+
+# Restrictions
+
+
+def test_only_allowed_cpus_are_used(tmp_path):
+    topology = read(tmp_path, machines.SMT_FAR, allowed=[1, 2, 5, 7])
+    made = plan(topology)
+    assert (made.forward.cpus, made.backward.cpus) == ((1, 5), (2, 7))
+    assert (made.forward.threads, made.backward.threads) == (1, 2)
+
+
+def test_a_restricted_set_keeps_sockets_whole(tmp_path):
+    topology = read(tmp_path, machines.TWO_SOCKETS, allowed=[0, 2, 1, 3, 5, 7])
+    assert groups(topology, split="2:1") == ((1, 3, 5, 7), (0, 2))
+
+
+@pytest.mark.parametrize(
+    ("quota", "forward", "backward"),
+    [
+        ("250000", (0,), (1,)),
+        ("100000", (0,), (0,)),
+        ("20000", (0,), (0,)),
+        ("700000", (0, 1, 2), (3, 4, 5, 6)),
+    ],
+)
+def test_a_quota_limits_the_cores(tmp_path, quota, forward, backward):
+    files = machines.CGROUP_V2 | {"sys/fs/cgroup/cpu.max": f"{quota} 100000\n"}
+    assert groups(read(tmp_path, machines.SEVEN, files=files)) == (forward, backward)
+
+
+def test_a_quota_is_said(tmp_path):
+    topology = read(tmp_path, machines.SEVEN, files=machines.CGROUP_V2 | QUOTA_V2)
+    assert plan(topology).notes == ("CPU quota of 2.5 CPUs: 2 of 7 allowed cores used",)
+
+
+def test_a_quota_leaves_the_fast_cores(tmp_path):
+    files = machines.HYBRID_FILES | machines.CGROUP_V2 | QUOTA_V2
+    topology = read(tmp_path, machines.HYBRID, files=files)
+    assert groups(topology) == ((0, 1), (2, 3))
+
+
+# Ratios, lists, one lane
+
+
+@pytest.mark.parametrize(
+    ("count", "ratio", "forward"),
+    [
+        (2, (1, 1), 1),
+        (3, (1, 1), 1),
+        (7, (1, 1), 3),
+        (8, (1, 1), 4),
+        (2, (1, 2), 1),
+        (3, (1, 2), 1),
+        (6, (1, 2), 2),
+        (8, (1, 2), 3),
+        (16, (1, 2), 5),
+        (16, (1, 3), 4),
+        (2, (1, 99), 1),
+        (2, (99, 1), 1),
+        (8, (99, 1), 7),
+    ],
+)
+def test_ratios_are_rounded_to_cores(count, ratio, forward):
+    assert tsa.forward_count(count, *ratio) == forward
+
+
+def test_split_none_is_one_lane_over_all_cores(tmp_path):
+    made = plan(read(tmp_path, machines.SMT_FAR), split="none")
+    assert made.forward is made.backward
+    assert made.forward.cpus == tuple(range(8))
+    assert made.forward.threads == 4
+    assert len(made.groups) == 1
+
+
+def test_lists_are_taken_as_given(tmp_path):
+    made = plan(
+        read(tmp_path, machines.SEVEN),
+        forward_cores=(1, 3),
+        backward_cores=(0, 2, 5),
+        loader_cores=(6,),
+        forward_threads=5,
+    )
+    assert made.split == "lists"
+    assert (made.forward.cpus, made.backward.cpus) == ((1, 3), (0, 2, 5))
+    assert made.loader_cpus == (6,)
+    assert (made.forward.threads, made.backward.threads) == (5, 3)
+    assert made.notes == ("forward: 5 threads on 2 CPUs",)
+
+
+def test_lists_that_share_a_core_are_noted(tmp_path):
+    made = plan(read(tmp_path, machines.SMT_FAR), forward_cores=(0, 1), backward_cores=(4, 2))
+    assert made.notes == (
+        "core 0 of socket 0 (CPUs 0,4) is in both groups, by different hardware threads",
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"forward_cores": (0,)}, "--forward-cores 0 needs --backward-cores"),
+        ({"backward_cores": (0, 1)}, "--backward-cores 0-1 needs --forward-cores"),
+        ({"forward_cores": (0, 1), "backward_cores": (1, 2)}, "overlap in 1"),
+        ({"forward_cores": (0,), "backward_cores": (3,)}, "CPU 3 is not allowed.*allowed: 0-2"),
+        ({"forward_cores": (0,), "backward_cores": (7,)}, "CPU 7 is offline.*allowed: 0-2"),
+        ({"forward_cores": (0,), "backward_cores": (50,)}, "CPU 50 is not in this machine"),
+        ({"loader_cores": (3,)}, "--loader-cores 3: CPU 3 is not allowed"),
+        (
+            {"forward_cores": (0,), "backward_cores": (1,), "split": "1:2"},
+            "--split 1:2 contradicts",
+        ),
+        ({"forward_cores": (0,), "backward_cores": (1,), "split": "none"}, "contradicts"),
+        ({"split": "none", "forward_threads": 1, "backward_threads": 2}, "has one lane"),
+    ],
+)
+def test_impossible_requests(tmp_path, settings, message):
+    topology = read(tmp_path, machines.SEVEN, allowed=[0, 1, 2], offline="7")
+    with pytest.raises(tsa.UserError, match=message):
+        plan(topology, **settings)
+
+
+def test_without_thread_affinity_only_one_lane_works():
+    cores = tuple(Core(0, 0, -1, cpu, (cpu,)) for cpu in range(4))
+    topology = Topology("Apple", cores, frozenset(), frozenset(range(4)), None, has_affinity=False)
+    assert plan(topology, split="none").forward.cpus == (0, 1, 2, 3)
+    for settings in ({}, {"split": "1:2"}, {"split": "none", "loader_cores": (0,)}):
+        with pytest.raises(tsa.UserError, match="only --split none works"):
+            plan(topology, **settings)
+
+
+# Properties
+
+
+@st.composite
+def topologies(draw):
+    """Machines of up to 2 sockets x 3 L3 domains x 4 cores x 2 threads, partly allowed."""
+    sockets, domains = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    threads = draw(st.integers(1, 2))
+    places = [
+        (socket, domain, core)
+        for socket, domain in itertools.product(range(sockets), range(domains))
+        for core in range(draw(st.integers(1, 4)))
+    ]
+    kinds = draw(st.sampled_from([(1024,), (1024, 512)]))
+    cores = tuple(
+        Core(
+            package=socket,
+            node=socket,
+            l3=100 * socket + domain,
+            core_id=number,
+            cpus=tuple(number + len(places) * thread for thread in range(threads)),
+            capacity=draw(st.sampled_from(kinds)),
+        )
+        for number, (socket, domain, _) in enumerate(places)
+    )
+    every = [cpu for core in cores for cpu in core.cpus]
+    allowed = draw(st.sets(st.sampled_from(every), min_size=1))
+    quota = draw(st.none() | st.floats(0.1, 30))
+    return Topology("any", tuple(sorted(cores)), frozenset(), frozenset(allowed), quota, True)
+
+
+ratios = st.tuples(st.integers(1, 5), st.integers(1, 5))
+
+
+@given(topologies(), ratios)
+def test_properties_of_a_split(topology, ratio):
+    made = plan(topology, split=f"{ratio[0]}:{ratio[1]}")
+    forward, backward = set(made.forward.cpus), set(made.backward.cpus)
+    usable = tsa.usable_cores(topology)
+    assert forward and backward
+    assert forward | backward == set(tsa.cpus_of(usable)) <= topology.allowed
+    assert made.forward.threads <= len(forward) and made.backward.threads <= len(backward)
+    if len(usable) > 1:
+        assert not forward & backward
+        for core in topology.cores:
+            assert not (forward & set(core.cpus) and backward & set(core.cpus))
+        assert made.forward.threads == tsa.forward_count(len(usable), *ratio)
+        assert made.forward.threads + made.backward.threads == len(usable)
+    elif len(forward | backward) > 1:
+        assert not forward & backward
+    else:
+        assert forward == backward
+
+
+@given(topologies(), ratios)
+def test_both_groups_have_the_same_mix(topology, ratio):
+    usable = tsa.usable_cores(topology)
+    if len(usable) < 2:
+        return
+    count = tsa.forward_count(len(usable), *ratio)
+    for kind, share in tsa.share_by_kind(usable, count):
+        assert abs(share - len(kind) * count / len(usable)) < 1
+
+
+@given(topologies(), st.data())
+def test_no_more_domains_are_split_than_one_at_each_level(topology, data):
+    cores = topology.cores
+    count = data.draw(st.integers(0, len(cores)))
+    chosen = tsa.take(cores, count)
+    assert len(set(chosen)) == count
+    for level in ("package", "l3"):
+        whole_or_none = 0
+        places = {getattr(core, level) for core in cores}
+        for place in places:
+            inside = [core for core in cores if getattr(core, level) == place]
+            whole_or_none += sum(core in chosen for core in inside) in (0, len(inside))
+        assert whole_or_none >= len(places) - 1
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 40))
+def test_the_fullest_subset_is_the_fullest(sizes, limit):
+    subset = tsa.fullest_subset(sizes, limit)
+    best = max(
+        total
+        for length in range(len(sizes) + 1)
+        for chosen in itertools.combinations(sizes, length)
+        if (total := sum(chosen)) <= limit
+    )
+    assert sum(sizes[index] for index in subset) == best
+    assert len(set(subset)) == len(subset)
+
+
+def test_a_broken_sysfs_is_no_reason_to_fail(tmp_path):
+    root = machines.write_machine(tmp_path, machines.TWO)
+    for name in ("physical_package_id", "core_id"):
+        Path(root / f"sys/devices/system/cpu/cpu1/topology/{name}").write_text("-1\n")
+    topology = tsa.read_topology(root, frozenset({0, 1}))
+    assert [core.package for core in topology.cores] == [0, 0]
+    assert groups(topology) == ((0,), (1,))
