@@ -152,8 +152,10 @@ def test_signals_to_the_whole_process_group(in_tmp, photos, signum, code):
 @needs_two_cpus
 def test_openmp_binding_variables_are_dropped(in_tmp):
     environment = {"OMP_PROC_BIND": "true", "GOMP_CPU_AFFINITY": "0"}
-    done = run_script(*TINY, "--steps", "2", "--output-dir", "out", **environment)
+    threads = ["--forward-threads", "2", "--backward-threads", "2"]  # so that there are teams
+    done = run_script(*TINY, *threads, "--steps", "2", "--output-dir", "out", **environment)
     assert done.returncode == 0, done.stderr
+    assert "strayed" not in done.stderr
     for name, value in environment.items():
         assert f"warning: {name}={value} is ignored" in done.stderr
     run, *_, summary = map(json.loads, Path("out/metrics.jsonl").read_text().splitlines())

@@ -86,7 +86,7 @@ def test_work_stays_inside_the_groups(lanes, split_plan):
         assert record.lane == group.name
         assert record.mask == record.seen_on == frozenset(group.cpus)
         assert record.stray_s == 0
-        assert 0.3 * record.duration_s < record.cpu_s < 1.3 * record.duration_s
+        assert 0 < record.cpu_s < record.duration_s + 0.01, "one CPU has no more to give"
         assert set(record.cpu_busy_s) == set(tsa.read_topology().online)
     assert forward.end_s <= backward.start_s
     assert not list(tsa.placement_warnings(forward, split_plan))

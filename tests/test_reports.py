@@ -1,8 +1,10 @@
 """Reports. Run: python -m pytest tests/test_reports.py"""
 
+import fcntl
 import json
 import multiprocessing
 import re
+import threading
 
 import machines
 import pytest
@@ -232,22 +234,40 @@ def test_the_log_section_of_a_run_without_a_step():
     assert "| phase" not in text
 
 
-def append_many(path, mark):
-    for _ in range(50):
+def append_to_all(paths, mark, barrier):
+    for path in paths:
+        barrier.wait()
         tsa.append_text(path, f"<{mark * 20_000}>\n", "header\n")
 
 
-def test_appending_keeps_sections_whole(tmp_path):
-    path = tmp_path / "logs.md"
+def test_two_runs_at_once_leave_one_header_and_two_whole_sections(tmp_path):
+    paths = [tmp_path / f"{number}.md" for number in range(300)]
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=append_many, args=(path, mark)) for mark in "ab"]
+    barrier = context.Barrier(2)
+    processes = [
+        context.Process(target=append_to_all, args=(paths, mark, barrier)) for mark in "ab"
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    header, *sections = path.read_text().splitlines()
-    assert header == "header"
-    assert sorted(sections) == ["<" + "a" * 20_000 + ">"] * 50 + ["<" + "b" * 20_000 + ">"] * 50
+    for path in paths:
+        header, *sections = path.read_text().splitlines()
+        assert header == "header"
+        assert sorted(sections) == ["<" + "a" * 20_000 + ">", "<" + "b" * 20_000 + ">"]
+
+
+def test_appending_waits_for_the_lock(tmp_path):
+    path = tmp_path / "logs.md"
+    writer = threading.Thread(target=tsa.append_text, args=(path, "section\n", "header\n"))
+    with path.open("a") as other_run:
+        fcntl.flock(other_run, fcntl.LOCK_EX)
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive()
+        other_run.write("header\nother section\n")
+    writer.join(10)
+    assert path.read_text() == "header\nother section\nsection\n"
 
 
 def test_a_log_that_cannot_be_appended_to(tmp_path):

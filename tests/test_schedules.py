@@ -98,20 +98,47 @@ def test_the_order_of_phases(split_plan):
     assert all(parameter.grad is None for parameter in work.model.parameters())
 
 
-def test_the_next_batch_is_fetched_during_backward(split_plan):
-    fetched_at_s = []
+class Script:
+    """Stands for lanes, work and batches, and writes down what a schedule asks of them."""
 
-    class Stream(tsa.Batches):
-        def prefetch(self):
-            if not self._ahead:
-                fetched_at_s.append(tsa.time.perf_counter())
-            super().prefetch()
+    def __init__(self, accumulate):
+        self.accumulate = accumulate
+        self.lines = []
+        self.forward = self.backward = self.update = self
 
-    stream = Stream(make_batches(2), 2)
-    with tsa.Lanes(split_plan, ()) as lanes:
-        tsa.sequential(lanes, make_work(make_model(), 1), stream)
-        forward, _, _ = lanes.take_records()
-    assert fetched_at_s[1] >= forward.end_s
+    def run(self, phase, function, *args):
+        self.lines.append(f"run {phase} {args}")
+        return f"output {len(self.lines)}"
+
+    def submit(self, phase, function, *args):
+        self.lines.append(f"submit {phase} {args}")
+        return self
+
+    def result(self):
+        self.lines.append("wait")
+        return 0.5
+
+    def prefetch(self):
+        self.lines.append("prefetch")
+
+    def __next__(self):
+        return "batch"
+
+
+def test_the_next_batch_is_fetched_while_backward_runs():
+    script = Script(accumulate=2)
+    assert tsa.sequential(script, script, script) == [0.5, 0.5]
+    assert script.lines == [
+        "run forward ('batch',)",
+        "submit backward ('output 1',)",
+        "prefetch",
+        "wait",
+        "run forward ('batch',)",
+        "submit backward ('output 5',)",
+        "prefetch",
+        "wait",
+        "run update ()",
+    ]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
