@@ -348,7 +348,7 @@ def read_topology(root: Path = Path("/"), allowed: frozenset[int] = ALLOWED_CPUS
     every allowed CPU counts as a core.
     """
     system = root / "sys/devices/system/cpu"
-    online = read_cpus(system / "online") or tuple(sorted(allowed))
+    online = tuple(sorted(allowed.union(read_cpus(system / "online"))))
     node_of = {
         cpu: int(directory.name.removeprefix("node"))
         for directory in (root / "sys/devices/system/node").glob("node[0-9]*")
@@ -363,7 +363,7 @@ def read_topology(root: Path = Path("/"), allowed: frozenset[int] = ALLOWED_CPUS
         cpu_model=read_cpu_model(root),
         cores=tuple(sorted(cores)),
         offline=frozenset(read_cpus(system / "offline")),
-        allowed=allowed & frozenset(online),
+        allowed=allowed,
         quota_cpus=read_quota(root),
         has_affinity=hasattr(os, "sched_setaffinity"),
     )
@@ -1462,7 +1462,7 @@ def summary_lines(summary: Summary) -> list[str]:
         f"peak memory {summary.peak_memory_bytes / 2**30:.2f} GiB, loader processes not counted; "
         f"stray time {1e3 * summary.stray_s:.1f} ms: {strayed}",
         f"CPU time during phases beside their own: main thread {summary.python_s:.2f} s"
-        + (f", waiting threads of the other lane {waiting_s:.2f} s" if waiting_s else ""),
+        + (f", waiting threads of the other lane {waiting_s:.2f} s" if waiting_s >= 0.005 else ""),
     ]
 
 
@@ -1881,7 +1881,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, settings = parse_arguments(sys.argv[1:] if argv is None else argv)
         topology = read_topology()
         COMMANDS[command][0](settings, topology, plan_cores(topology, settings))
-    except (UserError, RunError, Stopped) as error:
+    except (UserError, RunError, Stopped, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt):  # before the run looked after signals itself
+            error = Stopped(signal.SIGINT)
         prefix = "" if isinstance(error, Stopped) else "error: "
         print(f"{Path(__file__).name}: {prefix}{error}", file=sys.stderr)
         return error.exit_code

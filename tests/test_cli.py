@@ -149,6 +149,15 @@ def test_signals_to_the_whole_process_group(in_tmp, photos, signum, code):
         os.killpg(process.pid, 0)  # no loader process is left
 
 
+def test_an_interrupt_before_the_run_has_begun(in_tmp, capsys, monkeypatch):
+    def interrupted(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tsa, "open_dataset", interrupted)
+    assert tsa.main(TINY) == 130
+    assert capsys.readouterr().err == "train_split_affinity.py: stopped by SIGINT\n"
+
+
 @needs_two_cpus
 def test_openmp_binding_variables_are_dropped(in_tmp):
     environment = {"OMP_PROC_BIND": "true", "GOMP_CPU_AFFINITY": "0"}
