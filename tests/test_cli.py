@@ -14,6 +14,7 @@ from conftest import TINY, TWO_CPUS, needs_two_cpus
 import train_split_affinity as tsa
 
 SCRIPT = Path(tsa.__file__)
+ANY = str(min(tsa.ALLOWED_CPUS))
 
 
 def run_script(*arguments, **environment):
@@ -58,9 +59,9 @@ BAD_INPUT = [
     (["--forward-cores", "3-1"], "'3-1' runs backwards"),
     (["--forward-cores", "0,0"], "names CPU 0 twice"),
     (["--forward-cores", "x"], "'x' is not a core list"),
-    (["--forward-cores", "0", "--backward-cores", "0"], "overlap in 0"),
-    (["--forward-cores", "0", "--backward-cores", "9999"], "CPU 9999 is not in this machine"),
-    (["--forward-cores", "0"], "--forward-cores 0 needs --backward-cores"),
+    (["--forward-cores", ANY, "--backward-cores", ANY], f"overlap in {ANY}"),
+    (["--forward-cores", ANY, "--backward-cores", "9999"], "CPU 9999 is not in this machine"),
+    (["--forward-cores", ANY], f"--forward-cores {ANY} needs --backward-cores"),
     (["--loader-cores", "9999"], "CPU 9999 is not in this machine (allowed: "),
     (["--split", "0:1"], "--split: '0:1' leaves a group without cores"),
     (["--split", "2"], "'2' is not even, none, or forward:backward"),
