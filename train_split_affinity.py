@@ -703,7 +703,8 @@ def confine_thread(cpus: Iterable[int]) -> frozenset[int]:
     try:
         os.sched_setaffinity(0, cpus)
     except OSError as error:
-        raise RunError(f"cores {format_cpu_list(cpus)}: {error.strerror}") from error
+        asked, allowed = format_cpu_list(cpus), format_cpu_list(process_cpus())
+        raise RunError(f"the system allows none of the cores {asked}, only {allowed}") from error
     return process_cpus()
 
 
