@@ -14,7 +14,7 @@ cores, and how much of that time strayed outside its group. Strict alternation c
 Vocabulary. A *lane* is one long-lived thread that owns one core group, used like a device queue. A
 *phase* is one piece of work on a lane: forward; backward (loss and backpropagation); update. A
 *schedule* lays the phases of one optimizer step over the two lanes. *Stray time* is CPU time used
-during a phase by threads that may run outside the phase's group.
+during a phase by compute threads that may run outside the phase's group.
 
 Sections, each using only those above it:
 
@@ -1253,13 +1253,15 @@ SCHEDULES = {"sequential": sequential}
 PHASES = ("forward", "backward", "update")
 STRAY_WARNING_SHARE = 0.01
 LATEST_STEPS = 2000
+METRICS = "metrics.jsonl"
 LOG_HEADER = """\
 # Training log
 
 `train_split_affinity.py` appends a section for each run: settings in force, core allocation, and
 what every phase took. Times are wall-clock, in milliseconds per optimizer step; *busy* is the CPU
 time of a phase's threads as a share of its cores' time; *stray* is CPU time, in total, of compute
-threads that may run outside the phase's cores.
+threads that may run outside the phase's cores. Speeds and shares of a long run are those of its
+latest 2,000 steps.
 """
 
 
@@ -1593,16 +1595,21 @@ def check_writable(settings: Settings) -> None:
     log, output = settings.log_file, settings.output_dir
     flag = f"--log-file {log}"
     try:
-        if log.exists():
-            log.open("a").close()
-        else:
-            tempfile.TemporaryFile(dir=log.parent).close()
+        check_appendable(log, log.parent)
         if output:
             flag = f"--output-dir {output}"
             existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-            tempfile.TemporaryFile(dir=existing).close()
+            check_appendable(output / METRICS, existing)
     except OSError as error:
         raise UserError(f"{flag}: cannot be written: {error.strerror}") from None
+
+
+def check_appendable(path: Path, folder: Path) -> None:
+    """Raise OSError if a file, or a folder in which it is to be made, cannot be written."""
+    if path.exists():
+        path.open("a").close()
+    else:
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def say(text: str, file: Any = None) -> None:
@@ -1670,7 +1677,7 @@ class RunReport:
     def _write_metrics(self, line: dict[str, Any]) -> None:
         if self._settings.output_dir:
             text = json.dumps(line, allow_nan=False) + "\n"
-            append_text(self._settings.output_dir / "metrics.jsonl", text)
+            append_text(self._settings.output_dir / METRICS, text)
 
 
 # ==================================================================================================

@@ -283,12 +283,14 @@ def test_a_log_that_cannot_be_appended_to(tmp_path):
         {"log_file": "{}/file/logs.md"},
         {"output_dir": "{}/file"},
         {"output_dir": "{}/file/below"},
+        {"output_dir": "{}/taken"},
         {"log_file": "/proc/logs.md"},
         {"output_dir": "/proc/out"},
     ],
 )
 def test_places_that_cannot_be_written(tmp_path, settings):
     (tmp_path / "file").write_text("")
+    (tmp_path / "taken/metrics.jsonl").mkdir(parents=True)
     ((name, template),) = settings.items()
     path = tmp_path.parent / template.format(tmp_path)
     paths = {"log_file": tmp_path / "logs.md", name: path}
@@ -296,7 +298,7 @@ def test_places_that_cannot_be_written(tmp_path, settings):
         tsa.UserError, match=f"--{name.replace('_', '-')} {path}: cannot be written"
     ):
         tsa.check_writable(Settings(**paths))
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file", tmp_path / "taken"]
 
 
 def test_checking_leaves_no_trace(tmp_path):

@@ -1,6 +1,7 @@
 """Schedules, and the numbers they compute. Run: python -m pytest tests/test_schedules.py"""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -164,3 +165,8 @@ def test_an_exception_in_the_model_comes_out_with_its_traceback(split_plan):
         with tsa.Lanes(split_plan, ()) as lanes:
             tsa.sequential(lanes, work, tsa.Batches(make_batches(1), 1))
     assert caught.traceback[-1].frame.code.name == "forward"
+
+
+def test_settings_offer_the_schedules_that_exist():
+    (setting,) = (field for field in dataclasses.fields(tsa.Settings) if field.name == "schedule")
+    assert list(setting.metadata["argument"]["choices"]) == list(tsa.SCHEDULES)
