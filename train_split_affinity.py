@@ -24,16 +24,19 @@ Sections, each using only those above it:
     4  Models                  torchvision's classifiers by name
     5  Data                    image folders and synthetic images, as a stream of batches
     6  Recipe                  the optimizer
-    7  Schedules               one optimizer step over two lanes
-    8  Reports                 progress, the summary, logs.md, metrics.jsonl
-    9  Training                the loop, and how a run starts, stops and ends
-    10 Command line            arguments to settings, errors to exit codes
+    7  Schedules               optimizer steps over two lanes
+    8  Summary                 what the records of a run add up to
+    9  Timelines               what every lane and core did when, as a picture and as a trace
+    10 Reports                 progress, the summary, logs.md, metrics.jsonl
+    11 Training                the loop, and how a run starts, stops and ends
+    12 Command line            arguments to settings, errors to exit codes
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -197,7 +200,7 @@ def format_cpu_list(cpus: Iterable[int]) -> str:
 
 
 def parse_split(text: str) -> str:
-    """A checked `--split`: `even`, `none`, or forward:backward in whole parts of 1 or more."""
+    """A checked `--split`: `even`, `none`, or forward:backward in whole parts from 1 up."""
     match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text, re.ASCII)
     if not match and text not in ("even", "none"):
         raise argparse.ArgumentTypeError(
@@ -217,8 +220,9 @@ METAVARS = {COUNT: "N", COUNT_FROM_0: "N", not_negative: "X", parse_cpu_list: "L
 def option(default: Any, help: str, *short: str, opens: str = "", **argument: Any) -> Any:
     """A field of Settings: its default, its help, and what else argparse needs to know.
 
-    `short` are further flags, `opens` names the help group that starts with this option, and
-    `argument` goes to `add_argument` (type, choices, metavar).
+    The help of a switch that is on by default says what `--no-...` does. `short` are further flags,
+    `opens` names the help group that starts with this option, and `argument` goes to
+    `add_argument` (type, choices, metavar).
     """
     if argument.get("type") in METAVARS:
         argument.setdefault("metavar", METAVARS[argument["type"]])
@@ -256,7 +260,10 @@ class Settings:
     split: str = option("even", "how cores are divided: even, forward:backward such as 1:2, or "
         "none (one lane over all cores)", opens="cores", type=parse_split, metavar="even|F:B|none")
     schedule: str = option("sequential", "how the phases of a step are laid over the lanes: "
-        "sequential alternates strictly", choices=("sequential",))
+        "sequential alternates strictly; overlap runs the forward pass of a step's next batch "
+        "beside backward, with the same numbers (needs --accumulate 2 or more); delayed overlaps "
+        "across steps too, with weights one update old",
+        choices=("sequential", "overlap", "delayed"))
     forward_cores: tuple[int, ...] | None = option(None,
         "logical CPUs of the forward group, such as 0-3,8-11 or 0-15:2", type=parse_cpu_list)
     backward_cores: tuple[int, ...] | None = option(None, "logical CPUs of the backward group",
@@ -268,12 +275,39 @@ class Settings:
     backward_threads: int | None = option(None,
         "threads of the backward lane (default: one per core)", type=COUNT)
 
+    precision: str = option("auto", "bf16: convolutions and matrix products in bfloat16 by "
+        "autocast; auto: bf16 where the CPU computes it natively, else fp32", opens="speed",
+        choices=("auto", "fp32", "bf16"))
+    channels_last: bool = option(True, "keep images and weights in the default memory format, NCHW")
+    fused: bool = option(True, "update the weights tensor by tensor, not in a fused kernel")
+    tuned_malloc: bool = option(True, "leave glibc's allocator as it is; by default it keeps the "
+        "memory of a step for the next one")
+    flush_denormals: bool = option(True, "compute with denormal numbers, not with 0 in their place")
+    grads_to_none: bool = option(True, "set gradients to zero after an update, not to None")
+
     log_file: Path = option(Path("logs.md"), "Markdown file to which a run appends its section",
         opens="reports", type=Path)
-    output_dir: Path | None = option(None, "folder for metrics.jsonl (default: not written)",
-        type=Path)
+    output_dir: Path | None = option(None, "folder for metrics.jsonl, timeline.png and trace.json "
+        "(default: not written)", type=Path)
     print_freq: int = option(10, "steps between two lines of figures", type=COUNT)
 # fmt: on
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise UserError for options that contradict each other, whatever the machine."""
+    if settings.steps and settings.epochs:
+        raise UserError(f"--steps {settings.steps} and --epochs {settings.epochs}: give one")
+    asked = f"--schedule {settings.schedule}"
+    if settings.split == "none" and settings.schedule != "sequential":
+        raise UserError(
+            f"{asked} has nothing to overlap with --split none, which has one lane: choose another "
+            "--split, or --schedule sequential"
+        )
+    if settings.schedule == "overlap" and settings.accumulate == 1:
+        raise UserError(
+            f"{asked} has nothing to overlap with --accumulate 1: raise --accumulate to 2 or more, "
+            "or use --schedule delayed"
+        )
 
 
 # ==================================================================================================
@@ -301,7 +335,9 @@ class Core:
 
 @dataclass(frozen=True)
 class Topology:
-    """A machine as one process may use it. `quota_cpus` is the cgroup's CPU quota, if any."""
+    """A machine as one process may use it. `quota_cpus` is the cgroup's CPU quota, if any; `bf16`
+    names the instructions that compute in bfloat16, empty where there are none.
+    """
 
     cpu_model: str
     cores: tuple[Core, ...]
@@ -309,6 +345,7 @@ class Topology:
     allowed: frozenset[int]
     quota_cpus: float | None
     has_affinity: bool
+    bf16: str = ""
 
     @property
     def online(self) -> tuple[int, ...]:
@@ -366,6 +403,7 @@ def read_topology(root: Path = Path("/"), allowed: frozenset[int] = ALLOWED_CPUS
         allowed=allowed,
         quota_cpus=read_quota(root),
         has_affinity=hasattr(os, "sched_setaffinity"),
+        bf16=read_bf16(root),
     )
 
 
@@ -403,6 +441,14 @@ def read_cpu_model(root: Path) -> str:
     """The processor's name as the kernel gives it, or the nearest thing to it."""
     match = re.search(r"^model name\s*:\s*(.+)$", read_text(root / "proc/cpuinfo"), re.MULTILINE)
     return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def read_bf16(root: Path) -> str:
+    """The CPU's native bfloat16 arithmetic: AMX, AVX512-BF16 or Arm BF16; else empty."""
+    text = read_text(root / "proc/cpuinfo")
+    lists = re.findall(r"^(?:flags|Features)[ \t]*:(.*)$", text, re.MULTILINE)
+    flags = set(lists[0].split()) if lists else set()
+    return next((flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags), "")
 
 
 def read_quota(root: Path) -> float | None:
@@ -668,10 +714,12 @@ class PhaseRecord:
 
     CPU time was used, `cpu_s` by compute threads confined to the phase's group, `stray_s` by
     compute threads that were not, `other_lane_s` by the other lane's threads inside their own group
-    (an idle OpenMP worker spins for some milliseconds before it sleeps), `python_s` by the main
-    thread and the interpreter's helper threads. `mask` is the affinity mask in force, `seen_on`
-    where the group's threads were last seen, and `cpu_busy_s` how long each logical CPU was busy
-    with anything at all.
+    (for a phase of its own at the same time, or waiting: an idle OpenMP worker spins for some
+    milliseconds before it sleeps), `python_s` by the main thread and the interpreter's helper
+    threads. What two phases see at the same time, stray time above all, counts in each.
+
+    `mask` is the affinity mask in force, `seen_on` where the group's threads were last seen, and
+    `cpu_busy_s` how long each logical CPU was busy with anything at all.
     """
 
     phase: str
@@ -812,6 +860,22 @@ def thread_role(mask: frozenset[int], group: Group, born_for: Group | None, is_p
     if is_python:
         return "python_s"
     return "cpu_s" if mask <= set(group.cpus) else "stray_s"
+
+
+def tune_allocator() -> str:
+    """Have glibc keep freed memory for the next step; returns why that cannot be, or nothing.
+
+    By default a step's large buffers go back to the kernel, which hands them out again page by page
+    and zeroed: some 100,000 page faults a step. For the whole process and for good (mallopt(3)).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return "the allocator stays as it is: its settings are known for glibc alone"
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8  # of malloc.h
+    chosen = {m_mmap_max: 0, m_trim_threshold: 2**31 - 1, m_top_pad: 2**28, m_arena_max: 1}
+    if not all(libc.mallopt(name, value) for name, value in chosen.items()):
+        return "the allocator stays as it is: glibc refuses the settings"
+    return ""
 
 
 class Lane:
@@ -1022,24 +1086,48 @@ def load_image(path: str) -> Any:
         raise BrokenImage(f"broken image {path}: {one_line(error)}") from error
 
 
-class ImageFolder(torchvision.datasets.ImageFolder):
-    """torchvision's ImageFolder; a broken image is returned as its BrokenImage, not raised.
+@dataclass(frozen=True)
+class LoadRecord:
+    """When a batch was loaded, in seconds of time.perf_counter, which all processes share.
 
-    Exceptions that leave a loader process arrive with that process's traceback as their text; a
-    value arrives as it is.
+    `loader` is the number of the loader process, -1 for the main thread.
     """
 
-    def __getitem__(self, index: int) -> tuple[Any, int] | BrokenImage:
+    loader: int
+    start_s: float
+    end_s: float
+
+
+Loaded = tuple[Batch | BrokenImage, LoadRecord]
+
+
+class TimedLoading(Dataset):
+    """A data set that gives whole batches, each with its LoadRecord.
+
+    A broken image makes its batch a BrokenImage, returned and not raised: exceptions that leave a
+    loader process arrive with that process's traceback as their text; a value arrives as it is.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> Loaded:
+        start_s = time.perf_counter()
         try:
-            return super().__getitem__(index)
+            batch = default_collate([self.dataset[index] for index in indices])
         except BrokenImage as broken:
-            return broken
+            batch = broken
+        process = torch.utils.data.get_worker_info()
+        record = LoadRecord(process.id if process else -1, start_s, time.perf_counter())
+        return batch, record
 
 
-def collate(samples: list[Any]) -> Batch | BrokenImage:
-    """A batch of the samples, or the first of them that is broken."""
-    broken = next((sample for sample in samples if isinstance(sample, BrokenImage)), None)
-    return broken or default_collate(samples)
+def as_loaded(loaded: Loaded) -> Loaded:
+    """Stands where DataLoader would make a batch of samples: it is one already."""
+    return loaded
 
 
 def open_dataset(settings: Settings) -> tuple[Dataset, int]:
@@ -1067,7 +1155,7 @@ def open_dataset(settings: Settings) -> tuple[Dataset, int]:
     return dataset, settings.num_classes or found
 
 
-def open_image_folder(path: Path, image_size: int) -> ImageFolder:
+def open_image_folder(path: Path, image_size: int) -> torchvision.datasets.ImageFolder:
     """The training images under `path` or its `train` folder, one folder per class."""
     if not path.is_dir():
         reason = "is a file, not a folder" if path.exists() else "does not exist"
@@ -1077,7 +1165,7 @@ def open_image_folder(path: Path, image_size: int) -> ImageFolder:
         [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip(), *to_tensor()]
     )
     try:
-        dataset = ImageFolder(root, transform, loader=load_image)
+        dataset = torchvision.datasets.ImageFolder(root, transform, loader=load_image)
     except OSError as error:
         raise UserError(f"--data-path {path}: no images: {one_line(error)}") from None
     if len(dataset.classes) < 2:
@@ -1114,30 +1202,33 @@ def make_loader(dataset: Dataset, settings: Settings, cpus: Sequence[int]) -> Da
     # torch advises no more loaders than the main thread has cores; ours share them on purpose.
     warnings.filterwarnings("ignore", "This DataLoader will create")
     return DataLoader(
-        dataset,
+        TimedLoading(dataset),
         settings.batch_size,
         shuffle=True,
         drop_last=True,
         num_workers=settings.workers,
         persistent_workers=settings.workers > 0,
-        collate_fn=collate,
+        collate_fn=as_loaded,
         worker_init_fn=partial(start_loader, tuple(cpus)),
         generator=torch.Generator().manual_seed(settings.seed),
     )
 
 
 class Batches:
-    """`count` batches of a loader, over as many epochs as that takes.
+    """`left` batches of a loader, over as many epochs as that takes; `records` tells of each batch
+    given out when it was loaded.
 
     The first batch is loaded at once, so that loader processes start before any lane exists: a
     process with an OpenMP team must not be forked. Close it, since loader processes ignore signals.
     """
 
-    def __init__(self, loader: Iterable[Batch | BrokenImage], count: int):
+    def __init__(self, loader: Iterable[Loaded], left: int):
+        self.left = left
+        self.records: list[LoadRecord] = []
         self._loader = loader
         epochs = itertools.chain.from_iterable(itertools.repeat(loader))
-        self._stream = itertools.islice(epochs, count)
-        self._ahead: list[Batch | BrokenImage] = []
+        self._stream = itertools.islice(epochs, left)
+        self._ahead: list[Loaded] = []
         try:
             self.prefetch()
         except BaseException:
@@ -1151,7 +1242,11 @@ class Batches:
             iterator._shutdown_workers()
 
     def prefetch(self) -> None:
-        """Fetch the next batch now, at a moment when the loader's cores are free."""
+        """Fetch the next batch, if there is one, now and not when it is asked for.
+
+        Without loader processes this draws random numbers from torch's global generator, as dropout
+        does in a forward pass: to be called at moments when no forward pass runs.
+        """
         if not self._ahead:
             self._ahead = list(itertools.islice(self._stream, 1))
 
@@ -1162,10 +1257,17 @@ class Batches:
         self.prefetch()
         if not self._ahead:
             raise StopIteration
-        batch = self._ahead.pop()
+        batch, record = self._ahead.pop()
         if isinstance(batch, BrokenImage):
             raise batch
+        self.left -= 1
+        self.records.append(record)
         return batch
+
+    def take_records(self) -> tuple[LoadRecord, ...]:
+        """The batches given out since the last call; forgets them."""
+        records, self.records = tuple(self.records), []
+        return records
 
 
 # ==================================================================================================
@@ -1181,14 +1283,19 @@ def build_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.O
         settings.lr,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
+        fused=settings.fused,
     )
 
 
 # ==================================================================================================
 # 7  Schedules
-# A schedule lays one optimizer step over the two lanes. All schedules share the same three phase
-# functions, and return the loss of each micro-batch.
+# A schedule lays optimizer steps over the two lanes. It is a generator: each `next` runs one step
+# and gives the loss of each of its micro-batches, until the batches run out. All schedules share
+# the same phase functions, hold no more than two micro-batches of activations, and read data only
+# while no forward pass runs (see Batches.prefetch).
 # ==================================================================================================
+
+Weights = dict[str, torch.Tensor]  # parameters by name
 
 
 class NonFiniteLoss(Exception):
@@ -1197,17 +1304,33 @@ class NonFiniteLoss(Exception):
 
 @dataclass(frozen=True)
 class Work:
-    """The three phases of an optimizer step over `accumulate` micro-batches."""
+    """The phases of an optimizer step over `accumulate` micro-batches.
+
+    They work on the model's own weights, or on a copy of them made by `copy_weights`.
+    """
 
     model: torch.nn.Module
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     optimizer: torch.optim.Optimizer
     accumulate: int = 1
+    bf16: bool = False
+    channels_last: bool = False
+    grads_to_none: bool = True
 
-    def forward(self, batch: Batch) -> Batch:
-        """Logits (n, classes), with the graph to go back through, and the targets (n,)."""
+    def forward(self, batch: Batch, weights: Weights | None = None) -> Batch:
+        """Logits (n, classes) in float32, with the graph to go back through, and the targets (n,).
+
+        Buffers, such as BatchNorm's running statistics, are always the model's own.
+        """
         images, targets = batch
-        return self.model(images), targets
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            if weights is None:
+                logits = self.model(images)
+            else:
+                logits = torch.func.functional_call(self.model, weights, (images,))
+        return logits.float(), targets
 
     def backward(self, output: Batch) -> float:
         """Loss and backpropagation; adds to the gradients and returns the mean loss."""
@@ -1218,62 +1341,125 @@ class Work:
         (loss / self.accumulate).backward()  # for CPU tensors this runs in the calling thread
         return value
 
-    def update(self) -> None:
-        """The optimizer step; drops the gradients."""
+    def update(self, weights: Weights | None = None) -> None:
+        """The optimizer step, on the model's own weights, with the gradients that went to
+        `weights`; clears the gradients.
+        """
+        for name, parameter in self.model.named_parameters() if weights else ():
+            parameter.grad = weights[name].grad
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.grads_to_none)
+        for copy in weights.values() if weights and self.grads_to_none else ():
+            copy.grad = None
+
+    def copy_weights(self) -> Weights:
+        """A copy of the model's weights to run phases with."""
+        return {
+            name: parameter.detach().clone().requires_grad_(parameter.requires_grad)
+            for name, parameter in self.model.named_parameters()
+        }
+
+    def refresh(self, weights: Weights) -> None:
+        """Bring a copy up to the model's own weights."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                weights[name].copy_(parameter)
 
 
-def sequential(lanes: Lanes, work: Work, batches: Batches) -> list[float]:
+Steps = Iterator[list[float]]
+
+
+def sequential(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     """Forward, then backward, strictly alternating: one group works while the other waits.
 
     The next batch is fetched while the backward group works, since the loader's home, the forward
     group, is idle then.
     """
-    losses = []
-    for _ in range(work.accumulate):
+    while batches.left:
+        losses = []
+        for _ in range(work.accumulate):
+            output = lanes.forward.run("forward", work.forward, next(batches))
+            backward = lanes.backward.submit("backward", work.backward, output)
+            del output  # the graph shall die with the backward phase
+            batches.prefetch()
+            losses.append(backward.result())
+        lanes.backward.run("update", work.update)
+        yield losses
+
+
+def overlap(lanes: Lanes, work: Work, batches: Batches) -> Steps:
+    """Forward of micro-batch k+1 beside backward of micro-batch k, inside one optimizer step.
+
+    Computes what `sequential` computes, bit for bit with equal thread counts: no weight changes
+    within a step, and BatchNorm's statistics are touched in the same order.
+    """
+    while batches.left:
+        losses = []
         output = lanes.forward.run("forward", work.forward, next(batches))
-        backward = lanes.backward.submit("backward", work.backward, output)
-        del output  # the graph shall die with the backward phase
-        batches.prefetch()
-        losses.append(backward.result())
-    lanes.backward.run("update", work.update)
-    return losses
+        for ahead in reversed(range(work.accumulate)):
+            backward = lanes.backward.submit("backward", work.backward, output)
+            del output
+            if ahead:
+                output = lanes.forward.run("forward", work.forward, next(batches))
+            batches.prefetch()
+            losses.append(backward.result())
+        lanes.backward.run("update", work.update)
+        yield losses
 
 
-SCHEDULES = {"sequential": sequential}
+def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
+    """As `overlap`, and across steps too: the forward lane is always one micro-batch ahead.
+
+    PipeDream-2BW (arXiv 2006.09503): the gradients of a step are those of weights one update old,
+    w(t+1) = w(t) - lr * gradient(w(t-1)). Two copies of the weights take turns: one step goes
+    forward and back on the same copy, while the forward lane refreshes the other copy, whose own
+    step has been applied, and begins the next step on it. The optimizer alone writes the model's
+    weights, never while a copy is refreshed; the forward lane alone writes the buffers.
+    """
+    weights, other = (lanes.forward.call(work.copy_weights) for _ in range(2))
+    output = lanes.forward.run("forward", work.forward, next(batches), weights)
+    while output:
+        losses = []
+        for left in reversed(range(work.accumulate)):
+            backward = lanes.backward.submit("backward", work.backward, output)
+            output = None
+            if batches.left and not left:
+                lanes.forward.run("refresh", work.refresh, other)
+            if batches.left:
+                ahead = weights if left else other
+                output = lanes.forward.run("forward", work.forward, next(batches), ahead)
+            batches.prefetch()
+            losses.append(backward.result())
+        lanes.backward.run("update", work.update, weights)
+        weights, other = other, weights
+        yield losses
+
+
+SCHEDULES = {"sequential": sequential, "overlap": overlap, "delayed": delayed}
 
 
 # ==================================================================================================
-# 8  Reports
-# What a run tells: progress on the screen, the summary table, a section of logs.md, metrics.jsonl.
-# Pure functions turn records into figures and figures into text; RunReport does the writing.
+# 8  Summary
+# What the records of a run add up to. Pure, but for a reading of the memory in use.
 # ==================================================================================================
 
-PHASES = ("forward", "backward", "update")
-STRAY_WARNING_SHARE = 0.01
+PHASES = ("forward", "backward", "update", "refresh")
 LATEST_STEPS = 2000
-METRICS = "metrics.jsonl"
-LOG_HEADER = """\
-# Training log
-
-`train_split_affinity.py` appends a section for each run: settings in force, core allocation, and
-what every phase took. Times are wall-clock, in milliseconds per optimizer step; *busy* is the CPU
-time of a phase's threads as a share of its cores' time; *stray* is CPU time, in total, of compute
-threads that may run outside the phase's cores. Speeds and shares of a long run are those of its
-latest 2,000 steps.
-"""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: mean loss per image, images, and the records of its phases."""
+    """One optimizer step: mean loss per image, images, the records of the phases that ended in it,
+    in order, and of the batches that it took; `main_thread_s` is the main thread's CPU time.
+    """
 
     step: int
     loss: float
     images: int
     step_s: float
     records: tuple[PhaseRecord, ...]
+    loads: tuple[LoadRecord, ...] = ()
+    main_thread_s: float = 0.0
 
     def total(self, quantity: str, phase: str | None = None) -> float:
         """A quantity of PhaseRecord, added up over the records of a phase, or over all."""
@@ -1287,6 +1473,24 @@ class StepResult:
         line |= {f"{phase}_s": self.total("duration_s", phase) for phase in PHASES}
         line |= {f"{phase}_cpu_s": self.total("cpu_s", phase) for phase in PHASES}
         return line | {"stray_s": self.total("stray_s")}
+
+
+def covered_s(records: Iterable[PhaseRecord]) -> float:
+    """Seconds during which at least one of the phases ran; they come by start time."""
+    total_s, covered_until_s = 0.0, -math.inf
+    for record in records:
+        total_s += max(0.0, record.end_s - max(record.start_s, covered_until_s))
+        covered_until_s = max(covered_until_s, record.end_s)
+    return total_s
+
+
+def running_alone(records: Sequence[PhaseRecord]) -> Iterator[PhaseRecord]:
+    """The phases beside which no other ran; they come by start time."""
+    busy_until_s = -math.inf
+    for record, following in itertools.zip_longest(records, records[1:]):
+        if busy_until_s <= record.start_s and not (following and following.start_s < record.end_s):
+            yield record
+        busy_until_s = max(busy_until_s, record.end_s)
 
 
 @dataclass(frozen=True)
@@ -1310,7 +1514,9 @@ class PhaseSummary:
 @dataclass(frozen=True)
 class Summary:
     """A whole run. Speeds and shares leave the first `warmup_steps` out, and of a long run they
-    cover the latest 2,000 steps; the rest covers all.
+    cover the latest 2,000 steps; the rest covers all. `busy` is each lane's CPU time in its own
+    phases as a share of its cores' time; `waiting_s` CPU time of a lane's threads while the other
+    lane alone had a phase to run.
     """
 
     steps: int
@@ -1320,9 +1526,10 @@ class Summary:
     median_step_s: float
     no_phase_share: float
     phases: tuple[PhaseSummary, ...]
+    busy: dict[str, float]
     stray_s: float
-    other_lane_s: float
-    python_s: float
+    waiting_s: float
+    main_thread_s: float
     loss_first: float
     loss_last: float
     peak_memory_bytes: int
@@ -1338,7 +1545,8 @@ class Tally:
         self.latest: deque[StepResult] = deque(maxlen=LATEST_STEPS)
         self._plan = plan
         self._loss_first = math.nan
-        self._used_s: Counter[tuple[str, str]] = Counter()  # CPU seconds by quantity and phase
+        self._stray_s: Counter[str] = Counter()  # by phase
+        self._waiting_s = self._main_thread_s = 0.0
 
     def add(self, step: StepResult) -> None:
         """Take in one step."""
@@ -1346,39 +1554,40 @@ class Tally:
         self.steps += 1
         self.images += step.images
         self.latest.append(step)
+        self._main_thread_s += step.main_thread_s
+        self._waiting_s += sum(record.other_lane_s for record in running_alone(step.records))
         for record in step.records:
-            for quantity in ("stray_s", "other_lane_s", "python_s"):
-                self._used_s[quantity, record.phase] += getattr(record, quantity)
+            self._stray_s[record.phase] += record.stray_s
 
     def summary(self) -> Summary:
         """The figures so far, after one step at the least."""
         warmup = min(2, (self.steps - 1) // 2)
         timed = [step for step in self.latest if step.step > warmup]
         timed_s = sum(step.step_s for step in timed)
-        phases = tuple(self._summarise_phase(phase, timed, timed_s) for phase in PHASES)
+        records = [record for step in timed for record in step.records]
+        seen = [phase for phase in PHASES if any(record.phase == phase for record in records)]
         return Summary(
             steps=self.steps,
             warmup_steps=warmup,
             images=self.images,
             images_per_s=sum(step.images for step in timed) / timed_s,
             median_step_s=statistics.median(step.step_s for step in timed),
-            no_phase_share=1 - sum(phase.share for phase in phases),
-            phases=phases,
-            stray_s=self._total_s("stray_s"),
-            other_lane_s=self._total_s("other_lane_s"),
-            python_s=self._total_s("python_s"),
+            no_phase_share=1 - sum(covered_s(step.records) for step in timed) / timed_s,
+            phases=tuple(self._summarise_phase(phase, timed, timed_s) for phase in seen),
+            busy=lanes_busy(self._plan, records, timed_s),
+            stray_s=self._stray_s.total(),
+            waiting_s=self._waiting_s,
+            main_thread_s=self._main_thread_s,
             loss_first=self._loss_first,
             loss_last=self.latest[-1].loss,
             peak_memory_bytes=peak_memory_bytes(),
         )
 
-    def _total_s(self, quantity: str) -> float:
-        return sum(self._used_s[quantity, phase] for phase in PHASES)
-
     def _summarise_phase(
         self, phase: str, timed: Sequence[StepResult], timed_s: float
     ) -> PhaseSummary:
-        group = self._plan.forward if phase == "forward" else self._plan.backward
+        on_forward = phase in ("forward", "refresh")
+        group = self._plan.forward if on_forward else self._plan.backward
         durations_s = [step.total("duration_s", phase) for step in timed]
         phase_s = sum(durations_s)
         records = [record for step in timed for record in step.records if record.phase == phase]
@@ -1391,16 +1600,206 @@ class Tally:
             p95_ms=1e3 * float(torch.tensor(durations_s, dtype=torch.float64).quantile(0.95)),
             share=phase_s / timed_s,
             busy=sum(record.cpu_s for record in records) / (phase_s * len(group.cpus)),
-            stray_ms=1e3 * self._used_s["stray_s", phase],
+            stray_ms=1e3 * self._stray_s[phase],
             seen_on=format_cpu_list(frozenset().union(*(record.seen_on for record in records))),
             cpu_busy={cpu: min(1.0, cpu_busy_s[cpu] / phase_s) for cpu in records[0].cpu_busy_s},
         )
+
+
+def lanes_busy(
+    plan: CorePlan, records: Iterable[PhaseRecord], elapsed_s: float
+) -> dict[str, float]:
+    """By lane, CPU time in its own phases as a share of the time of its cores."""
+    used_s: Counter[str] = Counter()
+    for record in records:
+        used_s[record.lane] += record.cpu_s
+    return {group.name: used_s[group.name] / (elapsed_s * len(group.cpus)) for group in plan.groups}
 
 
 def peak_memory_bytes() -> int:
     """The largest resident size that this process has had; loader processes not included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ==================================================================================================
+# 9  Timelines
+# What every lane and core did when, as a picture, and as a trace for Perfetto or chrome://tracing.
+# ==================================================================================================
+
+COLOURS = {"forward": "#4477aa", "backward": "#cc6677", "update": "#228833", "refresh": "#ddaa33"}
+IDLE_COLOUR = "#e9e9e9"
+PHASES_TO_DRAW = 40
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One timeline of a picture: the lanes of a plan during some steps."""
+
+    title: str
+    plan: CorePlan
+    steps: Sequence[StepResult]
+
+    @property
+    def records(self) -> list[PhaseRecord]:
+        """The steps' phases by start time."""
+        records = (record for step in self.steps for record in step.records)
+        return sorted(records, key=lambda record: record.start_s)
+
+    @property
+    def span_s(self) -> float:
+        """Seconds from the first phase's start to the last one's end."""
+        return max(record.end_s for record in self.records) - self.records[0].start_s
+
+
+def steps_to_draw(steps: Sequence[StepResult]) -> Sequence[StepResult]:
+    """The latest steps, as many as a picture can show: three at most, one at the least."""
+    count = 1
+    while count < min(3, len(steps)):
+        if sum(len(step.records) for step in steps[-count - 1 :]) > PHASES_TO_DRAW:
+            break
+        count += 1
+    return steps[-count:]
+
+
+def number_batches(records: Sequence[PhaseRecord]) -> list[int | None]:
+    """For each phase, by start time, the number of its micro-batch; None for those without one.
+
+    Backward phases count up. A backward phase takes the output of the forward phase that was the
+    last to end before it began: no schedule keeps more than one output waiting.
+    """
+    numbers: list[int | None] = [None] * len(records)
+    forwards = [index for index, record in enumerate(records) if record.phase == "forward"]
+    backwards = [index for index, record in enumerate(records) if record.phase == "backward"]
+    for number, index in enumerate(backwards, start=1):
+        numbers[index] = number
+        ended = [one for one in forwards if records[one].end_s <= records[index].start_s]
+        if ended:
+            numbers[ended[-1]] = number
+    if forwards and numbers[forwards[-1]] is None:
+        numbers[forwards[-1]] = len(backwards) + 1
+    return numbers
+
+
+def draw_timelines(
+    path: Path, title: str, panels: Sequence[Panel], span_s: float | None = None
+) -> None:
+    """Draw panels one above the other, all over the same span of time (default: of the longest).
+
+    Each lane has a row with its phases, numbered by micro-batch, and a row per logical CPU, where
+    the height of a bar is the share of the phase during which that CPU was busy.
+    """
+    from matplotlib.figure import Figure  # here, since most runs draw nothing
+    from matplotlib.patches import Patch
+
+    span_s = span_s or max(panel.span_s for panel in panels)
+    rows = [sum(1 + len(group.cpus) for group in panel.plan.groups) for panel in panels]
+    row_inches = 0.3 if max(rows) <= 12 else 0.15
+    heights = [row_inches * count + 0.5 for count in rows]
+    figure = Figure(figsize=(12, sum(heights) + 1.2), layout="constrained")
+    axes = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    for ax, panel in zip(axes, panels, strict=True):
+        draw_panel(ax, panel, span_s)
+    axes[-1].set_xlabel("seconds")
+    shown = {record.phase for panel in panels for record in panel.records}
+    patches = [Patch(color=COLOURS[phase], label=phase) for phase in PHASES if phase in shown]
+    patches.append(Patch(color=IDLE_COLOUR, label="idle"))
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def draw_panel(ax: Any, panel: Panel, span_s: float) -> None:
+    """Draw one panel on its axes; what lies outside the span is cut off."""
+    records, labels = panel.records, []
+    zero_s, numbers = records[0].start_s, number_batches(records)
+    for group in panel.plan.groups:
+        own = [
+            (record, number)
+            for record, number in zip(records, numbers, strict=True)
+            if record.lane == group.name
+        ]
+        row = len(labels)
+        labels.append(f"{group.name} lane")
+        ax.broken_barh([(0, span_s)], (row - 0.45, 0.9), color=IDLE_COLOUR)
+        for record, number in own:
+            start_s = record.start_s - zero_s
+            place = (start_s, record.duration_s), (row - 0.45, 0.9)
+            ax.broken_barh(
+                [place[0]], place[1], color=COLOURS[record.phase], edgecolor="white", linewidth=0.6
+            )
+            middle_s = start_s + record.duration_s / 2
+            if number and record.duration_s > 0.015 * span_s and middle_s < span_s:
+                ax.text(middle_s, row, str(number), ha="center", va="center", color="white")
+        for row, cpu in enumerate(group.cpus, start=len(labels)):
+            labels.append(f"core {cpu}")
+            draw_cpu(ax, row, cpu, [record for record, _ in own], zero_s, span_s)
+    ax.set_yticks(range(len(labels)), labels, fontsize=8 if len(labels) <= 12 else 5)
+    ax.set_ylim(len(labels) - 0.5, -0.5)
+    ax.set_xlim(0, span_s)
+    ax.set_title(panel.title, loc="left", fontsize=9)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    ax.tick_params(left=False)
+
+
+def draw_cpu(
+    ax: Any, row: int, cpu: int, records: Sequence[PhaseRecord], zero_s: float, span_s: float
+) -> None:
+    """Draw how busy a logical CPU was in each of its lane's phases."""
+    ax.broken_barh([(0, span_s)], (row - 0.35, 0.7), color=IDLE_COLOUR)
+    for record in records:
+        share = min(1.0, record.cpu_busy_s.get(cpu, 0.0) / record.duration_s)
+        bar = (record.start_s - zero_s, record.duration_s)
+        ax.broken_barh([bar], (row + 0.35, -0.7 * share), color=COLOURS[record.phase], alpha=0.6)
+
+
+def trace_events(plan: CorePlan, steps: Sequence[StepResult]) -> dict[str, Any]:
+    """The steps in the Trace Event Format: a row per lane and per loader, times in microseconds.
+
+    A batch is shown only once a step has taken it, so the last ones that were loaded are missing.
+    """
+    lanes = [group.name for group in plan.groups]
+    loads = [load for step in steps for load in step.loads]
+    records = [record for step in steps for record in step.records]
+    rows = {f"{lane} lane": number for number, lane in enumerate(lanes)}
+    for loader in sorted({load.loader for load in loads}):
+        rows["main thread" if loader < 0 else f"loader {loader}"] = len(rows)
+    zero_s = min(span.start_s for span in (*records, *loads))
+    events = [
+        {"name": "thread_name", "ph": "M", "pid": 0, "tid": number, "args": {"name": name}}
+        for name, number in rows.items()
+    ]
+    for span in (*records, *loads):
+        if isinstance(span, PhaseRecord):
+            name, row = span.phase, f"{span.lane} lane"
+            args = {"cpu_s": span.cpu_s, "stray_s": span.stray_s}
+            args["cores"] = format_cpu_list(span.mask)
+        else:
+            name, args = "load", {}
+            row = "main thread" if span.loader < 0 else f"loader {span.loader}"
+        place = {"ts": 1e6 * (span.start_s - zero_s), "dur": 1e6 * (span.end_s - span.start_s)}
+        events.append({"name": name, "ph": "X", "pid": 0, "tid": rows[row], **place, "args": args})
+    return {"displayTimeUnit": "ms", "traceEvents": events}
+
+
+# ==================================================================================================
+# 10 Reports
+# What a run tells: progress on the screen, the summary table, a section of logs.md, metrics.jsonl,
+# the pictures. Pure functions turn figures into text; RunReport does the writing.
+# ==================================================================================================
+
+STRAY_WARNING_SHARE = 0.01
+METRICS, TIMELINE, TRACE = "metrics.jsonl", "timeline.png", "trace.json"
+LOG_HEADER = """\
+# Training log
+
+`train_split_affinity.py` appends a section for each run: settings in force, core allocation, and
+what every phase took. Times are wall-clock, in milliseconds per optimizer step; *busy* is the CPU
+time of a phase's threads as a share of its cores' time; *stray* is CPU time, in total, of compute
+threads that may run outside the phase's cores. Where phases overlap, their shares of a step add up
+to more than 100 %. Speeds and shares of a long run are those of its latest 2,000 steps.
+"""
 
 
 def placement_warnings(record: PhaseRecord, plan: CorePlan) -> Iterator[str]:
@@ -1457,14 +1856,16 @@ def cpu_table(summary: Summary) -> str:
 def summary_lines(summary: Summary) -> list[str]:
     """Throughput, memory and placement in sentences."""
     strayed = "some work could leave the phase's cores" if summary.stray_s else "no work strayed"
-    waiting_s = summary.other_lane_s
+    waiting_s = summary.waiting_s
+    busy = ", ".join(f"{name} cores {share:.0%}" for name, share in summary.busy.items())
     return [
         f"{summary.images_per_s:.2f} images/s, {summary.median_step_s:.3f} s a step (median), "
         f"{plural(summary.warmup_steps, 'warm-up step')} left out; "
         f"loss {summary.loss_first:.4f} first, {summary.loss_last:.4f} last",
         f"peak memory {summary.peak_memory_bytes / 2**30:.2f} GiB, loader processes not counted; "
         f"stray time {1e3 * summary.stray_s:.1f} ms: {strayed}",
-        f"CPU time during phases beside their own: main thread {summary.python_s:.2f} s"
+        f"busy over whole steps: {busy}; CPU time beside that: "
+        f"main thread {summary.main_thread_s:.2f} s"
         + (f", waiting threads of the other lane {waiting_s:.2f} s" if waiting_s >= 0.005 else ""),
     ]
 
@@ -1548,6 +1949,15 @@ def plain_settings(settings: Settings) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
+def describe_run(settings: Settings) -> str:
+    """What a run trains, in a line."""
+    batches = f"{settings.batch_size} images"
+    if settings.accumulate > 1:
+        batches = f"{settings.accumulate} batches of {batches}"
+    size = f"{settings.image_size} px"
+    return f"{settings.model}, {size}, {batches} a step, {settings.precision}"
+
+
 def log_section(
     settings: Settings,
     topology: Topology,
@@ -1590,6 +2000,14 @@ def append_text(path: Path, text: str, header: str = "") -> None:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from None
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in place of what was there. Raises RunError when it cannot be written."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 def check_writable(settings: Settings) -> None:
     """Raise UserError if the log or the output folder cannot be written; leaves no trace."""
     log, output = settings.log_file, settings.output_dir
@@ -1599,7 +2017,8 @@ def check_writable(settings: Settings) -> None:
         if output:
             flag = f"--output-dir {output}"
             existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-            check_appendable(output / METRICS, existing)
+            for name in (METRICS, TIMELINE, TRACE):
+                check_appendable(output / name, existing)
     except OSError as error:
         raise UserError(f"{flag}: cannot be written: {error.strerror}") from None
 
@@ -1673,6 +2092,17 @@ class RunReport:
         run = self._settings, self._topology, self._plan
         section = log_section(*run, outcome, summary, self._warnings.values())
         append_text(self._settings.log_file, section, LOG_HEADER)
+        if summary and self._settings.output_dir:
+            self._draw()
+
+    def _draw(self) -> None:
+        """timeline.png and trace.json of the latest steps, in place of those of an earlier run."""
+        steps, folder = list(self._tally.latest), self._settings.output_dir
+        shown = steps_to_draw(steps)
+        what = f"steps {shown[0].step} to {shown[-1].step}, split {self._plan.split}"
+        panel = Panel(f"{self._settings.schedule}, {what}", self._plan, shown)
+        draw_timelines(folder / TIMELINE, describe_run(self._settings), [panel])
+        write_whole(folder / TRACE, json.dumps(trace_events(self._plan, steps)))
 
     def _write_metrics(self, line: dict[str, Any]) -> None:
         if self._settings.output_dir:
@@ -1681,7 +2111,7 @@ class RunReport:
 
 
 # ==================================================================================================
-# 9  Training
+# 11 Training
 # The loop, and how a run starts, stops and ends. Knows nothing of flags.
 # ==================================================================================================
 
@@ -1719,18 +2149,24 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def coordinating(deterministic: bool) -> Iterator[None]:
-    """Spare the calling thread an OpenMP team of its own, and have torch refuse nondeterministic
-    operations if asked to; undone at the end.
+def coordinating(settings: Settings, plan: CorePlan) -> Iterator[None]:
+    """Make the calling thread the coordinator: on the loaders' cores, without an OpenMP team of its
+    own, and with the process's switches as set. Undone at the end, but for those of the allocator.
+
+    Lanes, and the workers of their teams, inherit whether denormals are flushed: it is a register
+    of each thread.
     """
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(deterministic)
+    torch.use_deterministic_algorithms(settings.deterministic)
+    torch.set_flush_denormal(settings.flush_denormals)
     try:
-        yield
+        with confined_to(plan.loader_cpus):
+            yield
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
+        torch.set_flush_denormal(False)
 
 
 def steps_to_train(settings: Settings, images: int) -> int:
@@ -1741,29 +2177,51 @@ def steps_to_train(settings: Settings, images: int) -> int:
     return max(1, batches // settings.accumulate)
 
 
-def train_step(
-    step: int, settings: Settings, lanes: Lanes, work: Work, batches: Batches
-) -> StepResult:
-    """One optimizer step. Raises RunError, before any update, if a loss is not finite."""
-    start_s = time.perf_counter()
-    try:
-        losses = SCHEDULES[settings.schedule](lanes, work, batches)
-    except NonFiniteLoss as error:
-        raise RunError(f"step {step}: the loss is {error}; try a lower --lr") from None
-    step_s = time.perf_counter() - start_s
-    images = settings.batch_size * settings.accumulate
-    return StepResult(step, statistics.fmean(losses), images, step_s, lanes.take_records())
+def run_schedule(
+    settings: Settings, lanes: Lanes, work: Work, batches: Batches
+) -> Iterator[StepResult]:
+    """Train step by step until the batches run out. Raises RunError, before any update, if a loss
+    is not finite.
+    """
+    steps = SCHEDULES[settings.schedule](lanes, work, batches)
+    for step in itertools.count(1):
+        start_s, thread_start_s = time.perf_counter(), time.thread_time()
+        try:
+            losses = next(steps, None)
+        except NonFiniteLoss as error:
+            raise RunError(f"step {step}: the loss is {error}; try a lower --lr") from None
+        if losses is None:
+            return
+        yield StepResult(
+            step=step,
+            loss=statistics.fmean(losses),
+            images=settings.batch_size * settings.accumulate,
+            step_s=time.perf_counter() - start_s,
+            records=lanes.take_records(),
+            loads=batches.take_records(),
+            main_thread_s=time.thread_time() - thread_start_s,
+        )
 
 
 def fit(settings: Settings, lanes: Lanes, work: Work, batches: Batches, report: RunReport) -> None:
-    """Train for `settings.steps` optimizer steps; the report gets an end however that goes."""
+    """Train until the batches run out; the report gets an end however that goes."""
     try:
-        for step in range(1, settings.steps + 1):
-            report.step(train_step(step, settings, lanes, work, batches))
+        for result in run_schedule(settings, lanes, work, batches):
+            report.step(result)
     except (RunError, Stopped) as reason:
         report.finish(str(reason))
         raise
     report.finish("finished")
+
+
+def choose_precision(settings: Settings, topology: Topology) -> tuple[str, str]:
+    """The precision in force, fp32 or bf16, and the reason for it."""
+    native = f"the CPU computes bfloat16 natively ({topology.bf16})"
+    if not topology.bf16:
+        native = "the CPU has no native bfloat16 arithmetic (AMX, AVX512-BF16 or Arm BF16)"
+    if settings.precision != "auto":
+        return settings.precision, f"as asked; {native}"
+    return ("bf16" if topology.bf16 else "fp32"), native
 
 
 def build_work(settings: Settings, lanes: Lanes) -> Work:
@@ -1771,8 +2229,17 @@ def build_work(settings: Settings, lanes: Lanes) -> Work:
     shape = settings.num_classes, settings.image_size
     model = lanes.forward.call(build_model, settings.model, *shape)
     check_input_shape(model, settings.model, settings.batch_size, settings.image_size)
-    optimizer = lanes.backward.call(build_optimizer, model, settings)
-    return Work(model, torch.nn.CrossEntropyLoss(), optimizer, settings.accumulate)
+    if settings.channels_last:
+        lanes.forward.call(partial(model.to, memory_format=torch.channels_last))
+    return Work(
+        model,
+        torch.nn.CrossEntropyLoss(),
+        lanes.backward.call(build_optimizer, model, settings),
+        settings.accumulate,
+        settings.precision == "bf16",
+        settings.channels_last,
+        settings.grads_to_none,
+    )
 
 
 def train(settings: Settings, topology: Topology, plan: CorePlan) -> torch.nn.Module:
@@ -1780,6 +2247,7 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> torch.nn.Mo
     check_model_name(settings.model)
     dataset, num_classes = open_dataset(settings)
     check_writable(settings)
+    note = tune_allocator() if settings.tuned_malloc else ""
     settings = dataclasses.replace(  # from here on: the settings in force
         settings,
         num_classes=num_classes,
@@ -1787,11 +2255,12 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> torch.nn.Mo
         forward_threads=plan.forward.threads,
         backward_threads=plan.backward.threads,
         loader_cores=plan.loader_cpus,
+        precision=choose_precision(settings, topology)[0],
+        tuned_malloc=settings.tuned_malloc and not note,
     )
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        stack.enter_context(confined_to(plan.loader_cpus))
-        stack.enter_context(coordinating(settings.deterministic))
+        stack.enter_context(coordinating(settings, plan))
         torch.manual_seed(settings.seed)
         loader = make_loader(dataset, settings, plan.loader_cpus)
         batches = Batches(loader, settings.steps * settings.accumulate)
@@ -1799,28 +2268,35 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> torch.nn.Mo
         lanes = stack.enter_context(Lanes(plan, topology.online, stop.check))
         work = build_work(settings, lanes)
         report = RunReport(settings, topology, plan)
-        for note in lanes.notes:
-            report.warn(note, note)
+        for text in filter(None, [note, *lanes.notes]):
+            report.warn(text, text)
         fit(settings, lanes, work, batches, report)
     return work.model
 
 
 # ==================================================================================================
-# 10 Command line
+# 12 Command line
 # Arguments to Settings, commands to functions, errors to exit codes.
 # ==================================================================================================
 
 
-def print_plan(settings: Settings, topology: Topology, plan: CorePlan) -> None:
+def print_plan(settings: Settings, topology: Topology) -> CorePlan:
     """The `plan` command, and the head of every run."""
-    lines = describe_topology(topology), draw_plan(topology, plan), *describe_plan(plan, settings)
+    plan = plan_cores(topology, settings)
+    precision, reason = choose_precision(settings, topology)
+    lines = [
+        describe_topology(topology),
+        draw_plan(topology, plan),
+        *describe_plan(plan, settings),
+        f"precision {precision}: {reason}",
+    ]
     say("\n".join(lines))
+    return plan
 
 
-def print_plan_and_train(settings: Settings, topology: Topology, plan: CorePlan) -> None:
+def print_plan_and_train(settings: Settings, topology: Topology) -> None:
     """The `train` command."""
-    print_plan(settings, topology, plan)
-    train(settings, topology, plan)
+    train(settings, topology, print_plan(settings, topology))
 
 
 COMMANDS = {
@@ -1838,7 +2314,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """The parser of all commands' options; these and their defaults come from Settings."""
-    commands = "\n".join(f"  {name:6} {text}" for name, (_, text) in COMMANDS.items())
+    commands = "\n".join(f"  {name:8} {text}" for name, (_, text) in COMMANDS.items())
     parser = Parser(
         prog=Path(__file__).name,
         usage=f"%(prog)s [{'|'.join(COMMANDS)}] [options]",
@@ -1859,12 +2335,15 @@ def add_option(parser: Parser, group: Any, setting: dataclasses.Field) -> Any:
     if meta["opens"]:
         group = parser.add_argument_group(meta["opens"])
     text = meta["help"]
+    flag = "--" + setting.name.replace("_", "-")
     if setting.default is False:
         kind = {"action": "store_true"}
+    elif setting.default is True:  # what is on by default has a flag that switches it off
+        kind = {"action": "store_false"}
+        flag = flag.replace("--", "--no-", 1)
     else:
         kind = {"default": setting.default, **meta["argument"]}
         text += "" if setting.default is None else " (default: %(default)s)"
-    flag = "--" + setting.name.replace("_", "-")
     group.add_argument(*meta["short"], flag, dest=setting.name, help=text, **kind)
     return group
 
@@ -1876,8 +2355,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:
         raise UserError(f"unknown command {command!r} (choose from {', '.join(COMMANDS)})")
     options = argv[1:] if argv and argv[0] == command else argv
     settings = Settings(**vars(build_parser().parse_args(options)))
-    if settings.steps and settings.epochs:
-        raise UserError(f"--steps {settings.steps} and --epochs {settings.epochs}: give one")
+    check_settings(settings)
     return command, settings
 
 
@@ -1888,7 +2366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command, settings = parse_arguments(sys.argv[1:] if argv is None else argv)
         topology = read_topology()
-        COMMANDS[command][0](settings, topology, plan_cores(topology, settings))
+        COMMANDS[command][0](settings, topology)
     except (UserError, RunError, Stopped, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):  # before the run looked after signals itself
             error = Stopped(signal.SIGINT)

@@ -28,6 +28,11 @@ TINY = [
 ]
 
 
+def as_loaded(batches: list) -> list[tsa.Loaded]:
+    """Batches in the form in which a loader gives them."""
+    return [(batch, tsa.LoadRecord(-1, 0.0, 0.0)) for batch in batches]
+
+
 @pytest.fixture
 def two_groups() -> tuple[tsa.Group, tsa.Group]:
     """Two lanes' groups on two different CPUs, each with two threads, to have a team to place."""

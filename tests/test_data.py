@@ -4,10 +4,12 @@ import contextlib
 import os
 import shutil
 import signal
+import time
 import warnings
 
 import pytest
 import torch
+from conftest import as_loaded
 from torch.utils.data import Dataset
 
 import train_split_affinity as tsa
@@ -126,8 +128,26 @@ def test_loader_processes_stay_on_their_cores():
 
 
 def test_batches_go_on_over_epochs():
-    loader = [1, 2, 3]
-    assert list(tsa.Batches(loader, 7)) == [1, 2, 3, 1, 2, 3, 1]
+    batches = tsa.Batches(as_loaded([1, 2, 3]), 7)
+    assert next(batches) == 1
+    assert batches.left == 6
+    assert list(batches) == [2, 3, 1, 2, 3, 1]
+    assert batches.left == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_when_and_where_batches_were_loaded(workers):
+    settings = small(num_classes=5, workers=workers)
+    dataset, _ = tsa.open_dataset(settings)
+    begin_s = time.perf_counter()
+    loader = tsa.make_loader(dataset, settings, tuple(tsa.ALLOWED_CPUS))
+    with contextlib.closing(tsa.Batches(loader, 4)) as batches:
+        list(batches)
+        records = batches.take_records()
+        assert batches.take_records() == ()
+    assert [record.loader for record in records] == ([0, 1, 0, 1] if workers else [-1] * 4)
+    for record in records:
+        assert begin_s < record.start_s < record.end_s < time.perf_counter()
 
 
 def test_prefetching_fetches_one_batch_and_no_more():
@@ -136,7 +156,7 @@ def test_prefetching_fetches_one_batch_and_no_more():
     def loader():
         for number in range(5):
             fetched.append(number)
-            yield number
+            yield as_loaded([number])[0]
 
     batches = tsa.Batches(loader(), 3)
     assert fetched == [0], "at once, to start the loader"

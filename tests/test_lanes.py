@@ -1,16 +1,21 @@
 """Lanes and the audit, read from /proc. Run: python -m pytest tests/test_lanes.py"""
 
 import os
+import platform
+import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import needs_two_cpus
 
 import train_split_affinity as tsa
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
@@ -249,3 +254,34 @@ def test_a_team_that_is_too_small_is_noted(monkeypatch, two_groups):
     lane = tsa.Lane(two_groups[0], tsa.Audit(()))
     lane.close()
     assert lane.notes == ["forward lane: OpenMP started 1 thread, not 2 (is OMP_THREAD_LIMIT set?)"]
+
+
+PAGE_FAULTS = """
+import resource, sys, torch
+import train_split_affinity as tsa
+if sys.argv[1] == "tuned":
+    assert tsa.tune_allocator() == ""
+def use_memory():
+    buffers = [torch.ones(4 * 2**20) for _ in range(8)]  # 16 MiB each
+for _ in range(3):
+    use_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    use_memory()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_the_tuned_allocator_keeps_its_memory():
+    faults = {
+        kind: int(subprocess.check_output([sys.executable, "-c", PAGE_FAULTS, kind], cwd=ROOT))
+        for kind in ("tuned", "default")
+    }
+    assert faults["tuned"] < 100 < faults["default"]
+
+
+def test_without_glibc_the_allocator_is_left_alone(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(tsa.ctypes, "CDLL", None)
+    assert "known for glibc alone" in tsa.tune_allocator()

@@ -2,20 +2,24 @@
 
 import copy
 import dataclasses
+import threading
+import weakref
 
 import pytest
 import torch
-from conftest import needs_two_cpus
+from conftest import as_loaded, needs_two_cpus
+from torch import nn
 
 import train_split_affinity as tsa
 
 pytestmark = needs_two_cpus
 LR = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
+ALL_SCHEDULES = pytest.mark.parametrize("schedule", list(tsa.SCHEDULES))
 
 
-def make_batches(count):
+def make_batches(count, side=32):
     torch.manual_seed(1)
-    return [(torch.randn(4, 3, 32, 32), torch.randint(0, 10, (4,))) for _ in range(count)]
+    return [(torch.randn(4, 3, side, side), torch.randint(0, 10, (4,))) for _ in range(count)]
 
 
 def make_model():
@@ -23,36 +27,77 @@ def make_model():
     return tsa.build_model("resnet18", num_classes=10, image_size=32)
 
 
-def make_work(model, accumulate):
+def make_tiny_model():
+    """BatchNorm's buffers and dropout's random numbers, in a model of some milliseconds."""
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(64, 10),
+    )
+
+
+def make_work(model, accumulate, **switches):
     optimizer = torch.optim.SGD(model.parameters(), **LR)
-    return tsa.Work(model, torch.nn.CrossEntropyLoss(), optimizer, accumulate)
+    return tsa.Work(model, nn.CrossEntropyLoss(), optimizer, accumulate, **switches)
 
 
-def train_through_lanes(plan, model, batches, steps, accumulate):
+def train_through_lanes(plan, model, batches, accumulate, schedule="sequential", **switches):
     """The loss of each micro-batch."""
-    work = make_work(model, accumulate)
-    stream = tsa.Batches(batches, len(batches))
+    work = make_work(model, accumulate, **switches)
+    stream = tsa.Batches(as_loaded(batches), len(batches))
+    torch.manual_seed(3)
     with tsa.Lanes(plan, ()) as lanes:
-        return [loss for _ in range(steps) for loss in tsa.sequential(lanes, work, stream)]
+        return [loss for step in tsa.SCHEDULES[schedule](lanes, work, stream) for loss in step]
 
 
-def train_plainly(threads, model, batches, steps, accumulate):
-    """A textbook PyTorch loop, no lanes, with a given number of threads."""
+def train_plainly(threads, model, batches, accumulate, update_age=0):
+    """A plain PyTorch loop, no lanes, with a given number of threads.
+
+    With `update_age` 1 it simulates weights that are one update old: a step's gradients are those
+    of the weights before the step before, and go to the weights of today.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    torch.manual_seed(3)
     optimizer = torch.optim.SGD(model.parameters(), **LR)
+    parameters = list(model.parameters())
+    history = [[parameter.detach().clone() for parameter in parameters]]
     losses = []
     stream = iter(batches)
-    for _ in range(steps):
+    for _ in range(len(batches) // accumulate):
+        set_values(parameters, history[max(0, len(history) - 1 - update_age)])
         for _ in range(accumulate):
             images, targets = next(stream)
-            loss = torch.nn.functional.cross_entropy(model(images), targets)
+            loss = nn.functional.cross_entropy(model(images), targets)
             (loss / accumulate).backward()
             losses.append(loss.item())
+        set_values(parameters, history[-1])
         optimizer.step()
         optimizer.zero_grad()
+        history.append([parameter.detach().clone() for parameter in parameters])
     torch.set_num_threads(before)
     return losses
+
+
+def set_values(parameters, values):
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def assert_same_state(model, other):
+    """Weights and buffers, bit for bit."""
+    pairs = zip(model.state_dict().items(), other.state_dict().values(), strict=True)
+    for (name, value), expected in pairs:
+        assert torch.equal(value, expected), name
 
 
 def with_threads(plan, threads):
@@ -73,20 +118,89 @@ def test_bitwise_equal_to_a_plain_loop(split, threads, accumulate, split_plan, o
     model = make_model()
     reference = copy.deepcopy(model)
     batches = make_batches(2 * accumulate)
-    losses = train_through_lanes(plan, model, batches, 2, accumulate)
-    assert losses == train_plainly(threads, reference, batches, 2, accumulate)
-    for (name, value), other in zip(
-        model.state_dict().items(), reference.state_dict().values(), strict=True
-    ):
-        assert torch.equal(value, other), name
+    losses = train_through_lanes(plan, model, batches, accumulate)
+    assert losses == train_plainly(threads, reference, batches, accumulate)
+    assert_same_state(model, reference)
 
 
-def test_the_order_of_phases(split_plan):
-    work = make_work(make_model(), 2)
-    stream = tsa.Batches(make_batches(2), 2)
-    with tsa.Lanes(split_plan, ()) as lanes:
-        tsa.sequential(lanes, work, stream)
-        records = lanes.take_records()
+@pytest.mark.parametrize("threads", [1, 2])
+def test_overlap_is_bitwise_equal_to_sequential(threads, split_plan):
+    plan = with_threads(split_plan, threads)
+    model = make_model()
+    reference = copy.deepcopy(model)
+    batches = make_batches(8)
+    losses = train_through_lanes(plan, model, batches, 4, "overlap")
+    assert losses == train_through_lanes(plan, reference, batches, 4, "sequential")
+    assert_same_state(model, reference)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_delayed_is_bitwise_equal_to_weights_one_update_old(accumulate, threads, split_plan):
+    plan = with_threads(split_plan, threads)
+    model = make_model()
+    reference = copy.deepcopy(model)
+    batches = make_batches(4 * accumulate)
+    losses = train_through_lanes(plan, model, batches, accumulate, "delayed")
+    assert losses == train_plainly(threads, reference, batches, accumulate, update_age=1)
+    assert_same_state(model, reference)
+
+
+def test_the_simulation_of_old_weights_differs_from_training_with_new_ones():
+    batches = make_batches(4, side=16)
+    first, second = (
+        train_plainly(1, make_tiny_model(), batches, 1, update_age=age) for age in (0, 1)
+    )
+    assert first[:2] != second[:2], "the second step already takes the first weights again"
+    assert first[0] == second[0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "accumulate", "update_age"),
+    [("overlap", 4, 0), ("delayed", 1, 1), ("delayed", 4, 1)],
+)
+def test_no_race_in_fifty_repetitions(schedule, accumulate, update_age, split_plan):
+    plan = with_threads(split_plan, 1)
+    batches = make_batches(3 * accumulate, side=16)
+    reference = make_tiny_model()
+    expected = train_plainly(1, reference, batches, accumulate, update_age)
+    for _ in range(50):
+        model = make_tiny_model()
+        assert train_through_lanes(plan, model, batches, accumulate, schedule) == expected
+        assert_same_state(model, reference)
+
+
+@ALL_SCHEDULES
+@pytest.mark.parametrize("switches", [{"channels_last": True}, {"bf16": True}])
+def test_speed_levers_change_little(schedule, switches, split_plan):
+    batches = make_batches(4, side=16)
+    model, reference = make_tiny_model().eval(), make_tiny_model().eval()  # no dropout
+    losses = train_through_lanes(split_plan, model, batches, 2, schedule, **switches)
+    expected = train_through_lanes(split_plan, reference, batches, 2, schedule)
+    assert losses == pytest.approx(expected, rel=0.03)
+
+
+@ALL_SCHEDULES
+def test_gradients_set_to_zero_are_worth_the_same_as_none(schedule, split_plan):
+    batches = make_batches(6, side=16)
+    model, reference = make_tiny_model(), make_tiny_model()
+    losses = train_through_lanes(split_plan, model, batches, 2, schedule, grads_to_none=False)
+    assert losses == train_through_lanes(split_plan, reference, batches, 2, schedule)
+    assert_same_state(model, reference)
+    assert all(parameter.grad.count_nonzero() == 0 for parameter in model.parameters())
+
+
+def records_of(schedule, plan, accumulate, steps):
+    work = make_work(make_model(), accumulate)
+    stream = tsa.Batches(as_loaded(make_batches(steps * accumulate)), steps * accumulate)
+    with tsa.Lanes(plan, ()) as lanes:
+        for _ in tsa.SCHEDULES[schedule](lanes, work, stream):
+            pass
+        return work, lanes.take_records()
+
+
+def test_sequential_alternates_strictly(split_plan):
+    work, records = records_of("sequential", split_plan, 2, 1)
     assert [(record.phase, record.lane) for record in records] == [
         ("forward", "forward"),
         ("backward", "backward"),
@@ -95,24 +209,66 @@ def test_the_order_of_phases(split_plan):
         ("update", "backward"),
     ]
     for earlier, later in zip(records, records[1:], strict=False):
-        assert earlier.end_s <= later.start_s, "strictly alternating"
+        assert earlier.end_s <= later.start_s
     assert all(parameter.grad is None for parameter in work.model.parameters())
+
+
+def both_at_once(records):
+    """Pairs of a forward and a backward phase, by their numbers, that ran at the same time."""
+    forwards, backwards = (
+        [record for record in records if record.phase == phase] for phase in ("forward", "backward")
+    )
+    return [
+        (first, second)
+        for second, backward in enumerate(backwards)
+        for first, forward in enumerate(forwards)
+        if forward.start_s < backward.end_s and backward.start_s < forward.end_s
+    ]
+
+
+def test_overlap_runs_forward_beside_backward_inside_a_step(split_plan):
+    _, records = records_of("overlap", split_plan, 3, 2)
+    assert both_at_once(records) == [(1, 0), (2, 1), (4, 3), (5, 4)]
+
+
+def test_delayed_runs_forward_beside_backward_across_steps(split_plan):
+    _, records = records_of("delayed", split_plan, 1, 4)
+    assert both_at_once(records) == [(1, 0), (2, 1), (3, 2)]
+
+
+@ALL_SCHEDULES
+def test_no_work_strays(schedule, split_plan):
+    _, records = records_of(schedule, split_plan, 2, 2)
+    lanes = {"forward": "forward", "refresh": "forward", "backward": "backward"}
+    for record in records:
+        assert record.stray_s == 0
+        assert record.lane == lanes.get(record.phase, "backward")
+        group = split_plan.forward if record.lane == "forward" else split_plan.backward
+        assert record.mask == set(group.cpus)
 
 
 class Script:
     """Stands for lanes, work and batches, and writes down what a schedule asks of them."""
 
-    def __init__(self, accumulate):
-        self.accumulate = accumulate
+    def __init__(self, accumulate, left):
+        self.accumulate, self.left = accumulate, left
         self.lines = []
-        self.forward = self.backward = self.update = self
+        self.forward = self.backward = self.update = self.refresh = self
+        self.loaded = self.copies = 0
+
+    def copy_weights(self):
+        self.copies += 1
+        return "ab"[self.copies - 1]
+
+    def call(self, function):
+        return function()
 
     def run(self, phase, function, *args):
-        self.lines.append(f"run {phase} {args}")
-        return f"output {len(self.lines)}"
+        self.lines.append(" ".join([phase, *map(str, args)]))
+        return f"output of {args[0]}" if args else None
 
     def submit(self, phase, function, *args):
-        self.lines.append(f"submit {phase} {args}")
+        self.lines.append(" ".join(["begin", phase, *map(str, args)]))
         return self
 
     def result(self):
@@ -123,48 +279,141 @@ class Script:
         self.lines.append("prefetch")
 
     def __next__(self):
-        return "batch"
+        self.left -= 1
+        self.loaded += 1
+        return f"batch {self.loaded}"
 
 
-def test_the_next_batch_is_fetched_while_backward_runs():
-    script = Script(accumulate=2)
-    assert tsa.sequential(script, script, script) == [0.5, 0.5]
-    assert script.lines == [
-        "run forward ('batch',)",
-        "submit backward ('output 1',)",
+SCRIPTS = {
+    "sequential": [
+        "forward batch 1",
+        "begin backward output of batch 1",
         "prefetch",
         "wait",
-        "run forward ('batch',)",
-        "submit backward ('output 5',)",
+        "forward batch 2",
+        "begin backward output of batch 2",
         "prefetch",
         "wait",
-        "run update ()",
+        "update",
+    ],
+    "overlap": [
+        "forward batch 1",
+        "begin backward output of batch 1",
+        "forward batch 2",
+        "prefetch",
+        "wait",
+        "begin backward output of batch 2",
+        "prefetch",
+        "wait",
+        "update",
+    ],
+    "delayed": [
+        "forward batch 1 a",
+        "begin backward output of batch 1",
+        "forward batch 2 a",
+        "prefetch",
+        "wait",
+        "begin backward output of batch 2",
+        "refresh b",
+        "forward batch 3 b",
+        "prefetch",
+        "wait",
+        "update a",
+    ],
+}
+
+
+@ALL_SCHEDULES
+def test_what_a_schedule_does_in_which_order(schedule):
+    script = Script(accumulate=2, left=8)
+    steps = tsa.SCHEDULES[schedule](script, script, script)
+    assert next(steps) == [0.5, 0.5]
+    assert script.lines == SCRIPTS[schedule]
+
+
+def test_delayed_ends_with_the_batches():
+    script = Script(accumulate=1, left=3)
+    assert list(tsa.delayed(script, script, script)) == [[0.5]] * 3
+    assert [line for line in script.lines if line not in ("prefetch", "wait")] == [
+        "forward batch 1 a",
+        "begin backward output of batch 1",
+        "refresh b",
+        "forward batch 2 b",
+        "update a",
+        "begin backward output of batch 2",
+        "refresh a",
+        "forward batch 3 a",
+        "update b",
+        "begin backward output of batch 3",
+        "update a",
     ]
 
 
+@ALL_SCHEDULES
+def test_no_more_than_two_micro_batches_of_activations(schedule, split_plan):
+    """Outputs of the first convolution are kept alive by their graphs alone."""
+    model, alive, most = make_tiny_model(), [], []
+
+    def watch(module, args, output):
+        most.append(1 + sum(reference() is not None for reference in alive))
+        alive.append(weakref.ref(output))
+
+    model[0].register_forward_hook(watch)
+    train_through_lanes(split_plan, model, make_batches(12, side=16), 4, schedule)
+    assert len(most) == 12
+    assert max(most) == (1 if schedule == "sequential" else 2)
+
+
+@ALL_SCHEDULES
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_updates_nothing(bad, split_plan):
+def test_a_loss_that_is_not_finite_updates_nothing(bad, schedule, split_plan):
     model = make_model()
     before = copy.deepcopy(model.state_dict())
-    images, targets = make_batches(1)[0]
-    stream = tsa.Batches([(images * bad, targets)], 1)
+    (images, targets), *good = make_batches(4)
+    stream = tsa.Batches(as_loaded([(images * bad, targets), *good]), 4)
+    work = make_work(model, 2)
     with tsa.Lanes(split_plan, ()) as lanes, pytest.raises(tsa.NonFiniteLoss, match="nan|inf"):
-        tsa.sequential(lanes, make_work(model, 1), stream)
+        next(tsa.SCHEDULES[schedule](lanes, work, stream))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
 
 
-def test_an_exception_in_the_model_comes_out_with_its_traceback(split_plan):
-    class Broken(torch.nn.Linear):
-        def forward(self, images):
-            raise ArithmeticError("inside the model")
+@ALL_SCHEDULES
+@pytest.mark.parametrize("phase", ["forward", "backward", "update"])
+def test_an_exception_comes_out_with_its_traceback(phase, schedule, split_plan, monkeypatch):
+    calls = []
+    original = getattr(tsa.Work, phase)
 
-    work = make_work(Broken(2, 2), 1)
-    with pytest.raises(ArithmeticError, match="inside the model") as caught:  # noqa: SIM117
-        with tsa.Lanes(split_plan, ()) as lanes:
-            tsa.sequential(lanes, work, tsa.Batches(make_batches(1), 1))
-    assert caught.traceback[-1].frame.code.name == "forward"
+    def broken(self, *args):
+        calls.append(phase)
+        if len(calls) == 2:
+            raise ArithmeticError("inside the phase")
+        return original(self, *args)
+
+    monkeypatch.setattr(tsa.Work, phase, broken)
+    with pytest.raises(ArithmeticError, match="inside the phase") as caught:
+        train_through_lanes(split_plan, make_tiny_model(), make_batches(8), 2, schedule)
+    assert caught.traceback[-1].frame.code.name == "broken"
+    assert not [thread for thread in threading.enumerate() if "lane" in thread.name]
+
+
+@ALL_SCHEDULES
+@pytest.mark.parametrize("phases", range(1, 12))
+def test_a_stop_at_any_phase_ends_both_lanes(phases, schedule, split_plan):
+    asked = []
+
+    def check_stop():
+        asked.append(None)
+        if len(asked) > phases:
+            raise tsa.Stopped(2)
+
+    work = make_work(make_tiny_model(), 2)
+    stream = tsa.Batches(as_loaded(make_batches(8, side=16)), 8)
+    with pytest.raises(tsa.Stopped), tsa.Lanes(split_plan, (), check_stop) as lanes:
+        for _ in tsa.SCHEDULES[schedule](lanes, work, stream):
+            pass
+    assert not [thread for thread in threading.enumerate() if "lane" in thread.name]
 
 
 def test_settings_offer_the_schedules_that_exist():

@@ -84,7 +84,8 @@ def test_what_is_no_rate(text):
 def test_help_lists_every_option_with_its_default():
     text = " ".join(tsa.build_parser().format_help().split())
     for setting in dataclasses.fields(tsa.Settings):
-        assert "--" + setting.name.replace("_", "-") in text
+        switched_off = "no-" if setting.default is True else ""
+        assert f"--{switched_off}{setting.name.replace('_', '-')}" in text
         assert setting.metadata["help"] in text
     assert "(default: resnet50)" in text
     assert "(default: 0.0125)" in text

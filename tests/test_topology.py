@@ -376,3 +376,20 @@ def test_a_broken_sysfs_is_no_reason_to_fail(tmp_path):
     topology = tsa.read_topology(root, frozenset({0, 1}))
     assert [core.package for core in topology.cores] == [0, 0]
     assert groups(topology) == ((0,), (1,))
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16 amx_bf16 amx_tile", "amx_bf16"),
+        ("flags\t\t: fpu avx512f avx512_bf16", "avx512_bf16"),
+        ("Features\t: fp asimd bf16 i8mm", "bf16"),
+        ("flags\t\t: fpu avx2 bf16_not_quite", ""),
+        ("flags\t\t: ", ""),
+        ("", ""),
+    ],
+)
+def test_native_bfloat16(tmp_path, line, found):
+    files = {"proc/cpuinfo": f"processor\t: 0\nmodel name\t: Example\n{line}\nbugs\t\t: bf16\n"}
+    machines.write_machine(tmp_path, machines.TWO, files)
+    assert tsa.read_topology(tmp_path, frozenset({0, 1})).bf16 == found

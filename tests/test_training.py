@@ -169,6 +169,131 @@ def test_deterministic_is_set_for_the_run_only(in_tmp, monkeypatch):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def denormals_left():
+    """How many of 2**18 denormal numbers, on every thread of the team, survive a product."""
+    return (torch.full((2**18,), 1e-39) * 1.0).count_nonzero().item()
+
+
+@needs_two_cpus
+@pytest.mark.parametrize(("flush", "left"), [(True, 0), (False, 2**18)])
+def test_denormals_are_flushed_on_all_threads_of_both_lanes(split_plan, flush, left):
+    settings = dataclasses.replace(TINY, flush_denormals=flush)
+    with tsa.coordinating(settings, split_plan), tsa.Lanes(split_plan, ()) as lanes:
+        assert lanes.forward.call(denormals_left) == left
+        assert lanes.backward.call(denormals_left) == left
+    assert denormals_left() == 2**18, "as before, in this thread"
+
+
+def test_the_switches_reach_the_work(one_lane_plan):
+    with tsa.Lanes(one_lane_plan, ()) as lanes:
+        on = tsa.build_work(dataclasses.replace(TINY, precision="bf16"), lanes)
+        switched_off = {"channels_last": False, "fused": False, "grads_to_none": False}
+        off = tsa.build_work(dataclasses.replace(TINY, precision="fp32", **switched_off), lanes)
+    assert (on.bf16, on.channels_last, on.grads_to_none) == (True, True, True)
+    assert (off.bf16, off.channels_last, off.grads_to_none) == (False, False, False)
+    for work, last in ((on, True), (off, False)):
+        weight = work.model.layer1[0].conv1.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == last
+        assert bool(work.optimizer.param_groups[0]["fused"]) == last
+    images = torch.randn(4, 3, 32, 32)
+    seen = []
+    for work in (on, off):
+        work.model.conv1.register_forward_hook(
+            lambda module, args, output: seen.append(
+                (output.dtype, args[0].is_contiguous(memory_format=torch.channels_last))
+            )
+        )
+        logits, _ = work.forward((images, None))
+        assert logits.dtype == torch.float32
+    assert seen == [(torch.bfloat16, True), (torch.float32, False)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "bf16", "chosen", "reason"),
+    [
+        ("auto", "amx_bf16", "bf16", "the CPU computes bfloat16 natively (amx_bf16)"),
+        ("auto", "", "fp32", "the CPU has no native bfloat16 arithmetic"),
+        ("fp32", "amx_bf16", "fp32", "as asked; the CPU computes bfloat16 natively"),
+        ("bf16", "", "bf16", "as asked; the CPU has no native bfloat16 arithmetic"),
+    ],
+)
+def test_the_precision_and_its_reason(asked, bf16, chosen, reason):
+    topology = dataclasses.replace(tsa.read_topology(), bf16=bf16)
+    precision, why = tsa.choose_precision(dataclasses.replace(TINY, precision=asked), topology)
+    assert precision == chosen
+    assert why.startswith(reason)
+
+
+def test_the_settings_in_force_are_listed(in_tmp, monkeypatch):
+    monkeypatch.setattr(tsa, "tune_allocator", lambda: "cannot be tuned here")
+    train(split="none", steps=1, output_dir=in_tmp)
+    settings = metrics(in_tmp)[0]["settings"]
+    assert settings["precision"] == ("bf16" if tsa.read_topology().bf16 else "fp32")
+    assert settings["tuned_malloc"] is False
+    assert settings["channels_last"] is settings["fused"] is settings["grads_to_none"] is True
+    log = (in_tmp / "logs.md").read_text()
+    assert f"precision {settings['precision']}, channels_last True" in log
+    assert "- warning: cannot be tuned here" in log
+
+
+@needs_two_cpus
+@pytest.mark.parametrize(
+    "settings", [{"schedule": "overlap", "accumulate": 2}, {"schedule": "delayed"}]
+)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_overlapping_runs_from_end_to_end(in_tmp, photos, settings, workers):
+    train(data_path=photos, num_classes=None, workers=workers, output_dir=in_tmp, **settings)
+    run, *steps, summary = metrics(in_tmp)
+    assert summary["outcome"] == "finished after 3 of 3 steps"
+    assert summary["stray_s"] == 0
+    assert set(summary["busy"]) == {"forward", "backward"}
+    assert run["settings"]["schedule"] == settings["schedule"]
+    assert (steps[0]["refresh_s"] > 0) == (settings["schedule"] == "delayed")
+    trace = json.loads((in_tmp / "trace.json").read_text())["traceEvents"]
+    rows = {event["args"]["name"] for event in trace if event["ph"] == "M"}
+    loaders = {"loader 0", "loader 1"} if workers else {"main thread"}
+    assert rows == {"forward lane", "backward lane", *loaders}
+    batches = 3 * settings.get("accumulate", 1)
+    for name in ("forward", "backward", "load"):
+        assert sum(event["name"] == name for event in trace) == batches
+    assert (in_tmp / "timeline.png").stat().st_size > 10_000
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("schedule", ["overlap", "delayed"])
+def test_a_signal_ends_an_overlapping_run(in_tmp, monkeypatch, schedule):
+    backward = tsa.Work.backward
+
+    def interrupted(self, output):
+        os.kill(os.getpid(), signal.SIGINT)
+        return backward(self, output)
+
+    monkeypatch.setattr(tsa.Work, "backward", interrupted)
+    with pytest.raises(tsa.Stopped):
+        train(schedule=schedule, accumulate=3, output_dir=in_tmp)
+    assert metrics(in_tmp)[-1]["outcome"] == "stopped by SIGINT after 0 of 3 steps"
+    assert not [thread for thread in threading.enumerate() if "lane" in thread.name]
+
+
+@needs_two_cpus
+def test_dropout_and_loading_in_the_main_thread_do_not_race(in_tmp, photos):
+    """Both draw from torch's global generator: overlap must give what sequential gives."""
+    losses = {}
+    for schedule in ("sequential", "overlap"):
+        directory = in_tmp / schedule
+        train(
+            model="squeezenet1_1",  # has dropout
+            schedule=schedule,
+            accumulate=4,
+            batch_size=2,
+            data_path=photos,
+            num_classes=None,
+            output_dir=directory,
+        )
+        losses[schedule] = [line["loss"] for line in metrics(directory) if line["type"] == "step"]
+    assert losses["overlap"] == losses["sequential"]
+
+
 @needs_two_cpus
 def test_threads_that_stray_are_shown(in_tmp, monkeypatch, capsys):
     """The naive way inside the real program: lanes that share one thread, moved about."""
@@ -191,9 +316,9 @@ def test_threads_that_stray_are_shown(in_tmp, monkeypatch, capsys):
 @needs_two_cpus
 def test_the_main_thread_coordinates_on_the_loader_cores(in_tmp, monkeypatch):
     seen = []
-    step = tsa.train_step
+    run = tsa.run_schedule
     monkeypatch.setattr(
-        tsa, "train_step", lambda *args: (seen.append(os.sched_getaffinity(0)), step(*args))[1]
+        tsa, "run_schedule", lambda *args: (seen.append(os.sched_getaffinity(0)), run(*args))[1]
     )
     last = max(tsa.ALLOWED_CPUS)
     train(steps=1)

@@ -1,0 +1,139 @@
+"""Summary. Run: python -m pytest tests/test_summary.py"""
+
+import dataclasses
+
+import pytest
+from records import PLAN, record, step, summarise
+
+import train_split_affinity as tsa
+
+
+def test_a_step_in_metrics():
+    line = step(3, stray_s=0.25, cpu_s=0.15).as_metrics()
+    expected = {
+        "step": 3,
+        "loss": 2.0,
+        "images": 8,
+        "step_s": 0.4,
+        "forward_s": 0.1,
+        "backward_s": 0.2,
+        "update_s": 0.05,
+        "forward_cpu_s": 0.1,
+        "backward_cpu_s": 0.3,
+        "update_cpu_s": 0.1,
+        "refresh_s": 0.0,
+        "refresh_cpu_s": 0.0,
+        "stray_s": 0.5,
+    }
+    assert line.pop("type") == "step"
+    assert line == pytest.approx(expected)
+
+
+def test_the_summary():
+    slow = [step(number, 9.0, 9.0, 9.0, 30.0) for number in (1, 2)]
+    summary = summarise([*slow, *(step(number) for number in range(3, 13))], PLAN)
+    assert (summary.steps, summary.warmup_steps, summary.images) == (12, 2, 96)
+    assert summary.images_per_s == pytest.approx(8 / 0.4)
+    assert summary.median_step_s == pytest.approx(0.4)
+    assert (summary.loss_first, summary.loss_last) == (4.0, -7.0)
+    assert summary.peak_memory_bytes > 10 * 2**20
+    forward, backward, update = summary.phases
+    assert (forward.cores, backward.cores, update.cores) == ("0", "1-2", "1-2")
+    assert (forward.threads, backward.threads) == (1, 2)
+    assert forward.median_ms == pytest.approx(100)
+    assert backward.median_ms == backward.p95_ms == pytest.approx(200)
+    assert (forward.share, backward.share, update.share) == pytest.approx((0.25, 0.5, 0.125))
+    assert summary.no_phase_share == pytest.approx(0.125)
+    assert (forward.busy, backward.busy) == pytest.approx((1, 1))
+    assert backward.cpu_busy == pytest.approx({0: 0, 1: 1, 2: 1})
+    assert backward.seen_on == "1-2"
+
+
+def test_the_95th_percentile():
+    steps = [step(number, forward_s=0.001 * number) for number in range(1, 24)]
+    assert summarise(steps, PLAN).phases[0].p95_ms == pytest.approx(22)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (50, 2)])
+def test_warm_up_steps(steps, warmup):
+    summary = summarise([step(number) for number in range(1, steps + 1)], PLAN)
+    assert summary.warmup_steps == warmup
+
+
+def test_a_long_run_keeps_its_latest_steps_only(monkeypatch):
+    monkeypatch.setattr(tsa, "LATEST_STEPS", 10)
+    slow = [step(number, stray_s=0.5, step_s=9.0) for number in range(1, 21)]
+    summary = summarise([*slow, *(step(number) for number in range(21, 31))])
+    assert (summary.steps, summary.images) == (30, 240)
+    assert summary.loss_first == 4.0
+    assert summary.median_step_s == pytest.approx(0.4)
+    assert summary.images_per_s == pytest.approx(20)
+    assert summary.stray_s == pytest.approx(20)
+
+
+def test_stray_time_counts_warm_up_too():
+    summary = summarise([step(1, stray_s=0.5), *(step(n) for n in range(2, 12))], PLAN)
+    assert summary.stray_s == pytest.approx(1.0)
+    assert [phase.stray_ms for phase in summary.phases] == pytest.approx([0, 1000, 0])
+    assert "could leave" in tsa.summary_lines(summary)[1]
+
+
+def spans(*pairs):
+    return [record("forward", start_s, end_s - start_s) for start_s, end_s in pairs]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "seconds"),
+    [
+        ([], 0),
+        ([(0, 1), (2, 4)], 3),
+        ([(0, 3), (1, 2), (2.5, 5)], 5),
+        ([(0, 3), (1, 2), (4, 5)], 4),
+    ],
+)
+def test_seconds_with_at_least_one_phase(pairs, seconds):
+    assert tsa.covered_s(spans(*pairs)) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "alone"),
+    [
+        ([], []),
+        ([(0, 1), (1, 2)], [(0, 1), (1, 2)]),
+        ([(0, 3), (1, 2), (4, 5)], [(4, 5)]),
+        ([(0, 1), (2, 6), (3, 4), (5, 7), (7, 8)], [(0, 1), (7, 8)]),
+    ],
+)
+def test_phases_without_company(pairs, alone):
+    assert [(r.start_s, r.end_s) for r in tsa.running_alone(spans(*pairs))] == alone
+
+
+def overlapping_step():
+    """Forward of the next batch beside backward; the other lane's time is its own work then."""
+    records = (
+        record("backward", 0.0, 0.8, other_lane_s=0.3),
+        record("refresh", 0.0, 0.1, other_lane_s=0.1),
+        record("forward", 0.1, 0.2, other_lane_s=0.2),
+        record("update", 0.8, 0.1, other_lane_s=0.007),
+    )
+    return tsa.StepResult(1, 2.0, 8, 1.0, records, (), 0.05)
+
+
+def test_the_summary_of_overlapping_phases():
+    summary = summarise([overlapping_step()])
+    assert [phase.phase for phase in summary.phases] == ["forward", "backward", "update", "refresh"]
+    assert [phase.cores for phase in summary.phases] == ["0", "1-2", "1-2", "0"]
+    assert summary.no_phase_share == pytest.approx(0.1)
+    assert summary.busy == pytest.approx({"forward": 0.3, "backward": 0.9})
+    assert summary.waiting_s == pytest.approx(0.007), "the update alone had no company"
+    assert summary.main_thread_s == pytest.approx(0.05)
+
+
+def test_a_lane_without_a_split_is_busy_in_all_phases():
+    group = tsa.Group("all", (0, 1, 2), 3)
+    plan = tsa.CorePlan("none", group, group, (0,))
+    records = [
+        dataclasses.replace(one, lane="all")
+        for one in (record("forward", 0, 0.3, cpu_s=0.9), record("backward", 0.3, 0.3, cpu_s=0.6))
+    ]
+    assert tsa.lanes_busy(plan, records, 1.0) == pytest.approx({"all": 0.5})
