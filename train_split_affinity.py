@@ -9,7 +9,7 @@ cores, and how much of that time strayed outside its group. Strict alternation c
 
     python train_split_affinity.py --batch-size 32 --steps 50    train ResNet-50, report the phases
     python train_split_affinity.py plan --split 1:2              show how cores would be divided
-    python train_split_affinity.py --split none                  the control: all cores, no split
+    python train_split_affinity.py compare                       every schedule beside a plain loop
 
 Vocabulary. A *lane* is one long-lived thread that owns one core group, used like a device queue. A
 *phase* is one piece of work on a lane: forward; backward (loss and backpropagation); update. A
@@ -29,7 +29,8 @@ Sections, each using only those above it:
     9  Timelines               what every lane and core did when, as a picture and as a trace
     10 Reports                 progress, the summary, logs.md, metrics.jsonl
     11 Training                the loop, and how a run starts, stops and ends
-    12 Command line            arguments to settings, errors to exit codes
+    12 Measurement             the split that suits a machine; the comparison of all ways to train
+    13 Command line            arguments to settings, errors to exit codes
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ import importlib.metadata
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -57,7 +59,7 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -103,6 +105,7 @@ try:
     import torch
     import torchvision
     from torch.utils.data import DataLoader, Dataset, default_collate
+    from torch.utils.flop_counter import FlopCounterMode
     from torchvision.transforms import v2
     from tqdm import tqdm
 except (ImportError, RuntimeError, OSError) as import_error:
@@ -200,11 +203,11 @@ def format_cpu_list(cpus: Iterable[int]) -> str:
 
 
 def parse_split(text: str) -> str:
-    """A checked `--split`: `even`, `none`, or forward:backward in whole parts from 1 up."""
+    """A checked `--split`: `even`, `auto`, `none`, or forward:backward in whole parts from 1 up."""
     match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text, re.ASCII)
-    if not match and text not in ("even", "none"):
+    if not match and text not in ("even", "auto", "none"):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not even, none, or forward:backward such as 1:2"
+            f"{text!r} is not even, auto, none, or forward:backward such as 1:2"
         )
     if match and not (int(match[1]) and int(match[2])):
         raise argparse.ArgumentTypeError(
@@ -257,8 +260,9 @@ class Settings:
     seed: int = option(0, "seed of weights, data order and augmentation", type=COUNT_FROM_0)
     deterministic: bool = option(False, "refuse operations without a deterministic implementation")
 
-    split: str = option("even", "how cores are divided: even, forward:backward such as 1:2, or "
-        "none (one lane over all cores)", opens="cores", type=parse_split, metavar="even|F:B|none")
+    split: str = option("even", "how cores are divided: even, forward:backward such as 1:2, auto "
+        "(measured, for the shortest step) or none (one lane over all cores)", opens="cores",
+        type=parse_split, metavar="even|F:B|auto|none")
     schedule: str = option("sequential", "how the phases of a step are laid over the lanes: "
         "sequential alternates strictly; overlap runs the forward pass of a step's next batch "
         "beside backward, with the same numbers (needs --accumulate 2 or more); delayed overlaps "
@@ -290,6 +294,8 @@ class Settings:
     output_dir: Path | None = option(None, "folder for metrics.jsonl, timeline.png and trace.json "
         "(default: not written)", type=Path)
     print_freq: int = option(10, "steps between two lines of figures", type=COUNT)
+    json: Path | None = option(None, "file for the figures of compare (default: not written)",
+        type=Path)
 # fmt: on
 
 
@@ -504,13 +510,16 @@ class Group:
 
 @dataclass(frozen=True)
 class CorePlan:
-    """Which cores do what. With `--split none`, forward and backward are the same group."""
+    """Which cores do what. With `--split none`, forward and backward are the same group; with
+    `--split auto`, `measured` are the phases' times by number of cores.
+    """
 
     split: str
     forward: Group
     backward: Group
     loader_cpus: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    measured: dict[int, PhaseTimes] = field(default_factory=dict)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -576,6 +585,9 @@ def check_core_options(topology: Topology, settings: Settings) -> None:
             f"--forward-cores {format_cpu_list(settings.forward_cores)} and --backward-cores "
             f"{format_cpu_list(settings.backward_cores)} overlap in {format_cpu_list(both)}"
         )
+    threads = settings.forward_threads or settings.backward_threads
+    if settings.split == "auto" and threads:
+        raise UserError(f"--split auto chooses the thread counts itself: {threads} cannot be given")
     if settings.split == "none" and settings.forward_threads and settings.backward_threads:
         raise UserError("--split none has one lane: give --forward-threads alone")
 
@@ -1438,6 +1450,32 @@ def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
 SCHEDULES = {"sequential": sequential, "overlap": overlap, "delayed": delayed}
 
 
+@dataclass(frozen=True)
+class PhaseTimes:
+    """Seconds that the phases take while nothing else runs; of one micro-batch, where it counts."""
+
+    forward_s: float
+    backward_s: float
+    update_s: float
+    refresh_s: float
+
+
+def step_bound_s(schedule: str, times: PhaseTimes, accumulate: int) -> float:
+    """The shortest step that two lanes allow, if neither slows the other down.
+
+    `overlap` begins each step with a forward pass that nothing runs beside; `delayed` does so only
+    once in a run, and is bound by the busier of the two lanes.
+    """
+    forward_s, backward_s = times.forward_s, times.backward_s
+    if schedule == "sequential":
+        return accumulate * (forward_s + backward_s) + times.update_s
+    if schedule == "overlap":
+        beside_s = (accumulate - 1) * max(forward_s, backward_s)
+        return forward_s + beside_s + backward_s + times.update_s
+    forward_lane_s = accumulate * forward_s + times.refresh_s
+    return max(forward_lane_s, accumulate * backward_s + times.update_s)
+
+
 # ==================================================================================================
 # 8  Summary
 # What the records of a run add up to. Pure, but for a reading of the memory in use.
@@ -2019,6 +2057,9 @@ def check_writable(settings: Settings) -> None:
             existing = next(path for path in (output, *output.absolute().parents) if path.exists())
             for name in (METRICS, TIMELINE, TRACE):
                 check_appendable(output / name, existing)
+        if settings.json:
+            flag = f"--json {settings.json}"
+            check_appendable(settings.json, settings.json.parent)
     except OSError as error:
         raise UserError(f"{flag}: cannot be written: {error.strerror}") from None
 
@@ -2275,14 +2316,653 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> torch.nn.Mo
 
 
 # ==================================================================================================
-# 12 Command line
+# 12 Measurement
+# What this machine makes of the work: phase times for `--split auto`, and the comparison of all
+# ways to train. What is measured runs in processes of its own, since the allocator's settings,
+# threads and peak memory belong to a process, and only one of them works at a time.
+# ==================================================================================================
+
+ROUNDS = 5
+WAYS = ("plain", "none", "sequential", "overlap", "delayed")
+
+
+class Elsewhere:
+    """A generator that runs in a process of its own: the one that `function(*args)` makes.
+
+    `check_stop` is called while waiting, and may raise. Close it, since the process ignores
+    signals.
+    """
+
+    def __init__(self, check_stop: Callable[[], None], function: Callable[..., Any], *args: Any):
+        context = multiprocessing.get_context("spawn")
+        self._check_stop = check_stop
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, function, args), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __iter__(self) -> Elsewhere:
+        return self
+
+    def __next__(self) -> Any:
+        return self.send(None)
+
+    def send(self, value: Any) -> Any:
+        """Go on with a value, as a generator's `send` does, and wait for the next result."""
+        try:
+            self._pipe.send(value)
+            while not self._pipe.poll(0.1):
+                self._check_stop()
+            result = self._pipe.recv()
+        except (EOFError, OSError):
+            raise RunError("a measuring process ended by itself (out of memory?)") from None
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+
+def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) -> None:
+    """The process behind Elsewhere: for each value received, the next result or the exception."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+    generator = function(*args)
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the asking process has gone
+        while True:
+            value = pipe.recv()
+            try:
+                result = generator.send(value)
+            except (UserError, RunError, StopIteration) as error:
+                result = error
+            pipe.send(result)
+
+
+def time_phases(lanes: Lanes, work: Work, batches: Batches, steps: int) -> PhaseTimes:
+    """Median times of the phases in `steps` sequential steps, where no phase has company."""
+    lanes.take_records()
+    for _ in itertools.islice(sequential(lanes, work, batches), steps):
+        pass
+    lanes.forward.run("refresh", work.refresh, lanes.forward.call(work.copy_weights))
+    durations_s: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    for record in lanes.take_records():
+        durations_s[record.phase].append(record.duration_s)
+    return PhaseTimes(
+        **{f"{name}_s": statistics.median(each) for name, each in durations_s.items()}
+    )
+
+
+# --- the split that suits the machine ---
+
+
+def plan_for(settings: Settings, topology: Topology) -> CorePlan:
+    """The core plan; with `--split auto` it is measured first, in some seconds.
+
+    Chosen is the split with the smallest bound of the schedule (see step_bound_s).
+    """
+    if settings.split != "auto":
+        return plan_cores(topology, settings)
+    check_core_options(topology, settings)
+    cores = len(usable_cores(topology))
+    if cores <= 2:
+        reason, forward, measured = "is the only choice", 1, {}
+    else:
+        measured = measure_scaling(settings, topology, core_counts(cores))
+        bounds_s = split_bounds_s(settings.schedule, settings.accumulate, measured, cores)
+        forward = min(bounds_s, key=bounds_s.__getitem__)
+        reason = explain_choice(settings, measured, bounds_s, forward, cores)
+    split = f"{forward}:{max(1, cores - forward)}"
+    plan = plan_cores(topology, dataclasses.replace(settings, split=split))
+    note = f"split auto: with {plural(cores, 'core')} {split} {reason}"
+    notes = (*plan.notes, note)
+    return dataclasses.replace(plan, split=f"auto, {split}", notes=notes, measured=measured)
+
+
+def core_counts(cores: int) -> list[int]:
+    """The group sizes to measure: about a quarter, a half and three quarters of the cores."""
+    return sorted({max(1, round(cores * share)) for share in (0.25, 0.5, 0.75)})
+
+
+def split_bounds_s(
+    schedule: str, accumulate: int, measured: dict[int, PhaseTimes], cores: int
+) -> dict[int, float]:
+    """The bound of a step for each number of forward cores, between the numbers measured."""
+    bounds_s = {}
+    for forward in range(1, cores):
+        smaller, larger = sorted((forward, cores - forward))
+        if min(measured) <= smaller and larger <= max(measured):
+            ours, theirs = times_on(measured, forward), times_on(measured, cores - forward)
+            times = PhaseTimes(ours.forward_s, theirs.backward_s, theirs.update_s, ours.refresh_s)
+            bounds_s[forward] = step_bound_s(schedule, times, accumulate)
+    return bounds_s
+
+
+def times_on(measured: dict[int, PhaseTimes], cores: int) -> PhaseTimes:
+    """Phase times on a number of cores: time as a power of the cores, between two measurements."""
+    below = max(count for count in measured if count <= cores)
+    above = min(count for count in measured if count >= cores)
+    part = math.log(cores / below) / math.log(above / below) if above > below else 0.0
+    pairs = zip(
+        dataclasses.astuple(measured[below]), dataclasses.astuple(measured[above]), strict=True
+    )
+    return PhaseTimes(*(low_s ** (1 - part) * high_s**part for low_s, high_s in pairs))
+
+
+def explain_choice(
+    settings: Settings,
+    measured: dict[int, PhaseTimes],
+    bounds_s: dict[int, float],
+    forward: int,
+    cores: int,
+) -> str:
+    """Why a split was chosen, in words."""
+    even_s = bounds_s[cores // 2]
+    times = "; ".join(
+        f"{count}: {times.forward_s:.3f} and {times.backward_s:.3f} s"
+        for count, times in measured.items()
+    )
+    return (
+        f"has the smallest bound of a {settings.schedule} step, {bounds_s[forward]:.3f} s "
+        f"({cores // 2}:{cores - cores // 2} has {even_s:.3f} s); forward and backward of a batch "
+        f"by cores: {times}"
+    )
+
+
+def measure_scaling(
+    settings: Settings, topology: Topology, counts: Sequence[int]
+) -> dict[int, PhaseTimes]:
+    """Phase times on groups of some sizes, measured one after the other in a process of its own."""
+    check_model_name(settings.model)
+    check_writable(settings)
+    _, num_classes = open_dataset(settings)
+    precision, _ = choose_precision(settings, topology)
+    settings = dataclasses.replace(settings, num_classes=num_classes, precision=precision)
+    say(f"split auto: measuring {settings.model} on {', '.join(map(str, counts))} cores")
+    cores = usable_cores(topology)
+    groups = []
+    for count in counts:
+        cpus = divide_cores(cores, f"{count}:{len(cores) - count}")[0]
+        groups.append(make_group(topology, "all", cpus, None))
+    with StopRequest() as stop:
+        measuring = Elsewhere(stop.check, time_groups, settings, topology.online, groups)
+        with contextlib.closing(measuring):
+            return {count: next(measuring) for count in counts}
+
+
+def time_groups(
+    settings: Settings, online: Sequence[int], groups: Sequence[Group]
+) -> Iterator[PhaseTimes]:
+    """Phase times on each group in turn, on random images; the first step is left out.
+
+    The learning rate is 0, so that nothing can diverge: it takes the same time.
+    """
+    if settings.tuned_malloc:
+        tune_allocator()
+    size = (settings.batch_size, 3, settings.image_size, settings.image_size)
+    batch = torch.randn(size), torch.randint(settings.num_classes, size[:1])
+    loaded = [(batch, LoadRecord(-1, 0.0, 0.0))]
+    settings = dataclasses.replace(settings, accumulate=1, lr=0.0)
+    for group in groups:
+        plan = CorePlan("none", group, group, group.cpus)
+        with coordinating(settings, plan), Lanes(plan, online) as lanes:
+            work = build_work(settings, lanes)
+            time_phases(lanes, work, Batches(loaded, 1), 1)
+            yield time_phases(lanes, work, Batches(loaded, 2), 2)
+
+
+# --- the comparison of all ways to train ---
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a way to train shall do in its next round: steps to leave out, steps to measure, and
+    whether it may keep its memory afterwards.
+    """
+
+    warmup: int
+    steps: int
+    keep_memory: bool
+
+
+Rounds = Generator["Round | None", Order, None]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one way to train did in one round of a comparison. Lanes by name; plain has none.
+
+    `alone` are phase times without company, `matrix_flops` the lane's rate in matrix products.
+    """
+
+    steps: tuple[StepResult, ...]
+    busy: dict[str, float]
+    alone: PhaseTimes | None
+    matrix_flops: dict[str, float]
+    peak_memory_bytes: int
+
+    @property
+    def step_s(self) -> float:
+        """Median seconds of an optimizer step."""
+        return statistics.median(step.step_s for step in self.steps)
+
+    def phase_s(self, phase: str) -> float:
+        """Seconds of a phase in a step, mean."""
+        return statistics.fmean(step.total("duration_s", phase) for step in self.steps)
+
+
+def way_settings(settings: Settings, way: str) -> Settings:
+    """The settings of a way to train; all have the same images in an optimizer step.
+
+    If a step has one batch only, `overlap` divides it into micro-batches, four if possible.
+    """
+    schedule = way if way in SCHEDULES else "sequential"
+    split = "none" if way in ("plain", "none") else settings.split
+    settings = dataclasses.replace(settings, schedule=schedule, split=split)
+    if way == "overlap" and settings.accumulate == 1:
+        parts = micro_batches(settings.batch_size)
+        size = settings.batch_size // parts
+        settings = dataclasses.replace(settings, batch_size=size, accumulate=parts)
+    return settings
+
+
+def micro_batches(batch_size: int) -> int:
+    """Into how many equal parts to divide a batch: 4 of two images or more, else the fewest."""
+    candidates = ([4] if batch_size >= 8 else []) + list(range(2, batch_size + 1))
+    parts = next((count for count in candidates if batch_size % count == 0), None)
+    if parts is None:
+        raise UserError(f"--batch-size {batch_size}: overlap needs a batch that can be divided")
+    return parts
+
+
+def load_steps(settings: Settings, count: int) -> list[Batch]:
+    """The images of `count` optimizer steps, the same for each way to train."""
+    images = settings.batch_size * settings.accumulate
+    settings = dataclasses.replace(settings, batch_size=images, workers=0)
+    dataset, _ = open_dataset(settings)
+    torch.manual_seed(settings.seed)
+    batches = Batches(make_loader(dataset, settings, ()), count)
+    return list(batches)
+
+
+def plain_rounds(settings: Settings, whole: Sequence[Batch]) -> Rounds:
+    """A textbook loop in PyTorch's own defaults: fp32, NCHW, all cores, nothing of this program."""
+    model = build_model(settings.model, settings.num_classes, settings.image_size)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    criterion = torch.nn.CrossEntropyLoss()
+
+    def train_step(images: torch.Tensor, targets: torch.Tensor) -> float:
+        optimizer.zero_grad()
+        pieces = images.split(settings.batch_size), targets.split(settings.batch_size)
+        for piece, labels in zip(*pieces, strict=True):
+            loss = criterion(model(piece), labels) / settings.accumulate
+            loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    stream = itertools.cycle(whole)
+    order = yield None
+    while True:
+        timed = [
+            time_plain_step(train_step, *next(stream)) for _ in range(order.warmup + order.steps)
+        ]
+        measured = tuple(timed[order.warmup :])
+        used_s = sum(step.main_thread_s for step in measured)
+        elapsed_s = sum(step.step_s for step in measured)
+        busy = {"all": used_s / (elapsed_s * len(process_cpus()))}
+        order = yield Round(measured, busy, None, {}, peak_memory_bytes())
+
+
+def time_plain_step(train_step: Callable[..., float], *batch: torch.Tensor) -> StepResult:
+    """One step of the plain loop; the main thread's CPU time is that of its whole team."""
+    start_s, cpu_start_s = time.perf_counter(), time.process_time()
+    loss = train_step(*batch)
+    step_s, cpu_s = time.perf_counter() - start_s, time.process_time() - cpu_start_s
+    return StepResult(0, loss, len(batch[0]), step_s, (), main_thread_s=cpu_s)
+
+
+def lane_rounds(
+    settings: Settings, online: Sequence[int], plan: CorePlan, whole: Sequence[Batch]
+) -> Rounds:
+    """Rounds of this program's own loop: the steps, then the phases without company."""
+    size = settings.batch_size
+    loaded = [
+        (batch, LoadRecord(-1, 0.0, 0.0))
+        for images, targets in whole
+        for batch in zip(images.split(size), targets.split(size), strict=True)
+    ]
+    with coordinating(settings, plan), Lanes(plan, online) as lanes:
+        work = build_work(settings, lanes)
+        order = yield None
+        while True:
+            # One step more than is taken, so that `delayed` looks ahead in the last one too.
+            count = settings.accumulate * (order.warmup + order.steps + 1)
+            steps = run_schedule(settings, lanes, work, Batches(loaded, count))
+            measured = tuple(itertools.islice(steps, order.warmup + order.steps))[order.warmup :]
+            steps.close()
+            records = [record for step in measured for record in step.records]
+            busy = lanes_busy(plan, records, sum(step.step_s for step in measured))
+            alone = time_phases(lanes, work, Batches(loaded, settings.accumulate), 1)
+            rates = {
+                lane.group.name: lane.call(matrix_flops, work.bf16)
+                for lane in dict.fromkeys((lanes.forward, lanes.backward))
+            }
+            if not order.keep_memory:
+                give_memory_back()
+            order = yield Round(measured, busy, alone, rates, peak_memory_bytes())
+
+
+def rounds_of(way: str, settings: Settings, topology: Topology, plan: CorePlan) -> Rounds:
+    """A way to train, in its own process: None when it is ready, then a Round for each Order."""
+    if way != "plain" and settings.tuned_malloc:
+        tune_allocator()
+    whole = load_steps(settings, 8)
+    torch.manual_seed(settings.seed)
+    settings = dataclasses.replace(settings, lr=0.0)  # nothing can diverge, at the same speed
+    if way == "plain":
+        yield from plain_rounds(settings, whole)
+    yield from lane_rounds(settings, topology.online, plan, whole)
+
+
+def matrix_flops(bf16: bool) -> float:
+    """Floating-point operations a second of the calling thread's team, in products of square
+    matrices of 2,048: the median of five, after one to warm up.
+    """
+    size, times_s = 2048, []
+    left, right = torch.randn(2, size, size, dtype=torch.bfloat16 if bf16 else torch.float32)
+    for _ in range(6):
+        start_s = time.perf_counter()
+        torch.mm(left, right)
+        times_s.append(time.perf_counter() - start_s)
+    return 2 * size**3 / statistics.median(times_s[1:])
+
+
+def give_memory_back() -> None:
+    """Return freed memory to the system: other processes of a comparison want to use it."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def check_batches(chosen: Iterable[Settings]) -> None:
+    """Raise UserError if the model cannot train on the batches of each of the settings."""
+    for settings in chosen:
+        with torch.device("meta"):
+            model = build_model(settings.model, settings.num_classes, settings.image_size)
+        check_input_shape(model, settings.model, settings.batch_size, settings.image_size)
+
+
+def count_flops(settings: Settings) -> dict[str, float]:
+    """Floating-point operations of convolutions and matrix products for one image, by phase."""
+    with torch.device("meta"):
+        model = build_model(settings.model, settings.num_classes, settings.image_size)
+        images = torch.empty(2, 3, settings.image_size, settings.image_size)
+    with FlopCounterMode(display=False) as forward:
+        output = model(images)
+    with FlopCounterMode(display=False) as backward:
+        output.sum().backward()
+    return {
+        "forward": forward.get_total_flops() / len(images),
+        "backward": backward.get_total_flops() / len(images),
+    }
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One way to train in a comparison: medians over the rounds; ranges are (lowest, highest).
+
+    Ratios are taken within a round. `bound_share` is the bound's share of the step's time, `gflops`
+    of the whole machine; `matrix_share`, by lane, is the rate of convolutions and matrix products
+    as a share of the lane's rate in large matrix products: over whole steps for a single lane,
+    during its phases for a lane of two.
+    """
+
+    way: str
+    cores: str
+    batches: str
+    images_per_s: float
+    images_per_s_range: tuple[float, float]
+    to_none: float
+    to_none_rounds: tuple[float, ...]
+    to_plain: float
+    bound_images_per_s: float | None
+    bound_share: float | None
+    busy: dict[str, float]
+    peak_memory_bytes: int
+    gflops: float
+    matrix_share: dict[str, float]
+    matrix_gflops: dict[str, float]
+    stray_s: float
+
+
+def matrix_share(lane: str, each: Round, images: int, flops: dict[str, float]) -> float:
+    """The rate of a lane's convolutions and matrix products, relative to `matrix_flops`."""
+    if lane in flops:
+        achieved_flops = flops[lane] * images / each.phase_s(lane)
+    else:
+        achieved_flops = sum(flops.values()) * images / each.step_s
+    return achieved_flops / each.matrix_flops[lane]
+
+
+def compared_way(
+    way: str,
+    rounds: dict[str, list[Round]],
+    settings: Settings,
+    plan: CorePlan,
+    flops: dict[str, float],
+) -> Compared:
+    """The figures of one way to train."""
+    own, images = rounds[way], settings.batch_size * settings.accumulate
+    speeds = [images / each.step_s for each in own]
+    to_none, to_plain = (
+        [other.step_s / each.step_s for other, each in zip(rounds[name], own, strict=True)]
+        for name in ("none", "plain")
+    )
+    bounds_s = [
+        step_bound_s(settings.schedule, each.alone, settings.accumulate)
+        for each in own
+        if each.alone
+    ]
+    shares = [bound_s / each.step_s for bound_s, each in zip(bounds_s, own, strict=False)]
+    lanes = own[0].matrix_flops
+    return Compared(
+        way=way,
+        cores=" + ".join(format_cpu_list(group.cpus) for group in plan.groups),
+        batches=f"{settings.accumulate} x {settings.batch_size}",
+        images_per_s=statistics.median(speeds),
+        images_per_s_range=(min(speeds), max(speeds)),
+        to_none=statistics.median(to_none),
+        to_none_rounds=tuple(to_none),
+        to_plain=statistics.median(to_plain),
+        bound_images_per_s=images / statistics.median(bounds_s) if bounds_s else None,
+        bound_share=statistics.median(shares) if shares else None,
+        busy={name: statistics.median(each.busy[name] for each in own) for name in own[0].busy},
+        peak_memory_bytes=max(each.peak_memory_bytes for each in own),
+        gflops=sum(flops.values()) * statistics.median(speeds) / 1e9,
+        matrix_share={
+            lane: statistics.median(matrix_share(lane, each, images, flops) for each in own)
+            for lane in lanes
+        },
+        matrix_gflops={
+            lane: statistics.median(each.matrix_flops[lane] for each in own) / 1e9 for lane in lanes
+        },
+        stray_s=sum(step.total("stray_s") for each in own for step in each.steps),
+    )
+
+
+def compare(settings: Settings, topology: Topology) -> list[Compared]:
+    """Run all ways to train in turn, round by round; print and write how they compare.
+
+    Each way has a process of its own, and at least `settings.steps` measured steps (default: 10).
+    """
+    if settings.split == "none" or settings.schedule != "sequential":
+        asked = f"--schedule {settings.schedule}"
+        asked = "--split none" if settings.split == "none" else asked
+        raise UserError(f"{asked}: compare runs every schedule beside --split none by itself")
+    if settings.epochs:
+        raise UserError(f"--epochs {settings.epochs}: compare takes --steps, for each way to train")
+    check_model_name(settings.model)
+    images = settings.batch_size * settings.accumulate
+    _, num_classes = open_dataset(dataclasses.replace(settings, batch_size=images))
+    check_writable(settings)
+    precision, _ = choose_precision(settings, topology)
+    settings = dataclasses.replace(settings, num_classes=num_classes, precision=precision)
+    chosen = {way: way_settings(settings, way) for way in WAYS}
+    check_batches(chosen.values())
+    plans = {way: plan_for(chosen[way], topology) for way in WAYS}
+    for note in dict.fromkeys(note for plan in plans.values() for note in plan.notes):
+        say(f"note: {note}")
+    flops = count_flops(settings)
+    rounds = run_rounds(chosen, plans, topology)
+    compared = [compared_way(way, rounds, chosen[way], plans[way], flops) for way in WAYS]
+    say("\n".join(["", *comparison_lines(settings, compared), "", verdict(compared)]))
+    if settings.json:
+        write_whole(settings.json, comparison_json(settings, topology, plans, compared))
+    if settings.output_dir:
+        settings.output_dir.mkdir(parents=True, exist_ok=True)
+        draw_comparison(settings.output_dir / TIMELINE, settings, plans, rounds, compared)
+    return compared
+
+
+def run_rounds(
+    chosen: dict[str, Settings], plans: dict[str, CorePlan], topology: Topology
+) -> dict[str, list[Round]]:
+    """The rounds of each way, in turn: A B C, A B C.
+
+    A round that warms the ways up is left out. It shows whether the memory of all of them fits at
+    once; if not, each has to give it back after a round, and to fetch it again before the next.
+    """
+    steps = -(-(chosen["none"].steps or 2 * ROUNDS) // ROUNDS)
+    rounds: dict[str, list[Round]] = {way: [] for way in WAYS}
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        running = {}
+        for way in WAYS:
+            process = Elsewhere(stop.check, rounds_of, way, chosen[way], topology, plans[way])
+            running[way] = stack.enter_context(contextlib.closing(process))
+            next(process)  # ready: nothing else shall run while a way is measured
+        free_bytes = psutil.virtual_memory().available
+        say("round to warm up")
+        first = [running[way].send(Order(2, 1, keep_memory=False)) for way in WAYS]
+        keep = sum(each.peak_memory_bytes for each in first) < 0.9 * free_bytes
+        for number in range(1, ROUNDS + 1):
+            warmup = 1 if keep and number > 1 else 3
+            for way in WAYS:
+                rounds[way].append(running[way].send(Order(warmup, steps, keep)))
+            speeds = ", ".join(
+                f"{way} {chosen[way].batch_size * chosen[way].accumulate / each[-1].step_s:.2f}"
+                for way, each in rounds.items()
+            )
+            say(f"round {number}/{ROUNDS}, images/s: {speeds}")
+    return rounds
+
+
+def comparison_lines(settings: Settings, compared: Sequence[Compared]) -> list[str]:
+    """The tables of a comparison."""
+    speeds, work = [], []
+    for row in compared:
+        low, high = row.images_per_s_range
+        bound = ["", ""]
+        if row.bound_images_per_s:
+            bound = [f"{row.bound_images_per_s:.2f}", f"{row.bound_share:.0%}"]
+        ratios = [f"{row.to_none:.2f}", f"{row.to_plain:.2f}"]
+        speed = f"{row.images_per_s:.2f}"
+        speeds.append([row.way, speed, f"{low:.2f} to {high:.2f}", *ratios, *bound])
+        busy, share, rate = (
+            " + ".join(pattern.format(value) for value in values.values()) or "-"
+            for pattern, values in (
+                ("{:.0%}", row.busy),
+                ("{:.0%}", row.matrix_share),
+                ("{:.0f}", row.matrix_gflops),
+            )
+        )
+        memory, stray = f"{row.peak_memory_bytes / 2**30:.2f}", f"{1e3 * row.stray_s:.1f}"
+        figures = [busy, memory, f"{row.gflops:.0f}", rate, share, stray]
+        work.append([row.way, row.cores, row.batches, *figures])
+    speed_header = "way,images/s,range,to none,to plain,bound images/s,of bound"
+    work_header = (
+        "way,cores,batches,busy,peak GiB,GFLOP/s,matrix GFLOP/s,share of matrix rate,stray ms"
+    )
+    return [
+        f"{describe_run(settings)} (plain: fp32), {ROUNDS} rounds",
+        markdown_table(speed_header.split(","), speeds),
+        "",
+        markdown_table(work_header.split(","), work),
+    ]
+
+
+def verdict(compared: Sequence[Compared]) -> str:
+    """What a comparison says about the split, in a sentence; the middle half of the rounds decides
+    whether there is a difference.
+    """
+    best = max((row for row in compared if row.way in SCHEDULES), key=lambda row: row.to_none)
+    ratios = sorted(best.to_none_rounds)
+    low, high = ratios[0], ratios[-1]
+    quarter = len(ratios) // 4
+    if ratios[quarter] > 1:
+        judgement = "the split pays"
+    elif ratios[-1 - quarter] < 1:
+        judgement = "the split costs speed"
+    else:
+        judgement = "no difference beyond the noise"
+    return (
+        f"Verdict: {judgement}. The fastest schedule of the split, {best.way}, trains at "
+        f"{best.to_none:.2f} of the speed of one lane over all cores ({low:.2f} to {high:.2f} in "
+        f"{ROUNDS} rounds), and at {best.to_plain:.2f} of that of a plain PyTorch loop."
+    )
+
+
+def comparison_json(
+    settings: Settings,
+    topology: Topology,
+    plans: dict[str, CorePlan],
+    compared: Sequence[Compared],
+) -> str:
+    """A comparison for programs."""
+    figures = {
+        "machine": describe_topology(topology),
+        "versions": versions(),
+        "settings": plain_settings(settings),
+        "plans": {way: dataclasses.asdict(plan) for way, plan in plans.items()},
+        "ways": [dataclasses.asdict(row) for row in compared],
+        "verdict": verdict(compared),
+    }
+    return json.dumps(figures, indent=1, allow_nan=False) + "\n"
+
+
+def draw_comparison(
+    path: Path,
+    settings: Settings,
+    plans: dict[str, CorePlan],
+    rounds: dict[str, list[Round]],
+    compared: Sequence[Compared],
+) -> None:
+    """The timelines of the schedules in the last round, over the same span of time."""
+    panels = []
+    for row in compared:
+        if row.way in SCHEDULES:
+            title = f"{row.way}: {row.images_per_s:.1f} images/s, {row.batches} images a step"
+            panels.append(Panel(title, plans[row.way], rounds[row.way][-1].steps))
+    span_s = min(panel.span_s for panel in panels)
+    draw_timelines(path, describe_run(settings), panels, span_s)
+
+
+# ==================================================================================================
+# 13 Command line
 # Arguments to Settings, commands to functions, errors to exit codes.
 # ==================================================================================================
 
 
 def print_plan(settings: Settings, topology: Topology) -> CorePlan:
     """The `plan` command, and the head of every run."""
-    plan = plan_cores(topology, settings)
+    plan = plan_for(settings, topology)
     precision, reason = choose_precision(settings, topology)
     lines = [
         describe_topology(topology),
@@ -2299,9 +2979,19 @@ def print_plan_and_train(settings: Settings, topology: Topology) -> None:
     train(settings, topology, print_plan(settings, topology))
 
 
+def print_machine_and_compare(settings: Settings, topology: Topology) -> None:
+    """The `compare` command."""
+    say(describe_topology(topology))
+    compare(settings, topology)
+
+
 COMMANDS = {
     "train": (print_plan_and_train, "train a model (the default)"),
     "plan": (print_plan, "show the cores and how they would be divided; train nothing"),
+    "compare": (
+        print_machine_and_compare,
+        "train in all ways, in turn: a plain loop, one lane, and every schedule of the split",
+    ),
 }
 
 
@@ -2356,6 +3046,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:
     options = argv[1:] if argv and argv[0] == command else argv
     settings = Settings(**vars(build_parser().parse_args(options)))
     check_settings(settings)
+    if settings.json and command != "compare":
+        raise UserError(f"--json {settings.json} is for compare, not for {command}")
     return command, settings
 
 

@@ -181,6 +181,7 @@ def test_a_log_that_cannot_be_appended_to(tmp_path):
         {"output_dir": "{}/file"},
         {"output_dir": "{}/file/below"},
         {"output_dir": "{}/taken"},
+        {"json": "{}/nowhere/c.json"},
         {"log_file": "/proc/logs.md"},
         {"output_dir": "/proc/out"},
     ],

@@ -416,6 +416,23 @@ def test_a_stop_at_any_phase_ends_both_lanes(phases, schedule, split_plan):
     assert not [thread for thread in threading.enumerate() if "lane" in thread.name]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "accumulate", "times", "bound_s"),
+    [
+        ("sequential", 1, (1.0, 2.0, 0.5, 0.1), 3.5),
+        ("sequential", 4, (1.0, 2.0, 0.5, 0.1), 12.5),
+        ("overlap", 1, (1.0, 2.0, 0.5, 0.1), 3.5),
+        ("overlap", 4, (1.0, 2.0, 0.5, 0.1), 9.5),
+        ("overlap", 4, (2.0, 1.0, 0.5, 0.1), 9.5),
+        ("delayed", 1, (1.0, 2.0, 0.5, 0.1), 2.5),
+        ("delayed", 4, (1.0, 2.0, 0.5, 0.1), 8.5),
+        ("delayed", 4, (2.0, 1.0, 0.5, 0.1), 8.1),
+    ],
+)
+def test_the_bound_of_a_step(schedule, accumulate, times, bound_s):
+    assert tsa.step_bound_s(schedule, tsa.PhaseTimes(*times), accumulate) == pytest.approx(bound_s)
+
+
 def test_settings_offer_the_schedules_that_exist():
     (setting,) = (field for field in dataclasses.fields(tsa.Settings) if field.name == "schedule")
     assert list(setting.metadata["argument"]["choices"]) == list(tsa.SCHEDULES)

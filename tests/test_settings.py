@@ -58,14 +58,14 @@ def test_formatting_uses_ranges():
     assert tsa.format_cpu_list([]) == "none"
 
 
-@pytest.mark.parametrize("text", ["even", "none", "1:2", "10:1"])
+@pytest.mark.parametrize("text", ["even", "auto", "none", "1:2", "10:1"])
 def test_splits(text):
     assert tsa.parse_split(text) == text
 
 
 @pytest.mark.parametrize("text", ["0:1", "1:0", "2", "a:b", "1:2:3", "", "-1:2", "1.5:1", "EVEN"])
 def test_what_is_no_split(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="even, none|without cores"):
+    with pytest.raises(argparse.ArgumentTypeError, match="even, auto, none|without cores"):
         tsa.parse_split(text)
 
 
