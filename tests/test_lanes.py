@@ -278,7 +278,7 @@ def test_the_tuned_allocator_keeps_its_memory():
         kind: int(subprocess.check_output([sys.executable, "-c", PAGE_FAULTS, kind], cwd=ROOT))
         for kind in ("tuned", "default")
     }
-    assert faults["tuned"] < 100 < faults["default"]
+    assert faults["tuned"] < faults["default"] / 20, faults
 
 
 def test_without_glibc_the_allocator_is_left_alone(monkeypatch):
