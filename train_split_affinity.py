@@ -30,8 +30,9 @@ Sections, each using only those above it:
     9  Timelines               what every lane and core did when, as a picture and as a trace
     10 Reports                 progress, the summary, logs.md, metrics.jsonl
     11 Training                the loop, and how a run starts, stops and ends
-    12 Measurement             the split that suits a machine; the comparison of all ways to train
-    13 Command line            arguments to settings, errors to exit codes
+    12 Measurement             phase times, and the split that suits a machine
+    13 Comparison              all ways to train side by side, and a verdict
+    14 Command line            arguments to settings, errors to exit codes
 """
 
 from __future__ import annotations
@@ -536,6 +537,10 @@ class CorePlan:
     def groups(self) -> tuple[Group, ...]:
         """The groups that get a lane."""
         return (self.forward,) if self.forward is self.backward else (self.forward, self.backward)
+
+    def group_of(self, phase: str) -> Group:
+        """The group that runs a phase."""
+        return self.forward if phase in ("forward", "refresh") else self.backward
 
 
 def plural(count: int, noun: str) -> str:
@@ -1625,8 +1630,7 @@ class Tally:
     def _summarise_phase(
         self, phase: str, timed: Sequence[StepResult], timed_s: float
     ) -> PhaseSummary:
-        on_forward = phase in ("forward", "refresh")
-        group = self._plan.forward if on_forward else self._plan.backward
+        group = self._plan.group_of(phase)
         durations_s = [step.total("duration_s", phase) for step in timed]
         phase_s = sum(durations_s)
         records = [record for step in timed for record in step.records if record.phase == phase]
@@ -1745,7 +1749,15 @@ def draw_timelines(
     patches.append(Patch(color=IDLE_COLOUR, label="idle"))
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a picture in place of what was there. Raises RunError when it cannot be written."""
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def draw_panel(ax: Any, panel: Panel, span_s: float) -> None:
@@ -1841,7 +1853,7 @@ to more than 100 %. Speeds and shares of a long run are those of its latest 2,00
 
 def placement_warnings(record: PhaseRecord, plan: CorePlan) -> Iterator[str]:
     """What a phase's record shows to be wrong with the placement of threads."""
-    group = plan.forward if record.lane == plan.forward.name else plan.backward
+    group = plan.group_of(record.phase)
     cores = format_cpu_list(group.cpus)
     if record.mask != frozenset(group.cpus):
         allowed = format_cpu_list(record.mask)
@@ -2316,13 +2328,10 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> torch.nn.Mo
 
 # ==================================================================================================
 # 12 Measurement
-# What this machine makes of the work: phase times for `--split auto`, and the comparison of all
-# ways to train. What is measured runs in processes of its own, since the allocator's settings,
-# threads and peak memory belong to a process, and only one of them works at a time.
+# What this machine makes of the work: phase times, and the split that suits them. What is measured
+# runs in processes of its own, since the allocator's settings, threads and peak memory belong to a
+# process, and only one of them works at a time.
 # ==================================================================================================
-
-ROUNDS = 5
-WAYS = ("plain", "none", "sequential", "overlap", "delayed")
 
 
 class Elsewhere:
@@ -2393,9 +2402,6 @@ def time_phases(lanes: Lanes, work: Work, batches: Batches, steps: int) -> Phase
     return PhaseTimes(
         **{f"{name}_s": statistics.median(each) for name, each in durations_s.items()}
     )
-
-
-# --- the split that suits the machine ---
 
 
 def plan_for(settings: Settings, topology: Topology) -> CorePlan:
@@ -2513,7 +2519,14 @@ def time_groups(
             yield time_phases(lanes, work, Batches(loaded, 2), 2)
 
 
-# --- the comparison of all ways to train ---
+# ==================================================================================================
+# 13 Comparison
+# All ways to train, in turn and round by round: a plain loop, one lane, and every schedule of the
+# split; their figures side by side, and a verdict.
+# ==================================================================================================
+
+ROUNDS = 5
+WAYS = ("plain", "none", "sequential", "overlap", "delayed")
 
 
 @dataclass(frozen=True)
@@ -2750,6 +2763,19 @@ def matrix_share(lane: str, each: Round, images: int, flops: dict[str, float]) -
     return achieved_flops / each.matrix_flops[lane]
 
 
+def against_bound(
+    rounds: Sequence[Round], settings: Settings
+) -> tuple[float, float] | tuple[None, None]:
+    """The bound in images a second, and its share of the step's time, medians; plain has none."""
+    if not rounds[0].alone:
+        return None, None
+    schedule, accumulate = settings.schedule, settings.accumulate
+    bounds_s = [step_bound_s(schedule, each.alone, accumulate) for each in rounds]
+    shares = [bound_s / each.step_s for bound_s, each in zip(bounds_s, rounds, strict=True)]
+    images = settings.batch_size * accumulate
+    return images / statistics.median(bounds_s), statistics.median(shares)
+
+
 def compared_way(
     way: str,
     rounds: dict[str, list[Round]],
@@ -2764,12 +2790,7 @@ def compared_way(
         [other.step_s / each.step_s for other, each in zip(rounds[name], own, strict=True)]
         for name in ("none", "plain")
     )
-    bounds_s = [
-        step_bound_s(settings.schedule, each.alone, settings.accumulate)
-        for each in own
-        if each.alone
-    ]
-    shares = [bound_s / each.step_s for bound_s, each in zip(bounds_s, own, strict=False)]
+    bound_images_per_s, bound_share = against_bound(own, settings)
     lanes = own[0].matrix_flops
     return Compared(
         way=way,
@@ -2780,8 +2801,8 @@ def compared_way(
         to_none=statistics.median(to_none),
         to_none_rounds=tuple(to_none),
         to_plain=statistics.median(to_plain),
-        bound_images_per_s=images / statistics.median(bounds_s) if bounds_s else None,
-        bound_share=statistics.median(shares) if shares else None,
+        bound_images_per_s=bound_images_per_s,
+        bound_share=bound_share,
         busy={name: statistics.median(each.busy[name] for each in own) for name in own[0].busy},
         peak_memory_bytes=max(each.peak_memory_bytes for each in own),
         gflops=sum(flops.values()) * statistics.median(speeds) / 1e9,
@@ -2954,7 +2975,7 @@ def draw_comparison(
 
 
 # ==================================================================================================
-# 13 Command line
+# 14 Command line
 # Arguments to Settings, commands to functions, errors to exit codes.
 # ==================================================================================================
 

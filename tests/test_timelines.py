@@ -105,6 +105,12 @@ def test_a_picture_with_several_panels(tmp_path):
     assert len(second.convert("RGB").getcolors(2**24)) > 10, "not blank"
 
 
+def test_a_picture_that_cannot_be_written(tmp_path):
+    (tmp_path / "taken.png").mkdir()
+    with pytest.raises(tsa.RunError, match="taken.png: cannot be written"):
+        tsa.draw_timelines(tmp_path / "taken.png", "title", [tsa.Panel("one", PLAN, [step(1)])])
+
+
 def test_the_trace():
     loads = (tsa.LoadRecord(1, -0.5, -0.25), tsa.LoadRecord(0, 0.0, 1.0), tsa.LoadRecord(-1, 1, 2))
     result = tsa.StepResult(1, 1.0, 8, 5.0, step(1).records, loads)

@@ -1,0 +1,130 @@
+"""Comparison. Run: python -m pytest tests/test_comparison.py"""
+
+import dataclasses
+import json
+
+import pytest
+from conftest import needs_two_cpus
+from records import PLAN, record
+
+import train_split_affinity as tsa
+from train_split_affinity import PhaseTimes, Settings
+
+
+@pytest.mark.parametrize(
+    ("batch", "parts"), [(32, 4), (8, 4), (4, 2), (2, 2), (6, 2), (9, 3), (7, 7)]
+)
+def test_micro_batches(batch, parts):
+    assert tsa.micro_batches(batch) == parts
+
+
+def test_one_image_cannot_be_divided():
+    with pytest.raises(tsa.UserError, match="--batch-size 1: overlap needs"):
+        tsa.micro_batches(1)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_all_ways_have_the_same_images_in_a_step(accumulate):
+    settings = Settings(batch_size=32, accumulate=accumulate, split="1:2")
+    chosen = {way: tsa.way_settings(settings, way) for way in tsa.WAYS}
+    for way, each in chosen.items():
+        assert each.batch_size * each.accumulate == 32 * accumulate
+        assert each.split == ("none" if way in ("plain", "none") else "1:2")
+        assert each.schedule == (way if way in tsa.SCHEDULES else "sequential")
+        tsa.check_settings(each)
+    assert chosen["overlap"].accumulate == (4 if accumulate == 1 else 3)
+
+
+def test_operations_of_resnet50():
+    """4.09 G multiply-adds forward (torchvision's own figure), two operations each; backward twice
+    that, but for the gradient of the images, which nobody needs.
+    """
+    flops = tsa.count_flops(Settings(num_classes=1000))
+    assert flops["forward"] == pytest.approx(2 * 4.09e9, rel=0.01)
+    first_convolution = 2 * 3 * 64 * 7 * 7 * 112 * 112
+    assert flops["backward"] == pytest.approx(2 * flops["forward"] - first_convolution, rel=1e-3)
+
+
+def make_round(step_s, forward_s=0.25, backward_s=0.5, rates=None):
+    records = (record("forward", 0, forward_s), record("backward", 1, backward_s))
+    steps = tuple(tsa.StepResult(n, 1.0, 8, step_s * n, records) for n in (1, 2, 3))
+    rates = rates or {"forward": 100.0, "backward": 200.0}
+    alone = PhaseTimes(forward_s, backward_s, 0.125, 0.0)
+    return tsa.Round(steps, {"forward": 0.5, "backward": 0.9}, alone, rates, 2**30)
+
+
+def test_the_figures_of_a_way():
+    rounds = {
+        "plain": [make_round(4.0), make_round(4.0), make_round(4.0)],
+        "none": [make_round(1.0), make_round(2.0), make_round(0.5)],
+        "delayed": [make_round(2.0), make_round(2.0), make_round(2.0)],
+    }
+    settings = Settings(schedule="delayed", batch_size=4, accumulate=2)
+    flops = {"forward": 10.0, "backward": 30.0}
+    row = tsa.compared_way("delayed", rounds, settings, PLAN, flops)
+    assert (row.cores, row.batches) == ("0 + 1-2", "2 x 4")
+    assert row.images_per_s == pytest.approx(8 / 4), "the median of steps of 2, 4 and 6 s"
+    assert row.to_none == pytest.approx(0.5)
+    assert row.to_none_rounds == pytest.approx((0.5, 1.0, 0.25))
+    assert row.to_plain == pytest.approx(2)
+    assert row.bound_images_per_s == pytest.approx(8 / 1.125)
+    assert row.bound_share == pytest.approx(1.125 / 4)
+    assert row.gflops == pytest.approx(40 * 2 / 1e9)
+    assert row.matrix_share["forward"] == pytest.approx(10 * 8 / 0.25 / 100)
+    assert row.matrix_share["backward"] == pytest.approx(30 * 8 / 0.5 / 200)
+    one_lane = {"none": [make_round(1.0, rates={"all": 1000.0})], "plain": [make_round(2.0)]}
+    row = tsa.compared_way("none", one_lane, settings, PLAN, flops)
+    assert row.matrix_share == pytest.approx({"all": 40 * 8 / 2 / 1000})
+
+
+@pytest.mark.parametrize(
+    ("ratios", "judgement"),
+    [
+        ((0.8, 0.9, 0.9, 0.99, 1.1), "the split costs speed"),
+        ((0.8, 0.9, 0.9, 1.01, 1.1), "no difference beyond the noise"),
+        ((0.8, 0.99, 1.2, 1.2, 1.3), "no difference beyond the noise"),
+        ((0.8, 1.01, 1.2, 1.2, 1.3), "the split pays"),
+    ],
+)
+def test_the_verdict(ratios, judgement):
+    rounds = {way: [make_round(1.0)] for way in ("plain", "none", "sequential", "delayed")}
+    settings, flops = Settings(batch_size=8), {"forward": 1.0, "backward": 1.0}
+    rows = [tsa.compared_way(way, rounds, settings, PLAN, flops) for way in rounds]
+    rows[-1] = dataclasses.replace(rows[-1], to_none=ratios[2], to_none_rounds=ratios[::-1])
+    rows[-2] = dataclasses.replace(rows[-2], to_none=0.5)
+    text = tsa.verdict(rows)
+    assert text.startswith(f"Verdict: {judgement}. The fastest schedule of the split, delayed, ")
+    assert f"at {ratios[2]:.2f} of the speed of one lane" in text
+    assert f"({ratios[0]:.2f} to {ratios[-1]:.2f} in 5 rounds)" in text
+
+
+@needs_two_cpus
+def test_a_comparison(in_tmp, capfd, monkeypatch):
+    monkeypatch.setattr(tsa, "ROUNDS", 2)
+    arguments = "--model resnet18 --image-size 32 -b 4 --num-classes 5 --steps 1".split()
+    places = ["--json", "c.json", "--output-dir", "out"]
+    assert tsa.main(["compare", *arguments, *places]) == 0
+    printed = capfd.readouterr().out
+    figures = json.loads((in_tmp / "c.json").read_text())
+    assert [row["way"] for row in figures["ways"]] == list(tsa.WAYS)
+    none = figures["ways"][1]
+    for row in figures["ways"]:
+        low, high = row["images_per_s_range"]
+        assert 0 < low <= row["images_per_s"] <= high
+        assert row["stray_s"] == 0
+        assert row["peak_memory_bytes"] > 2**27
+        assert (row["bound_share"] is None) == (row["way"] == "plain")
+        assert row["way"] in printed
+    assert none["to_none"] == 1
+    assert set(none["matrix_share"]) == {"all"}
+    assert set(figures["ways"][-1]["matrix_share"]) == {"forward", "backward"}
+    assert figures["verdict"] in printed
+    assert printed.count("images/s: plain") == tsa.ROUNDS
+    assert (in_tmp / "out/timeline.png").stat().st_size > 10_000
+    assert not (in_tmp / "logs.md").exists()
+
+
+@pytest.mark.parametrize("option", [["--split", "none"], ["--schedule", "delayed"]])
+def test_compare_chooses_schedules_itself(in_tmp, capsys, option):
+    assert tsa.main(["compare", *option]) == 2
+    assert f"{' '.join(option)}: compare runs every schedule" in capsys.readouterr().err
