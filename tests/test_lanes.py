@@ -262,7 +262,8 @@ import train_split_affinity as tsa
 if sys.argv[1] == "tuned":
     assert tsa.tune_allocator() == ""
 def use_memory():
-    buffers = [torch.ones(4 * 2**20) for _ in range(8)]  # 16 MiB each
+    # 40 MiB each: above the 32 MiB up to which glibc may learn to keep freed memory by itself.
+    buffers = [torch.ones(10 * 2**20) for _ in range(3)]
 for _ in range(3):
     use_memory()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
