@@ -22,44 +22,53 @@ Sections, each using only those above it:
     1  Settings                every option once; the errors a user can meet
     2  Topology and core plan  what the machine has, and which cores each group gets
     3  Lanes                   threads that stay on their cores, and the audit that proves it
-    4  Models                  torchvision's classifiers by name
-    5  Data                    image folders and synthetic images, as a stream of batches
-    6  Recipe                  the optimizer
+    4  Models                  torchvision's classifiers by name, and our own
+    5  Data                    image folders, CIFAR-10 and synthetic images, as streams of batches
+    6  Recipe                  optimizer, learning rate, moving average, gradient norms
     7  Schedules               optimizer steps over two lanes
-    8  Summary                 what the records of a run add up to
-    9  Timelines               what every lane and core did when, as a picture and as a trace
-    10 Reports                 progress, the summary, logs.md, metrics.jsonl
-    11 Training                the loop, and how a run starts, stops and ends
-    12 Measurement             phase times, and the split that suits a machine
-    13 Comparison              all ways to train side by side, and a verdict
-    14 Command line            arguments to settings, errors to exit codes
+    8  Checkpoints             everything that a run needs to go on, in files that stay whole
+    9  Summary                 what the records of a run add up to
+    10 Timelines               what every lane and core did when, as a picture and as a trace
+    11 Reports                 progress, the summary, logs.md, metrics.jsonl, curves
+    12 Training                steps, epochs, validation, and reasons to stop
+    13 Runs                    how a run is set up, resumed, taken to its end, or tested
+    14 Measurement             phase times, and the split that suits a machine
+    15 Comparison              all ways to train side by side, and a verdict
+    16 Command line            arguments to settings, errors to exit codes
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import datetime
 import difflib
 import fcntl
+import hashlib
 import importlib.metadata
+import io
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import platform
+import queue
 import re
 import resource
+import shutil
 import signal
 import statistics
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import warnings
+import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -103,11 +112,16 @@ def explain_import_error(error: Exception) -> str:
 
 
 try:
+    import fsspec
     import psutil
     import torch
     import torchvision
+    from torch import nn
+    from torch.optim import lr_scheduler
+    from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import DataLoader, Dataset, default_collate
     from torch.utils.flop_counter import FlopCounterMode
+    from torchvision.models.resnet import BasicBlock
     from torchvision.transforms import v2
     from tqdm import tqdm
 except (ImportError, RuntimeError, OSError) as import_error:
@@ -140,7 +154,7 @@ class RunError(Exception):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; raised where the next phase would have begun."""
+    """A signal asked the run to stop; raised where the next optimizer step would have begun."""
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -166,6 +180,43 @@ def not_negative(text: str) -> float:
         if 0 <= float(text) < math.inf:
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+
+
+def number_in(low: float, high: float) -> Callable[[str], float]:
+    """A parser of numbers above `low`, up to `high`."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low < float(text) <= high:
+                return float(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not above {low:g} and up to {high:g}")
+
+    return parse
+
+
+def share(text: str) -> float:
+    """A parser of numbers from 0 to 1."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+
+
+def below_1(text: str) -> float:
+    """A parser of numbers from 0 to below 1."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more and below 1")
+
+
+def parse_milestones(text: str) -> tuple[int, ...]:
+    """Epochs in ascending order, such as 30,60,80."""
+    if re.fullmatch(r"\d{1,6}(,\d{1,6})*", text, re.ASCII):
+        epochs = tuple(map(int, text.split(",")))
+        if epochs[0] > 0 and all(before < after for before, after in itertools.pairwise(epochs)):
+            return epochs
+    raise argparse.ArgumentTypeError(f"{text!r} is not a list of ascending epochs such as 30,60,80")
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
@@ -218,8 +269,24 @@ def parse_split(text: str) -> str:
     return text
 
 
+def option_text(value: Any) -> str:
+    """A setting's value as it is written on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 COUNT, COUNT_FROM_0 = whole_number(1), whole_number(0)
-METAVARS = {COUNT: "N", COUNT_FROM_0: "N", not_negative: "X", parse_cpu_list: "LIST", Path: "PATH"}
+PERCENT, PART = number_in(0, 100), number_in(0, 1)
+METAVARS = {
+    COUNT: "N",
+    COUNT_FROM_0: "N",
+    not_negative: "X",
+    share: "P",
+    PERCENT: "PERCENT",
+    PART: "X",
+    below_1: "X",
+    parse_cpu_list: "LIST",
+    Path: "PATH",
+}
 
 
 def option(default: Any, help: str, *short: str, opens: str = "", **argument: Any) -> Any:
@@ -235,32 +302,138 @@ def option(default: Any, help: str, *short: str, opens: str = "", **argument: An
     return field(default=default, metadata=metadata)
 
 
+# Each recipe is a set of defaults. Its steps have 256 images where the rates are those of papers
+# that use 256, and 128 where it is made for small machines.
+# fmt: off
+RECIPES: dict[str, dict[str, Any]] = {
+    "imagenet": {
+        "epochs": 90, "batch_size": 32, "accumulate": 8, "lr_scheduler": "cosine",
+        "lr_warmup_epochs": 5, "auto_augment": "ra", "mixup_alpha": 0.2, "cutmix_alpha": 1.0,
+        "label_smoothing": 0.1, "save_freq": 5,
+    },
+    "imagenet-subset": {
+        "epochs": 30, "batch_size": 32, "accumulate": 4, "subset": 0.2, "image_size": 128,
+        "opt": "adam", "lr": 1e-3, "lr_scheduler": "onecycle", "color_jitter": 0.4,
+    },
+    "imagenet-finetune": {
+        "epochs": 30, "batch_size": 32, "accumulate": 4, "min_res": 128, "max_res": 224,
+        "end_ramp": 20, "lr": 0.01, "lr_scheduler": "cosine", "auto_augment": "ra",
+        "mixup_alpha": 0.2, "cutmix_alpha": 1.0,
+    },
+    "imagenet-full": {
+        "epochs": 60, "batch_size": 32, "accumulate": 4, "lr": 0.02, "lr_scheduler": "cosine",
+        "lr_warmup_epochs": 2, "label_smoothing": 0.1, "clip_grad_norm": 1.0, "model_ema": True,
+    },
+    "cifar10": {
+        "model": "resnet56", "epochs": 205, "batch_size": 128, "lr": 0.1,
+        "lr_scheduler": "multistep", "lr_milestones": (102, 154),
+    },
+    "hybrid": {
+        "model": "hybrid", "epochs": 70, "opt": "adamw", "lr": 1e-4, "weight_decay": 0.01,
+        "lr_scheduler": "warm-restarts", "min_lr": 1e-6, "label_smoothing": 0.1,
+    },
+}
+# fmt: on
+FROM_CHECKPOINT = ("imagenet-finetune", "imagenet-full")  # these start with trained weights
+
+
+def recipe_defaults(name: str) -> dict[str, Any]:
+    """What a recipe sets, its output folder included: nobody wants to lose a run of weeks."""
+    return {"output_dir": Path("out") / name, **RECIPES[name]}
+
+
 # fmt: off
 @dataclass(frozen=True)
 class Settings:
     """What the user can choose. Derived values live elsewhere (see CorePlan), never here."""
 
-    model: str = option("resnet50", "torchvision classifier by name", opens="model and data")
-    data_path: Path | None = option(None, "image folder, PATH/train/<class>/*.jpg or "
-        "PATH/<class>/*.jpg (default: synthetic images with random labels, for timing only)",
-        type=Path)
-    num_classes: int | None = option(None, "number of classes (default: as many as the image "
-        "folder has; 1000 for synthetic images)", type=whole_number(2), metavar="N")
-    image_size: int = option(224, "side of the square training images in pixels", type=COUNT)
-    workers: int = option(2, "loader processes; 0 loads in the main thread", "-j",
-        type=COUNT_FROM_0)
+    model: str = option("resnet50", "torchvision classifier by name, or resnet56 (for small "
+        "images), hybrid, hybrid-light, hybrid-heavy", opens="model and data")
+    data_path: Path | None = option(None, "image folder, PATH/train/<class>/*.jpg and PATH/val, or "
+        "PATH/<class>/*.jpg; or a folder with CIFAR-10's cifar-10-batches-py (default: synthetic "
+        "images with random labels, for timing only)", type=Path)
+    download: bool = option(False, "let torchvision fetch CIFAR-10 into --data-path, and verify it")
+    num_classes: int | None = option(None, "number of classes (default: as many as the data has; "
+        "1000 for synthetic images)", type=whole_number(2), metavar="N")
+    image_size: int | None = option(None, "side of the square images in pixels (default: 32 for "
+        "CIFAR-10, else 224)", type=COUNT)
+    min_res: int | None = option(None, "progressive resizing: side of the training images in the "
+        "first epoch; it grows to --max-res in steps of 32", type=COUNT)
+    max_res: int | None = option(None, "side of the training images from --end-ramp on (default: "
+        "--image-size)", type=COUNT)
+    end_ramp: int | None = option(None, "epoch in which --max-res is reached", type=COUNT)
+    subset: float = option(1.0, "part of the training images to use, the same of each class; the "
+        "choice is kept in the output folder", type=PART)
+    max_bad_images: int = option(0, "broken images to skip before the run stops; a batch without "
+        "any whole image always stops it", type=COUNT_FROM_0)
+    workers: int = option(2, "loader processes, as many again for validation; 0 loads in the main "
+        "thread", "-j", type=COUNT_FROM_0)
 
-    batch_size: int = option(32, "images per batch", "-b", opens="training", type=COUNT)
-    accumulate: int = option(1, "batches per optimizer step", type=COUNT)
-    steps: int | None = option(None, "optimizer steps to train (default: 50)", type=COUNT)
-    epochs: int | None = option(None, "passes over the data to train, in place of --steps",
-        type=COUNT)
-    lr: float = option(0.0125, "learning rate of SGD, here 0.1 for 256 images scaled to 32",
+    min_scale: float = option(0.08, "smallest part of a picture's area that a training crop may "
+        "show; not for CIFAR-10, which is padded by 4 and cropped", opens="augmentation", type=PART)
+    hflip: float = option(0.5, "probability of a horizontal flip", type=share)
+    color_jitter: float = option(0.0, "strength of random brightness, contrast and saturation",
         type=not_negative)
-    momentum: float = option(0.9, "momentum of SGD", type=not_negative)
-    weight_decay: float = option(1e-4, "weight decay of SGD", type=not_negative)
+    auto_augment: str = option("none", "ra: RandAugment, ta: TrivialAugment, aa: AutoAugment",
+        choices=("none", "ra", "ta", "aa"))
+    random_erase: float = option(0.0, "probability of erasing a random rectangle", type=share)
+    mixup_alpha: float = option(0.0, "strength of mixup; 0: off", type=not_negative)
+    cutmix_alpha: float = option(0.0, "strength of CutMix; 0: off; with both, one is drawn for "
+        "each batch", type=not_negative)
+
+    recipe: str | None = option(None, "a set of defaults, which every other option overrides (see "
+        "below)", opens="training", choices=tuple(RECIPES))
+    batch_size: int = option(32, "images per batch", "-b", type=COUNT)
+    accumulate: int = option(1, "batches per optimizer step", type=COUNT)
+    steps: int | None = option(None, "optimizer steps after which to stop (default: 50 without "
+        "--epochs)", type=COUNT)
+    epochs: int | None = option(None, "passes over the data to train, with a validation after each",
+        type=COUNT)
+    opt: str = option("sgd", "optimizer", choices=("sgd", "adam", "adamw"))
+    lr: float | None = option(None, "learning rate, the highest one (default: SGD 0.1 for 256 "
+        "images a step, and in proportion; Adam and AdamW 0.001)", type=not_negative)
+    momentum: float = option(0.9, "momentum of SGD", type=share)
+    weight_decay: float = option(1e-4, "weight decay", type=not_negative)
+    skip_decay_1d: bool = option(False, "no weight decay for parameters with one dimension, such "
+        "as biases")
+    lr_scheduler: str = option("constant", "course of the learning rate", choices=("constant",
+        "cosine", "step", "multistep", "onecycle", "warm-restarts"))
+    lr_warmup_epochs: int = option(0, "epochs of linear warm-up from a hundredth of the rate",
+        type=COUNT_FROM_0)
+    lr_step_epochs: int = option(30, "step: epochs between two reductions", type=COUNT)
+    lr_milestones: tuple[int, ...] = option((30, 60, 80), "multistep: epochs with a reduction",
+        type=parse_milestones, metavar="LIST")
+    lr_gamma: float = option(0.1, "step and multistep: factor of a reduction", type=PART)
+    lr_restart_epochs: int = option(10, "warm-restarts: epochs of the first cosine; each further "
+        "one is twice as long", type=COUNT)
+    min_lr: float = option(0.0, "cosine and warm-restarts: lowest rate", type=not_negative)
+    label_smoothing: float = option(0.0, "label smoothing", type=share)
+    clip_grad_norm: float | None = option(None, "largest norm of all gradients (default: not "
+        "clipped)", type=number_in(0, 1e9), metavar="X")
+    model_ema: bool = option(False, "keep an exponential moving average of the weights, and "
+        "validate that")
+    model_ema_decay: float = option(0.9999, "decay of that average per optimizer step",
+        type=below_1)
+    early_stopping: int | None = option(None, "stop after so many epochs without a better top-1",
+        type=COUNT, metavar="EPOCHS")
+    target_top1: float | None = option(None, "stop once two validations in a row reach this top-1",
+        type=PERCENT)
     seed: int = option(0, "seed of weights, data order and augmentation", type=COUNT_FROM_0)
     deterministic: bool = option(False, "refuse operations without a deterministic implementation")
+
+    resume: Path | None = option(None, "checkpoint to go on from, exactly; auto: the newest good "
+        "one in --output-dir, if any", opens="checkpoints", type=Path, metavar="PATH|auto")
+    init_from: Path | None = option(None, "checkpoint to take the weights from, for a new run; "
+        "with --resume auto it counts if there is nothing to go on from",
+        type=Path)
+    test_only: bool = option(False, "evaluate the checkpoint of --resume, train nothing")
+    save_steps: int | None = option(None, "optimizer steps between two saves (default: after each "
+        "epoch only)", type=COUNT)
+    save_freq: int | None = option(None, "epochs between two checkpoints that are kept for good "
+        "(default: none)", type=COUNT)
+    keep_best: int = option(3, "checkpoints to keep, best top-1 first", type=COUNT)
+    mirror: str | None = option(None, "address to copy checkpoints to, in the background: any that "
+        "fsspec knows (s3:// with s3fs installed)", metavar="URL")
 
     split: str = option("even", "how cores are divided: even, forward:backward such as 1:2, auto "
         "(measured, for the shortest step) or none (one lane over all cores)", opens="cores",
@@ -293,7 +466,7 @@ class Settings:
 
     log_file: Path = option(Path("logs.md"), "Markdown file to which a run appends its section",
         opens="reports", type=Path)
-    output_dir: Path | None = option(None, "folder for metrics.jsonl, timeline.png and trace.json "
+    output_dir: Path | None = option(None, "folder for checkpoints, metrics.jsonl and pictures "
         "(default: not written)", type=Path)
     print_freq: int = option(10, "steps between two lines of figures", type=COUNT)
     json: Path | None = option(None, "file for the figures of compare (default: not written)",
@@ -301,10 +474,14 @@ class Settings:
 # fmt: on
 
 
+def plain_settings(settings: Settings) -> dict[str, Any]:
+    """Settings as JSON types."""
+    values = dataclasses.asdict(settings)
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
 def check_settings(settings: Settings) -> None:
     """Raise UserError for options that contradict each other, whatever the machine."""
-    if settings.steps and settings.epochs:
-        raise UserError(f"--steps {settings.steps} and --epochs {settings.epochs}: give one")
     asked = f"--schedule {settings.schedule}"
     if settings.split == "none" and settings.schedule != "sequential":
         raise UserError(
@@ -315,6 +492,75 @@ def check_settings(settings: Settings) -> None:
         raise UserError(
             f"{asked} has nothing to overlap with --accumulate 1: raise --accumulate to 2 or more, "
             "or use --schedule delayed"
+        )
+    check_resizing(settings)
+    check_rates(settings)
+    check_checkpoint_options(settings)
+    if settings.download and not settings.data_path:
+        raise UserError("--download needs --data-path, the folder to put CIFAR-10 into")
+    if settings.subset < 1 and not settings.data_path:
+        raise UserError(
+            f"--subset {settings.subset:g} needs --data-path: synthetic images are made"
+        )
+    for flag in ("early_stopping", "target_top1"):
+        value = getattr(settings, flag)
+        if value and not settings.epochs:
+            raise UserError(f"--{flag.replace('_', '-')} {value:g} needs --epochs")
+
+
+def check_resizing(settings: Settings, native_size: int = 224) -> None:
+    """Raise UserError for a progressive resizing that is no ramp; without an end of its own it goes
+    up to the data's native size.
+    """
+    low, high, end = settings.min_res, settings.max_res, settings.end_ramp
+    if (low is None) != (end is None):
+        raise UserError("--min-res and --end-ramp belong together: give both")
+    if high and not low:
+        raise UserError(f"--max-res {high} needs --min-res, where the ramp begins")
+    high = high or settings.image_size or native_size
+    if low and (low % 32 or high % 32 or low > high):
+        raise UserError(
+            f"--min-res {low} --max-res {high}: multiples of 32 are allowed, the smaller one first"
+        )
+    if settings.max_res and settings.image_size and settings.max_res != settings.image_size:
+        raise UserError(
+            f"--image-size {settings.image_size} --max-res {settings.max_res}: give one of them"
+        )
+
+
+def check_rates(settings: Settings) -> None:
+    """Raise UserError for a course of the learning rate that cannot be."""
+    warmup, epochs = settings.lr_warmup_epochs, settings.epochs
+    if warmup and not epochs:
+        raise UserError(f"--lr-warmup-epochs {warmup} needs --epochs")
+    if warmup and settings.lr_scheduler == "onecycle":
+        raise UserError(f"--lr-warmup-epochs {warmup}: onecycle has a warm-up of its own")
+    first = settings.lr_milestones[0]
+    if settings.lr_scheduler == "multistep" and warmup >= first:
+        raise UserError(f"--lr-milestones {first},...: the first is within the warm-up of {warmup}")
+    if epochs and warmup >= epochs:
+        raise UserError(f"--lr-warmup-epochs {warmup}: fewer than --epochs {epochs} are allowed")
+
+
+def check_checkpoint_options(settings: Settings) -> None:
+    """Raise UserError for checkpoint options that lack something or contradict each other."""
+    folder_options = {
+        "--save-steps": settings.save_steps,
+        "--mirror": settings.mirror,
+        "--resume auto": settings.resume == Path("auto"),
+    }
+    for flag, value in folder_options.items():
+        if value and not settings.output_dir:
+            raise UserError(f"{flag} needs --output-dir, where checkpoints are")
+    if settings.init_from and settings.resume not in (None, Path("auto")):
+        raise UserError(
+            f"--resume {settings.resume} and --init-from {settings.init_from}: give one"
+        )
+    if settings.test_only and not settings.resume:
+        raise UserError("--test-only needs --resume, the checkpoint to evaluate")
+    if settings.recipe in FROM_CHECKPOINT and not (settings.resume or settings.init_from):
+        raise UserError(
+            f"--recipe {settings.recipe} starts from trained weights: give --init-from PATH"
         )
 
 
@@ -540,7 +786,7 @@ class CorePlan:
 
     def group_of(self, phase: str) -> Group:
         """The group that runs a phase."""
-        return self.forward if phase in ("forward", "refresh") else self.backward
+        return self.backward if phase in ("backward", "update") else self.forward
 
 
 def plural(count: int, noun: str) -> str:
@@ -909,16 +1155,14 @@ def tune_allocator() -> str:
 class Lane:
     """One core group and the thread that works for it, used like a device queue.
 
-    `records` collects a PhaseRecord per phase, in order. `check_stop` is called in the submitting
-    thread before a phase is queued; it may raise to keep the phase from starting.
+    `records` collects a PhaseRecord per phase, in order.
     """
 
-    def __init__(self, group: Group, audit: Audit, check_stop: Callable[[], None] = lambda: None):
+    def __init__(self, group: Group, audit: Audit):
         self.group = group
         self.records: list[PhaseRecord] = []
         self.notes: list[str] = []
         self._audit = audit
-        self._check_stop = check_stop
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"{group.name} lane")
         try:
             with confined_to(group.cpus):  # a thread inherits the mask: not a moment elsewhere
@@ -929,7 +1173,6 @@ class Lane:
 
     def submit(self, phase: str, function: Callable[..., Any], *args: Any) -> Future:
         """Queue one phase; the future gives the function's result or raises its exception."""
-        self._check_stop()
         return self._executor.submit(self._run_phase, phase, function, args)
 
     def run(self, phase: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -992,14 +1235,12 @@ class Lanes:
     A context manager: leaving it, by an exception too, drains and ends both lanes.
     """
 
-    def __init__(
-        self, plan: CorePlan, online: Sequence[int], check_stop: Callable[[], None] = lambda: None
-    ):
+    def __init__(self, plan: CorePlan, online: Sequence[int]):
         audit = Audit(online)
         self._lanes: list[Lane] = []
         try:
             for group in plan.groups:  # one after the other, so that each team is known by birth
-                self._lanes.append(Lane(group, audit, check_stop))
+                self._lanes.append(Lane(group, audit))
         except BaseException:
             self.close()
             raise
@@ -1032,13 +1273,195 @@ class Lanes:
 
 # ==================================================================================================
 # 4  Models
-# torchvision's classifiers by name, with random weights. Knows nothing of cores.
+# torchvision's classifiers by name, a ResNet for small images, and a hybrid of convolutions and a
+# transformer, all with random weights. Knows nothing of cores.
 # ==================================================================================================
+
+
+class PadShortcut(nn.Module):
+    """The shortcut without parameters (option A) of He et al. 2016, section 4.2: every `stride`-th
+    pixel, and channels of zeros after those that there are.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.missing = channels_out - channels_in
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(n, in, h, w) to (n, out, ceil(h / stride), ceil(w / stride))."""
+        picked = images[:, :, :: self.stride, :: self.stride]
+        return nn.functional.pad(picked, (0, 0, 0, 0, 0, self.missing))
+
+
+def init_convolutions(model: nn.Module) -> None:
+    """Convolutions by He et al. 2015 (fan-out), batch normalisation 1 and 0, as in torchvision."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+class SmallResNet(nn.Module):
+    """The ResNet for 32-pixel images of He et al. 2016 (arXiv 1512.03385), section 4.2: three
+    stages of `blocks` blocks of two convolutions, with 16, 32 and 64 channels.
+
+    Maps (n, 3, h, w) to (n, num_classes). With nine blocks it is ResNet-56: 853,018 parameters for
+    10 classes.
+    """
+
+    def __init__(self, num_classes: int, blocks: int = 9):
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
+        )
+        self.stage1 = self._stage(16, 16, 1, blocks)
+        self.stage2 = self._stage(16, 32, 2, blocks)
+        self.stage3 = self._stage(32, 64, 2, blocks)
+        self.fc = nn.Linear(64, num_classes)
+        init_convolutions(self)
+
+    @staticmethod
+    def _stage(channels_in: int, channels: int, stride: int, blocks: int) -> nn.Sequential:
+        shortcut = PadShortcut(channels_in, channels, stride) if stride > 1 else None
+        first = BasicBlock(channels_in, channels, stride, shortcut)
+        return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (n, num_classes) of images (n, 3, h, w)."""
+        features = self.stage3(self.stage2(self.stage1(self.stem(images))))
+        return self.fc(features.mean((2, 3)))
+
+
+class ChannelAttention(nn.Module):
+    """Scales each channel by a gate in (0, 1) made of its global average and maximum."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gate = nn.Sequential(
+            nn.Conv2d(2 * channels, channels // 2, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels // 2, channels, 1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(n, channels, h, w), same shape out."""
+        pooled = features.mean((2, 3), keepdim=True), features.amax((2, 3), keepdim=True)
+        return features * self.gate(torch.cat(pooled, 1))
+
+
+class TokenEncoder(nn.Module):
+    """Places of a feature map as tokens, with a learned position each, through post-norm
+    transformer blocks.
+
+    The embedding of the whole image is added to every token. Positions are made for `grid` x `grid`
+    places, and interpolated for other sizes.
+    """
+
+    def __init__(self, channels: int, width: int, blocks: int, grid: int):
+        super().__init__()
+        self.project = nn.Conv2d(channels, width, 1)
+        positions = torch.empty(1, width, grid, grid)
+        self.positions = nn.Parameter(nn.init.trunc_normal_(positions, std=0.02))
+        self.blocks = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    width, 8, 4 * width, dropout=0.1, activation="gelu", batch_first=True
+                )
+                for _ in range(blocks)
+            )
+        )
+
+    def forward(self, features: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """Features (n, channels, h, w) and embeddings (n, width) to tokens (n, h * w, width)."""
+        places, positions = self.project(features), self.positions
+        if places.shape[2:] != positions.shape[2:]:
+            positions = nn.functional.interpolate(positions, places.shape[2:], mode="bicubic")
+        tokens = (places + positions).flatten(2).transpose(1, 2)
+        return self.blocks(tokens + embedding.unsqueeze(1))
+
+
+def normalised_linear(width_in: int, width: int, dropout: float) -> list[nn.Module]:
+    """A linear layer with layer normalisation, ReLU and dropout after it."""
+    return [
+        nn.Linear(width_in, width),
+        nn.LayerNorm(width),
+        nn.ReLU(inplace=True),
+        nn.Dropout(dropout),
+    ]
+
+
+class Hybrid(nn.Module):
+    """Convolutions with channel attention, then a transformer over the places of the last map.
+
+    `channels` are those of the stem and of the three residual blocks, which end at a 32nd of the
+    image's side; `width` and `blocks` are the transformer's. Maps (n, 3, size, size) to
+    (n, num_classes).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_size: int,
+        channels: Sequence[int] = (64, 128, 256, 512),
+        width: int = 768,
+        blocks: int = 4,
+    ):
+        super().__init__()
+        last = channels[-1]
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False),
+            nn.BatchNorm2d(channels[0]),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2, padding=1),
+        )
+        self.stages = nn.Sequential(*(self._block(*pair) for pair in itertools.pairwise(channels)))
+        self.attention = ChannelAttention(last)
+        self.embedding = nn.Sequential(
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            *normalised_linear(16 * last, 2048, dropout=0.1),
+            nn.Linear(2048, width),
+        )
+        self.encoder = TokenEncoder(last, width, blocks, grid=-(-image_size // 32))
+        self.head = nn.Sequential(
+            *normalised_linear(width, 512, dropout=0.2),
+            nn.Linear(512, 256),
+            nn.ReLU(inplace=True),
+            nn.Dropout(0.1),
+            nn.Linear(256, num_classes),
+        )
+        init_convolutions(self)
+
+    @staticmethod
+    def _block(channels_in: int, channels: int) -> nn.Module:
+        projection = nn.Sequential(
+            nn.Conv2d(channels_in, channels, 1, stride=2, bias=False), nn.BatchNorm2d(channels)
+        )
+        return BasicBlock(channels_in, channels, 2, projection)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (n, num_classes) of images (n, 3, size, size)."""
+        features = self.attention(self.stages(self.stem(images)))
+        tokens = self.encoder(features, self.embedding(features))
+        return self.head(tokens.mean(1))
+
+
+# By name, what makes a model from (num_classes, image_size).
+OWN_MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+    "resnet56": lambda num_classes, image_size: SmallResNet(num_classes),
+    "hybrid": Hybrid,
+    "hybrid-light": partial(Hybrid, channels=(32, 64, 128, 256), width=384, blocks=2),
+    "hybrid-heavy": partial(Hybrid, channels=(96, 192, 384, 768), width=1024, blocks=6),
+}
 
 
 def classifier_names() -> list[str]:
     """The names that `--model` takes."""
-    return torchvision.models.list_models(module=torchvision.models)
+    return [*OWN_MODELS, *torchvision.models.list_models(module=torchvision.models)]
 
 
 def check_model_name(name: str) -> None:
@@ -1049,12 +1472,14 @@ def check_model_name(name: str) -> None:
         raise UserError(f"--model {name}: unknown; {hint}")
 
 
-def build_model(name: str, num_classes: int, image_size: int) -> torch.nn.Module:
-    """A torchvision classifier in training mode, mapping (n, 3, size, size) to (n, classes).
+def build_model(name: str, num_classes: int, image_size: int) -> nn.Module:
+    """A classifier in training mode, mapping (n, 3, size, size) to (n, classes).
 
     Transformers are built for the image size, and the auxiliary heads of GoogLeNet and Inception,
     which the papers use to train without batch normalisation, are left out.
     """
+    if name in OWN_MODELS:
+        return OWN_MODELS[name](num_classes, image_size).train()
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}
@@ -1064,12 +1489,12 @@ def build_model(name: str, num_classes: int, image_size: int) -> torch.nn.Module
         options = {"input_size": (image_size, image_size)}
     try:
         model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
-    except (RuntimeError, ValueError) as error:
+    except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f"--image-size {image_size}, {name}: {one_line(error)}") from None
     return model.train()
 
 
-def check_input_shape(model: torch.nn.Module, name: str, batch_size: int, image_size: int) -> None:
+def check_input_shape(model: nn.Module, name: str, batch_size: int, image_size: int) -> None:
     """Raise UserError if the model cannot train on such batches (too small for its strides, say).
 
     Runs the forward pass on the meta device, which computes shapes alone.
@@ -1078,11 +1503,42 @@ def check_input_shape(model: torch.nn.Module, name: str, batch_size: int, image_
     images = torch.empty(batch_size, 3, image_size, image_size, device="meta")
     try:
         torch.func.functional_call(model, weights, (images,))
-    except (RuntimeError, ValueError) as error:
+    except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(
             f"--batch-size {batch_size} --image-size {image_size}: {name} cannot train on such "
             f"batches: {one_line(error)}"
         ) from None
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """What a model amounts to: parameters, bytes of weights and buffers, and the floating-point
+    operations of convolutions and matrix products for one image, by phase.
+    """
+
+    parameters: int
+    weight_bytes: int
+    flops: dict[str, float]
+
+
+def measure_model(name: str, num_classes: int, image_size: int) -> ModelFigures:
+    """Count, without computing anything: the model is built and run on the meta device."""
+    with torch.device("meta"):
+        model = build_model(name, num_classes, image_size)
+        images = torch.empty(2, 3, image_size, image_size)
+    with FlopCounterMode(display=False) as forward:
+        output = model(images)
+    with FlopCounterMode(display=False) as backward:
+        output.sum().backward()
+    tensors = (*model.parameters(), *model.buffers())
+    return ModelFigures(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        flops={
+            "forward": forward.get_total_flops() / len(images),
+            "backward": backward.get_total_flops() / len(images),
+        },
+    )
 
 
 def one_line(error: BaseException) -> str:
@@ -1092,14 +1548,19 @@ def one_line(error: BaseException) -> str:
 
 # ==================================================================================================
 # 5  Data
-# Image folders and synthetic images as an endless stream of batches. Knows nothing of lanes; the
-# loader processes are told which logical CPUs to stay on.
+# Image folders, CIFAR-10 and synthetic images as streams of batches. What a sample looks like
+# depends only on (seed, epoch, index): not on the number of loader processes, nor on where a run
+# was resumed. Knows nothing of lanes; loader processes are told which CPUs to stay on.
 # ==================================================================================================
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CIFAR10_FOLDER = "cifar-10-batches-py"
 SYNTHETIC_IMAGES, SYNTHETIC_CLASSES = 1280, 1000
+RESIZING_STEP = 32
 
-Batch = tuple[torch.Tensor, torch.Tensor]  # images (n, 3, size, size), class indices (n,)
+# Images (n, 3, size, size), and class indices (n,) or, of mixed images, probabilities (n, classes).
+Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class BrokenImage(RunError):
@@ -1115,6 +1576,193 @@ def load_image(path: str) -> Any:
 
 
 @dataclass(frozen=True)
+class ImageData:
+    """A data set: pictures (PIL) with class indices, to train and, if there are any, to validate.
+
+    `kind` is folder, cifar10 or synthetic.
+    """
+
+    kind: str
+    train: Dataset
+    val: Dataset | None
+    classes: tuple[str, ...]
+    native_size: int
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+
+
+def open_data(settings: Settings) -> ImageData:
+    """The data of `--data-path`, recognised by what is there; without it, synthetic images.
+
+    Raises UserError for a path that holds no data set, or fewer images than an optimizer step.
+    """
+    path, images = settings.data_path, settings.batch_size * settings.accumulate
+    if path and path.name == CIFAR10_FOLDER:
+        path = path.parent
+    if path is None:
+        data = synthetic_data(settings)
+    elif settings.download or (path / CIFAR10_FOLDER).is_dir():
+        data = cifar10_data(path, settings.download)
+    else:
+        data = folder_data(path)
+    found = len(data.classes)
+    if settings.num_classes and settings.num_classes < found:
+        raise UserError(f"--num-classes {settings.num_classes}: {path} has {found} classes")
+    used = len(choose_images(data, settings))
+    if used < images:
+        step = f"--batch-size {settings.batch_size}"
+        step += f" --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
+        raise UserError(f"{step}: {path} has only {plural(used, 'image')} to train on")
+    return data
+
+
+def synthetic_data(settings: Settings) -> ImageData:
+    """Random images with random labels: for timing only."""
+    classes = settings.num_classes or SYNTHETIC_CLASSES
+    side = largest_size(settings, 224)
+    images = max(SYNTHETIC_IMAGES, settings.batch_size * settings.accumulate)
+    train = torchvision.datasets.FakeData(
+        images, (3, side, side), classes, random_offset=settings.seed
+    )
+    return ImageData("synthetic", train, None, tuple(map(str, range(classes))), 224)
+
+
+def cifar10_data(path: Path, download: bool) -> ImageData:
+    """CIFAR-10 in its own format for Python, read and verified by torchvision."""
+    try:
+        train, val = (
+            torchvision.datasets.CIFAR10(path, train=part, download=download)
+            for part in (True, False)
+        )
+    except Exception as error:  # of the network, of the disk, of pickle, or a checksum's
+        reason = one_line(error).replace("download=True", "--download")
+        raise UserError(f"--data-path {path}: no CIFAR-10: {reason}") from None
+    return ImageData("cifar10", train, val, tuple(train.classes), 32, CIFAR10_MEAN, CIFAR10_STD)
+
+
+def folder_data(path: Path) -> ImageData:
+    """An image folder: `path/train` and `path/val`, or `path` itself, with a folder per class."""
+    if not path.is_dir():
+        reason = "is a file, not a folder" if path.exists() else "does not exist"
+        raise UserError(f"--data-path {path} {reason}; give an image folder: DIR/<class>/*.jpg")
+    parted = (path / "train").is_dir()
+    train = open_image_folder(path, path / "train" if parted else path)
+    val = open_image_folder(path, path / "val") if parted and (path / "val").is_dir() else None
+    if len(train.classes) < 2:
+        raise UserError(
+            f"--data-path {path}: one class only ({train.classes[0]}); at least two are needed"
+        )
+    if val and val.classes != train.classes:
+        name = sorted(set(val.classes) ^ set(train.classes))[0]
+        raise UserError(f"--data-path {path}: class {name} is not in both of train and val")
+    return ImageData("folder", train, val, tuple(train.classes), 224)
+
+
+def open_image_folder(path: Path, root: Path) -> torchvision.datasets.ImageFolder:
+    """The images below `root`, one folder per class; errors name `path`, which the user gave."""
+    try:
+        return torchvision.datasets.ImageFolder(root, loader=load_image)
+    except OSError as error:
+        raise UserError(f"--data-path {path}: no images: {one_line(error)}") from None
+
+
+def choose_images(data: ImageData, settings: Settings) -> list[int]:
+    """Indices of the images to train on: all, or `--subset` of each class, at least one of it.
+
+    The choice depends on the seed and on the classes of the images, on nothing else.
+    """
+    if settings.subset == 1:
+        return list(range(len(data.train)))
+    of_class: dict[int, list[int]] = {}
+    for index, target in enumerate(data.train.targets):
+        of_class.setdefault(target, []).append(index)
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, "subset"))
+    chosen = []
+    for _, indices in sorted(of_class.items()):
+        order = torch.randperm(len(indices), generator=generator).tolist()
+        count = max(1, round(settings.subset * len(indices)))
+        chosen += [indices[place] for place in order[:count]]
+    return sorted(chosen)
+
+
+def largest_size(settings: Settings, native: int) -> int:
+    """The side of the images in pixels, at the end of progressive resizing if there is any."""
+    return settings.max_res or settings.image_size or native
+
+
+def image_size_in(settings: Settings, epoch: int) -> int:
+    """The side of the training images in an epoch (from 1): a linear ramp in steps of 32 pixels."""
+    low, high = settings.min_res, settings.image_size
+    if low is None or epoch >= settings.end_ramp:
+        return high
+    part = (epoch - 1) / max(1, settings.end_ramp - 1)
+    return low + RESIZING_STEP * math.floor(part * (high - low) / RESIZING_STEP)
+
+
+def to_tensor(data: ImageData) -> list[Any]:
+    """Transforms from a picture to a normalised float32 tensor (3, height, width)."""
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)]
+
+
+def training_transform(data: ImageData, settings: Settings, size: int) -> v2.Transform:
+    """The augmentation of one picture, to a tensor (3, size, size)."""
+    if data.kind == "synthetic":
+        resize = [] if size == settings.image_size else [v2.Resize((size, size))]
+        return v2.Compose([*resize, *to_tensor(data)])
+    steps: list[Any] = [v2.RandomResizedCrop(size, (settings.min_scale, 1), antialias=True)]
+    if data.kind == "cifar10":
+        steps = [v2.RandomCrop(32, padding=4), v2.Resize(size)]
+    steps.append(v2.RandomHorizontalFlip(settings.hflip))
+    policies = torchvision.transforms.AutoAugmentPolicy
+    policy = policies.CIFAR10 if data.kind == "cifar10" else policies.IMAGENET
+    automatic = {
+        "ra": v2.RandAugment,
+        "ta": v2.TrivialAugmentWide,
+        "aa": partial(v2.AutoAugment, policy),
+    }
+    if settings.auto_augment != "none":
+        steps.append(automatic[settings.auto_augment]())
+    if settings.color_jitter:
+        steps.append(v2.ColorJitter(*3 * (settings.color_jitter,)))
+    return v2.Compose([*steps, *to_tensor(data), v2.RandomErasing(settings.random_erase)])
+
+
+def validation_transform(data: ImageData, size: int) -> v2.Transform:
+    """A picture's middle, as a tensor (3, size, size): 224 of 256 pixels, or in that proportion."""
+    whole = size if data.kind == "cifar10" else round(size * 256 / 224)
+    return v2.Compose([v2.Resize(whole, antialias=True), v2.CenterCrop(size), *to_tensor(data)])
+
+
+def mixing_transform(settings: Settings) -> v2.Transform | None:
+    """mixup (arXiv 1710.09412) and CutMix (1905.04899) of whole batches, if asked for."""
+    count = settings.num_classes
+    mixes = []
+    if settings.mixup_alpha:
+        mixes.append(v2.MixUp(alpha=settings.mixup_alpha, num_classes=count))
+    if settings.cutmix_alpha:
+        mixes.append(v2.CutMix(alpha=settings.cutmix_alpha, num_classes=count))
+    return v2.RandomChoice(mixes) if mixes else None
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed of 63 bits that depends on all parts, the same on every machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leave torch's global generator as it was: without loader processes, the model's dropout uses
+    the same one.
+    """
+    state = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+@dataclass(frozen=True)
 class LoadRecord:
     """When a batch was loaded, in seconds of time.perf_counter, which all processes share.
 
@@ -1126,90 +1774,88 @@ class LoadRecord:
     end_s: float
 
 
-Loaded = tuple[Batch | BrokenImage, LoadRecord]
+@dataclass(frozen=True)
+class Loaded:
+    """A batch (None if no image of it could be read), and the broken images left out of it.
 
-
-class TimedLoading(Dataset):
-    """A data set that gives whole batches, each with its LoadRecord.
-
-    A broken image makes its batch a BrokenImage, returned and not raised: exceptions that leave a
-    loader process arrive with that process's traceback as their text; a value arrives as it is.
+    Broken images are returned, not raised: exceptions that leave a loader process arrive with that
+    process's traceback as their text; a value arrives as it is.
     """
 
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+    batch: Batch | None
+    record: LoadRecord = LoadRecord(-1, 0.0, 0.0)
+    broken: tuple[str, ...] = ()
 
-    def __len__(self) -> int:
-        return len(self.dataset)
 
-    def __getitems__(self, indices: list[int]) -> Loaded:
+SampleKey = tuple[int, int]  # epoch and index
+
+
+class Samples(Dataset):
+    """Whole batches of a data set's pictures, by their keys, through the transform of the epoch.
+
+    torch's global generator is seeded for every sample: torchvision's transforms draw from it.
+    """
+
+    def __init__(
+        self,
+        pictures: Dataset,
+        seed: int,
+        transform_in: Callable[[int], v2.Transform],
+        mix: v2.Transform | None = None,
+    ):
+        self._pictures, self._seed, self._mix = pictures, seed, mix
+        self._transform_in = transform_in
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> Loaded:
         start_s = time.perf_counter()
-        try:
-            batch = default_collate([self.dataset[index] for index in indices])
-        except BrokenImage as broken:
-            batch = broken
+        samples, broken = [], []
+        with random_state_kept():
+            for key in keys:
+                try:
+                    samples.append(self._sample(*key))
+                except BrokenImage as error:
+                    broken.append(str(error))
+            batch = default_collate(samples) if samples else None
+            if self._mix and batch:
+                torch.default_generator.manual_seed(derived_seed(self._seed, "mix", *keys[0]))
+                batch = tuple(self._mix(*batch))
         process = torch.utils.data.get_worker_info()
         record = LoadRecord(process.id if process else -1, start_s, time.perf_counter())
-        return batch, record
+        return Loaded(batch, record, tuple(broken))
+
+    def _sample(self, epoch: int, index: int) -> tuple[torch.Tensor, int]:
+        torch.default_generator.manual_seed(derived_seed(self._seed, epoch, index))
+        picture, target = self._pictures[index]
+        return self._transform_in(epoch)(picture), int(target)
 
 
-def as_loaded(loaded: Loaded) -> Loaded:
-    """Stands where DataLoader would make a batch of samples: it is one already."""
-    return loaded
+class EpochOrder:
+    """The batches of one epoch, as lists of keys: a batch sampler. `begin` chooses the epoch.
 
-
-def open_dataset(settings: Settings) -> tuple[Dataset, int]:
-    """The training images, and the number of classes to train.
-
-    Raises UserError for a path that holds no such data set, or fewer images than one batch.
+    Shuffled by seed and epoch if there is a seed; else in order, with the last batch incomplete.
     """
-    if settings.data_path is None:
-        classes = settings.num_classes or SYNTHETIC_CLASSES
-        size = (3, settings.image_size, settings.image_size)
-        images = max(SYNTHETIC_IMAGES, settings.batch_size)
-        dataset = torchvision.datasets.FakeData(
-            images, size, classes, v2.Compose(to_tensor()), random_offset=settings.seed
-        )
-        return dataset, classes
-    dataset = open_image_folder(settings.data_path, settings.image_size)
-    found = len(dataset.classes)
-    if settings.num_classes and settings.num_classes < found:
-        raise UserError(f"--num-classes {settings.num_classes}: {dataset.root} has {found} classes")
-    if len(dataset) < settings.batch_size:
-        raise UserError(
-            f"--batch-size {settings.batch_size}: {dataset.root} has only "
-            f"{plural(len(dataset), 'image')}"
-        )
-    return dataset, settings.num_classes or found
 
+    def __init__(self, indices: Sequence[int], batch_size: int, seed: int | None):
+        self._indices, self._batch_size, self._seed = indices, batch_size, seed
+        self._epoch, self._span = 1, slice(None)
 
-def open_image_folder(path: Path, image_size: int) -> torchvision.datasets.ImageFolder:
-    """The training images under `path` or its `train` folder, one folder per class."""
-    if not path.is_dir():
-        reason = "is a file, not a folder" if path.exists() else "does not exist"
-        raise UserError(f"--data-path {path} {reason}; give an image folder: DIR/<class>/*.jpg")
-    root = path / "train" if (path / "train").is_dir() else path
-    transform = v2.Compose(
-        [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip(), *to_tensor()]
-    )
-    try:
-        dataset = torchvision.datasets.ImageFolder(root, transform, loader=load_image)
-    except OSError as error:
-        raise UserError(f"--data-path {path}: no images: {one_line(error)}") from None
-    if len(dataset.classes) < 2:
-        raise UserError(
-            f"--data-path {path}: one class only ({dataset.classes[0]}); at least two are needed"
-        )
-    return dataset
+    def begin(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
+        """Give the batches `start` to `stop` of an epoch from now on."""
+        self._epoch, self._span = epoch, slice(start, stop)
 
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self._indices), self._batch_size)
+        return whole + (self._seed is None and rest > 0)
 
-def to_tensor() -> list[Any]:
-    """Transforms from a picture to a normalised float32 tensor (3, height, width)."""
-    return [
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-    ]
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        order = range(len(self._indices))
+        if self._seed is not None:
+            seed = derived_seed(self._seed, "order", self._epoch)
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(order), generator=generator).tolist()
+        for batch in range(len(self))[self._span]:
+            places = order[batch * self._batch_size : (batch + 1) * self._batch_size]
+            yield [(self._epoch, self._indices[place]) for place in places]
 
 
 def start_loader(cpus: Sequence[int], worker: int) -> None:
@@ -1225,55 +1871,47 @@ def start_loader(cpus: Sequence[int], worker: int) -> None:
         raise RuntimeError(f"loader {worker}: cores {asked} asked for, {given} given")
 
 
-def make_loader(dataset: Dataset, settings: Settings, cpus: Sequence[int]) -> DataLoader:
-    """Shuffled full batches; what does not fill a batch is left out of an epoch."""
-    # torch advises no more loaders than the main thread has cores; ours share them on purpose.
-    warnings.filterwarnings("ignore", "This DataLoader will create")
-    return DataLoader(
-        TimedLoading(dataset),
-        settings.batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=settings.workers,
-        persistent_workers=settings.workers > 0,
-        collate_fn=as_loaded,
-        worker_init_fn=partial(start_loader, tuple(cpus)),
-        generator=torch.Generator().manual_seed(settings.seed),
-    )
+def as_loaded(loaded: Loaded) -> Loaded:
+    """Stands where DataLoader would make a batch of samples: it is one already."""
+    return loaded
+
+
+class BadImages:
+    """The broken images of a run, skipped until there are more than allowed."""
+
+    def __init__(self, allowed: int = 0):
+        self.allowed = allowed
+        self.messages: list[str] = []
+
+    def add(self, messages: Iterable[str]) -> None:
+        """Take note of broken images. Raises RunError for the first one too many."""
+        for message in messages:
+            if message not in self.messages:
+                self.messages.append(message)
+            if len(self.messages) > self.allowed:
+                more = f" (more than --max-bad-images {self.allowed})" if self.allowed else ""
+                raise RunError(message + more)
 
 
 class Batches:
-    """`left` batches of a loader, over as many epochs as that takes; `records` tells of each batch
-    given out when it was loaded.
-
-    The first batch is loaded at once, so that loader processes start before any lane exists: a
-    process with an OpenMP team must not be forked. Close it, since loader processes ignore signals.
+    """`left` batches of a loader, which is gone through again and again if that takes it; `records`
+    tells of each batch given out when it was loaded. The first batch is fetched at once.
     """
 
-    def __init__(self, loader: Iterable[Loaded], left: int):
+    def __init__(self, loader: Iterable[Loaded], left: int, bad: BadImages | None = None):
         self.left = left
         self.records: list[LoadRecord] = []
-        self._loader = loader
-        epochs = itertools.chain.from_iterable(itertools.repeat(loader))
-        self._stream = itertools.islice(epochs, left)
+        self._bad = bad or BadImages()
+        passes = itertools.chain.from_iterable(itertools.repeat(loader))
+        self._stream = itertools.islice(passes, left)
         self._ahead: list[Loaded] = []
-        try:
-            self.prefetch()
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """End the loader processes, as DataLoader does once nothing refers to it any more."""
-        iterator = getattr(self._loader, "_iterator", None)
-        if iterator is not None:
-            iterator._shutdown_workers()
+        self.prefetch()
 
     def prefetch(self) -> None:
         """Fetch the next batch, if there is one, now and not when it is asked for.
 
-        Without loader processes this draws random numbers from torch's global generator, as dropout
-        does in a forward pass: to be called at moments when no forward pass runs.
+        Without loader processes this uses torch's global generator, and puts it back, as dropout
+        uses it in a forward pass: to be called at moments when no forward pass runs.
         """
         if not self._ahead:
             self._ahead = list(itertools.islice(self._stream, 1))
@@ -1285,12 +1923,13 @@ class Batches:
         self.prefetch()
         if not self._ahead:
             raise StopIteration
-        batch, record = self._ahead.pop()
-        if isinstance(batch, BrokenImage):
-            raise batch
+        loaded = self._ahead.pop()
+        self._bad.add(loaded.broken)
+        if loaded.batch is None:
+            raise RunError(f"no image of a batch can be read; {loaded.broken[-1]}")
         self.left -= 1
-        self.records.append(record)
-        return batch
+        self.records.append(loaded.record)
+        return loaded.batch
 
     def take_records(self) -> tuple[LoadRecord, ...]:
         """The batches given out since the last call; forgets them."""
@@ -1298,32 +1937,290 @@ class Batches:
         return records
 
 
+class Feed:
+    """The batches of a data set, epoch after epoch, made by loader processes that live on.
+
+    The processes start at once: none may be forked once a lane, with its OpenMP team, exists. Close
+    it, since they ignore signals.
+    """
+
+    def __init__(
+        self, samples: Samples, order: EpochOrder, settings: Settings, cpus: Sequence[int]
+    ):
+        # torch advises no more loaders than the main thread has cores; ours share them on purpose.
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        self._order = order
+        self._loader = DataLoader(
+            samples,
+            batch_sampler=order,
+            num_workers=settings.workers,
+            persistent_workers=settings.workers > 0,
+            collate_fn=as_loaded,
+            worker_init_fn=partial(start_loader, tuple(cpus)),
+            generator=torch.Generator().manual_seed(settings.seed),
+        )
+        if settings.workers:
+            order.begin(0, 0, 0)
+            iter(self._loader)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self._order)
+
+    def batches(
+        self, bad: BadImages, epoch: int = 1, start: int = 0, stop: int | None = None
+    ) -> Batches:
+        """The batches `start` to `stop` of an epoch."""
+        self._order.begin(epoch, start, stop)
+        return Batches(self._loader, len(range(len(self))[start:stop]), bad)
+
+    def close(self) -> None:
+        """End the loader processes, as DataLoader does once nothing refers to it any more."""
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+
+
+def training_feed(data: ImageData, settings: Settings, cpus: Sequence[int]) -> Feed:
+    """Shuffled, augmented training images; what does not fill a batch is left out of an epoch."""
+    sizes = {image_size_in(settings, epoch) for epoch in range(1, (settings.end_ramp or 1) + 1)}
+    transforms = {size: training_transform(data, settings, size) for size in sizes}
+    samples = Samples(
+        data.train,
+        settings.seed,
+        partial(transform_of_epoch, settings, transforms),
+        mixing_transform(settings),
+    )
+    order = EpochOrder(choose_images(data, settings), settings.batch_size, settings.seed)
+    return Feed(samples, order, settings, cpus)
+
+
+def transform_of_epoch(
+    settings: Settings, transforms: dict[int, v2.Transform], epoch: int
+) -> v2.Transform:
+    """The transform to the image size of an epoch."""
+    return transforms[image_size_in(settings, epoch)]
+
+
+def validation_feed(data: ImageData, settings: Settings, cpus: Sequence[int]) -> Feed | None:
+    """The validation images in order, if there are any."""
+    if data.val is None:
+        return None
+    transform = validation_transform(data, settings.image_size)
+    samples = Samples(data.val, settings.seed, partial(same_transform, transform))
+    order = EpochOrder(range(len(data.val)), settings.batch_size, None)
+    return Feed(samples, order, settings, cpus)
+
+
+def same_transform(transform: v2.Transform, epoch: int) -> v2.Transform:
+    """One transform for every epoch."""
+    return transform
+
+
 # ==================================================================================================
 # 6  Recipe
-# How weights are updated. Knows nothing of cores.
+# How weights are updated: optimizer, course of the learning rate, moving average, and a watch on
+# the gradients. Knows nothing of cores.
 # ==================================================================================================
 
+Weights = dict[str, torch.Tensor]  # parameters, or buffers, by name
+WARMUP_START = 0.01  # part of the learning rate at which a warm-up begins
+VANISHING_NORM, EXPLODING_NORM = 1e-7, 1e3
+STEPS_BETWEEN_NORMS = 10
 
-def build_optimizer(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """SGD with momentum and weight decay over all parameters."""
-    return torch.optim.SGD(
-        model.parameters(),
-        settings.lr,
-        momentum=settings.momentum,
+
+def learning_rate(settings: Settings) -> float:
+    """The highest learning rate: as asked, or by the optimizer and the images of a step."""
+    if settings.lr is not None:
+        return settings.lr
+    images = settings.batch_size * settings.accumulate
+    return 0.1 * images / 256 if settings.opt == "sgd" else 1e-3
+
+
+def steps_in_epoch(settings: Settings, epoch_batches: int) -> int:
+    """Optimizer steps of an epoch; batches that do not fill a step are left out of it."""
+    return epoch_batches // settings.accumulate
+
+
+def total_steps(settings: Settings, epoch_batches: int) -> int:
+    """Optimizer steps of the whole run: as asked, or as the epochs hold; 50 by default."""
+    planned = planned_steps(settings, epoch_batches)
+    return min(settings.steps or planned, planned)
+
+
+def planned_steps(settings: Settings, epoch_batches: int) -> int:
+    """Optimizer steps over which the learning rate runs: of all epochs, even if `--steps` ends
+    the run before; without epochs those of the run.
+    """
+    if not settings.epochs:
+        return settings.steps or 50
+    return settings.epochs * steps_in_epoch(settings, epoch_batches)
+
+
+def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """SGD with momentum, Adam or AdamW over all parameters; with `skip_decay_1d`, those with one
+    dimension have a group of their own, without weight decay.
+    """
+    weights = list(model.parameters())
+    groups: list[dict[str, Any]] = [{"params": weights}]
+    if settings.skip_decay_1d:
+        flat = [weight for weight in weights if weight.ndim <= 1]
+        groups = [
+            {"params": [weight for weight in weights if weight.ndim > 1]},
+            {"params": flat, "weight_decay": 0.0},
+        ]
+    kinds = {
+        "sgd": partial(torch.optim.SGD, momentum=settings.momentum),
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+    }
+    return kinds[settings.opt](
+        groups,
+        lr=learning_rate(settings),
         weight_decay=settings.weight_decay,
         fused=settings.fused,
     )
 
 
+def build_lr_scheduler(
+    optimizer: torch.optim.Optimizer, settings: Settings, epoch_steps: int, all_steps: int
+) -> LRScheduler:
+    """The course of the learning rate, to be stepped after every optimizer step.
+
+    Epochs count as `epoch_steps` optimizer steps each. After a warm-up, cosine, steps and restarts
+    begin with its end, as in torchvision's reference training; milestones count from the beginning.
+    """
+    warmup = settings.lr_warmup_epochs * epoch_steps
+    main = main_scheduler(optimizer, settings, epoch_steps, all_steps - warmup)
+    if not warmup:
+        return main
+    rising = lr_scheduler.LinearLR(optimizer, start_factor=WARMUP_START, total_iters=warmup)
+    return lr_scheduler.SequentialLR(optimizer, [rising, main], milestones=[warmup])
+
+
+def main_scheduler(
+    optimizer: torch.optim.Optimizer, settings: Settings, epoch_steps: int, steps: int
+) -> LRScheduler:
+    """The course of the learning rate over the `steps` optimizer steps after a warm-up."""
+    lowest, factor = settings.min_lr, settings.lr_gamma
+    match settings.lr_scheduler:
+        case "cosine":
+            return lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps), eta_min=lowest)
+        case "step":
+            every = settings.lr_step_epochs * epoch_steps
+            return lr_scheduler.StepLR(optimizer, every, factor)
+        case "multistep":
+            epochs = (epoch - settings.lr_warmup_epochs for epoch in settings.lr_milestones)
+            return lr_scheduler.MultiStepLR(optimizer, [n * epoch_steps for n in epochs], factor)
+        case "onecycle":
+            highest = learning_rate(settings)
+            # The rate alone: torch would cycle the momentum too, whatever --momentum says.
+            return lr_scheduler.OneCycleLR(
+                optimizer, highest, total_steps=max(2, steps), cycle_momentum=False
+            )
+        case "warm-restarts":
+            first = settings.lr_restart_epochs * epoch_steps
+            return lr_scheduler.CosineAnnealingWarmRestarts(optimizer, first, 2, lowest)
+    return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+
+
+class MovingAverage:
+    """An exponential moving average of weights and buffers, one step after each optimizer step.
+
+    Averages with torch's own function; what is no floating-point number (a count) is copied.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self._average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+
+    def update(self, values: Weights) -> None:
+        """Take in the model's values of today, by the names of its state_dict."""
+        with torch.no_grad():
+            floats = [name for name, value in self.values.items() if value.is_floating_point()]
+            ours, theirs = ([each[name] for name in floats] for each in (self.values, values))
+            self._average(ours, theirs, 0)
+            for name in self.values.keys() - set(floats):
+                self.values[name].copy_(values[name])
+
+
+def layer_groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """Parameter names by the part of the model that they are in: its children; where those are
+    fewer than four, or one of them has nearly all, their children, and so on. Of a model with few
+    parts, the children's children.
+    """
+    names = list(names)
+    by_depth = []
+    for depth in range(1, 5):
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(".".join(name.split(".")[:-1][:depth]) or name, []).append(name)
+        if len(groups) >= 4 and max(map(len, groups.values())) < 0.8 * len(names):
+            return groups
+        by_depth.append(groups)
+    return by_depth[1]
+
+
+class GradientFlow:
+    """Norms of the gradients by layer group, every tenth optimizer step.
+
+    `take` gives the means since the last call.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._groups = layer_groups(name for name, _ in model.named_parameters())
+        self._sums: Counter[str] = Counter()
+        self._measured = self._steps = 0
+
+    def watch(self, model: nn.Module) -> None:
+        """Look at the gradients of a step that is about to be made."""
+        self._steps += 1
+        if self._steps % STEPS_BETWEEN_NORMS != 1:
+            return
+        gradients = {name: weight.grad for name, weight in model.named_parameters()}
+        for group, names in self._groups.items():
+            present = [gradients[name] for name in names if gradients[name] is not None]
+            self._sums[group] += nn.utils.get_total_norm(present).item()
+        self._measured += 1
+
+    def take(self) -> dict[str, float]:
+        """The mean norm of each layer group since the last call; empty if none was measured. What
+        is not finite counts as the largest number, which JSON can hold.
+        """
+        largest = sys.float_info.max
+        norms = {
+            group: total / self._measured if total <= largest else largest
+            for group, total in self._sums.items()
+        }
+        self._sums, self._measured, self._steps = Counter(), 0, 0
+        return norms
+
+    def state(self) -> dict[str, Any]:
+        """What has been measured since the last `take`, in plain types."""
+        return {"sums": dict(self._sums), "measured": self._measured, "steps": self._steps}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self._sums = Counter(state["sums"])
+        self._measured, self._steps = state["measured"], state["steps"]
+
+
+def gradient_warnings(norms: dict[str, float]) -> Iterator[str]:
+    """What the gradient norms of an epoch show to be wrong."""
+    for group, norm in norms.items():
+        if norm < VANISHING_NORM:
+            yield f"gradients vanish in {group}: norm {norm:.1e}, below {VANISHING_NORM:g}"
+        elif not norm <= EXPLODING_NORM:
+            yield f"gradients explode in {group}: norm {norm:.1e}, above {EXPLODING_NORM:g}"
+
+
 # ==================================================================================================
 # 7  Schedules
 # A schedule lays optimizer steps over the two lanes. It is a generator: each `next` runs one step
-# and gives the loss of each of its micro-batches, until the batches run out. All schedules share
+# and gives the scores of each of its micro-batches, until the batches run out. All schedules share
 # the same phase functions, hold no more than two micro-batches of activations, and read data only
 # while no forward pass runs (see Batches.prefetch).
 # ==================================================================================================
-
-Weights = dict[str, torch.Tensor]  # parameters by name
 
 
 class NonFiniteLoss(Exception):
@@ -1331,24 +2228,61 @@ class NonFiniteLoss(Exception):
 
 
 @dataclass(frozen=True)
+class Scores:
+    """What a batch came to: mean loss, images, and how many of them had their class first, and
+    among the first five.
+    """
+
+    loss: float
+    images: int
+    top1: int
+    top5: int
+
+
+def score(loss: float, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
+    """Count right answers; of mixed images (targets (n, classes)), the larger share is right."""
+    labels = targets.argmax(1) if targets.ndim == 2 else targets
+    best = logits.detach().topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
+    return Scores(loss, len(labels), int(best[:, 0].sum()), int(best.sum()))
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What `delayed` has begun at the end of a step: the weights that the next step uses, and the
+    buffers and the random state as they were before its first forward pass.
+    """
+
+    weights: Weights
+    buffers: Weights
+    random_state: torch.Tensor
+
+
+@dataclass
 class Work:
     """The phases of an optimizer step over `accumulate` micro-batches.
 
-    They work on the model's own weights, or on a copy of them made by `copy_weights`.
+    They work on the model's own weights, or on a copy of them made by `copy_weights`. `ahead` is
+    set at the end of a step if the next one has begun.
     """
 
-    model: torch.nn.Module
+    model: nn.Module
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     optimizer: torch.optim.Optimizer
     accumulate: int = 1
     bf16: bool = False
     channels_last: bool = False
     grads_to_none: bool = True
+    clip_grad_norm: float | None = None
+    scheduler: LRScheduler | None = None
+    average: MovingAverage | None = None
+    flow: GradientFlow | None = None
+    ahead: Ahead | None = None
 
     def forward(self, batch: Batch, weights: Weights | None = None) -> Batch:
-        """Logits (n, classes) in float32, with the graph to go back through, and the targets (n,).
+        """Logits (n, classes) in float32, with the graph to go back through, and the targets.
 
-        Buffers, such as BatchNorm's running statistics, are always the model's own.
+        Buffers, such as BatchNorm's running statistics, are the model's own, unless `weights` has
+        some.
         """
         images, targets = batch
         if self.channels_last:
@@ -1360,41 +2294,72 @@ class Work:
                 logits = torch.func.functional_call(self.model, weights, (images,))
         return logits.float(), targets
 
-    def backward(self, output: Batch) -> float:
-        """Loss and backpropagation; adds to the gradients and returns the mean loss."""
+    def backward(self, output: Batch) -> Scores:
+        """Loss and backpropagation; adds to the gradients."""
         loss = self.loss(*output)
         value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteLoss(str(value))
         (loss / self.accumulate).backward()  # for CPU tensors this runs in the calling thread
-        return value
+        return score(value, *output)
 
     def update(self, weights: Weights | None = None) -> None:
         """The optimizer step, on the model's own weights, with the gradients that went to
-        `weights`; clears the gradients.
+        `weights`, and what belongs to it: gradient norms, clipping, the learning rate of the next
+        step, the moving average; clears the gradients.
         """
         for name, parameter in self.model.named_parameters() if weights else ():
             parameter.grad = weights[name].grad
+        if self.flow:
+            self.flow.watch(self.model)
+        if self.clip_grad_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
         self.optimizer.step()
+        if self.scheduler:
+            self.scheduler.step()
+        if self.average:
+            self.average.update(self.values())
         self.optimizer.zero_grad(set_to_none=self.grads_to_none)
         for copy in weights.values() if weights and self.grads_to_none else ():
             copy.grad = None
 
+    def values(self) -> Weights:
+        """The model's state as of the last step: what belongs to a step already begun left out."""
+        return self.model.state_dict() | (self.ahead.buffers if self.ahead else {})
+
+    def evaluate(self, batch: Batch) -> tuple[Scores, torch.Tensor]:
+        """The scores of a batch, and the classes predicted, of the moving average if there is one;
+        the model has to be in evaluation mode.
+        """
+        with torch.inference_mode():
+            logits, targets = self.forward(batch, self.average.values if self.average else None)
+            loss = nn.functional.cross_entropy(logits, targets).item()
+            return score(loss, logits, targets), logits.argmax(1)
+
     def copy_weights(self) -> Weights:
-        """A copy of the model's weights to run phases with."""
+        """A copy of the model's weights to run phases with; of those of a step already begun, if a
+        run goes on there.
+        """
+        begun = self.ahead.weights if self.ahead else {}
         return {
-            name: parameter.detach().clone().requires_grad_(parameter.requires_grad)
+            name: begun.get(name, parameter)
+            .detach()
+            .clone()
+            .requires_grad_(parameter.requires_grad)
             for name, parameter in self.model.named_parameters()
         }
 
     def refresh(self, weights: Weights) -> None:
-        """Bring a copy up to the model's own weights."""
+        """Bring a copy up to the model's own weights: the next step begins with it."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 weights[name].copy_(parameter)
+        state = self.model.state_dict()
+        buffers = {name: value.clone() for name, value in state.items() if name not in weights}
+        self.ahead = Ahead(weights, buffers, torch.get_rng_state())
 
 
-Steps = Iterator[list[float]]
+Steps = Iterator[list[Scores]]
 
 
 def sequential(lanes: Lanes, work: Work, batches: Batches) -> Steps:
@@ -1404,15 +2369,15 @@ def sequential(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     group, is idle then.
     """
     while batches.left:
-        losses = []
+        scores = []
         for _ in range(work.accumulate):
             output = lanes.forward.run("forward", work.forward, next(batches))
             backward = lanes.backward.submit("backward", work.backward, output)
             del output  # the graph shall die with the backward phase
             batches.prefetch()
-            losses.append(backward.result())
+            scores.append(backward.result())
         lanes.backward.run("update", work.update)
-        yield losses
+        yield scores
 
 
 def overlap(lanes: Lanes, work: Work, batches: Batches) -> Steps:
@@ -1422,7 +2387,7 @@ def overlap(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     within a step, and BatchNorm's statistics are touched in the same order.
     """
     while batches.left:
-        losses = []
+        scores = []
         output = lanes.forward.run("forward", work.forward, next(batches))
         for ahead in reversed(range(work.accumulate)):
             backward = lanes.backward.submit("backward", work.backward, output)
@@ -1430,9 +2395,9 @@ def overlap(lanes: Lanes, work: Work, batches: Batches) -> Steps:
             if ahead:
                 output = lanes.forward.run("forward", work.forward, next(batches))
             batches.prefetch()
-            losses.append(backward.result())
+            scores.append(backward.result())
         lanes.backward.run("update", work.update)
-        yield losses
+        yield scores
 
 
 def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
@@ -1443,11 +2408,13 @@ def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     forward and back on the same copy, while the forward lane refreshes the other copy, whose own
     step has been applied, and begins the next step on it. The optimizer alone writes the model's
     weights, never while a copy is refreshed; the forward lane alone writes the buffers.
+
+    The pipeline is empty when the batches have run out: an epoch begins with the weights of today.
     """
     weights, other = (lanes.forward.call(work.copy_weights) for _ in range(2))
     output = lanes.forward.run("forward", work.forward, next(batches), weights)
     while output:
-        losses = []
+        scores, work.ahead = [], None
         for left in reversed(range(work.accumulate)):
             backward = lanes.backward.submit("backward", work.backward, output)
             output = None
@@ -1457,10 +2424,10 @@ def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
                 ahead = weights if left else other
                 output = lanes.forward.run("forward", work.forward, next(batches), ahead)
             batches.prefetch()
-            losses.append(backward.result())
+            scores.append(backward.result())
         lanes.backward.run("update", work.update, weights)
         weights, other = other, weights
-        yield losses
+        yield scores
 
 
 SCHEDULES = {"sequential": sequential, "overlap": overlap, "delayed": delayed}
@@ -1483,7 +2450,424 @@ def step_bound_s(schedule: str, times: PhaseTimes, accumulate: int) -> float:
 
 
 # ==================================================================================================
-# 8  Summary
+# 8  Checkpoints
+# Everything that a run needs to go on, in files that are whole or not there at all. Knows nothing
+# of cores.
+# ==================================================================================================
+
+CHECKPOINT_FORMAT = "train_split_affinity 1"
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+UPLOAD_ATTEMPTS, LAST_UPLOADS_S = 3, 60
+
+# Settings that may change when a run is resumed, since they have no influence on its numbers...
+FREE_ON_RESUME = set(
+    """log_file output_dir print_freq json resume init_from test_only download save_steps save_freq
+    keep_best mirror workers loader_cores max_bad_images early_stopping target_top1 recipe data_path
+    tuned_malloc grads_to_none split forward_cores backward_cores""".split()
+)
+# ... and those without which the saved state makes no sense. All others are listed if they differ.
+FIXED_ON_RESUME = set(
+    """model num_classes batch_size accumulate subset opt skip_decay_1d lr_scheduler
+    model_ema""".split()
+)
+
+
+# Those that make the optimizer and the course of its learning rate.
+RATE_SETTINGS = set(
+    """lr momentum weight_decay fused epochs steps lr_warmup_epochs lr_step_epochs lr_milestones
+    lr_gamma lr_restart_epochs min_lr""".split()
+)
+
+
+class BadCheckpoint(UserError):
+    """A file that is missing, damaged, or no checkpoint of this program; the message names it."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `epoch` epochs are finished and `batches` of the next one are taken;
+    `loss_sum`, `top1`, `top5` and `images` are that epoch's so far, of `epoch_batches` batches.
+    `best` has (top-1, epoch) of the best epochs, best first; `history` a row for each finished one.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batches: int = 0
+    images: int = 0
+    loss_sum: float = 0.0
+    top1: int = 0
+    top5: int = 0
+    best: list[tuple[float, int]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    bad_images: list[str] = field(default_factory=list)
+    epoch_batches: int = 0
+    lr: float = 0.0
+
+    def add_step(self, images: int, loss: float, top1: int, top5: int, batches: int) -> None:
+        """Take in one optimizer step; `loss` is the mean per image."""
+        self.step += 1
+        self.batches += batches
+        self.images += images
+        self.loss_sum += loss * images
+        self.top1 += top1
+        self.top5 += top5
+
+    def begin_epoch(self) -> None:
+        """The running epoch is finished."""
+        self.epoch += 1
+        self.batches = self.images = self.top1 = self.top5 = 0
+        self.loss_sum = 0.0
+
+    def end_epoch(self, row: dict[str, Any], keep_best: int) -> None:
+        """Enter a finished epoch's figures; the next one begins."""
+        self.begin_epoch()
+        self.history.append(row)
+        if row["val_top1"] is not None:
+            ranked = [*map(tuple, self.best), (row["val_top1"], self.epoch)]
+            self.best = sorted(ranked, key=lambda one: (-one[0], one[1]))[:keep_best]
+
+
+def versions() -> dict[str, str]:
+    """Versions of all that the figures depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+        "psutil": psutil.__version__,
+        "system": f"{platform.system()} {platform.release()}",
+    }
+
+
+def make_state(settings: Settings, work: Work, progress: Progress) -> dict[str, Any]:
+    """Everything needed to go on from the end of an optimizer step, in plain types and tensors."""
+    ahead = work.ahead
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "model": work.values(),
+        "average": work.average.values if work.average else None,
+        "optimizer": work.optimizer.state_dict(),
+        "scheduler": work.scheduler.state_dict() if work.scheduler else None,
+        "flow": work.flow.state() if work.flow else None,
+        "ahead": {name: value.detach() for name, value in ahead.weights.items()} if ahead else None,
+        "random_state": ahead.random_state if ahead else torch.get_rng_state(),
+        "progress": dataclasses.asdict(progress),
+        "settings": plain_settings(settings),
+        "versions": versions(),
+    }
+
+
+def restore_state(state: dict[str, Any], work: Work, settings: Settings) -> Progress:
+    """Put a run's objects, made as for a new run, into a saved state; says where the run stands.
+
+    Rates that are not those of the saved run hold from here on: the learning rate goes on at the
+    same step of its new course.
+    """
+    own = [dict(group, params=None) for group in work.optimizer.param_groups]
+    progress = Progress(**state["progress"])
+    work.model.load_state_dict(state["model"])
+    work.optimizer.load_state_dict(state["optimizer"])
+    if all(state["settings"][name] == plain_settings(settings)[name] for name in RATE_SETTINGS):
+        work.scheduler.load_state_dict(state["scheduler"])
+    else:
+        for group, values in zip(work.optimizer.param_groups, own, strict=True):
+            group |= values | {"params": group["params"]}
+        with warnings.catch_warnings():  # torch expects an optimizer step before each of these
+            warnings.simplefilter("ignore")
+            for _ in range(min(progress.step, planned_steps(settings, progress.epoch_batches))):
+                work.scheduler.step()
+    if work.average:
+        for name, value in work.average.values.items():
+            value.copy_(state["average"][name])
+    if work.flow and state["flow"]:
+        work.flow.restore(state["flow"])
+    if state["ahead"] and settings.schedule == "delayed":
+        work.ahead = Ahead(state["ahead"], {}, state["random_state"])
+    torch.set_rng_state(state["random_state"])
+    return progress
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Take the weights of a checkpoint, of its moving average if it has one, for a new run.
+
+    Layers of another shape (a classifier for other classes, say) stay as they are. Raises UserError
+    if no layer fits.
+    """
+    state = read_checkpoint(path)
+    saved, own = state["average"] or state["model"], model.state_dict()
+    fitting = {
+        name: value
+        for name, value in saved.items()
+        if name in own and own[name].shape == value.shape
+    }
+    if not fitting or len(fitting) < len(own) / 2:
+        raise UserError(
+            f"--init-from {path}: made by {state['settings']['model']}, whose weights do not fit"
+        )
+    model.load_state_dict(fitting, strict=False)
+
+
+def check_resumable(path: Path, saved: dict[str, Any], settings: Settings) -> list[str]:
+    """Settings and versions in which a run differs from the one that is resumed, so that it will
+    not give the same numbers. Raises UserError for a difference that makes no sense.
+    """
+    differences = []
+    for name, value in plain_settings(settings).items():
+        before = saved["settings"].get(name)
+        if name in FREE_ON_RESUME or before == value:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if name in FIXED_ON_RESUME:
+            raise UserError(
+                f"{flag} {value}: {path} has {before}; --init-from takes its weights alone"
+            )
+        differences.append(f"{flag} {before} -> {value}")
+    for name, value in versions().items():
+        if name in ("torch", "torchvision") and saved["versions"].get(name) != value:
+            differences.append(f"{name} {saved['versions'].get(name)} -> {value}")
+    return differences
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Raise BadCheckpoint if a file is not a whole archive: torch.load checks no checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except FileNotFoundError:
+        raise BadCheckpoint(f"{path}: no such checkpoint") from None
+    except Exception as error:  # zipfile raises many kinds for damaged files
+        raise BadCheckpoint(f"{path}: damaged, or no checkpoint: {one_line(error)}") from None
+    if broken:
+        raise BadCheckpoint(f"{path}: damaged: {broken} does not match its checksum")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether there is a checkpoint, and its checksums are right."""
+    try:
+        verify_checkpoint(path)
+    except BadCheckpoint:
+        return False
+    return True
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A saved state, verified. Raises BadCheckpoint."""
+    verify_checkpoint(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, too, raises many kinds
+        raise BadCheckpoint(f"{path}: cannot be read: {one_line(error)}") from None
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise BadCheckpoint(f"{path}: no checkpoint of this program ({CHECKPOINT_FORMAT})")
+    return state
+
+
+def flush_folder(folder: Path) -> None:
+    """Have the disk know which names a folder holds."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_verified(path: Path, state: dict[str, Any]) -> None:
+    """Write a state to disk and read it back. Raises OSError, RuntimeError (torch's, for a full
+    disk) or BadCheckpoint, and leaves nothing behind then.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        verify_checkpoint(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def why_not_saved(error: Exception) -> str:
+    """The system's reason where there is one: torch hides it behind an error of its own."""
+    for cause in (error, error.__context__):
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+    return one_line(error)
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Have `target` be the same file as `source`, or a copy where the disk knows no links."""
+    if target.exists() and target.samefile(source):
+        return  # and renaming one of two links over the other would leave both
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+    temporary.replace(target)
+
+
+class Mirror:
+    """Copies files to an address of fsspec in the background, one after the other.
+
+    `messages` collects what failed. A file that waits is copied as it is when its turn comes.
+    """
+
+    def __init__(self, url: str):
+        try:
+            self._filesystem, self._root = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError, OSError) as error:
+            raise UserError(f"--mirror {url}: {one_line(error)}") from None
+        self.messages: list[str] = []
+        self._queue: queue.Queue[Path | None] = queue.Queue()
+        self._waiting: list[Path] = []
+        self._copying: list[Path] = []
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+        self._thread.start()
+
+    def copy(self, path: Path) -> None:
+        """Have a file copied, soon."""
+        if path not in self._waiting:
+            self._waiting.append(path)
+            self._queue.put(path)
+
+    def close(self) -> None:
+        """Wait for what is left to copy, but no longer than a minute."""
+        self._queue.put(None)
+        self._thread.join(LAST_UPLOADS_S)
+        if self._thread.is_alive():
+            names = sorted(path.name for path in (*self._copying, *self._waiting))
+            text = ", ".join(dict.fromkeys(names))
+            self.messages.append(f"mirror: {text} not copied within {LAST_UPLOADS_S} s")
+
+    def _work(self) -> None:
+        while path := self._queue.get():
+            self._copying = [path]
+            self._waiting.remove(path)
+            for attempt in range(1, UPLOAD_ATTEMPTS + 1):
+                if not path.exists():  # no longer among the best, say
+                    break
+                try:
+                    self._upload(path)
+                    break
+                except Exception as error:  # whatever the other side raises
+                    if attempt < UPLOAD_ATTEMPTS:
+                        time.sleep(attempt)
+                    elif path.exists():
+                        tries = plural(attempt, "attempt")
+                        text = f"mirror: {path.name} not copied in {tries}: {one_line(error)}"
+                        self.messages.append(text)
+
+    def _upload(self, path: Path) -> None:
+        """Under another name first, so that the other side never has half a file."""
+        target = f"{self._root}/{path.name}"
+        self._filesystem.makedirs(self._root, exist_ok=True)
+        self._filesystem.put_file(str(path), target + ".part")
+        self._filesystem.mv(target + ".part", target)
+
+
+class Checkpoints:
+    """The checkpoints of an output folder.
+
+    `last.pt` is the newest state, `previous.pt` the one before; `best-EPOCH.pt` those with the best
+    top-1, `best.pt` the first of them, `epoch-EPOCH.pt` those kept for good. A state is written
+    once; the other names are links to the same file.
+    """
+
+    def __init__(self, settings: Settings, warn: Callable[[str], None]):
+        self.folder = settings.output_dir
+        self.warn = warn
+        self._settings = settings
+        self._saved: tuple[int, int] | None = None  # step and epoch of the newest state
+        self._mirror = Mirror(settings.mirror) if settings.mirror else None
+
+    def save(self, work: Work, progress: Progress) -> None:
+        """Save the state of a run; where that fails, say so and leave the earlier files alone."""
+        stands = progress.step, progress.epoch
+        if not self.folder or stands == self._saved:
+            return
+        temporary, last = self.folder / f"{LAST}.tmp", self.folder / LAST
+        try:
+            write_verified(temporary, make_state(self._settings, work, progress))
+            if is_whole(last):  # a damaged one must not take the place of a good previous.pt
+                last.replace(self.folder / PREVIOUS)
+            temporary.replace(last)
+            flush_folder(self.folder)
+        except (OSError, RuntimeError, BadCheckpoint) as error:
+            reason = why_not_saved(error)
+            self.warn(f"{last}: not saved: {reason}; earlier checkpoints are untouched")
+        else:
+            self._saved = stands
+            self.keep(last, progress)
+            if self._mirror:
+                self._mirror.copy(last)
+        self._tell()
+
+    def keep(self, source: Path, progress: Progress) -> None:
+        """Give the names to the newest state, in `source`, and to the best ones, that they have to
+        have; where that fails, say so.
+        """
+        if not progress.epoch or progress.batches:
+            return
+        names = [f"best-{epoch:04}.pt" for _, epoch in progress.best if epoch == progress.epoch]
+        if self._settings.save_freq and progress.epoch % self._settings.save_freq == 0:
+            names.append(f"epoch-{progress.epoch:04}.pt")
+        best = [self.folder / f"best-{epoch:04}.pt" for _, epoch in progress.best]
+        try:
+            for name in names:
+                link_file(source, self.folder / name)
+            if best and best[0].exists():
+                link_file(best[0], self.folder / BEST)
+            for path in set(self.folder.glob("best-[0-9][0-9][0-9][0-9].pt")) - set(best):
+                if int(path.stem[-4:]) <= progress.epoch:
+                    path.unlink()
+        except OSError as error:
+            text = ", ".join([*names, BEST])
+            self.warn(f"{self.folder}: {text} could not all be made: {why_not_saved(error)}")
+        for name in (BEST, *names) if self._mirror else ():
+            if (self.folder / name).exists():
+                self._mirror.copy(self.folder / name)
+
+    def newest_good(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest state that is whole; None if there has never been one. Names damaged files.
+
+        Raises BadCheckpoint if there are files, but none of them is good.
+        """
+        kept = sorted(
+            self.folder.glob("*-[0-9][0-9][0-9][0-9].pt"),
+            key=lambda path: path.stem[-4:],
+            reverse=True,
+        )
+        paths = [self.folder / name for name in (LAST, PREVIOUS)] + kept
+        bad = ""
+        for path in filter(Path.exists, paths):
+            try:
+                return path, read_checkpoint(path)
+            except BadCheckpoint as error:
+                bad = str(error)
+                self.warn(f"{error}; the one before it is tried")
+        if bad:
+            raise BadCheckpoint(f"--resume auto: no good checkpoint; {bad}")
+        return None
+
+    def exist(self) -> bool:
+        """Whether a run has saved something here."""
+        return bool(self.folder) and any((self.folder / name).exists() for name in (LAST, PREVIOUS))
+
+    def close(self) -> None:
+        """Wait for the mirror, for a while."""
+        if self._mirror:
+            self._mirror.close()
+            self._tell()
+
+    def _tell(self) -> None:
+        while self._mirror and self._mirror.messages:
+            self.warn(self._mirror.messages.pop(0))
+
+
+# ==================================================================================================
+# 9  Summary
 # What the records of a run add up to. Pure, but for a reading of the memory in use.
 # ==================================================================================================
 
@@ -1494,7 +2878,8 @@ LATEST_STEPS = 2000
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step: mean loss per image, images, the records of the phases that ended in it,
-    in order, and of the batches that it took; `main_thread_s` is the main thread's CPU time.
+    in order, and of the batches that it took; `main_thread_s` is the main thread's CPU time, `top1`
+    and `top5` count right answers, `lr` is the learning rate of the step.
     """
 
     step: int
@@ -1504,6 +2889,9 @@ class StepResult:
     records: tuple[PhaseRecord, ...]
     loads: tuple[LoadRecord, ...] = ()
     main_thread_s: float = 0.0
+    top1: int = 0
+    top5: int = 0
+    lr: float = 0.0
 
     def total(self, quantity: str, phase: str | None = None) -> float:
         """A quantity of PhaseRecord, added up over the records of a phase, or over all."""
@@ -1513,7 +2901,7 @@ class StepResult:
     def as_metrics(self) -> dict[str, Any]:
         """The step's line in metrics.jsonl."""
         line = {"type": "step", "step": self.step, "loss": self.loss, "images": self.images}
-        line["step_s"] = self.step_s
+        line |= {"top1": self.top1, "top5": self.top5, "lr": self.lr, "step_s": self.step_s}
         line |= {f"{phase}_s": self.total("duration_s", phase) for phase in PHASES}
         line |= {f"{phase}_cpu_s": self.total("cpu_s", phase) for phase in PHASES}
         return line | {"stray_s": self.total("stray_s")}
@@ -1585,7 +2973,7 @@ class Tally:
     """
 
     def __init__(self, plan: CorePlan):
-        self.steps = self.images = 0
+        self.steps = self.images = self._first = 0
         self.latest: deque[StepResult] = deque(maxlen=LATEST_STEPS)
         self._plan = plan
         self._loss_first = math.nan
@@ -1594,7 +2982,8 @@ class Tally:
 
     def add(self, step: StepResult) -> None:
         """Take in one step."""
-        self._loss_first = self._loss_first if self.steps else step.loss
+        if not self.steps:
+            self._loss_first, self._first = step.loss, step.step
         self.steps += 1
         self.images += step.images
         self.latest.append(step)
@@ -1606,7 +2995,7 @@ class Tally:
     def summary(self) -> Summary:
         """The figures so far, after one step at the least."""
         warmup = min(2, (self.steps - 1) // 2)
-        timed = [step for step in self.latest if step.step > warmup]
+        timed = [step for step in self.latest if step.step >= self._first + warmup]
         timed_s = sum(step.step_s for step in timed)
         records = [record for step in timed for record in step.records]
         seen = [phase for phase in PHASES if any(record.phase == phase for record in records)]
@@ -1666,7 +3055,7 @@ def peak_memory_bytes() -> int:
 
 
 # ==================================================================================================
-# 9  Timelines
+# 10 Timelines
 # What every lane and core did when, as a picture, and as a trace for Perfetto or chrome://tracing.
 # ==================================================================================================
 
@@ -1833,13 +3222,17 @@ def trace_events(plan: CorePlan, steps: Sequence[StepResult]) -> dict[str, Any]:
 
 
 # ==================================================================================================
-# 10 Reports
+# 11 Reports
 # What a run tells: progress on the screen, the summary table, a section of logs.md, metrics.jsonl,
 # the pictures. Pure functions turn figures into text; RunReport does the writing.
 # ==================================================================================================
 
 STRAY_WARNING_SHARE = 0.01
 METRICS, TIMELINE, TRACE = "metrics.jsonl", "timeline.png", "trace.json"
+CURVES, GRADIENTS, RANGE_PLOT = "curves.png", "gradients.png", "lr.png"
+SUBSET, CONFUSION = "subset.json", "confusion"
+EPOCH_FIELDS = ("train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5")
+CLASSES_TO_SHOW = 30
 LOG_HEADER = """\
 # Training log
 
@@ -1848,6 +3241,9 @@ what every phase took. Times are wall-clock, in milliseconds per optimizer step;
 time of a phase's threads as a share of its cores' time; *stray* is CPU time, in total, of compute
 threads that may run outside the phase's cores. Where phases overlap, their shares of a step add up
 to more than 100 %. Speeds and shares of a long run are those of its latest 2,000 steps.
+
+A run over epochs also adds a line when an epoch is finished, with its number and
+train_loss | train_top1 | train_top5 | val_loss | val_top1 | val_top5 | timestamp
 """
 
 
@@ -1919,6 +3315,133 @@ def summary_lines(summary: Summary) -> list[str]:
     ]
 
 
+def utc_now() -> str:
+    """The time of day, as in 2025-10-11T14:02:13Z."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def epoch_line(row: dict[str, Any]) -> str:
+    """A finished epoch, as logs.md has it; `-` for what was not measured."""
+    cells = [f"epoch: {row['epoch']}"]
+    for name in EPOCH_FIELDS:
+        value = row[name]
+        text = (
+            "-" if value is None else f"{value:.3f}" if name.endswith("loss") else f"{value:.1f}%"
+        )
+        cells.append(f"{name}: {text}")
+    return "  ".join([*cells, f"timestamp: {row['timestamp']}"])
+
+
+def draw_curves(path: Path, title: str, history: Sequence[dict[str, Any]]) -> None:
+    """Losses, accuracies and learning rate by epoch, one above the other."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    losses, accuracies, rates = figure.subplots(3, sharex=True, height_ratios=(3, 3, 2))
+    for ax, suffix in ((losses, "loss"), (accuracies, "top1"), (accuracies, "top5")):
+        for part, colour in (("train", "#4477aa"), ("val", "#cc6677")):
+            values = [row[f"{part}_{suffix}"] for row in history]
+            if None not in values:
+                style = ":" if suffix == "top5" else "-"
+                label = f"{part} {suffix}".replace("val", "validation").replace("top", "top-")
+                ax.plot(epochs, values, style, color=colour, marker=".", label=label)
+        ax.legend(frameon=False, fontsize=8)
+    rates.plot(epochs, [row["lr"] for row in history], color="#228833", marker=".")
+    losses.set_ylabel("loss")
+    accuracies.set_ylabel("right answers, %")
+    rates.set_ylabel("learning rate")
+    rates.set_ylim(bottom=0)
+    rates.set_xlabel("epoch")
+    rates.xaxis.set_major_locator(MaxNLocator(integer=True))
+    finish_axes(figure, title)
+    save_figure(figure, path)
+
+
+def draw_gradients(path: Path, title: str, history: Sequence[dict[str, Any]]) -> None:
+    """The norm of the gradients of each layer group, by epoch."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    ax = figure.subplots()
+    epochs, groups = [row["epoch"] for row in history], list(history[-1]["gradient_norms"])
+    for number, group in enumerate(groups):  # from the input's end, dark, to the output's, light
+        norms = [row["gradient_norms"].get(group) or math.nan for row in history]
+        colour = colormaps["viridis"](0.9 * number / max(1, len(groups) - 1))
+        ax.plot(epochs, norms, marker=".", color=colour, label=group)
+    ax.set_yscale("log")
+    ax.set_ylabel("norm of the gradients, mean over an epoch")
+    ax.set_xlabel("epoch")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    finish_axes(figure, title)
+    save_figure(figure, path)
+
+
+def finish_axes(figure: Any, title: str) -> None:
+    """The title, and a light frame and grid for all axes of a figure."""
+    figure.suptitle(title, fontsize=10)
+    for ax in figure.axes:
+        ax.grid(alpha=0.3)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+
+
+def draw_confusion(path: Path, title: str, confusion: torch.Tensor, classes: Sequence[str]) -> None:
+    """A confusion matrix, as shares of each row's class; with counts if there is room."""
+    from matplotlib.figure import Figure
+
+    count = len(classes)
+    side_inches = min(12, 3 + 0.45 * count)
+    figure = Figure(figsize=(side_inches + 1, side_inches), layout="constrained")
+    ax = figure.subplots()
+    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    image = ax.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=ax, label="share of the true class", shrink=0.8)
+    if count <= CLASSES_TO_SHOW:
+        ax.set_xticks(range(count), classes, rotation=90)
+        ax.set_yticks(range(count), classes)
+        for row, column in confusion.nonzero().tolist():
+            colour = "white" if shares[row, column] > 0.6 else "black"
+            text = str(confusion[row, column].item())
+            ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+    ax.set_xlabel("predicted class")
+    ax.set_ylabel("true class")
+    figure.suptitle(title, fontsize=10)
+    save_figure(figure, path)
+
+
+def confusion_csv(confusion: torch.Tensor, classes: Sequence[str]) -> str:
+    """A confusion matrix with a row per true class, a column per predicted one."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["true class", *classes])
+    writer.writerows([name, *row] for name, row in zip(classes, confusion.tolist(), strict=True))
+    return text.getvalue()
+
+
+def class_lines(confusion: torch.Tensor, classes: Sequence[str]) -> list[str]:
+    """A table of the accuracy of each class, the worst first, of many classes only those."""
+    totals = confusion.sum(1).tolist()
+    right = confusion.diagonal().tolist()
+    found = [
+        (hits / total, name, hits, total)
+        for name, hits, total in zip(classes, right, totals, strict=True)
+        if total
+    ]
+    rows = [
+        (name, f"{part:.1%}", str(hits), str(total))
+        for part, name, hits, total in sorted(found)[:CLASSES_TO_SHOW]
+    ]
+    lines = [markdown_table(("class", "right", "images right", "images"), rows)]
+    if len(found) > CLASSES_TO_SHOW:
+        lines.append(f"(the worst {CLASSES_TO_SHOW} of {len(found)} classes)")
+    return lines
+
+
 def describe_topology(topology: Topology) -> str:
     """The machine in one line."""
     sockets = plural(len({core.package for core in topology.cores}), "socket")
@@ -1981,21 +3504,15 @@ def cpu_mark(cpu: int | None, topology: Topology, plan: CorePlan) -> str:
     return (marks or ("-" if cpu in topology.allowed else "x")) + str(cpu)
 
 
-def versions() -> dict[str, str]:
-    """Versions of all that the figures depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-        "psutil": psutil.__version__,
-        "system": f"{platform.system()} {platform.release()}",
-    }
-
-
-def plain_settings(settings: Settings) -> dict[str, Any]:
-    """Settings as JSON types."""
-    values = dataclasses.asdict(settings)
-    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+def describe_model(name: str, num_classes: int, image_size: int) -> str:
+    """What a model amounts to, in a line."""
+    figures = measure_model(name, num_classes, image_size)
+    forward, backward = (figures.flops[phase] / 1e9 for phase in ("forward", "backward"))
+    return (
+        f"model {name}: {figures.parameters:,} parameters for {num_classes} classes, "
+        f"{figures.weight_bytes / 2**20:.1f} MiB; an image of {image_size} px takes "
+        f"{forward:.2f} GFLOP forward, {backward:.2f} backward"
+    )
 
 
 def describe_run(settings: Settings) -> str:
@@ -2016,9 +3533,8 @@ def log_section(
     warned: Iterable[str],
 ) -> str:
     """A run's section of logs.md; without a summary if no step was finished."""
-    when = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     in_force = {
-        key: format_cpu_list(value) if isinstance(value, tuple) else value
+        key: format_cpu_list(value) if key.endswith("_cores") else option_text(value)
         for key, value in plain_settings(settings).items()
         if value is not None
     }
@@ -2032,19 +3548,26 @@ def log_section(
         *(f"warning: {text}" for text in warned),
         *(summary_lines(summary) if summary else ()),
     ]
-    heading = f"\n## {when} {settings.model}, {settings.schedule}, split {plan.split}\n"
+    heading = f"\n## {utc_now()} {settings.model}, {settings.schedule}, split {plan.split}\n"
     tables = ["", phase_table(summary), "", cpu_table(summary)] if summary else []
     return "\n".join([heading, *(f"- {line}" for line in lines), *tables]) + "\n"
 
 
 def append_text(path: Path, text: str, header: str = "") -> None:
     """Append to a file under a lock, so that what two runs write stays whole; a new file gets the
-    header first. Raises RunError when the file cannot be written.
+    header first. Raises RunError when the file cannot be written, and leaves no part of the text.
     """
     try:
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("ab", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(text if os.fstat(file.fileno()).st_size else header + text)
+            size = os.fstat(file.fileno()).st_size
+            left = (text if size else header + text).encode()
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                file.truncate(size)
+                raise
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from None
 
@@ -2066,7 +3589,7 @@ def check_writable(settings: Settings) -> None:
         if output:
             flag = f"--output-dir {output}"
             existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-            for name in (METRICS, TIMELINE, TRACE):
+            for name in (METRICS, TIMELINE, TRACE, CURVES, GRADIENTS, LAST):
                 check_appendable(output / name, existing)
         if settings.json:
             flag = f"--json {settings.json}"
@@ -2092,19 +3615,25 @@ def say(text: str, file: Any = None) -> None:
 class RunReport:
     """Everything that one run shows and writes while it goes on, and when it ends.
 
-    metrics.jsonl is continued if it exists: every run begins with its own line of type "run".
+    metrics.jsonl is continued if it exists: every run begins with its own line of type "run". What
+    cannot be written, on a full disk say, is warned of, and the run goes on.
     """
 
-    def __init__(self, settings: Settings, topology: Topology, plan: CorePlan):
+    def __init__(self, settings: Settings, topology: Topology, plan: CorePlan, progress: Progress):
         self._settings, self._topology, self._plan = settings, topology, plan
+        self._progress = progress
+        self._total = total_steps(settings, progress.epoch_batches)
         self._tally = Tally(plan)
         self._warnings: dict[str, str] = {}  # by kind: each kind is shown once
         if settings.output_dir:
             settings.output_dir.mkdir(parents=True, exist_ok=True)
         run = {"settings": plain_settings(settings), "plan": dataclasses.asdict(plan)}
-        self._write_metrics({"type": "run", **run, "versions": versions()})
+        run |= {"resumed_at_step": progress.step, "versions": versions()}
         tqdm.monitor_interval = 0  # its watching thread would use CPU time on some core
-        self._bar = tqdm(total=settings.steps, unit="step", disable=None, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=self._total, initial=progress.step, unit="step", disable=None, dynamic_ncols=True
+        )
+        self._write_metrics({"type": "run", **run})
 
     def warn(self, kind: str, text: str) -> None:
         """Show a warning on the screen, the first of its kind, and keep it for the log."""
@@ -2112,13 +3641,27 @@ class RunReport:
             self._warnings[kind] = text
             say(f"warning: {text}", sys.stderr)
 
+    def alarm(self, text: str) -> None:
+        """Show a warning every time that it arises, and keep it for the log."""
+        self._warnings[text] = text
+        say(f"warning: {text}", sys.stderr)
+
+    def check_placement(self, records: Iterable[PhaseRecord]) -> None:
+        """Warn of threads that were not where they belong."""
+        for record in records:
+            for number, text in enumerate(placement_warnings(record, self._plan)):
+                self.warn(f"{record.phase} {number}", text)
+
+    def bad_images(self, bad: BadImages) -> None:
+        """Warn of broken images that were left out."""
+        for text in bad.messages:
+            self.warn(text, f"{text}: left out")
+
     def step(self, result: StepResult) -> None:
         """Take in one finished step."""
         self._tally.add(result)
         self._write_metrics(result.as_metrics())
-        for record in result.records:
-            for number, text in enumerate(placement_warnings(record, self._plan)):
-                self.warn(f"{record.phase} {number}", text)
+        self.check_placement(result.records)
         figures = (
             f"loss {result.loss:.4f}, {result.images / result.step_s:.2f} img/s, "
             f"forward {result.total('duration_s', 'forward'):.2f} s, "
@@ -2127,14 +3670,37 @@ class RunReport:
         self._bar.set_postfix_str(figures, refresh=False)
         self._bar.update()
         if result.step % self._settings.print_freq == 0:
-            step_s = statistics.median(step.step_s for step in self._tally.latest)
-            left = tqdm.format_interval(step_s * (self._settings.steps - result.step))
-            say(f"step {result.step}/{self._settings.steps}: {figures}, {left} left")
+            say(f"step {result.step}/{self._total}: {figures}, {self._time_left(result.step)}")
+
+    def _time_left(self, step: int) -> str:
+        """Of the run, and of the epoch where the run has epochs; validation is not counted."""
+        step_s = statistics.median(step.step_s for step in self._tally.latest)
+        left = f"{tqdm.format_interval(step_s * (self._total - step))} left"
+        if not self._settings.epochs:
+            return left
+        progress = self._progress
+        steps = (progress.epoch_batches - progress.batches) // self._settings.accumulate
+        epoch_left = tqdm.format_interval(step_s * steps)
+        return f"{epoch_left} left in epoch {progress.epoch + 1}/{self._settings.epochs}, {left}"
+
+    def epoch(self, row: dict[str, Any], history: Sequence[dict[str, Any]]) -> None:
+        """Take in the figures of a finished epoch; `history` has those of all."""
+        say(epoch_line(row))
+        self._write_metrics({"type": "epoch", **row})
+        # A blank line after each: Markdown would make one paragraph of them.
+        text = epoch_line(row) + "\n\n"
+        self._write(append_text, self._settings.log_file, text, LOG_HEADER + "\n")
+        for text in gradient_warnings(row["gradient_norms"]):
+            self.warn(text.partition(":")[0], f"epoch {row['epoch']}: {text}")
+        folder, title = self._settings.output_dir, describe_run(self._settings)
+        if folder:
+            self._write(draw_curves, folder / CURVES, title, history)
+            self._write(draw_gradients, folder / GRADIENTS, title, history)
 
     def finish(self, outcome: str) -> None:
         """Print the summary, append it to the log, end the metrics."""
         self._bar.close()
-        done = f"{self._tally.steps} of {plural(self._settings.steps, 'step')}"
+        done = f"{self._progress.step} of {plural(self._total, 'step')}"
         outcome = f"{outcome} after {done}"
         summary = self._tally.summary() if self._tally.steps else None
         tables = [*summary_lines(summary), "", phase_table(summary)] if summary else []
@@ -2143,7 +3709,7 @@ class RunReport:
         self._write_metrics({"type": "summary", "outcome": outcome, **figures})
         run = self._settings, self._topology, self._plan
         section = log_section(*run, outcome, summary, self._warnings.values())
-        append_text(self._settings.log_file, section, LOG_HEADER)
+        self._write(append_text, self._settings.log_file, section, LOG_HEADER)
         if summary and self._settings.output_dir:
             self._draw()
 
@@ -2153,23 +3719,31 @@ class RunReport:
         shown = steps_to_draw(steps)
         what = f"steps {shown[0].step} to {shown[-1].step}, split {self._plan.split}"
         panel = Panel(f"{self._settings.schedule}, {what}", self._plan, shown)
-        draw_timelines(folder / TIMELINE, describe_run(self._settings), [panel])
-        write_whole(folder / TRACE, json.dumps(trace_events(self._plan, steps)))
+        self._write(draw_timelines, folder / TIMELINE, describe_run(self._settings), [panel])
+        self._write(write_whole, folder / TRACE, json.dumps(trace_events(self._plan, steps)))
 
     def _write_metrics(self, line: dict[str, Any]) -> None:
         if self._settings.output_dir:
             text = json.dumps(line, allow_nan=False) + "\n"
-            append_text(self._settings.output_dir / METRICS, text)
+            self._write(append_text, self._settings.output_dir / METRICS, text)
+
+    def _write(self, function: Callable[..., None], *args: Any) -> None:
+        """Write something; if that fails, warn."""
+        try:
+            function(*args)
+        except RunError as error:
+            self.warn(str(error), str(error))
 
 
 # ==================================================================================================
-# 11 Training
-# The loop, and how a run starts, stops and ends. Knows nothing of flags.
+# 12 Training
+# The loop over steps and epochs, validation, and reasons to stop. Knows nothing of flags.
 # ==================================================================================================
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request that `check` raises as Stopped.
+    """Turns the first SIGINT or SIGTERM into a request that `check` raises as Stopped: between two
+    optimizer steps, or batches of a validation.
 
     A second signal ends the process at once. A context manager: leaving it restores the handlers.
     Outside the main thread, where Python allows no handlers, it does nothing.
@@ -2221,49 +3795,195 @@ def coordinating(settings: Settings, plan: CorePlan) -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def steps_to_train(settings: Settings, images: int) -> int:
-    """Optimizer steps of the run: as asked, or as many as the epochs hold; 50 by default."""
-    if settings.epochs is None:
-        return settings.steps or 50
-    batches = settings.epochs * (images // settings.batch_size)
-    return max(1, batches // settings.accumulate)
+class Diverged(RunError):
+    """A loss is not finite; nothing was updated."""
 
 
 def run_schedule(
-    settings: Settings, lanes: Lanes, work: Work, batches: Batches
+    settings: Settings, lanes: Lanes, work: Work, batches: Batches, first_step: int = 1
 ) -> Iterator[StepResult]:
-    """Train step by step until the batches run out. Raises RunError, before any update, if a loss
+    """Train step by step until the batches run out. Raises Diverged, before any update, if a loss
     is not finite.
     """
     steps = SCHEDULES[settings.schedule](lanes, work, batches)
-    for step in itertools.count(1):
+    for step in itertools.count(first_step):
         start_s, thread_start_s = time.perf_counter(), time.thread_time()
+        lr = work.optimizer.param_groups[0]["lr"]
         try:
-            losses = next(steps, None)
+            scores = next(steps, None)
         except NonFiniteLoss as error:
-            raise RunError(f"step {step}: the loss is {error}; try a lower --lr") from None
-        if losses is None:
+            raise Diverged(f"step {step}: the loss is {error}; try a lower --lr") from None
+        if scores is None:
             return
+        images = sum(each.images for each in scores)
         yield StepResult(
             step=step,
-            loss=statistics.fmean(losses),
-            images=settings.batch_size * settings.accumulate,
+            loss=sum(each.loss * each.images for each in scores) / images,
+            images=images,
             step_s=time.perf_counter() - start_s,
             records=lanes.take_records(),
             loads=batches.take_records(),
             main_thread_s=time.thread_time() - thread_start_s,
+            top1=sum(each.top1 for each in scores),
+            top5=sum(each.top5 for each in scores),
+            lr=lr,
         )
 
 
-def fit(settings: Settings, lanes: Lanes, work: Work, batches: Batches, report: RunReport) -> None:
-    """Train until the batches run out; the report gets an end however that goes."""
+@dataclass(frozen=True)
+class Run:
+    """What a run works with, once all of it has been set up; `settings` are those in force."""
+
+    settings: Settings
+    topology: Topology
+    plan: CorePlan
+    data: ImageData
+    train: Feed
+    val: Feed | None
+    lanes: Lanes
+    work: Work
+    stop: StopRequest
+    bad: BadImages
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a validation came to: mean loss, top-1 and top-5 in percent, and how often an image of
+    class i was taken for class j (classes, classes).
+    """
+
+    loss: float
+    top1: float
+    top5: float
+    confusion: torch.Tensor
+
+
+def evaluate(run: Run, report: RunReport | None = None) -> Evaluation:
+    """Go through the validation images on the forward lane. Raises Stopped between two batches."""
+    classes = run.settings.num_classes
+    confusion = torch.zeros(classes * classes, dtype=torch.long)
+    batches = run.val.batches(run.bad)
+    scores: list[Scores] = []
+    run.work.model.eval()
     try:
-        for result in run_schedule(settings, lanes, work, batches):
-            report.step(result)
-    except (RunError, Stopped) as reason:
+        for batch in batches:
+            run.stop.check()
+            result, predicted = run.lanes.forward.run("validate", run.work.evaluate, batch)
+            scores.append(result)
+            confusion += torch.bincount(batch[1] * classes + predicted, minlength=len(confusion))
+    finally:
+        run.work.model.train()
+        records = run.lanes.take_records()
+    if report:
+        report.check_placement(records)
+    images = sum(each.images for each in scores)
+    return Evaluation(
+        loss=sum(each.loss * each.images for each in scores) / images,
+        top1=100 * sum(each.top1 for each in scores) / images,
+        top5=100 * sum(each.top5 for each in scores) / images,
+        confusion=confusion.view(classes, classes),
+    )
+
+
+def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
+    """The steps that are left of an epoch, and of the run."""
+    settings = run.settings
+    left = total_steps(settings, progress.epoch_batches) - progress.step
+    whole = steps_in_epoch(settings, len(run.train)) * settings.accumulate
+    stop = min(whole, progress.batches + left * settings.accumulate)
+    if progress.batches >= stop:
+        return
+    batches = run.train.batches(run.bad, progress.epoch + 1, progress.batches, stop)
+    for result in run_schedule(settings, run.lanes, run.work, batches, progress.step + 1):
+        counts = result.images, result.loss, result.top1, result.top5
+        progress.add_step(*counts, settings.accumulate)
+        progress.lr = result.lr
+        progress.bad_images = list(run.bad.messages)
+        yield result
+
+
+def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
+    """Validate, if there is something to validate, and enter the epoch's figures."""
+    val = evaluate(run, report) if run.val else None
+    row = {
+        "epoch": progress.epoch + 1,
+        "train_loss": progress.loss_sum / progress.images,
+        "train_top1": 100 * progress.top1 / progress.images,
+        "train_top5": 100 * progress.top5 / progress.images,
+        "val_loss": val.loss if val and math.isfinite(val.loss) else None,
+        "val_top1": val.top1 if val else None,
+        "val_top5": val.top5 if val else None,
+        "lr": progress.lr,
+        "gradient_norms": run.work.flow.take() if run.work.flow else {},
+        "timestamp": utc_now(),
+    }
+    if val and row["val_loss"] is None:
+        report.warn("val_loss", f"epoch {row['epoch']}: the validation loss is {val.loss}")
+    report.bad_images(run.bad)
+    progress.bad_images = list(run.bad.messages)
+    progress.end_epoch(row, run.settings.keep_best)
+    report.epoch(row, progress.history)
+
+
+def epoch_done(settings: Settings, progress: Progress) -> bool:
+    """Whether all steps of the running epoch have been made."""
+    steps = steps_in_epoch(settings, progress.epoch_batches)
+    return progress.batches >= steps * settings.accumulate
+
+
+def reason_to_end(settings: Settings, progress: Progress) -> str | None:
+    """Why a run is over, if it is; never while a finished epoch waits for its validation."""
+    if epoch_done(settings, progress):
+        return None
+    if progress.step >= total_steps(settings, progress.epoch_batches):
+        return "finished"
+    scores = [row["val_top1"] for row in progress.history if row["val_top1"] is not None]
+    target, patience = settings.target_top1, settings.early_stopping
+    if target and len(scores) >= 2 and min(scores[-2:]) >= target:
+        return f"top-1 of {target:g} % reached in two validations"
+    if patience and len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience]):
+        return f"no better top-1 in {plural(patience, 'epoch')}: stopped early"
+    return None
+
+
+def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoints) -> None:
+    """Train until there is a reason to end, and save what is to be saved; the report gets an end
+    however that goes.
+    """
+    settings = run.settings
+    save = partial(checkpoints.save, run.work, progress)
+    try:
+        while not (outcome := reason_to_end(settings, progress)):
+            for result in train_epoch(run, progress):
+                report.step(result)
+                report.bad_images(run.bad)
+                run.stop.check()
+                if settings.save_steps and result.step % settings.save_steps == 0:
+                    save()
+            if epoch_done(settings, progress):
+                if settings.epochs:
+                    finish_epoch(run, progress, report)
+                else:
+                    progress.begin_epoch()
+            save()
+            run.stop.check()
+    except Stopped as reason:
+        save()
         report.finish(str(reason))
         raise
-    report.finish("finished")
+    except RunError as reason:
+        report.finish(str(reason))
+        raise
+    report.finish(outcome)
+
+
+# ==================================================================================================
+# 13 Runs
+# How a run is set up, resumed and taken to its end; testing a checkpoint, and finding a rate.
+# ==================================================================================================
+
+RANGE, RANGE_STEPS, RANGE_SMOOTHING = (1e-6, 10.0), 100, 0.8
 
 
 def choose_precision(settings: Settings, topology: Topology) -> tuple[str, str]:
@@ -2276,58 +3996,315 @@ def choose_precision(settings: Settings, topology: Topology) -> tuple[str, str]:
     return ("bf16" if topology.bf16 else "fp32"), native
 
 
-def build_work(settings: Settings, lanes: Lanes) -> Work:
-    """Model and optimizer, each built on the lane whose phases will use it first."""
+def build_work(settings: Settings, lanes: Lanes, epoch_steps: int = 1, all_steps: int = 1) -> Work:
+    """Model and optimizer, each built on the lane whose phases will use it first. The learning
+    rate runs over `all_steps` optimizer steps, of which an epoch has `epoch_steps`.
+    """
     shape = settings.num_classes, settings.image_size
     model = lanes.forward.call(build_model, settings.model, *shape)
-    check_input_shape(model, settings.model, settings.batch_size, settings.image_size)
+    smallest = image_size_in(settings, 1)
+    for size in dict.fromkeys((smallest, settings.image_size)):
+        check_input_shape(model, settings.model, settings.batch_size, size)
+    if settings.init_from:
+        lanes.forward.call(load_weights, settings.init_from, model)
     if settings.channels_last:
         lanes.forward.call(partial(model.to, memory_format=torch.channels_last))
+    optimizer = lanes.backward.call(build_optimizer, model, settings)
+    average = None
+    if settings.model_ema:
+        average = lanes.backward.call(MovingAverage, model, settings.model_ema_decay)
     return Work(
         model,
-        torch.nn.CrossEntropyLoss(),
-        lanes.backward.call(build_optimizer, model, settings),
+        nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),
+        optimizer,
         settings.accumulate,
         settings.precision == "bf16",
         settings.channels_last,
         settings.grads_to_none,
+        settings.clip_grad_norm,
+        build_lr_scheduler(optimizer, settings, epoch_steps, all_steps),
+        average,
+        GradientFlow(model) if settings.epochs else None,
     )
 
 
-def train(settings: Settings, topology: Topology, plan: CorePlan) -> torch.nn.Module:
-    """A whole run; returns the trained model. Raises UserError before anything is written."""
-    check_model_name(settings.model)
-    dataset, num_classes = open_dataset(settings)
-    check_writable(settings)
-    note = tune_allocator() if settings.tuned_malloc else ""
-    settings = dataclasses.replace(  # from here on: the settings in force
+def settings_in_force(
+    settings: Settings, topology: Topology, plan: CorePlan, data: ImageData, note: str
+) -> Settings:
+    """The settings with everything decided that they leave open; `note` says why the allocator
+    could not be tuned, if so.
+    """
+    return dataclasses.replace(
         settings,
-        num_classes=num_classes,
-        steps=steps_to_train(settings, len(dataset)),
+        num_classes=settings.num_classes or len(data.classes),
+        image_size=largest_size(settings, data.native_size),
+        lr=learning_rate(settings),
         forward_threads=plan.forward.threads,
         backward_threads=plan.backward.threads,
         loader_cores=plan.loader_cpus,
         precision=choose_precision(settings, topology)[0],
         tuned_malloc=settings.tuned_malloc and not note,
     )
+
+
+def check_validation(settings: Settings, data: ImageData) -> None:
+    """Raise UserError for what needs validation images, if there are none."""
+    wanted = {
+        "--test-only": settings.test_only,
+        f"--early-stopping {settings.early_stopping}": settings.early_stopping,
+        f"--target-top1 {settings.target_top1}": settings.target_top1,
+    }
+    for flag, value in wanted.items():
+        if value and data.val is None:
+            raise UserError(f"{flag} needs validation images (DIR/val/<class>/*.jpg)")
+
+
+@contextlib.contextmanager
+def prepared(settings: Settings, topology: Topology, plan: CorePlan) -> Iterator[Run]:
+    """Set up a run: data, loader processes, lanes, model. Raises UserError with nothing written."""
+    check_model_name(settings.model)
+    data = open_data(settings)
+    check_resizing(settings, data.native_size)
+    check_validation(settings, data)
+    check_writable(settings)
+    note = tune_allocator() if settings.tuned_malloc else ""
+    settings = settings_in_force(settings, topology, plan, data, note)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         stack.enter_context(coordinating(settings, plan))
         torch.manual_seed(settings.seed)
-        loader = make_loader(dataset, settings, plan.loader_cpus)
-        batches = Batches(loader, settings.steps * settings.accumulate)
-        stack.callback(batches.close)
-        lanes = stack.enter_context(Lanes(plan, topology.online, stop.check))
-        work = build_work(settings, lanes)
-        report = RunReport(settings, topology, plan)
-        for text in filter(None, [note, *lanes.notes]):
-            report.warn(text, text)
-        fit(settings, lanes, work, batches, report)
-    return work.model
+        train = training_feed(data, settings, plan.loader_cpus)
+        stack.callback(train.close)
+        val = validation_feed(data, settings, plan.loader_cpus) if wants_val(settings) else None
+        if val:
+            stack.callback(val.close)
+        lanes = stack.enter_context(Lanes(plan, topology.online))
+        counts = steps_in_epoch(settings, len(train)), planned_steps(settings, len(train))
+        work = build_work(settings, lanes, *counts)
+        notes = tuple(filter(None, [note, *lanes.notes]))
+        bad = BadImages(settings.max_bad_images)
+        yield Run(settings, topology, plan, data, train, val, lanes, work, stop, bad, notes)
+
+
+def wants_val(settings: Settings) -> bool:
+    """Whether a run looks at validation images at all."""
+    return bool(settings.epochs or settings.test_only)
+
+
+def check_subset(run: Run, resumed: bool) -> None:
+    """Keep the choice of `--subset` in the output folder; a resumed run has to make the same."""
+    settings = run.settings
+    if settings.subset == 1 or not settings.output_dir:
+        return
+    path = settings.output_dir / SUBSET
+    chosen = choose_images(run.data, settings)
+    text = json.dumps({"subset": settings.subset, "seed": settings.seed, "indices": chosen}) + "\n"
+    if resumed and path.exists() and path.read_text() != text:
+        raise UserError(f"{path}: not the images that --subset {settings.subset:g} chooses now")
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text)
+
+
+def find_resumed(
+    settings: Settings, checkpoints: Checkpoints
+) -> tuple[Path, dict[str, Any]] | None:
+    """The state that `--resume` asks for, if it does; auto may find that there is none yet."""
+    if settings.resume == Path("auto"):
+        return checkpoints.newest_good()
+    return (settings.resume, read_checkpoint(settings.resume)) if settings.resume else None
+
+
+@contextlib.contextmanager
+def fitting(path: Path, settings: Settings) -> Iterator[None]:
+    """Turn torch's error for weights of other shapes into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        what = f"--model {settings.model} --image-size {settings.image_size}"
+        raise UserError(f"{path} does not fit {what}: {one_line(error)}") from None
+
+
+def check_new(settings: Settings, checkpoints: Checkpoints) -> None:
+    """Raise UserError if a new run would take the place of an earlier one, or lacks the weights
+    that its recipe starts from.
+    """
+    if checkpoints.exist():
+        raise UserError(
+            f"--output-dir {checkpoints.folder} has the checkpoints of an earlier run: go on with "
+            "it by --resume auto, or choose another folder"
+        )
+    if settings.recipe in FROM_CHECKPOINT and not settings.init_from:
+        raise UserError(
+            f"--recipe {settings.recipe} starts from trained weights, and {checkpoints.folder} has "
+            "none: give --init-from PATH"
+        )
+
+
+def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
+    """Where the run stands, its state restored if `--resume` asks for that, and what to say of it.
+
+    Raises UserError for a checkpoint that is not good, or of another kind of run.
+    """
+    settings, batches = run.settings, len(run.train)
+    found = find_resumed(settings, checkpoints)
+    if not found:
+        check_new(settings, checkpoints)
+        return Progress(epoch_batches=batches), []
+    path, state = found
+    differences = check_resumable(path, state, settings)
+    before = state["progress"]["epoch_batches"]
+    if before != batches:
+        raise UserError(f"{path}: made with {before} batches an epoch, not {batches}")
+    with fitting(path, settings):
+        progress = run.lanes.backward.call(restore_state, state, run.work, settings)
+    if checkpoints.folder and path.resolve().parent == checkpoints.folder.resolve():
+        checkpoints.keep(path, progress)
+    run.bad.messages = list(progress.bad_images)
+    notes = [f"resumed from {path}, after step {progress.step}"]
+    if differences:
+        notes.append(f"numbers can differ from those of an unbroken run: {', '.join(differences)}")
+    return progress, notes
+
+
+def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
+    """A whole run; returns the trained model. Raises UserError before anything is written."""
+    with prepared(settings, topology, plan) as run:
+        checkpoints = Checkpoints(run.settings, lambda text: say(f"warning: {text}", sys.stderr))
+        with contextlib.closing(checkpoints):
+            if run.settings.test_only:
+                test(run, find_resumed(run.settings, checkpoints))
+                return run.work.model
+            progress, notes = resume(run, checkpoints)
+            check_subset(run, bool(progress.step))
+            report = RunReport(run.settings, topology, plan, progress)
+            checkpoints.warn = report.alarm
+            for text in notes:
+                say(text)
+            for text in run.notes:
+                report.warn(text, text)
+            if run.settings.epochs and not run.settings.output_dir:
+                report.warn("unsaved", "nothing will be saved without --output-dir")
+            fit(run, progress, report, checkpoints)
+    return run.work.model
+
+
+def test(run: Run, found: tuple[Path, dict[str, Any]] | None) -> None:
+    """Evaluate a checkpoint, its moving average if it has one: print the figures, and write the
+    confusion matrix.
+    """
+    if not found:
+        raise UserError(f"--test-only: no checkpoint in {run.settings.output_dir}")
+    path, state = found
+    for name in ("model", "num_classes"):
+        ours, saved = getattr(run.settings, name), state["settings"][name]
+        if ours != saved:
+            raise UserError(f"--{name.replace('_', '-')} {ours}: {path} has {saved}")
+    with fitting(path, run.settings):
+        run.work.model.load_state_dict(state["average"] or state["model"])
+    run.work.average = None
+    say(f"{path}: epoch {state['progress']['epoch']}, step {state['progress']['step']}")
+    result = evaluate(run)
+    for text in run.bad.messages:
+        say(f"warning: {text}: left out", sys.stderr)
+    classes = [*run.data.classes]
+    classes += [f"class {number}" for number in range(len(classes), run.settings.num_classes)]
+    images = int(result.confusion.sum())
+    figures = f"loss {result.loss:.4f}, top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %"
+    say(
+        "\n".join(
+            [f"{plural(images, 'image')}: {figures}", "", *class_lines(result.confusion, classes)]
+        )
+    )
+    folder = run.settings.output_dir
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / f"{CONFUSION}.csv", confusion_csv(result.confusion, classes))
+        title = f"{describe_run(run.settings)}: {figures}"
+        draw_confusion(folder / f"{CONFUSION}.png", title, result.confusion, classes)
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """Learning rates that rose from step to step, the loss at each, smoothed, and the rate at a
+    tenth of that with the lowest one.
+    """
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    suggestion: float
+
+
+def find_lr(run: Run) -> RangeTest:
+    """Learning rate range test (Smith, arXiv 1506.01186): the rate rises from 1e-6 to 10, by the
+    same factor after each of `steps` steps (100), until the loss is four times the lowest.
+
+    The model is left as it was.
+    """
+    settings, work = run.settings, run.work
+    before = {name: value.clone() for name, value in work.model.state_dict().items()}
+    count = settings.steps or RANGE_STEPS
+    low, high = RANGE
+    for group in work.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = low
+    work.scheduler = lr_scheduler.ExponentialLR(
+        work.optimizer, (high / low) ** (1 / max(1, count - 1))
+    )
+    rates, losses = [], []
+    with contextlib.suppress(Diverged):  # which is what the test is looking for
+        for result in itertools.islice(endless_steps(run), count):
+            run.stop.check()
+            rates.append(result.lr)
+            previous = losses[-1] if losses else result.loss
+            losses.append(RANGE_SMOOTHING * previous + (1 - RANGE_SMOOTHING) * result.loss)
+            say(f"lr {result.lr:.2e}: loss {result.loss:.4f}, smoothed {losses[-1]:.4f}")
+            if losses[-1] > 4 * min(losses):
+                break
+    work.model.load_state_dict(before)
+    if not losses:
+        raise RunError("find-lr: the loss is not finite even in the first step")
+    lowest = rates[losses.index(min(losses))]
+    return RangeTest(tuple(rates), tuple(losses), lowest / 10)
+
+
+def endless_steps(run: Run) -> Iterator[StepResult]:
+    """Optimizer steps over epoch after epoch."""
+    for epoch in itertools.count(1):
+        whole = steps_in_epoch(run.settings, len(run.train)) * run.settings.accumulate
+        batches = run.train.batches(run.bad, epoch, 0, whole)
+        yield from run_schedule(run.settings, run.lanes, run.work, batches)
+
+
+def find_lr_and_report(settings: Settings, topology: Topology, plan: CorePlan) -> RangeTest:
+    """The `find-lr` command: the test, its suggestion, and the plot."""
+    with prepared(settings, topology, plan) as run:
+        result = find_lr(run)
+        say(f"suggestion: --lr {result.suggestion:.2g}, a tenth of the rate with the lowest loss")
+        folder = run.settings.output_dir
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            draw_range_test(folder / RANGE_PLOT, describe_run(run.settings), result)
+    return result
+
+
+def draw_range_test(path: Path, title: str, result: RangeTest) -> None:
+    """Smoothed loss by learning rate, and the suggestion."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    ax = figure.subplots()
+    ax.plot(result.rates, result.losses, marker=".", color="#4477aa", label="loss, smoothed")
+    label = f"suggestion: {result.suggestion:.2g}"
+    ax.axvline(result.suggestion, color="#cc6677", linestyle="--", label=label)
+    ax.set_xscale("log")
+    ax.set_xlabel("learning rate")
+    ax.set_ylabel("loss")
+    ax.legend(frameon=False)
+    finish_axes(figure, title)
+    save_figure(figure, path)
 
 
 # ==================================================================================================
-# 12 Measurement
+# 14 Measurement
 # What this machine makes of the work: phase times, and the split that suits them. What is measured
 # runs in processes of its own, since the allocator's settings, threads and peak memory belong to a
 # process, and only one of them works at a time.
@@ -2396,6 +4373,7 @@ def time_phases(lanes: Lanes, work: Work, batches: Batches, steps: int) -> Phase
     for _ in itertools.islice(sequential(lanes, work, batches), steps):
         pass
     lanes.forward.run("refresh", work.refresh, lanes.forward.call(work.copy_weights))
+    work.ahead = None
     durations_s: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for record in lanes.take_records():
         durations_s[record.phase].append(record.duration_s)
@@ -2477,15 +4455,26 @@ def explain_choice(
     )
 
 
+def measured_settings(settings: Settings, topology: Topology) -> Settings:
+    """The settings with what measuring needs decided: classes, image size, precision."""
+    data = open_data(settings)
+    return dataclasses.replace(
+        settings,
+        num_classes=settings.num_classes or len(data.classes),
+        image_size=largest_size(settings, data.native_size),
+        precision=choose_precision(settings, topology)[0],
+        min_res=None,
+        init_from=None,
+    )
+
+
 def measure_scaling(
     settings: Settings, topology: Topology, counts: Sequence[int]
 ) -> dict[int, PhaseTimes]:
     """Phase times on groups of some sizes, measured one after the other in a process of its own."""
     check_model_name(settings.model)
     check_writable(settings)
-    _, num_classes = open_dataset(settings)
-    precision, _ = choose_precision(settings, topology)
-    settings = dataclasses.replace(settings, num_classes=num_classes, precision=precision)
+    settings = measured_settings(settings, topology)
     say(f"split auto: measuring {settings.model} on {', '.join(map(str, counts))} cores")
     cores = usable_cores(topology)
     groups = []
@@ -2509,8 +4498,8 @@ def time_groups(
         tune_allocator()
     size = (settings.batch_size, 3, settings.image_size, settings.image_size)
     batch = torch.randn(size), torch.randint(settings.num_classes, size[:1])
-    loaded = [(batch, LoadRecord(-1, 0.0, 0.0))]
-    settings = dataclasses.replace(settings, accumulate=1, lr=0.0)
+    loaded = [Loaded(batch)]
+    settings = dataclasses.replace(settings, accumulate=1, lr=0.0, lr_scheduler="constant")
     for group in groups:
         plan = CorePlan("none", group, group, group.cpus)
         with coordinating(settings, plan), Lanes(plan, online) as lanes:
@@ -2520,7 +4509,7 @@ def time_groups(
 
 
 # ==================================================================================================
-# 13 Comparison
+# 15 Comparison
 # All ways to train, in turn and round by round: a plain loop, one lane, and every schedule of the
 # split; their figures side by side, and a verdict.
 # ==================================================================================================
@@ -2593,23 +4582,19 @@ def micro_batches(batch_size: int) -> int:
 def load_steps(settings: Settings, count: int) -> list[Batch]:
     """The images of `count` optimizer steps, the same for each way to train."""
     images = settings.batch_size * settings.accumulate
-    settings = dataclasses.replace(settings, batch_size=images, workers=0)
-    dataset, _ = open_dataset(settings)
-    torch.manual_seed(settings.seed)
-    batches = Batches(make_loader(dataset, settings, ()), count)
-    return list(batches)
+    settings = dataclasses.replace(settings, batch_size=images, accumulate=1, workers=0)
+    data = open_data(settings)
+    with contextlib.closing(training_feed(data, settings, ())) as feed:
+        loader = feed.batches(BadImages(settings.max_bad_images))
+        whole = list(itertools.islice(loader, count))
+    return [whole[number % len(whole)] for number in range(count)]
 
 
 def plain_rounds(settings: Settings, whole: Sequence[Batch]) -> Rounds:
     """A textbook loop in PyTorch's own defaults: fp32, NCHW, all cores, nothing of this program."""
     model = build_model(settings.model, settings.num_classes, settings.image_size)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
-    criterion = torch.nn.CrossEntropyLoss()
+    optimizer = build_optimizer(model, dataclasses.replace(settings, fused=None))
+    criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
 
     def train_step(images: torch.Tensor, targets: torch.Tensor) -> float:
         optimizer.zero_grad()
@@ -2647,7 +4632,7 @@ def lane_rounds(
     """Rounds of this program's own loop: the steps, then the phases without company."""
     size = settings.batch_size
     loaded = [
-        (batch, LoadRecord(-1, 0.0, 0.0))
+        Loaded(batch)
         for images, targets in whole
         for batch in zip(images.split(size), targets.split(size), strict=True)
     ]
@@ -2678,7 +4663,8 @@ def rounds_of(way: str, settings: Settings, topology: Topology, plan: CorePlan) 
         tune_allocator()
     whole = load_steps(settings, 8)
     torch.manual_seed(settings.seed)
-    settings = dataclasses.replace(settings, lr=0.0)  # nothing can diverge, at the same speed
+    # Nothing can diverge, at the same speed.
+    settings = dataclasses.replace(settings, lr=0.0, lr_scheduler="constant")
     if way == "plain":
         yield from plain_rounds(settings, whole)
     yield from lane_rounds(settings, topology.online, plan, whole)
@@ -2709,21 +4695,6 @@ def check_batches(chosen: Iterable[Settings]) -> None:
         with torch.device("meta"):
             model = build_model(settings.model, settings.num_classes, settings.image_size)
         check_input_shape(model, settings.model, settings.batch_size, settings.image_size)
-
-
-def count_flops(settings: Settings) -> dict[str, float]:
-    """Floating-point operations of convolutions and matrix products for one image, by phase."""
-    with torch.device("meta"):
-        model = build_model(settings.model, settings.num_classes, settings.image_size)
-        images = torch.empty(2, 3, settings.image_size, settings.image_size)
-    with FlopCounterMode(display=False) as forward:
-        output = model(images)
-    with FlopCounterMode(display=False) as backward:
-        output.sum().backward()
-    return {
-        "forward": forward.get_total_flops() / len(images),
-        "backward": backward.get_total_flops() / len(images),
-    }
 
 
 @dataclass(frozen=True)
@@ -2829,17 +4800,14 @@ def compare(settings: Settings, topology: Topology) -> list[Compared]:
     if settings.epochs:
         raise UserError(f"--epochs {settings.epochs}: compare takes --steps, for each way to train")
     check_model_name(settings.model)
-    images = settings.batch_size * settings.accumulate
-    _, num_classes = open_dataset(dataclasses.replace(settings, batch_size=images))
+    settings = measured_settings(settings, topology)
     check_writable(settings)
-    precision, _ = choose_precision(settings, topology)
-    settings = dataclasses.replace(settings, num_classes=num_classes, precision=precision)
     chosen = {way: way_settings(settings, way) for way in WAYS}
     check_batches(chosen.values())
     plans = {way: plan_for(chosen[way], topology) for way in WAYS}
     for note in dict.fromkeys(note for plan in plans.values() for note in plan.notes):
         say(f"note: {note}")
-    flops = count_flops(settings)
+    flops = measure_model(settings.model, settings.num_classes, settings.image_size).flops
     rounds = run_rounds(chosen, plans, topology)
     compared = [compared_way(way, rounds, chosen[way], plans[way], flops) for way in WAYS]
     say("\n".join(["", *comparison_lines(settings, compared), "", verdict(compared)]))
@@ -2975,13 +4943,13 @@ def draw_comparison(
 
 
 # ==================================================================================================
-# 14 Command line
+# 16 Command line
 # Arguments to Settings, commands to functions, errors to exit codes.
 # ==================================================================================================
 
 
 def print_plan(settings: Settings, topology: Topology) -> CorePlan:
-    """The `plan` command, and the head of every run."""
+    """What `plan` shows of the cores, and the head of every run."""
     plan = plan_for(settings, topology)
     precision, reason = choose_precision(settings, topology)
     lines = [
@@ -2999,6 +4967,19 @@ def print_plan_and_train(settings: Settings, topology: Topology) -> None:
     train(settings, topology, print_plan(settings, topology))
 
 
+def print_plan_and_find_lr(settings: Settings, topology: Topology) -> None:
+    """The `find-lr` command."""
+    find_lr_and_report(settings, topology, print_plan(settings, topology))
+
+
+def print_plan_and_model(settings: Settings, topology: Topology) -> None:
+    """The `plan` command."""
+    print_plan(settings, topology)
+    check_model_name(settings.model)
+    classes = settings.num_classes or SYNTHETIC_CLASSES
+    say(describe_model(settings.model, classes, largest_size(settings, 224)))
+
+
 def print_machine_and_compare(settings: Settings, topology: Topology) -> None:
     """The `compare` command."""
     say(describe_topology(topology))
@@ -3007,7 +4988,8 @@ def print_machine_and_compare(settings: Settings, topology: Topology) -> None:
 
 COMMANDS = {
     "train": (print_plan_and_train, "train a model (the default)"),
-    "plan": (print_plan, "show the cores and how they would be divided; train nothing"),
+    "plan": (print_plan_and_model, "show the cores, how they would be divided, and the model"),
+    "find-lr": (print_plan_and_find_lr, "try learning rates, from low to high, and suggest one"),
     "compare": (
         print_machine_and_compare,
         "train in all ways, in turn: a plain loop, one lane, and every schedule of the split",
@@ -3030,6 +5012,7 @@ def build_parser() -> Parser:
         usage=f"%(prog)s [{'|'.join(COMMANDS)}] [options]",
         description="Train an image classifier on CPUs, forward and backward on their own cores."
         f"\n\ncommands:\n{commands}",
+        epilog=f"recipes (defaults that every option overrides):\n{list_recipes()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -3037,6 +5020,19 @@ def build_parser() -> Parser:
     for setting in dataclasses.fields(Settings):
         group = add_option(parser, group, setting)
     return parser
+
+
+def list_recipes() -> str:
+    """The recipes and what they set, as options."""
+    lines = []
+    for name in RECIPES:
+        options = []
+        for key, value in recipe_defaults(name).items():
+            flag = f"--{key.replace('_', '-')}"
+            options.append(flag if value is True else f"{flag} {option_text(value)}")
+        listed = textwrap.fill(" ".join(options), 78, break_on_hyphens=False)
+        lines.append(f"  {name}:\n{textwrap.indent(listed, '    ')}")
+    return "\n".join(lines)
 
 
 def add_option(parser: Parser, group: Any, setting: dataclasses.Field) -> Any:
@@ -3047,13 +5043,14 @@ def add_option(parser: Parser, group: Any, setting: dataclasses.Field) -> Any:
     text = meta["help"]
     flag = "--" + setting.name.replace("_", "-")
     if setting.default is False:
-        kind = {"action": "store_true"}
+        # Both ways, since a recipe may have switched it on.
+        kind = {"action": argparse.BooleanOptionalAction, "default": False}
     elif setting.default is True:  # what is on by default has a flag that switches it off
         kind = {"action": "store_false"}
         flag = flag.replace("--", "--no-", 1)
     else:
         kind = {"default": setting.default, **meta["argument"]}
-        text += "" if setting.default is None else " (default: %(default)s)"
+        text += "" if setting.default is None else f" (default: {option_text(setting.default)})"
     group.add_argument(*meta["short"], flag, dest=setting.name, help=text, **kind)
     return group
 
@@ -3064,10 +5061,19 @@ def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r} (choose from {', '.join(COMMANDS)})")
     options = argv[1:] if argv and argv[0] == command else argv
-    settings = Settings(**vars(build_parser().parse_args(options)))
+    parser = build_parser()
+    given = parser.parse_args(options)
+    if given.recipe:
+        parser.set_defaults(**recipe_defaults(given.recipe))
+        given = parser.parse_args(options)
+    settings = Settings(**vars(given))
     check_settings(settings)
-    if settings.json and command != "compare":
-        raise UserError(f"--json {settings.json} is for compare, not for {command}")
+    for flag, value, owner in (
+        ("--json", settings.json, "compare"),
+        ("--resume", settings.resume, "train"),
+    ):
+        if value and command != owner:
+            raise UserError(f"{flag} {value} is for {owner}, not for {command}")
     return command, settings
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from photos import make_photos
+from torch import nn
 
 import train_split_affinity as tsa
 
@@ -30,7 +33,26 @@ TINY = [
 
 def as_loaded(batches: list) -> list[tsa.Loaded]:
     """Batches in the form in which a loader gives them."""
-    return [(batch, tsa.LoadRecord(-1, 0.0, 0.0)) for batch in batches]
+    return [tsa.Loaded(batch) for batch in batches]
+
+
+def small_model(num_classes: int, image_size: int) -> nn.Module:
+    """BatchNorm's statistics and dropout's random numbers, in a model of some milliseconds."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(16, num_classes),
+    )
+
+
+def read_metrics(folder: Path, kind: str | None = None) -> list[dict]:
+    """The lines of a run's metrics.jsonl, those of one type or all."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if kind in (None, line["type"])]
 
 
 @pytest.fixture
@@ -66,6 +88,15 @@ def in_tmp(tmp_path, monkeypatch) -> Path:
 def photos(tmp_path_factory) -> Path:
     """An image folder of 12 crops of scikit-learn's two photographs, in two classes."""
     return make_photos(tmp_path_factory.mktemp("photos"), 12, smallest=64, largest=128)
+
+
+@pytest.fixture(scope="session")
+def photos_with_val(photos, tmp_path_factory) -> Path:
+    """The same photographs, to train and to validate."""
+    root = tmp_path_factory.mktemp("photos_with_val")
+    for part in ("train", "val"):
+        shutil.copytree(photos / "train", root / part)
+    return root
 
 
 @pytest.fixture(autouse=True)

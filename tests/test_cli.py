@@ -1,7 +1,9 @@
 """The command line, inside this process and outside. Run: python -m pytest tests/test_cli.py"""
 
-import json
+import functools
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, TWO_CPUS, needs_two_cpus
+from conftest import TINY, TWO_CPUS, needs_two_cpus, read_metrics
+from PIL import Image
 
 import train_split_affinity as tsa
 
@@ -41,7 +44,7 @@ def test_the_smallest_run(in_tmp):
     ):
         assert text in done.stdout
     assert sorted(path.name for path in in_tmp.iterdir()) == ["logs.md", "out"]
-    lines = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(Path("out"))
     assert [line["type"] for line in lines] == ["run", "step", "step", "step", "summary"]
     assert lines[-1]["stray_s"] == 0
 
@@ -51,7 +54,134 @@ def test_plan_prints_and_writes_nothing(in_tmp, capsys):
     printed = capsys.readouterr().out
     assert "F forward, B backward" in printed
     assert "loader    cores" in printed
+    assert printed.endswith(
+        "model resnet50: 25,557,032 parameters for 1000 classes, 97.7 MiB; "
+        "an image of 224 px takes 8.18 GFLOP forward, 16.12 backward\n"
+    )
     assert not list(in_tmp.iterdir())
+
+
+def test_plan_of_another_model(in_tmp, capsys):
+    arguments = "--model resnet56 --num-classes 10 --image-size 32".split()
+    assert tsa.main(["plan", *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "model resnet56: 853,018 parameters for 10 classes, 3.3 MiB; "
+        "an image of 32 px takes 0.25 GFLOP forward, 0.50 backward"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        ([], 224),
+        (["--image-size", "64"], 64),
+        (["--min-res", "32", "--max-res", "96", "--end-ramp", "3"], 96),
+        (["--recipe", "imagenet-subset"], 128),
+    ],
+)
+def test_plan_counts_for_the_image_size_of_the_validation(in_tmp, capsys, arguments, size):
+    place = ["--data-path", "data"] if "--recipe" in arguments else []
+    assert tsa.main(["plan", "--model", "squeezenet1_1", *arguments, *place]) == 0
+    assert f"an image of {size} px takes" in capsys.readouterr().out
+
+
+def test_a_run_over_epochs(in_tmp, photos_with_val, capsys):
+    place = ["--data-path", str(photos_with_val), "--output-dir", "out"]
+    assert tsa.main([*TINY, *place, "--epochs", "2", "--print-freq", "1"]) == 0
+    captured = capsys.readouterr()
+    for epoch, row in enumerate(read_metrics(Path("out"), "epoch"), start=1):
+        line = tsa.epoch_line(row)
+        assert line.startswith(f"epoch: {epoch}  train_loss: ")
+        assert f"\n{line}\n" in captured.out
+        assert f"\n{line}\n" in Path("logs.md").read_text()
+    assert "step 1/12: loss " in captured.out
+    assert " left in epoch 1/2, " in captured.out
+    assert "finished after 12 of 12 steps" in captured.out
+
+
+def test_a_run_over_epochs_says_that_nothing_is_saved(in_tmp, photos_with_val, capsys):
+    assert tsa.main([*TINY, "--data-path", str(photos_with_val), "--epochs", "1"]) == 0
+    assert "warning: nothing will be saved without --output-dir\n" in capsys.readouterr().err
+    assert "- warning: nothing will be saved without" in Path("logs.md").read_text()
+    assert [path.name for path in in_tmp.iterdir()] == ["logs.md"]
+
+
+def test_find_lr(in_tmp, photos, capsys):
+    arguments = [*TINY, "--data-path", str(photos), "--steps", "12"]
+    assert tsa.main(["find-lr", *arguments, "--output-dir", "out"]) == 0
+    printed = capsys.readouterr().out
+    assert "F forward, B backward" in printed
+    assert "lr 1.00e-06: loss " in printed
+    *_, last = printed.splitlines()
+    assert re.fullmatch(
+        r"suggestion: --lr [\d.e-]+, a tenth of the rate with the lowest loss", last
+    )
+    assert sorted(path.name for path in in_tmp.rglob("*")) == ["lr.png", "out"]
+    assert Image.open("out/lr.png").width > 500
+
+
+def test_find_lr_without_a_folder_writes_nothing(in_tmp, photos, capsys):
+    assert tsa.main(["find-lr", *TINY, "--data-path", str(photos), "--steps", "2"]) == 0
+    assert "suggestion: --lr " in capsys.readouterr().out
+    assert not list(in_tmp.iterdir())
+
+
+def test_test_only(in_tmp, photos_with_val, capsys):
+    arguments = [*TINY, "--data-path", str(photos_with_val), "--output-dir", "out"]
+    assert tsa.main([*arguments, "--epochs", "1"]) == 0
+    (row,) = read_metrics(Path("out"), "epoch")
+    before = {path: path.stat().st_mtime_ns for path in in_tmp.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert tsa.main([*arguments, "--test-only", "--resume", "auto"]) == 0
+    captured = capsys.readouterr()
+    assert "out/last.pt: epoch 1, step 6\n" in captured.out
+    assert f"12 images: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %" in captured.out
+    assert "| class" in captured.out
+    assert captured.err == ""
+    after = {path: path.stat().st_mtime_ns for path in in_tmp.rglob("*") if path.is_file()}
+    assert {path.name for path in after.keys() - before.keys()} == {
+        "confusion.csv",
+        "confusion.png",
+    }
+    assert before.items() <= after.items(), "nothing else is touched"
+
+
+def test_test_only_tells_of_broken_images(in_tmp, photos_with_val, tmp_path, capsys):
+    data = shutil.copytree(photos_with_val, tmp_path / "data")
+    arguments = [*TINY, "--data-path", str(data), "--output-dir", "out"]
+    assert tsa.main([*arguments, "--steps", "1"]) == 0
+    broken = data / "val/flower/0001.jpg"
+    broken.write_bytes(b"no picture")
+    options = ["--test-only", "--resume", "auto", "--max-bad-images", "1"]
+    assert tsa.main([*arguments, *options]) == 0
+    captured = capsys.readouterr()
+    assert "\n11 images: loss " in captured.out
+    assert f"broken image {broken}: " in captured.err
+
+
+@pytest.mark.parametrize("options", [["--test-only"], ["--epochs", "2"]])
+def test_a_checkpoint_for_another_image_size(in_tmp, photos_with_val, capsys, monkeypatch, options):
+    """Positions of a transformer are made for one size."""
+    tiny = functools.partial(tsa.Hybrid, channels=(8, 16, 24, 32), width=32, blocks=1)
+    monkeypatch.setitem(tsa.OWN_MODELS, "hybrid", tiny)
+    arguments = ["--model", "hybrid", "-b", "4", "-j", "0", "--epochs", "1"]
+    arguments += ["--data-path", str(photos_with_val), "--output-dir", "out"]
+    assert tsa.main([*arguments, "--image-size", "32"]) == 0
+    capsys.readouterr()
+    assert tsa.main([*arguments, "--image-size", "64", "--resume", "auto", *options]) == 2
+    error = capsys.readouterr().err
+    assert "--image-size 64" in error
+    assert error.count("\n") == 1
+
+
+def test_test_only_needs_validation_images(in_tmp, photos, capsys):
+    arguments = [*TINY, "--data-path", str(photos), "--output-dir", "out"]
+    assert tsa.main([*arguments, "--steps", "1"]) == 0
+    assert tsa.main([*arguments, "--test-only", "--resume", "auto"]) == 2
+    assert capsys.readouterr().err == (
+        "train_split_affinity.py: error: --test-only needs validation images "
+        "(DIR/val/<class>/*.jpg)\n"
+    )
 
 
 BAD_INPUT = [
@@ -72,8 +202,45 @@ BAD_INPUT = [
     (["--forward-threads", "0"], "--forward-threads: '0' is not a whole number from 1"),
     (["--image-size", "2.5"], "--image-size: '2.5' is not a whole number from 1"),
     (["--lr", "nan"], "--lr: 'nan' is not a number of 0 or more"),
-    (["--steps", "3", "--epochs", "2"], "--steps 3 and --epochs 2: give one"),
-    (["--model", "resnet5"], "--model resnet5: unknown; did you mean resnet50"),
+    (["--model", "resnet5"], "--model resnet5: unknown; did you mean resnet56, resnet50"),
+    (["--num-classes", "1"], "--num-classes: '1' is not a whole number from 2"),
+    (["--hflip", "2"], "--hflip: '2' is not a number from 0 to 1"),
+    (["--subset", "0"], "--subset: '0' is not above 0 and up to 1"),
+    (["--target-top1", "101"], "--target-top1: '101' is not above 0 and up to 100"),
+    (["--lr-milestones", "60,30"], "'60,30' is not a list of ascending epochs such as 30,60,80"),
+    (["--opt", "lion"], "--opt: invalid choice: 'lion'"),
+    (["--lr-scheduler", "linear"], "--lr-scheduler: invalid choice: 'linear'"),
+    (["--auto-augment", "xx"], "--auto-augment: invalid choice: 'xx'"),
+    (["--recipe", "imagnet"], "--recipe: invalid choice: 'imagnet'"),
+    (["--recipe", "imagenet-full"], "starts from trained weights: give --init-from PATH"),
+    (["--recipe", "imagenet-subset"], "--subset 0.2 needs --data-path"),
+    (["--recipe", "imagenet", "--epochs", "3"], "--lr-warmup-epochs 5: fewer than --epochs 3"),
+    (["--subset", "0.5"], "--subset 0.5 needs --data-path"),
+    (["--download"], "--download needs --data-path"),
+    (["--min-res", "128"], "--min-res and --end-ramp belong together"),
+    (["--max-res", "128"], "--max-res 128 needs --min-res"),
+    (["--min-res", "100", "--end-ramp", "3"], "multiples of 32 are allowed"),
+    (["--lr-warmup-epochs", "3"], "--lr-warmup-epochs 3 needs --epochs"),
+    (["--early-stopping", "3"], "--early-stopping 3 needs --epochs"),
+    (["--target-top1", "90"], "--target-top1 90 needs --epochs"),
+    (["--save-steps", "3"], "--save-steps needs --output-dir"),
+    (["--mirror", "memory://x"], "--mirror needs --output-dir"),
+    (["--resume", "auto"], "--resume auto needs --output-dir"),
+    (["--resume", "a.pt", "--init-from", "b.pt"], "--resume a.pt and --init-from b.pt: give one"),
+    (["--test-only"], "--test-only needs --resume"),
+    (
+        ["--recipe", "imagenet-full", *TINY, "--resume", "auto"],
+        "starts from trained weights, and out/imagenet-full has none: give --init-from PATH",
+    ),
+    (["find-lr", "--resume", "a.pt"], "--resume a.pt is for train, not for find-lr"),
+    (["plan", "--resume", "a.pt"], "--resume a.pt is for train, not for plan"),
+    (["find-lr", "--model", "resnet5"], "--model resnet5: unknown"),
+    (["plan", "--model", "resnet5"], "--model resnet5: unknown"),
+    ([*TINY, "--resume", "nowhere.pt"], "error: nowhere.pt: no such checkpoint"),
+    ([*TINY, "--resume", str(SCRIPT)], f"error: {SCRIPT}: damaged, or no checkpoint"),
+    ([*TINY, "--init-from", "nowhere.pt"], "error: nowhere.pt: no such checkpoint"),
+    ([*TINY, "--test-only", "--resume", "nowhere.pt"], "--test-only needs validation images"),
+    ([*TINY, "--mirror", "odd://x", "--output-dir", "out"], "--mirror odd://x: "),
     (["--data-path", "nowhere"], "--data-path nowhere does not exist"),
     (["--data-path", str(SCRIPT)], "is a file, not a folder"),
     (["--data-path", "."], "--data-path .: no images"),
@@ -90,7 +257,7 @@ BAD_INPUT = [
     (["compare", "--epochs", "2"], "--epochs 2: compare takes --steps"),
     (["compare", "-b", "1"], "--batch-size 1: overlap needs a batch that can be divided"),
     (["compare", "--model", "resnet18", "--image-size", "32", "-b", "3"], "--batch-size 1 "),
-    (["trian"], "unknown command 'trian' (choose from train, plan, compare)"),
+    (["trian"], "unknown command 'trian' (choose from train, plan, find-lr, compare)"),
     (["--unknown"], "unrecognized arguments: --unknown"),
     (["--batch", "4"], "unrecognized arguments: --batch 4"),
     (
@@ -164,7 +331,7 @@ def test_an_interrupt_before_the_run_has_begun(in_tmp, capsys, monkeypatch):
     def interrupted(settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tsa, "open_dataset", interrupted)
+    monkeypatch.setattr(tsa, "open_data", interrupted)
     assert tsa.main(TINY) == 130
     assert capsys.readouterr().err == "train_split_affinity.py: stopped by SIGINT\n"
 
@@ -178,7 +345,7 @@ def test_openmp_binding_variables_are_dropped(in_tmp):
     assert "strayed" not in done.stderr
     for name, value in environment.items():
         assert f"warning: {name}={value} is ignored" in done.stderr
-    run, *_, summary = map(json.loads, Path("out/metrics.jsonl").read_text().splitlines())
+    run, *_, summary = read_metrics(Path("out"))
     cpus = run["plan"]["forward"]["cpus"] + run["plan"]["backward"]["cpus"]
     assert sorted(cpus) == sorted(tsa.ALLOWED_CPUS)
     assert summary["stray_s"] == 0

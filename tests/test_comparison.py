@@ -35,14 +35,21 @@ def test_all_ways_have_the_same_images_in_a_step(accumulate):
     assert chosen["overlap"].accumulate == (4 if accumulate == 1 else 3)
 
 
-def test_operations_of_resnet50():
-    """4.09 G multiply-adds forward (torchvision's own figure), two operations each; backward twice
-    that, but for the gradient of the images, which nobody needs.
-    """
-    flops = tsa.count_flops(Settings(num_classes=1000))
-    assert flops["forward"] == pytest.approx(2 * 4.09e9, rel=0.01)
-    first_convolution = 2 * 3 * 64 * 7 * 7 * 112 * 112
-    assert flops["backward"] == pytest.approx(2 * flops["forward"] - first_convolution, rel=1e-3)
+def test_the_images_of_a_comparison_may_be_mixed(photos):
+    settings = Settings(
+        data_path=photos,
+        num_classes=2,
+        image_size=32,
+        batch_size=2,
+        accumulate=3,
+        mixup_alpha=0.2,
+        cutmix_alpha=1.0,
+    )
+    whole = tsa.load_steps(settings, 3)
+    assert [images.shape for images, _ in whole] == [(6, 3, 32, 32)] * 3
+    for _, targets in whole:
+        assert targets.sum(1).tolist() == pytest.approx([1.0] * 6)
+    assert whole[0] is whole[2], "an epoch has two steps: they are taken again"
 
 
 def make_round(step_s, forward_s=0.25, backward_s=0.5, rates=None):

@@ -238,17 +238,6 @@ def test_leaving_waits_for_the_running_phase_and_drops_the_queue(split_plan):
     assert queued.cancelled()
 
 
-def test_a_stop_keeps_the_next_phase_from_starting(split_plan):
-    def check_stop():
-        raise tsa.Stopped(15)
-
-    with tsa.Lanes(split_plan, (), check_stop) as lanes:
-        with pytest.raises(tsa.Stopped, match="stopped by SIGTERM") as caught:
-            lanes.forward.submit("forward", lambda: None)
-        assert lanes.take_records() == ()
-    assert caught.value.exit_code == 143
-
-
 def test_a_team_that_is_too_small_is_noted(monkeypatch, two_groups):
     monkeypatch.setattr(torch, "zeros", lambda *size: torch.ones(1))  # no parallel operation
     lane = tsa.Lane(two_groups[0], tsa.Audit(()))

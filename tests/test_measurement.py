@@ -8,7 +8,8 @@ import os
 
 import machines
 import pytest
-from conftest import needs_two_cpus
+import torch
+from conftest import as_loaded, needs_two_cpus
 
 import train_split_affinity as tsa
 from train_split_affinity import PhaseTimes, Settings
@@ -181,3 +182,37 @@ def test_measuring_groups_of_this_machine():
 def test_measuring_meets_the_user_s_errors_first():
     with pytest.raises(tsa.UserError, match="--model resnet5"):
         tsa.measure_scaling(dataclasses.replace(TINY, model="resnet5"), tsa.read_topology(), [1])
+
+
+@needs_two_cpus
+def test_timing_the_phases_leaves_nothing_begun(split_plan):
+    batch = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    with tsa.Lanes(split_plan, ()) as lanes:
+        work = tsa.build_work(dataclasses.replace(TINY, precision="fp32"), lanes)
+        tsa.time_phases(lanes, work, tsa.Batches(as_loaded([batch]), 2), 2)
+    assert work.ahead is None
+
+
+def test_what_measuring_decides(photos):
+    topology = dataclasses.replace(tsa.read_topology(), bf16="")
+    settings = Settings(data_path=photos, batch_size=4, min_res=32, max_res=64, end_ramp=3)
+    chosen = tsa.measured_settings(settings, topology)
+    assert (chosen.num_classes, chosen.image_size, chosen.precision) == (2, 64, "fp32")
+    assert tsa.image_size_in(chosen, 1) == 64, "no ramp"
+    chosen = tsa.measured_settings(Settings(data_path=photos, batch_size=4), topology)
+    assert chosen.image_size == 224
+
+
+@pytest.mark.parametrize("recipe", ["imagenet", "imagenet-subset", "cifar10", "hybrid"])
+def test_what_a_recipe_asks_for_can_be_measured(recipe, one_lane_plan):
+    asked = {
+        **tsa.RECIPES[recipe],
+        "model": "squeezenet1_1",
+        "image_size": 32,
+        "batch_size": 2,
+        "num_classes": 3,
+        "precision": "fp32",
+        "tuned_malloc": False,
+    }
+    (times,) = tsa.time_groups(Settings(**asked), (), [one_lane_plan.forward])
+    assert all(seconds > 0 for seconds in dataclasses.astuple(times))

@@ -1,17 +1,23 @@
 """Reports. Run: python -m pytest tests/test_reports.py"""
 
+import dataclasses
 import fcntl
 import json
+import math
 import multiprocessing
 import re
+import sys
 import threading
 
 import machines
 import pytest
+import torch
+from conftest import read_metrics
+from PIL import Image
 from records import PLAN, record, step, summarise
 
 import train_split_affinity as tsa
-from train_split_affinity import Settings
+from train_split_affinity import Progress, RunReport, Settings
 
 
 def test_stray_time_above_one_percent_is_a_warning():
@@ -123,6 +129,12 @@ def test_the_log_section(tmp_path):
     assert tsa.cpu_table(summary) in text
 
 
+def test_the_log_section_writes_milestones_as_they_were_given():
+    topology, settings = tsa.read_topology(), Settings(split="none", lr_milestones=(1, 2, 3))
+    text = tsa.log_section(settings, topology, PLAN, "finished", None, [])
+    assert "lr_milestones 1,2,3, " in text
+
+
 def test_the_log_section_of_a_run_without_a_step():
     topology = tsa.read_topology()
     plan = tsa.plan_cores(topology, Settings(split="none"))
@@ -181,6 +193,7 @@ def test_a_log_that_cannot_be_appended_to(tmp_path):
         {"output_dir": "{}/file"},
         {"output_dir": "{}/file/below"},
         {"output_dir": "{}/taken"},
+        {"output_dir": "{}/taken_too"},
         {"json": "{}/nowhere/c.json"},
         {"log_file": "/proc/logs.md"},
         {"output_dir": "/proc/out"},
@@ -189,6 +202,7 @@ def test_a_log_that_cannot_be_appended_to(tmp_path):
 def test_places_that_cannot_be_written(tmp_path, settings):
     (tmp_path / "file").write_text("")
     (tmp_path / "taken/metrics.jsonl").mkdir(parents=True)
+    (tmp_path / "taken_too/last.pt").mkdir(parents=True)
     ((name, template),) = settings.items()
     path = tmp_path.parent / template.format(tmp_path)
     paths = {"log_file": tmp_path / "logs.md", name: path}
@@ -196,7 +210,7 @@ def test_places_that_cannot_be_written(tmp_path, settings):
         tsa.UserError, match=f"--{name.replace('_', '-')} {path}: cannot be written"
     ):
         tsa.check_writable(Settings(**paths))
-    assert sorted(tmp_path.iterdir()) == [tmp_path / "file", tmp_path / "taken"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken", "taken_too"]
 
 
 def test_checking_leaves_no_trace(tmp_path):
@@ -211,3 +225,335 @@ def test_checking_leaves_no_trace(tmp_path):
 def test_settings_as_json(tmp_path):
     values = tsa.plain_settings(Settings(output_dir=tmp_path, forward_cores=(0, 1)))
     assert json.loads(json.dumps(values))["output_dir"] == str(tmp_path)
+
+
+# Epochs
+
+
+def epoch_row(epoch=1, **values):
+    """The figures of a finished epoch."""
+    row = {
+        "epoch": epoch,
+        "train_loss": 4.512,
+        "train_top1": 1.2,
+        "train_top5": 5.8,
+        "val_loss": 4.389,
+        "val_top1": 1.5,
+        "val_top5": 6.2,
+        "lr": 0.1,
+        "gradient_norms": {"stem": 0.5, "fc": 2.0},
+        "timestamp": "2025-10-11T14:02:13Z",
+    }
+    return row | values
+
+
+NO_VALIDATION = {"val_loss": None, "val_top1": None, "val_top5": None}
+LINE = (
+    "epoch: 1  train_loss: 4.512  train_top1: 1.2%  train_top5: 5.8%  val_loss: 4.389  "
+    "val_top1: 1.5%  val_top5: 6.2%  timestamp: 2025-10-11T14:02:13Z"
+)
+
+
+def test_the_line_of_an_epoch():
+    assert tsa.epoch_line(epoch_row()) == LINE
+
+
+def test_the_line_of_an_epoch_without_validation():
+    assert tsa.epoch_line(epoch_row(12, **NO_VALIDATION)) == (
+        "epoch: 12  train_loss: 4.512  train_top1: 1.2%  train_top5: 5.8%  val_loss: -  "
+        "val_top1: -  val_top5: -  timestamp: 2025-10-11T14:02:13Z"
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"train_loss": 0.0}, "train_loss: 0.000  "),
+        ({"train_loss": 12.34567}, "train_loss: 12.346  "),
+        ({"val_top1": 0.0}, "val_top1: 0.0%  "),
+        ({"val_top5": 100.0}, "val_top5: 100.0%  "),
+        ({"train_top1": 98.76}, "train_top1: 98.8%  "),
+    ],
+)
+def test_the_figures_of_an_epoch_are_rounded(values, text):
+    assert text in tsa.epoch_line(epoch_row(**values))
+
+
+def test_the_time_of_day():
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", tsa.utc_now())
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Those of a run over epochs that writes all it can."""
+    return Settings(
+        epochs=3,
+        accumulate=2,
+        image_size=32,
+        print_freq=1,
+        log_file=tmp_path / "logs.md",
+        output_dir=tmp_path / "out",
+    )
+
+
+def report_on(settings, **progress):
+    """A report at its beginning; an epoch has ten steps."""
+    topology = tsa.read_topology()
+    return RunReport(settings, topology, PLAN, Progress(**{"epoch_batches": 20} | progress))
+
+
+def test_what_an_epoch_leaves_in_the_log_and_the_metrics(settings, capsys):
+    report = report_on(settings)
+    second = epoch_row(2, timestamp="2025-10-11T15:02:13Z", **NO_VALIDATION)
+    for history in ([epoch_row()], [epoch_row(), second]):
+        report.epoch(history[-1], history)
+    header, _, lines = settings.log_file.read_text().partition("\n\nepoch: ")
+    assert header + "\n" == tsa.LOG_HEADER
+    assert f"epoch: {lines}" == f"{LINE}\n\n{tsa.epoch_line(second)}\n\n"
+    assert capsys.readouterr().out == f"{LINE}\n{tsa.epoch_line(second)}\n"
+    assert read_metrics(settings.output_dir, "epoch") == [
+        {"type": "epoch", **epoch_row()},
+        {"type": "epoch", **second},
+    ]
+    assert {path.name for path in settings.output_dir.iterdir()} == {
+        "metrics.jsonl",
+        "curves.png",
+        "gradients.png",
+    }
+
+
+def test_a_picture_that_cannot_be_written_does_not_end_the_run(settings, capsys):
+    (settings.output_dir / "curves.png").mkdir(parents=True)
+    report = report_on(settings)
+    for epoch in (1, 2):
+        report.epoch(epoch_row(epoch), [epoch_row()])
+    picture = settings.output_dir / "curves.png"
+    assert capsys.readouterr().err == (
+        f"warning: {picture}: cannot be written: Is a directory\n"
+    ), "once"
+    assert len(read_metrics(settings.output_dir, "epoch")) == 2
+    assert (settings.output_dir / "gradients.png").exists()
+
+
+def test_the_log_names_the_columns_of_an_epoch():
+    columns = "train_loss | train_top1 | train_top5 | val_loss | val_top1 | val_top5 | timestamp"
+    assert columns in tsa.LOG_HEADER
+
+
+def test_a_report_of_a_resumed_run(settings):
+    report = report_on(settings, step=12, epoch=1, batches=4)
+    (run,) = read_metrics(settings.output_dir)
+    assert (run["type"], run["resumed_at_step"]) == ("run", 12)
+    report.finish("finished")
+    assert read_metrics(settings.output_dir, "summary")[0]["outcome"] == (
+        "finished after 12 of 30 steps"
+    )
+
+
+def test_warnings_are_shown_once_and_alarms_each_time(settings, capsys):
+    report = report_on(settings)
+    for _ in range(2):
+        report.warn("kind", "of one kind")
+        report.alarm("not saved")
+    report.finish("finished")
+    error, log = capsys.readouterr().err, settings.log_file.read_text()
+    assert error == "warning: of one kind\n" + "warning: not saved\n" * 2
+    for text in ("of one kind", "not saved"):
+        assert log.count(f"- warning: {text}\n") == 1
+
+
+# Time left
+
+
+@pytest.mark.parametrize(
+    ("asked", "progress", "left"),
+    [
+        ({}, {"step": 2, "batches": 4}, "00:16 left in epoch 1/3, 00:56 left"),
+        ({}, {"step": 10, "batches": 20}, "00:00 left in epoch 1/3, 00:40 left"),
+        ({}, {"step": 25, "epoch": 2, "batches": 10}, "00:10 left in epoch 3/3, 00:10 left"),
+        ({"epochs": None, "steps": 2000}, {"step": 200, "batches": 4}, "1:00:00 left"),
+        ({"epochs": None}, {"step": 49, "batches": 4}, "00:02 left"),
+    ],
+)
+def test_the_time_left(settings, capsys, asked, progress, left):
+    """Steps of 2 s; an epoch has ten of them."""
+    report = report_on(dataclasses.replace(settings, **asked), **progress)
+    report.step(step(progress["step"], step_s=2.0))
+    line = capsys.readouterr().out
+    assert line.startswith(f"step {progress['step']}/")
+    assert line.endswith(f"backward 0.20 s, {left}\n")
+
+
+def test_the_time_left_goes_by_the_median_step(settings, capsys):
+    report = report_on(settings, step=2, batches=4)
+    for seconds in (2.0, 60.0, 2.0):
+        report.step(step(2, step_s=seconds))
+    assert capsys.readouterr().out.endswith(" 00:16 left in epoch 1/3, 00:56 left\n")
+
+
+# Gradients
+
+
+@pytest.mark.parametrize(
+    ("norm", "warnings"),
+    [
+        (1e-7, []),
+        (0.5, []),
+        (1e3, []),
+        (9e-8, ["gradients vanish in stem: norm 9.0e-08, below 1e-07"]),
+        (0.0, ["gradients vanish in stem: norm 0.0e+00, below 1e-07"]),
+        (1001.0, ["gradients explode in stem: norm 1.0e+03, above 1000"]),
+        (math.inf, ["gradients explode in stem: norm inf, above 1000"]),
+        (math.nan, ["gradients explode in stem: norm nan, above 1000"]),
+    ],
+)
+def test_gradients_that_vanish_or_explode(norm, warnings):
+    assert list(tsa.gradient_warnings({"stem": norm, "fc": 1.0})) == warnings
+
+
+def test_gradients_are_warned_of_once_for_each_part_of_the_model(settings, capsys):
+    report = report_on(settings)
+    history = []
+    for epoch, norms in enumerate(
+        ({"stem": 1.0, "fc": 1.0}, {"stem": 0.0, "fc": 1.0}, {"stem": 0.0, "fc": 2000.0}), start=1
+    ):
+        history.append(epoch_row(epoch, gradient_norms=norms))
+        report.epoch(history[-1], history)
+    report.finish("finished")
+    warnings = [
+        "epoch 2: gradients vanish in stem: norm 0.0e+00, below 1e-07",
+        "epoch 3: gradients explode in fc: norm 2.0e+03, above 1000",
+    ]
+    assert capsys.readouterr().err == "".join(f"warning: {text}\n" for text in warnings)
+    log = settings.log_file.read_text()
+    assert all(f"- warning: {text}\n" in log for text in warnings)
+
+
+# Pictures
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, as well as the files."""
+    saved, save = [], tsa.save_figure
+    monkeypatch.setattr(
+        tsa, "save_figure", lambda figure, path: (saved.append(figure), save(figure, path))
+    )
+    return saved
+
+
+def assert_picture(path):
+    """A picture that is not blank."""
+    picture = Image.open(path)
+    assert picture.width > 300
+    assert len(picture.convert("RGB").getcolors(2**24)) > 10
+
+
+def lines_of(ax):
+    """(label, y values) of the curves of some axes."""
+    return {line.get_label(): list(line.get_ydata()) for line in ax.lines}
+
+
+def test_the_curves(tmp_path, figures):
+    second = epoch_row(2, train_loss=3.0, val_loss=3.5, train_top1=9.0, val_top5=20.0, lr=0.01)
+    tsa.draw_curves(tmp_path / "curves.png", "resnet18, 32 px", [epoch_row(), second])
+    assert_picture(tmp_path / "curves.png")
+    losses, accuracies, rates = figures[0].axes
+    assert lines_of(losses) == {"train loss": [4.512, 3.0], "validation loss": [4.389, 3.5]}
+    assert lines_of(accuracies) == {
+        "train top-1": [1.2, 9.0],
+        "train top-5": [5.8, 5.8],
+        "validation top-1": [1.5, 1.5],
+        "validation top-5": [6.2, 20.0],
+    }
+    assert list(rates.lines[0].get_ydata()) == [0.1, 0.01]
+    assert list(rates.lines[0].get_xdata()) == [1, 2]
+    assert figures[0].get_suptitle() == "resnet18, 32 px"
+
+
+def test_the_curves_of_one_epoch_without_validation(tmp_path, figures):
+    tsa.draw_curves(tmp_path / "curves.png", "title", [epoch_row(**NO_VALIDATION)])
+    assert_picture(tmp_path / "curves.png")
+    losses, accuracies, _ = figures[0].axes
+    assert lines_of(losses) == {"train loss": [4.512]}
+    assert set(lines_of(accuracies)) == {"train top-1", "train top-5"}
+
+
+def test_the_gradients(tmp_path, figures):
+    history = [
+        epoch_row(1, gradient_norms={}),
+        epoch_row(2, gradient_norms={"stem": 0.0, "fc": 1.0}),
+        epoch_row(3, gradient_norms={"stem": 0.5, "fc": sys.float_info.max}),
+    ]
+    tsa.draw_gradients(tmp_path / "gradients.png", "title", history)
+    assert_picture(tmp_path / "gradients.png")
+    (ax,) = figures[0].axes
+    assert ax.get_yscale() == "log"
+    shown = lines_of(ax)
+    assert list(shown) == ["stem", "fc"]
+    assert shown["stem"] == pytest.approx([math.nan, math.nan, 0.5], nan_ok=True)
+    assert shown["fc"] == pytest.approx([math.nan, 1.0, sys.float_info.max], nan_ok=True)
+
+
+CONFUSION = torch.tensor([[3, 1, 0], [0, 0, 0], [2, 0, 2]])
+CLASSES = ("bee", "cat", "dog, wet")
+
+
+def test_a_confusion_matrix_drawn(tmp_path, figures):
+    tsa.draw_confusion(tmp_path / "confusion.png", "title", CONFUSION, CLASSES)
+    assert_picture(tmp_path / "confusion.png")
+    ax = figures[0].axes[0]
+    assert ax.images[0].get_array().tolist() == [[0.75, 0.25, 0.0], [0.0, 0.0, 0.0], [0.5, 0, 0.5]]
+    numbers = {text.get_position(): text.get_text() for text in ax.texts}
+    assert numbers == {(0, 0): "3", (1, 0): "1", (0, 2): "2", (2, 2): "2"}
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(CLASSES)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("predicted class", "true class")
+
+
+def test_a_confusion_matrix_of_many_classes_has_no_room_for_numbers(tmp_path, figures):
+    names = [f"class {number}" for number in range(100)]
+    tsa.draw_confusion(tmp_path / "confusion.png", "title", torch.eye(100).long(), names)
+    assert_picture(tmp_path / "confusion.png")
+    assert not figures[0].axes[0].texts
+
+
+def test_a_confusion_matrix_as_text():
+    assert tsa.confusion_csv(CONFUSION, CLASSES) == (
+        'true class,bee,cat,"dog, wet"\nbee,3,1,0\ncat,0,0,0\n"dog, wet",2,0,2\n'
+    )
+
+
+def test_the_accuracy_of_each_class_with_the_worst_first():
+    assert tsa.class_lines(CONFUSION, CLASSES) == [
+        "| class    | right | images right | images |\n"
+        "| :------- | ----: | -----------: | -----: |\n"
+        "| dog, wet | 50.0% |            2 |      4 |\n"
+        "| bee      | 75.0% |            3 |      4 |"
+    ]
+
+
+def test_of_many_classes_the_worst_are_shown():
+    right = torch.arange(40)  # of 40 images each
+    confusion = torch.diag(right)
+    confusion[:, 0] += 40 - right
+    table, note = tsa.class_lines(confusion, [f"class {number}" for number in range(40)])
+    rows = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert rows == [f"class {number}" for number in range(1, 31)]
+    assert note == "(the worst 30 of 40 classes)"
+
+
+def test_a_range_test_drawn(tmp_path, figures):
+    result = tsa.RangeTest((1e-6, 1e-3, 1.0), (2.0, 1.0, 5.0), 1e-4)
+    tsa.draw_range_test(tmp_path / "lr.png", "title", result)
+    assert_picture(tmp_path / "lr.png")
+    (ax,) = figures[0].axes
+    assert ax.get_xscale() == "log"
+    assert lines_of(ax)["loss, smoothed"] == [2.0, 1.0, 5.0]
+    assert list(ax.lines[1].get_xdata()) == [1e-4, 1e-4]
+    assert ax.lines[1].get_label() == "suggestion: 0.0001"
+
+
+def test_a_curve_that_cannot_be_written(tmp_path):
+    (tmp_path / "curves.png").mkdir()
+    with pytest.raises(tsa.RunError, match="curves.png: cannot be written: Is a directory"):
+        tsa.draw_curves(tmp_path / "curves.png", "title", [epoch_row()])

@@ -49,20 +49,25 @@ def make_work(model, accumulate, **switches):
     return tsa.Work(model, nn.CrossEntropyLoss(), optimizer, accumulate, **switches)
 
 
+def make_stream(batches):
+    return tsa.Batches(as_loaded(batches), len(batches))
+
+
 def train_through_lanes(plan, model, batches, accumulate, schedule="sequential", **switches):
     """The loss of each micro-batch."""
     work = make_work(model, accumulate, **switches)
-    stream = tsa.Batches(as_loaded(batches), len(batches))
     torch.manual_seed(3)
     with tsa.Lanes(plan, ()) as lanes:
-        return [loss for step in tsa.SCHEDULES[schedule](lanes, work, stream) for loss in step]
+        steps = list(tsa.SCHEDULES[schedule](lanes, work, make_stream(batches)))
+    return [scores.loss for step in steps for scores in step]
 
 
-def train_plainly(threads, model, batches, accumulate, update_age=0):
+def train_plainly(threads, model, batches, accumulate, update_age=0, epoch_steps=None):
     """A plain PyTorch loop, no lanes, with a given number of threads.
 
     With `update_age` 1 it simulates weights that are one update old: a step's gradients are those
-    of the weights before the step before, and go to the weights of today.
+    of the weights before the step before, and go to the weights of today. The first step of an
+    epoch has no step before it.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -72,8 +77,9 @@ def train_plainly(threads, model, batches, accumulate, update_age=0):
     history = [[parameter.detach().clone() for parameter in parameters]]
     losses = []
     stream = iter(batches)
-    for _ in range(len(batches) // accumulate):
-        set_values(parameters, history[max(0, len(history) - 1 - update_age)])
+    for step in range(len(batches) // accumulate):
+        first = step - step % (epoch_steps or len(batches))
+        set_values(parameters, history[max(first, step - update_age)])
         for _ in range(accumulate):
             images, targets = next(stream)
             loss = nn.functional.cross_entropy(model(images), targets)
@@ -146,6 +152,22 @@ def test_delayed_is_bitwise_equal_to_weights_one_update_old(accumulate, threads,
     assert_same_state(model, reference)
 
 
+def test_an_epoch_begins_with_the_weights_of_today(split_plan):
+    """The pipeline of `delayed` is empty at the end of an epoch."""
+    batches = make_batches(6, side=16)
+    model, reference = make_tiny_model(), make_tiny_model()
+    expected = train_plainly(1, reference, batches, 1, update_age=1, epoch_steps=3)
+    work = make_work(model, 1)
+    torch.manual_seed(3)
+    losses = []
+    with tsa.Lanes(with_threads(split_plan, 1), ()) as lanes:
+        for epoch in (batches[:3], batches[3:]):
+            losses += [scores.loss for (scores,) in tsa.delayed(lanes, work, make_stream(epoch))]
+            assert work.ahead is None
+    assert losses == expected
+    assert_same_state(model, reference)
+
+
 def test_the_simulation_of_old_weights_differs_from_training_with_new_ones():
     batches = make_batches(4, side=16)
     first, second = (
@@ -192,7 +214,7 @@ def test_gradients_set_to_zero_are_worth_the_same_as_none(schedule, split_plan):
 
 def records_of(schedule, plan, accumulate, steps):
     work = make_work(make_model(), accumulate)
-    stream = tsa.Batches(as_loaded(make_batches(steps * accumulate)), steps * accumulate)
+    stream = make_stream(make_batches(steps * accumulate))
     with tsa.Lanes(plan, ()) as lanes:
         for _ in tsa.SCHEDULES[schedule](lanes, work, stream):
             pass
@@ -370,7 +392,7 @@ def test_a_loss_that_is_not_finite_updates_nothing(bad, schedule, split_plan):
     model = make_model()
     before = copy.deepcopy(model.state_dict())
     (images, targets), *good = make_batches(4)
-    stream = tsa.Batches(as_loaded([(images * bad, targets), *good]), 4)
+    stream = make_stream([(images * bad, targets), *good])
     work = make_work(model, 2)
     with tsa.Lanes(split_plan, ()) as lanes, pytest.raises(tsa.NonFiniteLoss, match="nan|inf"):
         next(tsa.SCHEDULES[schedule](lanes, work, stream))
@@ -398,22 +420,194 @@ def test_an_exception_comes_out_with_its_traceback(phase, schedule, split_plan, 
     assert not [thread for thread in threading.enumerate() if "lane" in thread.name]
 
 
-@ALL_SCHEDULES
-@pytest.mark.parametrize("phases", range(1, 12))
-def test_a_stop_at_any_phase_ends_both_lanes(phases, schedule, split_plan):
-    asked = []
+# What a step consists of
 
-    def check_stop():
-        asked.append(None)
-        if len(asked) > phases:
-            raise tsa.Stopped(2)
 
+def make_linear():
+    """Two weights of 0, with gradients of 3 and 4: a norm of 5."""
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    return model
+
+
+def make_update(model, **parts):
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    return tsa.Work(model, nn.CrossEntropyLoss(), optimizer, **parts), optimizer
+
+
+def test_an_update_measures_clips_steps_and_then_looks_ahead():
+    model = make_linear()
+    flow, average = tsa.GradientFlow(model), tsa.MovingAverage(model, 0.75)
+    work, optimizer = make_update(model, flow=flow, average=average, clip_grad_norm=1.0)
+    work.scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
+    work.update()
+    assert flow.take() == {"weight": 5.0}, "before clipping"
+    moved = torch.tensor([[-0.6, -0.8]])
+    torch.testing.assert_close(model.weight, moved, msg="clipped, and with the rate of this step")
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1), "the rate of the next one"
+    torch.testing.assert_close(average.values["weight"], moved / 4)
+    assert model.weight.grad is None
+
+
+def test_an_update_without_any_of_that():
+    work, _ = make_update(make_linear())
+    work.update()
+    assert work.model.weight.tolist() == [[-3.0, -4.0]]
+
+
+@pytest.mark.parametrize("grads_to_none", [True, False])
+def test_an_update_with_the_gradients_of_a_copy(grads_to_none):
+    work, _ = make_update(make_linear(), grads_to_none=grads_to_none)
+    copied = work.copy_weights()
+    copied["weight"].grad = torch.tensor([[1.0, 2.0]])
+    work.update(copied)
+    assert work.model.weight.tolist() == [[-1.0, -2.0]]
+    assert copied["weight"].tolist() == [[0.0, 0.0]]
+    left = copied["weight"].grad
+    assert left is None if grads_to_none else left.tolist() == [[0.0, 0.0]]
+
+
+def test_clipping_leaves_short_gradients_alone():
+    work, _ = make_update(make_linear(), clip_grad_norm=5.1)
+    work.update()
+    assert work.model.weight.tolist() == [[-3.0, -4.0]]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_delayed_has_begun_is_told_apart_from_what_is_done(accumulate, split_plan):
+    """After k steps, with step k + 1 begun, stands what a run of k steps leaves behind."""
+    batches = make_batches(4 * accumulate, side=16)
+    done = []
+    for steps in range(5):
+        model = make_tiny_model()
+        if steps:
+            some = batches[: steps * accumulate]
+            train_through_lanes(split_plan, model, some, accumulate, "delayed")
+        done.append((model, torch.get_rng_state()))
+    work = make_work(make_tiny_model(), accumulate)
+    torch.manual_seed(3)
+    with tsa.Lanes(split_plan, ()) as lanes:
+        for step, _ in enumerate(tsa.delayed(lanes, work, make_stream(batches)), start=1):
+            model, random_state = done[step]
+            for name, value in model.state_dict().items():
+                assert torch.equal(work.values()[name], value), (step, name)
+            assert (work.ahead is None) == (step == 4), "the pipeline is drained"
+            if work.ahead:
+                assert torch.equal(work.ahead.random_state, random_state)
+                for name, weight in done[step - 1][0].named_parameters():
+                    assert torch.equal(work.ahead.weights[name], weight), "one update old"
+                running_mean = work.model.state_dict()["1.running_mean"]
+                assert not torch.equal(running_mean, work.values()["1.running_mean"])
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "overlap"])
+def test_other_schedules_begin_nothing(schedule, split_plan):
     work = make_work(make_tiny_model(), 2)
-    stream = tsa.Batches(as_loaded(make_batches(8, side=16)), 8)
-    with pytest.raises(tsa.Stopped), tsa.Lanes(split_plan, (), check_stop) as lanes:
-        for _ in tsa.SCHEDULES[schedule](lanes, work, stream):
-            pass
-    assert not [thread for thread in threading.enumerate() if "lane" in thread.name]
+    with tsa.Lanes(split_plan, ()) as lanes:
+        for _ in tsa.SCHEDULES[schedule](lanes, work, make_stream(make_batches(4, side=16))):
+            assert work.ahead is None
+            for name, value in work.model.state_dict().items():
+                assert torch.equal(work.values()[name], value)
+
+
+# Scores
+
+
+LOGITS = torch.tensor(
+    [
+        [9.0, 8.0, 7.0, 6.0, 5.0, 4.0],
+        [4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+        [0.0, 0.0, 0.0, 9.0, 0.0, -1.0],
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("targets", "top1", "top5"),
+    [
+        ([0, 5, 3], 3, 3),
+        ([4, 1, 3], 1, 3),
+        ([5, 0, 5], 0, 0),
+        ([0, 4, 5], 1, 2),
+    ],
+)
+def test_right_answers(targets, top1, top5):
+    assert tsa.score(0.5, LOGITS, torch.tensor(targets)) == tsa.Scores(0.5, 3, top1, top5)
+
+
+def test_of_mixed_images_the_larger_share_is_right():
+    targets = torch.tensor(
+        [
+            [0.7, 0.3, 0.0, 0.0, 0.0, 0.0],
+            [0.4, 0.0, 0.0, 0.0, 0.0, 0.6],
+            [0.9, 0.0, 0.0, 0.1, 0.0, 0.0],
+        ]
+    )
+    assert tsa.score(0.5, LOGITS, targets) == tsa.Scores(0.5, 3, 2, 3)
+
+
+def test_with_fewer_than_five_classes_all_are_among_the_first_five():
+    targets = torch.tensor([1, 1, 2])
+    assert tsa.score(0.5, LOGITS[:, :3], targets) == tsa.Scores(0.5, 3, 0, 3)
+
+
+def test_scores_keep_no_graph():
+    logits = LOGITS.clone().requires_grad_()
+    scores = tsa.score(0.5, logits, torch.tensor([0, 5, 3]))
+    assert all(type(value) in (int, float) for value in dataclasses.astuple(scores))
+
+
+def make_evaluated(**parts):
+    """A model with all that an evaluation could change, and a batch."""
+    work = make_work(make_tiny_model(), 1, **parts)
+    work.model.eval()
+    return work, make_batches(1, side=16)[0]
+
+
+def test_an_evaluation_changes_nothing():
+    work, (images, targets) = make_evaluated()
+    before, random_state = copy.deepcopy(work.model), torch.get_rng_state()
+    scores, predicted = work.evaluate((images, targets))
+    assert_same_state(work.model, before)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(weight.grad is None for weight in work.model.parameters())
+    assert work.evaluate((images, targets))[0] == scores
+    with torch.no_grad():
+        logits = before(images)
+    assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
+    assert predicted.tolist() == logits.argmax(1).tolist()
+    assert scores.top1 == (predicted == targets).sum()
+
+
+def test_an_evaluation_is_of_the_moving_average_if_there_is_one():
+    work, batch = make_evaluated()
+    own, _ = work.evaluate(batch)
+    work.average = tsa.MovingAverage(work.model, 0.9)
+    assert work.evaluate(batch)[0] == own
+    work.average.values["9.weight"].zero_()
+    work.average.values["9.bias"].copy_(torch.arange(10.0))
+    before = copy.deepcopy(work.average.values)
+    scores, predicted = work.evaluate(batch)
+    assert predicted.tolist() == [9, 9, 9, 9]
+    assert scores.loss != own.loss
+    assert all(torch.equal(value, before[name]) for name, value in work.average.values.items())
+
+
+def test_an_evaluation_uses_the_buffers_of_the_moving_average():
+    work, batch = make_evaluated()
+    own, _ = work.evaluate(batch)
+    work.average = tsa.MovingAverage(work.model, 0.9)
+    work.average.values["4.running_var"].fill_(100.0)
+    assert work.evaluate(batch)[0].loss != own.loss
+
+
+def test_an_evaluation_measures_plain_cross_entropy():
+    """Not the loss that is trained, which may be smoothed."""
+    work, batch = make_evaluated()
+    plain, _ = work.evaluate(batch)
+    work.loss = nn.CrossEntropyLoss(label_smoothing=0.5)
+    assert work.evaluate(batch)[0] == plain
 
 
 @pytest.mark.parametrize(

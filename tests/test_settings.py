@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -75,10 +76,393 @@ def test_what_is_no_count(text):
         tsa.COUNT(text)
 
 
+@pytest.mark.parametrize(("minimum", "text"), [(0, "0"), (1, "1"), (2, "2"), (2, "2147483647")])
+def test_counts(minimum, text):
+    assert tsa.whole_number(minimum)(text) == int(text)
+
+
+@pytest.mark.parametrize(
+    ("minimum", "text"), [(0, "-1"), (1, "0"), (2, "1"), (0, "2147483648"), (0, "1.0")]
+)
+def test_what_is_no_count_from_a_minimum(minimum, text):
+    message = f"'{text}' is not a whole number from {minimum} to 2147483647"
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        tsa.whole_number(minimum)(text)
+
+
 @pytest.mark.parametrize("text", ["-0.1", "nan", "inf", "x", ""])
 def test_what_is_no_rate(text):
     with pytest.raises(argparse.ArgumentTypeError, match="not a number of 0 or more"):
         tsa.not_negative(text)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (tsa.not_negative, "0", 0.0),
+        (tsa.not_negative, "1e-6", 1e-6),
+        (tsa.share, "0", 0.0),
+        (tsa.share, "1", 1.0),
+        (tsa.PART, "1", 1.0),
+        (tsa.PART, "0.2", 0.2),
+        (tsa.PERCENT, "100", 100.0),
+        (tsa.PERCENT, "97.5", 97.5),
+        (tsa.below_1, "0", 0.0),
+        (tsa.below_1, "0.9999", 0.9999),
+        (tsa.below_1, "0.999999", 0.999999),
+    ],
+)
+def test_numbers(parse, text, value):
+    assert parse(text) == value
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "allowed"),
+    [
+        (tsa.share, "-0.01", "a number from 0 to 1"),
+        (tsa.share, "1.01", "a number from 0 to 1"),
+        (tsa.share, "nan", "a number from 0 to 1"),
+        (tsa.PART, "0", "above 0 and up to 1"),
+        (tsa.PART, "1.01", "above 0 and up to 1"),
+        (tsa.PART, "x", "above 0 and up to 1"),
+        (tsa.PERCENT, "0", "above 0 and up to 100"),
+        (tsa.PERCENT, "100.1", "above 0 and up to 100"),
+        (tsa.PERCENT, "nan", "above 0 and up to 100"),
+        (tsa.below_1, "-0.1", "a number of 0 or more and below 1"),
+        (tsa.below_1, "1", "a number of 0 or more and below 1"),
+        (tsa.below_1, "nan", "a number of 0 or more and below 1"),
+    ],
+)
+def test_what_is_no_such_number(parse, text, allowed):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not {allowed}"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "epochs"), [("1", (1,)), ("30,60,80", (30, 60, 80)), ("102,154", (102, 154))]
+)
+def test_milestones(text, epochs):
+    assert tsa.parse_milestones(text) == epochs
+
+
+@given(st.sets(st.integers(1, 999_999), min_size=1))
+def test_milestones_come_back_as_they_are_written(epochs):
+    ascending = sorted(epochs)
+    assert tsa.parse_milestones(",".join(map(str, ascending))) == tuple(ascending)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "0,5", "30,30", "60,30", "30,", ",30", "30;60", "a", "-1", "1.5", "٣", "1,,2"]
+)
+def test_what_are_no_milestones(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="list of ascending epochs such as"):
+        tsa.parse_milestones(text)
+
+
+# Options that contradict each other
+
+
+def message_for(**settings):
+    """What check_settings says against some settings; nothing if it lets them pass."""
+    try:
+        tsa.check_settings(tsa.Settings(**settings))
+    except tsa.UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_res": 128}, "--min-res and --end-ramp belong together: give both"),
+        ({"end_ramp": 5}, "--min-res and --end-ramp belong together: give both"),
+        ({"max_res": 224}, "--max-res 224 needs --min-res, where the ramp begins"),
+        (
+            {"min_res": 100, "end_ramp": 5},
+            "--min-res 100 --max-res 224: multiples of 32 are allowed, the smaller one first",
+        ),
+        (
+            {"min_res": 128, "max_res": 200, "end_ramp": 5},
+            "--min-res 128 --max-res 200: multiples of 32 are allowed, the smaller one first",
+        ),
+        (
+            {"min_res": 224, "max_res": 128, "end_ramp": 5},
+            "--min-res 224 --max-res 128: multiples of 32 are allowed, the smaller one first",
+        ),
+        (
+            {"min_res": 128, "image_size": 96, "end_ramp": 5},
+            "--min-res 128 --max-res 96: multiples of 32 are allowed, the smaller one first",
+        ),
+        (
+            {"min_res": 128, "max_res": 192, "image_size": 224, "end_ramp": 5},
+            "--image-size 224 --max-res 192: give one of them",
+        ),
+        ({"min_res": 128, "end_ramp": 5}, None),
+        ({"min_res": 128, "max_res": 192, "end_ramp": 5}, None),
+        ({"min_res": 224, "max_res": 224, "end_ramp": 1}, None),
+        ({"min_res": 128, "max_res": 192, "image_size": 192, "end_ramp": 5}, None),
+        ({"image_size": 100}, None),
+    ],
+)
+def test_progressive_resizing_has_to_be_a_ramp(settings, message):
+    assert message_for(**settings) == message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr_warmup_epochs": 5}, "--lr-warmup-epochs 5 needs --epochs"),
+        (
+            {"lr_warmup_epochs": 5, "epochs": 9, "lr_scheduler": "onecycle"},
+            "--lr-warmup-epochs 5: onecycle has a warm-up of its own",
+        ),
+        (
+            {"lr_warmup_epochs": 5, "epochs": 5},
+            "--lr-warmup-epochs 5: fewer than --epochs 5 are allowed",
+        ),
+        (
+            {
+                "lr_warmup_epochs": 4,
+                "epochs": 9,
+                "lr_scheduler": "multistep",
+                "lr_milestones": (4, 6),
+            },
+            "--lr-milestones 4,...: the first is within the warm-up of 4",
+        ),
+        ({"lr_warmup_epochs": 5, "epochs": 6}, None),
+        ({"epochs": 9, "lr_scheduler": "onecycle"}, None),
+        ({"lr_warmup_epochs": 4, "epochs": 9, "lr_milestones": (4, 6)}, None),
+        (
+            {
+                "lr_warmup_epochs": 3,
+                "epochs": 9,
+                "lr_scheduler": "multistep",
+                "lr_milestones": (4, 6),
+            },
+            None,
+        ),
+    ],
+)
+def test_a_course_of_the_learning_rate_has_to_be_possible(settings, message):
+    assert message_for(**settings) == message
+
+
+OUT = Path("out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"save_steps": 5}, "--save-steps needs --output-dir, where checkpoints are"),
+        ({"mirror": "memory://x"}, "--mirror needs --output-dir, where checkpoints are"),
+        ({"resume": Path("auto")}, "--resume auto needs --output-dir, where checkpoints are"),
+        (
+            {"resume": Path("a.pt"), "init_from": Path("b.pt")},
+            "--resume a.pt and --init-from b.pt: give one",
+        ),
+        ({"test_only": True}, "--test-only needs --resume, the checkpoint to evaluate"),
+        (
+            {"recipe": "imagenet-full"},
+            "--recipe imagenet-full starts from trained weights: give --init-from PATH",
+        ),
+        (
+            {"recipe": "imagenet-finetune"},
+            "--recipe imagenet-finetune starts from trained weights: give --init-from PATH",
+        ),
+        ({"save_steps": 5, "output_dir": OUT}, None),
+        ({"mirror": "memory://x", "output_dir": OUT}, None),
+        ({"resume": Path("auto"), "output_dir": OUT}, None),
+        ({"resume": Path("a.pt")}, None),
+        ({"resume": Path("auto"), "output_dir": OUT, "init_from": Path("b.pt")}, None),
+        ({"test_only": True, "resume": Path("a.pt")}, None),
+        ({"recipe": "imagenet-full", "init_from": Path("a.pt")}, None),
+        ({"recipe": "imagenet-full", "resume": Path("a.pt")}, None),
+    ],
+)
+def test_checkpoint_options_need_each_other(settings, message):
+    assert message_for(**settings) == message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"download": True}, "--download needs --data-path, the folder to put CIFAR-10 into"),
+        ({"subset": 0.2}, "--subset 0.2 needs --data-path: synthetic images are made"),
+        ({"early_stopping": 3}, "--early-stopping 3 needs --epochs"),
+        ({"target_top1": 97.5}, "--target-top1 97.5 needs --epochs"),
+        ({"download": True, "data_path": Path("data")}, None),
+        ({"subset": 0.2, "data_path": Path("data")}, None),
+        ({"early_stopping": 3, "target_top1": 97.5, "epochs": 9}, None),
+        ({"epochs": 9, "steps": 7}, None),
+    ],
+)
+def test_options_that_need_data_or_epochs(settings, message):
+    assert message_for(**settings) == message
+
+
+# Recipes
+
+
+def with_recipe(name, *options):
+    """The settings of a recipe, with what it needs and further options."""
+    needs = ["--init-from", "w.pt"] if name in tsa.FROM_CHECKPOINT else []
+    return tsa.parse_arguments(["--recipe", name, "--data-path", "data", *needs, *options])[1]
+
+
+# Every setting that decides what is computed, where it is not that of the plain program.
+IN_FORCE = {
+    "imagenet": {
+        "epochs": 90,
+        "accumulate": 8,
+        "lr_scheduler": "cosine",
+        "lr_warmup_epochs": 5,
+        "auto_augment": "ra",
+        "mixup_alpha": 0.2,
+        "cutmix_alpha": 1.0,
+        "label_smoothing": 0.1,
+        "save_freq": 5,
+    },
+    "imagenet-subset": {
+        "epochs": 30,
+        "accumulate": 4,
+        "subset": 0.2,
+        "image_size": 128,
+        "opt": "adam",
+        "lr": 0.001,
+        "lr_scheduler": "onecycle",
+        "color_jitter": 0.4,
+    },
+    "imagenet-finetune": {
+        "epochs": 30,
+        "accumulate": 4,
+        "min_res": 128,
+        "max_res": 224,
+        "end_ramp": 20,
+        "lr": 0.01,
+        "lr_scheduler": "cosine",
+        "auto_augment": "ra",
+        "mixup_alpha": 0.2,
+        "cutmix_alpha": 1.0,
+        "init_from": Path("w.pt"),
+    },
+    "imagenet-full": {
+        "epochs": 60,
+        "accumulate": 4,
+        "lr": 0.02,
+        "lr_scheduler": "cosine",
+        "lr_warmup_epochs": 2,
+        "label_smoothing": 0.1,
+        "clip_grad_norm": 1.0,
+        "model_ema": True,
+        "init_from": Path("w.pt"),
+    },
+    "cifar10": {
+        "model": "resnet56",
+        "epochs": 205,
+        "batch_size": 128,
+        "lr": 0.1,
+        "lr_scheduler": "multistep",
+        "lr_milestones": (102, 154),
+    },
+    "hybrid": {
+        "model": "hybrid",
+        "epochs": 70,
+        "opt": "adamw",
+        "lr": 0.0001,
+        "weight_decay": 0.01,
+        "lr_scheduler": "warm-restarts",
+        "min_lr": 1e-6,
+        "label_smoothing": 0.1,
+    },
+}
+
+
+@pytest.mark.parametrize("name", tsa.RECIPES)
+def test_what_a_recipe_sets(name):
+    expected = tsa.Settings(
+        recipe=name, data_path=Path("data"), output_dir=OUT / name, **IN_FORCE[name]
+    )
+    assert with_recipe(name) == expected
+
+
+def test_the_plain_program_has_the_other_rates_of_the_recipes():
+    plain = tsa.Settings()
+    assert (plain.model, plain.opt, plain.batch_size) == ("resnet50", "sgd", 32)
+    assert (plain.momentum, plain.weight_decay, plain.lr_gamma) == (0.9, 1e-4, 0.1)
+    assert plain.lr_restart_epochs == 10
+    assert tsa.learning_rate(with_recipe("imagenet")) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", tsa.RECIPES)
+def test_a_recipe_is_made_of_settings_with_values_that_options_allow(name):
+    """Written out as options, it is the same."""
+    options = []
+    for setting in dataclasses.fields(tsa.Settings):
+        if setting.name in tsa.recipe_defaults(name):
+            value = tsa.recipe_defaults(name)[setting.name]
+            flag = "--" + setting.name.replace("_", "-")
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            options += [flag] if value is True else [flag, text]
+    assert len(tsa.recipe_defaults(name)) == len([one for one in options if one[:2] == "--"])
+    needs = ["--init-from", "w.pt"] if name in tsa.FROM_CHECKPOINT else []
+    _, spelled_out = tsa.parse_arguments([*options, "--data-path", "data", *needs])
+    assert spelled_out == dataclasses.replace(with_recipe(name), recipe=None)
+
+
+OTHER_VALUES = {
+    "output_dir": (["--output-dir", "elsewhere"], Path("elsewhere")),
+    "model": (["--model", "resnet18"], "resnet18"),
+    "epochs": (["--epochs", "33"], 33),
+    "batch_size": (["-b", "6"], 6),
+    "accumulate": (["--accumulate", "3"], 3),
+    "subset": (["--subset", "1"], 1.0),
+    "image_size": (["--image-size", "96"], 96),
+    "min_res": (["--min-res", "64"], 64),
+    "max_res": (["--max-res", "256"], 256),
+    "end_ramp": (["--end-ramp", "7"], 7),
+    "auto_augment": (["--auto-augment", "none"], "none"),
+    "color_jitter": (["--color-jitter", "0"], 0.0),
+    "mixup_alpha": (["--mixup-alpha", "0"], 0.0),
+    "cutmix_alpha": (["--cutmix-alpha", "0"], 0.0),
+    "opt": (["--opt", "adamw"], "adamw"),
+    "lr": (["--lr", "0.3"], 0.3),
+    "weight_decay": (["--weight-decay", "0"], 0.0),
+    "lr_scheduler": (["--lr-scheduler", "step"], "step"),
+    "lr_warmup_epochs": (["--lr-warmup-epochs", "0"], 0),
+    "lr_milestones": (["--lr-milestones", "5,9"], (5, 9)),
+    "min_lr": (["--min-lr", "0"], 0.0),
+    "label_smoothing": (["--label-smoothing", "0"], 0.0),
+    "clip_grad_norm": (["--clip-grad-norm", "9"], 9.0),
+    "model_ema": (["--no-model-ema"], False),
+    "save_freq": (["--save-freq", "1"], 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting"),
+    [(name, setting) for name in tsa.RECIPES for setting in tsa.recipe_defaults(name)],
+)
+def test_any_option_overrides_a_recipe(recipe, setting):
+    options, value = OTHER_VALUES[setting]
+    if setting == "opt" and recipe == "hybrid":
+        options, value = ["--opt", "sgd"], "sgd"
+    before = with_recipe(recipe)
+    assert getattr(before, setting) != value
+    assert with_recipe(recipe, *options) == dataclasses.replace(before, **{setting: value})
+
+
+def test_an_option_overrides_a_recipe_that_comes_later():
+    _, settings = tsa.parse_arguments("--no-model-ema --recipe imagenet-full --resume a.pt".split())
+    assert settings.model_ema is False
+    assert settings.epochs == 60
+
+
+def test_a_value_that_is_the_program_s_own_default_overrides_a_recipe_too():
+    assert with_recipe("cifar10", "-b", "32").batch_size == 32
+    assert with_recipe("hybrid", "--model", "resnet50", "--opt", "sgd").model == "resnet50"
+
+
+# Help
 
 
 def test_help_lists_every_option_with_its_default():
@@ -88,7 +472,32 @@ def test_help_lists_every_option_with_its_default():
         assert f"--{switched_off}{setting.name.replace('_', '-')}" in text
         assert setting.metadata["help"] in text
     assert "(default: resnet50)" in text
-    assert "(default: 0.0125)" in text
+    assert "(default: 0.9999)" in text
+    assert "(default: 30,60,80)" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("imagenet", "--output-dir out/imagenet --epochs 90 --batch-size 32 --accumulate 8"),
+        ("imagenet-subset", "--subset 0.2 --image-size 128 --opt adam --lr 0.001"),
+        ("imagenet-finetune", "--min-res 128 --max-res 224 --end-ramp 20 --lr 0.01"),
+        ("imagenet-full", "--label-smoothing 0.1 --clip-grad-norm 1.0 --model-ema"),
+        ("cifar10", "--lr 0.1 --lr-scheduler multistep --lr-milestones 102,154"),
+        ("hybrid", "--lr-scheduler warm-restarts --min-lr 1e-06 --label-smoothing 0.1"),
+    ],
+)
+def test_help_lists_every_recipe(recipe, options):
+    text = tsa.build_parser().format_help()
+    _, _, below = text.partition(f"\n  {recipe}:\n")
+    listed, _, _ = below.partition(":\n")
+    assert options in " ".join(listed.split())
+
+
+def test_help_lists_every_command():
+    text = tsa.build_parser().format_help()
+    for command in ("train", "plan", "find-lr", "compare"):
+        assert f"\n  {command:8} " in text
 
 
 def test_the_parser_takes_its_defaults_from_settings():

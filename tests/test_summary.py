@@ -9,11 +9,15 @@ import train_split_affinity as tsa
 
 
 def test_a_step_in_metrics():
-    line = step(3, stray_s=0.25, cpu_s=0.15).as_metrics()
+    counted = {"top1": 3, "top5": 7, "lr": 0.25}
+    line = dataclasses.replace(step(3, stray_s=0.25, cpu_s=0.15), **counted).as_metrics()
     expected = {
         "step": 3,
         "loss": 2.0,
         "images": 8,
+        "top1": 3,
+        "top5": 7,
+        "lr": 0.25,
         "step_s": 0.4,
         "forward_s": 0.1,
         "backward_s": 0.2,

@@ -1,49 +1,90 @@
 """Training runs inside this process. Run: python -m pytest tests/test_training.py"""
 
+import copy
 import dataclasses
+import functools
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
 import threading
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import needs_two_cpus
+from cifar import accept, make_cifar_digits
+from conftest import needs_two_cpus, read_metrics, small_model
+from torch import nn
 
 import train_split_affinity as tsa
-from train_split_affinity import Settings
+from train_split_affinity import Progress, Scores, Settings
 
 TINY = Settings(
-    model="resnet18", image_size=32, batch_size=4, num_classes=5, workers=0, steps=3, lr=0.01
+    model="small", image_size=32, batch_size=4, num_classes=5, workers=0, steps=3, lr=0.01
 )
+
+
+ALL_SCHEDULES = pytest.mark.parametrize(
+    "schedule", [pytest.param(name, marks=needs_two_cpus) for name in tsa.SCHEDULES]
+)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """`--model small`."""
+    monkeypatch.setitem(tsa.OWN_MODELS, "small", small_model)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing them takes longer than a run."""
+    for name in ("draw_timelines", "draw_curves", "draw_gradients"):
+        monkeypatch.setattr(tsa, name, lambda *args: None)
+
+
+def with_plan(function, settings):
+    topology = tsa.read_topology()
+    return function(settings, topology, tsa.plan_cores(topology, settings))
 
 
 def train(**settings):
-    chosen = dataclasses.replace(TINY, **settings)
-    topology = tsa.read_topology()
-    return tsa.train(chosen, topology, tsa.plan_cores(topology, chosen))
+    return with_plan(tsa.train, dataclasses.replace(TINY, **settings))
 
 
-def metrics(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture
+def epochs(photos_with_val):
+    """Settings of two epochs with three steps each, and a validation of twelve images."""
+    return {
+        "data_path": photos_with_val,
+        "num_classes": None,
+        "steps": None,
+        "epochs": 2,
+        "lr": 0.05,
+        "split": "none",
+        "precision": "fp32",
+    }
 
 
 @pytest.mark.parametrize(
-    ("settings", "images", "steps"),
+    ("settings", "batches", "steps"),
     [
-        ({"steps": 7}, 100, 7),
-        ({"steps": None}, 100, 50),
-        ({"steps": None, "epochs": 3}, 100, 75),
-        ({"steps": None, "epochs": 3}, 103, 75),
-        ({"steps": None, "epochs": 1, "accumulate": 4}, 100, 6),
-        ({"steps": None, "epochs": 2, "accumulate": 4}, 100, 12),
-        ({"steps": None, "epochs": 1, "accumulate": 50}, 100, 1),
+        ({"steps": 7}, 25, 7),
+        ({"steps": None}, 25, 50),
+        ({"steps": None, "epochs": 3}, 25, 75),
+        ({"steps": None, "epochs": 1, "accumulate": 4}, 25, 6),
+        ({"steps": None, "epochs": 2, "accumulate": 4}, 25, 12),
+        ({"steps": None, "epochs": 1, "accumulate": 25}, 25, 1),
+        ({"steps": 7, "epochs": 3}, 25, 7),
+        ({"steps": 99, "epochs": 3}, 25, 75),
+        ({"steps": 99, "epochs": None, "accumulate": 4}, 25, 99),
     ],
 )
-def test_how_many_steps(settings, images, steps):
-    assert tsa.steps_to_train(dataclasses.replace(TINY, **settings), images) == steps
+def test_how_many_steps(settings, batches, steps):
+    chosen = dataclasses.replace(TINY, **settings)
+    assert tsa.total_steps(chosen, batches) == steps
 
 
 @needs_two_cpus
@@ -57,7 +98,7 @@ def test_one_seed_gives_one_result(in_tmp, split, workers, photos):
         model = train(
             split=split, workers=workers, output_dir=directory, data_path=photos, num_classes=None
         )
-        losses = [line["loss"] for line in metrics(directory) if line["type"] == "step"]
+        losses = [line["loss"] for line in read_metrics(directory) if line["type"] == "step"]
         runs.append((losses, model.state_dict()))
     assert runs[0][0] == runs[1][0]
     for name, value in runs[0][1].items():
@@ -66,13 +107,13 @@ def test_one_seed_gives_one_result(in_tmp, split, workers, photos):
 
 def test_another_seed_gives_another_result(in_tmp):
     first, second = (train(split="none", steps=1, seed=seed) for seed in (0, 1))
-    assert not torch.equal(first.fc.weight, second.fc.weight)
+    assert not torch.equal(first[6].weight, second[6].weight)
 
 
 @needs_two_cpus
 def test_what_a_run_writes(in_tmp, photos):
     train(data_path=photos, num_classes=None, output_dir=in_tmp / "out", accumulate=2)
-    run, *steps, summary = metrics(in_tmp / "out")
+    run, *steps, summary = read_metrics(in_tmp / "out")
     assert run["type"] == "run"
     assert run["settings"]["num_classes"] == 2
     assert run["settings"]["steps"] == 3
@@ -93,26 +134,37 @@ def test_what_a_run_writes(in_tmp, photos):
     assert "- outcome: finished after 3 of 3 steps" in log
 
 
-def test_runs_are_appended(in_tmp):
-    for _ in range(2):
-        train(split="none", steps=1, output_dir=in_tmp)
+def test_a_run_that_goes_on_is_appended(in_tmp, no_pictures):
+    train(split="none", steps=1, output_dir=in_tmp)
+    train(split="none", steps=2, output_dir=in_tmp, resume=Path("auto"))
     log = (in_tmp / "logs.md").read_text()
     assert log.count("# Training log\n") == 1
     assert log.count("\n## ") == 2
-    assert [line["type"] for line in metrics(in_tmp)] == ["run", "step", "summary"] * 2
+    assert [line["type"] for line in read_metrics(in_tmp)] == ["run", "step", "summary"] * 2
+    assert [line["resumed_at_step"] for line in read_metrics(in_tmp, "run")] == [0, 1]
+    assert [line["step"] for line in read_metrics(in_tmp, "step")] == [1, 2]
+
+
+def test_a_new_run_does_not_take_the_place_of_an_earlier_one(in_tmp, no_pictures):
+    train(split="none", steps=1, output_dir=in_tmp)
+    before = {path.name: path.read_bytes() for path in in_tmp.iterdir()}
+    with pytest.raises(tsa.UserError, match="has the checkpoints of an earlier run: go on with it"):
+        train(split="none", steps=2, output_dir=in_tmp)
+    assert {path.name: path.read_bytes() for path in in_tmp.iterdir()} == before
 
 
 def test_the_loss_falls(in_tmp, photos):
     """The same 12 crops 20 times; medians, since a crop of mere sky can still raise the loss."""
-    train(data_path=photos, num_classes=None, batch_size=12, steps=20, output_dir=in_tmp)
-    losses = [line["loss"] for line in metrics(in_tmp) if line["type"] == "step"]
+    asked = {"model": "resnet18", "batch_size": 12, "steps": 20}
+    train(data_path=photos, num_classes=None, output_dir=in_tmp, **asked)
+    losses = [line["loss"] for line in read_metrics(in_tmp) if line["type"] == "step"]
     assert statistics.median(losses[-9:]) < 0.5 * statistics.median(losses[:3])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(in_tmp):
     with pytest.raises(tsa.RunError, match=r"step [23]: the loss is (nan|inf)"):
         train(split="none", steps=9, lr=1e30, output_dir=in_tmp)
-    *_, summary = metrics(in_tmp)
+    *_, summary = read_metrics(in_tmp)
     assert summary["type"] == "summary"
     assert "the loss is" in summary["outcome"]
     assert "the loss is" in (in_tmp / "logs.md").read_text()
@@ -127,21 +179,74 @@ def test_a_broken_image_stops_the_run(in_tmp, photos, tmp_path):
     assert f"broken image {broken}" in (in_tmp / "logs.md").read_text()
 
 
+def interrupt(monkeypatch, method, call, signum=signal.SIGTERM):
+    """Send this process one signal, in a call of a method of Work, counted from 1."""
+    original, count = getattr(tsa.Work, method), itertools.count(1)
+
+    def interrupted(self, *args):
+        if next(count) == call:
+            os.kill(os.getpid(), signum)
+        return original(self, *args)
+
+    monkeypatch.setattr(tsa.Work, method, interrupted)
+
+
+def state_of(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+@ALL_SCHEDULES
+@pytest.mark.parametrize(
+    ("method", "call", "steps"),
+    [
+        ("forward", 1, 1),
+        ("backward", 1, 1),
+        ("backward", 3, 1),
+        ("backward", 4, 2),
+        ("update", 2, 2),
+    ],
+)
+def test_a_signal_lets_the_optimizer_step_finish(
+    in_tmp, monkeypatch, no_pictures, schedule, method, call, steps
+):
+    """What is saved is what a run of so many steps, and not one more, leaves behind."""
+    settings = {"schedule": schedule, "accumulate": 3}
+    train(**settings, steps=steps, output_dir=in_tmp / "whole")
+    interrupt(monkeypatch, method, call)
+    with pytest.raises(tsa.Stopped):
+        train(**settings, output_dir=in_tmp)
+    *_, summary = read_metrics(in_tmp)
+    assert [line["step"] for line in read_metrics(in_tmp, "step")] == [*range(1, steps + 1)]
+    assert summary["outcome"] == f"stopped by SIGTERM after {steps} of 3 steps"
+    expected = state_of(in_tmp / "whole")
+    for name, value in state_of(in_tmp)["model"].items():
+        assert torch.equal(value, expected["model"][name]), name
+    assert not [thread for thread in threading.enumerate() if "lane" in thread.name]
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_at_a_phase_boundary(in_tmp, monkeypatch, signum):
-    backward = tsa.Work.backward
-
-    def interrupted(self, output):
-        os.kill(os.getpid(), signum)
-        return backward(self, output)
-
-    monkeypatch.setattr(tsa.Work, "backward", interrupted)
+def test_a_signal_has_its_own_exit_code(in_tmp, monkeypatch, signum):
+    interrupt(monkeypatch, "backward", 1, signum)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(tsa.Stopped) as caught:
-        train(split="none", accumulate=2, output_dir=in_tmp)
+    with pytest.raises(tsa.Stopped, match=f"stopped by {signum.name}") as caught:
+        train(split="none")
     assert caught.value.exit_code == 128 + signum
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    assert metrics(in_tmp)[-1]["outcome"] == f"stopped by {signum.name} after 0 of 3 steps"
+    assert f"- outcome: stopped by {signum.name} after 1 of 3 steps" in Path("logs.md").read_text()
+
+
+def test_a_signal_ends_a_validation_between_two_batches(in_tmp, monkeypatch, no_pictures, epochs):
+    interrupt(monkeypatch, "evaluate", 2)
+    calls = []
+    evaluate = tsa.Work.evaluate
+    monkeypatch.setattr(
+        tsa.Work, "evaluate", lambda self, batch: (calls.append(1), evaluate(self, batch))[1]
+    )
+    with pytest.raises(tsa.Stopped):
+        train(**epochs, output_dir=in_tmp)
+    assert len(calls) == 2
+    assert not read_metrics(in_tmp, "epoch")
+    assert read_metrics(in_tmp)[-1]["outcome"] == "stopped by SIGTERM after 3 of 6 steps"
 
 
 def test_an_unexpected_exception_ends_the_lanes(in_tmp, monkeypatch):
@@ -186,9 +291,10 @@ def test_denormals_are_flushed_on_all_threads_of_both_lanes(split_plan, flush, l
 
 def test_the_switches_reach_the_work(one_lane_plan):
     with tsa.Lanes(one_lane_plan, ()) as lanes:
-        on = tsa.build_work(dataclasses.replace(TINY, precision="bf16"), lanes)
+        settings = dataclasses.replace(TINY, model="resnet18", precision="bf16")
+        on = tsa.build_work(settings, lanes)
         switched_off = {"channels_last": False, "fused": False, "grads_to_none": False}
-        off = tsa.build_work(dataclasses.replace(TINY, precision="fp32", **switched_off), lanes)
+        off = tsa.build_work(dataclasses.replace(settings, precision="fp32", **switched_off), lanes)
     assert (on.bf16, on.channels_last, on.grads_to_none) == (True, True, True)
     assert (off.bf16, off.channels_last, off.grads_to_none) == (False, False, False)
     for work, last in ((on, True), (off, False)):
@@ -227,7 +333,7 @@ def test_the_precision_and_its_reason(asked, bf16, chosen, reason):
 def test_the_settings_in_force_are_listed(in_tmp, monkeypatch):
     monkeypatch.setattr(tsa, "tune_allocator", lambda: "cannot be tuned here")
     train(split="none", steps=1, output_dir=in_tmp)
-    settings = metrics(in_tmp)[0]["settings"]
+    settings = read_metrics(in_tmp)[0]["settings"]
     assert settings["precision"] == ("bf16" if tsa.read_topology().bf16 else "fp32")
     assert settings["tuned_malloc"] is False
     assert settings["channels_last"] is settings["fused"] is settings["grads_to_none"] is True
@@ -243,7 +349,7 @@ def test_the_settings_in_force_are_listed(in_tmp, monkeypatch):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_overlapping_runs_from_end_to_end(in_tmp, photos, settings, workers):
     train(data_path=photos, num_classes=None, workers=workers, output_dir=in_tmp, **settings)
-    run, *steps, summary = metrics(in_tmp)
+    run, *steps, summary = read_metrics(in_tmp)
     assert summary["outcome"] == "finished after 3 of 3 steps"
     assert summary["stray_s"] == 0
     assert set(summary["busy"]) == {"forward", "backward"}
@@ -257,22 +363,6 @@ def test_overlapping_runs_from_end_to_end(in_tmp, photos, settings, workers):
     for name in ("forward", "backward", "load"):
         assert sum(event["name"] == name for event in trace) == batches
     assert (in_tmp / "timeline.png").stat().st_size > 10_000
-
-
-@needs_two_cpus
-@pytest.mark.parametrize("schedule", ["overlap", "delayed"])
-def test_a_signal_ends_an_overlapping_run(in_tmp, monkeypatch, schedule):
-    backward = tsa.Work.backward
-
-    def interrupted(self, output):
-        os.kill(os.getpid(), signal.SIGINT)
-        return backward(self, output)
-
-    monkeypatch.setattr(tsa.Work, "backward", interrupted)
-    with pytest.raises(tsa.Stopped):
-        train(schedule=schedule, accumulate=3, output_dir=in_tmp)
-    assert metrics(in_tmp)[-1]["outcome"] == "stopped by SIGINT after 0 of 3 steps"
-    assert not [thread for thread in threading.enumerate() if "lane" in thread.name]
 
 
 @needs_two_cpus
@@ -290,7 +380,9 @@ def test_dropout_and_loading_in_the_main_thread_do_not_race(in_tmp, photos):
             num_classes=None,
             output_dir=directory,
         )
-        losses[schedule] = [line["loss"] for line in metrics(directory) if line["type"] == "step"]
+        losses[schedule] = [
+            line["loss"] for line in read_metrics(directory) if line["type"] == "step"
+        ]
     assert losses["overlap"] == losses["sequential"]
 
 
@@ -304,13 +396,13 @@ def test_threads_that_stray_are_shown(in_tmp, monkeypatch, capsys):
         return forward(self, batch)
 
     monkeypatch.setattr(tsa.Work, "forward", pull_out_of_group)
-    train(output_dir=in_tmp)
+    train(model="resnet18", output_dir=in_tmp)
     captured = capsys.readouterr()
     assert captured.err.count("warning: forward: ") == 1, "once, not at every step"
     assert "strayed from cores" in captured.err
     assert "could leave the phase's cores" in captured.out
     assert "warning: forward: " in (in_tmp / "logs.md").read_text()
-    assert all(line["stray_s"] > 0 for line in metrics(in_tmp) if line["type"] == "step")
+    assert all(line["stray_s"] > 0 for line in read_metrics(in_tmp) if line["type"] == "step")
 
 
 @needs_two_cpus
@@ -325,3 +417,546 @@ def test_the_main_thread_coordinates_on_the_loader_cores(in_tmp, monkeypatch):
     train(steps=1, loader_cores=(last,))
     plan = tsa.plan_cores(tsa.read_topology(), TINY)
     assert seen == [set(plan.forward.cpus), {last}]
+
+
+# Epochs
+
+
+def test_what_a_run_over_epochs_writes(in_tmp, epochs):
+    train(**epochs, output_dir=in_tmp / "out")
+    lines = read_metrics(in_tmp / "out")
+    one_epoch = ["step", "step", "step", "epoch"]
+    assert [line["type"] for line in lines] == ["run", *one_epoch, *one_epoch, "summary"]
+    log = (in_tmp / "logs.md").read_text()
+    rows = read_metrics(in_tmp / "out", "epoch")
+    assert [row["epoch"] for row in rows] == [1, 2]
+    for row in rows:
+        assert f"\n\n{tsa.epoch_line(row)}\n\n" in log
+        assert set(row["gradient_norms"]) == {"0", "1", "6"}, "the parts that have weights"
+        assert all(norm > 0 for norm in row["gradient_norms"].values())
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["timestamp"])
+    assert lines[-1]["outcome"] == "finished after 6 of 6 steps"
+    state = state_of(in_tmp / "out")
+    history = [{"type": "epoch", **row} for row in state["progress"]["history"]]
+    assert history == rows
+    for picture in ("curves.png", "gradients.png", "timeline.png"):
+        assert (in_tmp / "out" / picture).stat().st_size > 10_000
+
+
+def test_the_training_figures_of_an_epoch_are_those_of_its_steps(in_tmp, no_pictures, epochs):
+    train(**epochs, output_dir=in_tmp)
+    steps, rows = read_metrics(in_tmp, "step"), read_metrics(in_tmp, "epoch")
+    for row, own in zip(rows, (steps[:3], steps[3:]), strict=True):
+        assert row["train_loss"] == pytest.approx(statistics.fmean(one["loss"] for one in own))
+        assert row["train_top1"] == pytest.approx(100 * sum(one["top1"] for one in own) / 12)
+        assert row["train_top5"] == 100, "of two classes"
+
+
+def test_the_learning_rate_of_an_epoch_is_that_of_its_steps(in_tmp, no_pictures, epochs):
+    settings = {"lr_scheduler": "multistep", "lr_milestones": (1,)}
+    train(**epochs, **settings, output_dir=in_tmp)
+    rates = [line["lr"] for line in read_metrics(in_tmp, "step")]
+    assert rates == pytest.approx([0.05] * 3 + [0.005] * 3)
+    assert [row["lr"] for row in read_metrics(in_tmp, "epoch")] == [rates[2], rates[5]]
+
+
+def test_a_step_of_batches_of_different_size(monkeypatch, one_lane_plan):
+    """As when broken images are left out: an image counts, not a batch."""
+    two = [Scores(1.0, 4, 3, 4), Scores(4.0, 2, 1, 2)]
+    monkeypatch.setitem(tsa.SCHEDULES, "sequential", lambda lanes, work, batches: iter([two]))
+    with tsa.Lanes(one_lane_plan, ()) as lanes:
+        settings = dataclasses.replace(TINY, precision="fp32")
+        work = tsa.build_work(settings, lanes)
+        (result,) = tsa.run_schedule(settings, lanes, work, tsa.Batches([], 0), first_step=7)
+    assert (result.step, result.loss, result.images) == (7, 2.0, 6)
+    assert (result.top1, result.top5, result.lr) == (4, 6, 0.01)
+
+
+def test_progress_adds_up_images():
+    progress = Progress()
+    progress.add_step(images=4, loss=1.0, top1=3, top5=4, batches=1)
+    progress.add_step(images=2, loss=4.0, top1=1, top5=2, batches=1)
+    assert (progress.step, progress.batches, progress.images) == (2, 2, 6)
+    assert (progress.loss_sum, progress.top1, progress.top5) == (12.0, 4, 6)
+    progress.begin_epoch()
+    assert (progress.step, progress.epoch, progress.batches, progress.images) == (2, 1, 0, 0)
+    assert (progress.loss_sum, progress.top1, progress.top5) == (0.0, 0, 0)
+
+
+def test_the_best_epochs_come_first_and_early_ones_before_equals():
+    progress = Progress()
+    for top1 in (10.0, 30.0, 20.0, 30.0, None, 40.0):
+        progress.end_epoch({"val_top1": top1}, keep_best=3)
+    assert progress.best == [(40.0, 6), (30.0, 2), (30.0, 4)]
+    assert len(progress.history) == 6
+
+
+def test_without_validation_images_there_are_no_validation_figures(
+    in_tmp, no_pictures, epochs, photos
+):
+    train(**epochs | {"data_path": photos}, output_dir=in_tmp)
+    for row in read_metrics(in_tmp, "epoch"):
+        assert row["val_loss"] is row["val_top1"] is row["val_top5"] is None
+        assert row["train_loss"] > 0
+    assert "val_loss: -  val_top1: -  val_top5: -  timestamp: " in (in_tmp / "logs.md").read_text()
+    assert not list(in_tmp.glob("best*"))
+
+
+def validation_images(epochs):
+    """All of them at once, as the program prepares them."""
+    data = tsa.open_data(dataclasses.replace(TINY, **epochs))
+    transform = tsa.validation_transform(data, 32)
+    pictures, targets = zip(*data.val, strict=True)
+    return torch.stack([transform(picture) for picture in pictures]), torch.tensor(targets)
+
+
+@ALL_SCHEDULES
+def test_the_validation_is_of_the_weights_at_the_end_of_the_epoch(
+    in_tmp, no_pictures, epochs, schedule
+):
+    asked = {"split": "even", "schedule": schedule, "accumulate": 2, "batch_size": 2}
+    model = train(**epochs | asked, output_dir=in_tmp)
+    assert model.training, "as it is left"
+    images, targets = validation_images(epochs)
+    with torch.inference_mode():
+        logits = model.eval()(images)
+    *_, row = read_metrics(in_tmp, "epoch")
+    assert row["val_loss"] == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
+    assert row["val_top1"] == pytest.approx(100 * (logits.argmax(1) == targets).sum().item() / 12)
+
+
+def test_an_evaluation_weighs_images_and_not_batches(in_tmp, epochs):
+    """Twelve images in batches of five: the last batch has two."""
+    settings = dataclasses.replace(TINY, **epochs | {"batch_size": 5})
+    images, targets = validation_images(epochs)
+    with with_plan(tsa.prepared, settings) as run:
+        result = tsa.evaluate(run)
+        with torch.inference_mode():
+            logits = run.work.model.eval()(images)
+        assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
+    found = logits.argmax(1)
+    assert result.top5 == 100
+    assert result.confusion.shape == (2, 2)
+    for true, guessed in itertools.product((0, 1), (0, 1)):
+        count = ((targets == true) & (found == guessed)).sum()
+        assert result.confusion[true, guessed] == count
+
+
+@needs_two_cpus
+def test_validation_runs_on_the_forward_group(in_tmp, monkeypatch, epochs):
+    seen = []
+    evaluate = tsa.Work.evaluate
+    monkeypatch.setattr(
+        tsa.Work,
+        "evaluate",
+        lambda self, batch: (seen.append(tsa.process_cpus()), evaluate(self, batch))[1],
+    )
+    train(**epochs | {"split": "even"})
+    plan = tsa.plan_cores(tsa.read_topology(), TINY)
+    assert seen == [frozenset(plan.forward.cpus)] * 6
+
+
+def test_a_validation_changes_nothing_of_what_is_trained(in_tmp, epochs, photos):
+    """Not even the random numbers of dropout, although images are loaded in between."""
+    with_val, without = (
+        train(**epochs | {"data_path": path}) for path in (epochs["data_path"], photos)
+    )
+    for name, value in with_val.state_dict().items():
+        assert torch.equal(value, without.state_dict()[name]), name
+
+
+# When a run is over
+
+
+def history(*top1):
+    return [{"val_top1": value} for value in top1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "top1", "reason"),
+    [
+        ({}, 0, (), None),
+        ({}, 29, (50, 50), None),
+        ({}, 30, (50, 50), "finished"),
+        ({"steps": 7}, 6, (), None),
+        ({"steps": 7}, 7, (), "finished"),
+        ({"early_stopping": 2}, 9, (50, 50), None),
+        ({"early_stopping": 2}, 9, (50, 50, 50), "no better top-1 in 2 epochs: stopped early"),
+        ({"early_stopping": 2}, 9, (50, 40, 49.9), "no better top-1 in 2 epochs: stopped early"),
+        ({"early_stopping": 2}, 9, (50, 40, 50.1), None),
+        ({"early_stopping": 2}, 9, (50, 51, 40), None),
+        ({"early_stopping": 2}, 9, (10, 50, 20, 30), "no better top-1 in 2 epochs: stopped early"),
+        ({"early_stopping": 1}, 9, (50, 50), "no better top-1 in 1 epoch: stopped early"),
+        ({"early_stopping": 1}, 9, (None, None, None), None),
+        ({"target_top1": 97}, 9, (97,), None),
+        ({"target_top1": 97}, 9, (98, 96.9), None),
+        ({"target_top1": 97}, 9, (98, 96.9, 98), None),
+        ({"target_top1": 97}, 9, (97, 97), "top-1 of 97 % reached in two validations"),
+        ({"target_top1": 97.5}, 9, (10, 98, 99), "top-1 of 97.5 % reached in two validations"),
+        ({"target_top1": 97}, 9, (None, None), None),
+        ({"target_top1": 97}, 30, (98, 99), "finished"),
+    ],
+)
+def test_why_a_run_ends(settings, step, top1, reason):
+    """Ten epochs of three steps, unless told otherwise."""
+    chosen = dataclasses.replace(TINY, **{"steps": None, "epochs": 10} | settings)
+    progress = Progress(step=step, epoch_batches=3, history=history(*top1))
+    assert tsa.reason_to_end(chosen, progress) == reason
+
+
+def test_a_run_does_not_end_before_the_validation_of_its_last_epoch():
+    chosen = dataclasses.replace(TINY, steps=None, epochs=1)
+    progress = Progress(step=3, batches=3, epoch_batches=3)
+    assert tsa.reason_to_end(chosen, progress) is None
+    progress.begin_epoch()
+    assert tsa.reason_to_end(chosen, progress) == "finished"
+
+
+@pytest.fixture
+def standstill(epochs, monkeypatch):
+    """A run of nine epochs whose accuracy, 50 %, never changes."""
+
+    def even(num_classes, image_size):
+        model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
+        nn.init.zeros_(model[2].weight)
+        nn.init.zeros_(model[2].bias)
+        return model
+
+    monkeypatch.setitem(tsa.OWN_MODELS, "even", even)
+    return epochs | {"model": "even", "lr": 0.0, "epochs": 9}
+
+
+@pytest.mark.parametrize(
+    ("asked", "outcome"),
+    [
+        ({}, "finished after 27 of 27 steps"),
+        ({"early_stopping": 3}, "no better top-1 in 3 epochs: stopped early after 12 of 27 steps"),
+        ({"target_top1": 50}, "top-1 of 50 % reached in two validations after 6 of 27 steps"),
+        ({"target_top1": 50.1}, "finished after 27 of 27 steps"),
+        ({"steps": 5}, "finished after 5 of 5 steps"),
+        ({"steps": 6}, "finished after 6 of 6 steps"),
+    ],
+)
+def test_a_run_that_ends_early(in_tmp, no_pictures, standstill, asked, outcome):
+    train(**standstill | asked, output_dir=in_tmp)
+    *_, summary = read_metrics(in_tmp)
+    assert summary["outcome"] == outcome
+    assert f"- outcome: {outcome}\n" in (in_tmp / "logs.md").read_text()
+    rows = read_metrics(in_tmp, "epoch")
+    assert len(rows) == summary["steps"] // 3
+    assert {row["val_top1"] for row in rows} == {50}
+
+
+@pytest.mark.parametrize("asked", [{"early_stopping": 2}, {"target_top1": 50.0}])
+def test_stopping_by_accuracy_needs_validation_images(in_tmp, no_pictures, epochs, photos, asked):
+    (flag,) = (name.replace("_", "-") for name in asked)
+    with pytest.raises(tsa.UserError, match=f"--{flag} .*validation images"):
+        train(**epochs | asked | {"data_path": photos}, output_dir=in_tmp / "out")
+    assert not list(in_tmp.iterdir())
+
+
+def test_steps_cut_a_run_short_and_leave_the_course_of_the_rate(in_tmp, no_pictures, epochs):
+    settings = epochs | {"lr_scheduler": "cosine"}
+    train(**settings, output_dir=in_tmp / "whole")
+    train(**settings | {"steps": 4}, output_dir=in_tmp / "cut")
+    whole, cut = (read_metrics(in_tmp / name, "step") for name in ("whole", "cut"))
+    assert [line["lr"] for line in cut] == [line["lr"] for line in whole[:4]]
+    assert [line["loss"] for line in cut] == [line["loss"] for line in whole[:4]]
+    assert len(read_metrics(in_tmp / "cut", "epoch")) == 1
+
+
+# What is trained on
+
+
+def test_the_subset_is_kept_and_checked_when_the_run_is_resumed(in_tmp, no_pictures, epochs):
+    settings = epochs | {"subset": 0.7, "output_dir": in_tmp}
+    train(**settings)
+    kept = json.loads((in_tmp / "subset.json").read_text())
+    assert (kept["subset"], kept["seed"]) == (0.7, 0)
+    assert len(kept["indices"]) == 8
+    assert [index // 6 for index in kept["indices"]] == [0] * 4 + [1] * 4, "four of each class"
+    assert len(read_metrics(in_tmp, "step")) == 4
+    before = (in_tmp / "metrics.jsonl").read_text()
+    again = settings | {"resume": Path("auto"), "epochs": 3}
+    with pytest.raises(tsa.UserError, match="subset.json: not the images that --subset 0.7 choose"):
+        train(**again, seed=1)
+    assert (in_tmp / "metrics.jsonl").read_text() == before
+    assert json.loads((in_tmp / "subset.json").read_text()) == kept
+    train(**again)
+    assert read_metrics(in_tmp)[-1]["outcome"] == "finished after 6 of 6 steps"
+
+
+def test_a_new_run_makes_its_own_subset(in_tmp, no_pictures, epochs):
+    (in_tmp / "subset.json").write_text("left by a run that saved nothing else")
+    train(**epochs, subset=0.5, seed=7, output_dir=in_tmp)
+    kept = json.loads((in_tmp / "subset.json").read_text())
+    assert (kept["seed"], len(kept["indices"])) == (7, 6)
+
+
+def test_without_a_subset_nothing_is_kept_of_it(in_tmp, no_pictures, epochs):
+    train(**epochs, output_dir=in_tmp)
+    assert not (in_tmp / "subset.json").exists()
+
+
+def watch_inputs(monkeypatch):
+    """(side of the images, whether training) of each forward pass."""
+    seen = []
+
+    def build(num_classes, image_size):
+        model = small_model(num_classes, image_size)
+        model.register_forward_pre_hook(
+            lambda module, args: (
+                seen.append((args[0].shape[-1], module.training))
+                if args[0].device.type == "cpu"
+                else None
+            )
+        )
+        return model
+
+    monkeypatch.setitem(tsa.OWN_MODELS, "watched", build)
+    return seen
+
+
+@ALL_SCHEDULES
+def test_images_grow_from_epoch_to_epoch(in_tmp, monkeypatch, epochs, schedule):
+    seen = watch_inputs(monkeypatch)
+    ramp = {"min_res": 32, "max_res": 96, "end_ramp": 3, "image_size": None, "epochs": 4}
+    asked = {"model": "watched", "schedule": schedule, "accumulate": 2, "split": "even"}
+    train(**epochs | ramp | asked | {"batch_size": 6})
+    expected = []
+    for side in (32, 64, 96, 96):
+        expected += [(side, True), (side, True), (96, False), (96, False)]
+    assert seen == expected
+
+
+def test_a_ramp_cannot_begin_above_the_size_of_the_data(in_tmp, tmp_path, monkeypatch, epochs):
+    data = accept(monkeypatch, make_cifar_digits(tmp_path / "cifar", 15))
+    asked = {"data_path": data, "image_size": None, "min_res": 64, "end_ramp": 2}
+    with pytest.raises(tsa.UserError, match="--min-res 64"):
+        train(**epochs | asked)
+
+
+@pytest.fixture
+def breakable(photos_with_val, tmp_path):
+    """A copy of the photographs, to be damaged."""
+    return shutil.copytree(photos_with_val, tmp_path / "breakable")
+
+
+def test_broken_images_are_left_out_warned_of_and_logged(
+    in_tmp, no_pictures, epochs, breakable, capsys
+):
+    paths = [breakable / f"train/{name}.jpg" for name in ("flower/0001", "temple/0003")]
+    for path in paths:
+        path.write_bytes(b"no picture")
+    train(**epochs | {"data_path": breakable, "batch_size": 6}, max_bad_images=2, output_dir=in_tmp)
+    error, log = capsys.readouterr().err, (in_tmp / "logs.md").read_text()
+    for path in paths:
+        assert error.count(f"warning: broken image {path}: ") == 1, "not in each epoch"
+        assert f"- warning: broken image {path}: " in log
+    assert ": left out\n" in error
+    steps = read_metrics(in_tmp, "step")
+    assert [sum(line["images"] for line in steps[n : n + 2]) for n in (0, 2)] == [10, 10]
+    for row, own in zip(read_metrics(in_tmp, "epoch"), (steps[:2], steps[2:]), strict=True):
+        total = sum(line["loss"] * line["images"] for line in own)
+        assert row["train_loss"] == pytest.approx(total / 10)
+
+
+def test_a_broken_validation_image_is_warned_of(in_tmp, no_pictures, epochs, breakable, capsys):
+    path = breakable / "val/flower/0001.jpg"
+    path.write_bytes(b"no picture")
+    asked = {"data_path": breakable, "epochs": 1}
+    train(**epochs | asked, max_bad_images=1, output_dir=in_tmp)
+    assert f"warning: broken image {path}: " in capsys.readouterr().err
+    assert f"- warning: broken image {path}: " in (in_tmp / "logs.md").read_text()
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_more_broken_images_than_allowed_end_the_run(in_tmp, no_pictures, epochs, breakable, part):
+    paths = [breakable / f"{part}/{name}.jpg" for name in ("flower/0001", "temple/0003")]
+    for path in paths:
+        path.write_bytes(b"no picture")
+    with pytest.raises(tsa.RunError, match=r"broken image .* \(more than --max-bad-images 1\)"):
+        train(**epochs | {"data_path": breakable}, max_bad_images=1, output_dir=in_tmp)
+    outcome = read_metrics(in_tmp)[-1]["outcome"]
+    assert "(more than --max-bad-images 1) after " in outcome
+    assert any(str(path) in outcome for path in paths)
+
+
+# What is validated
+
+
+def test_the_moving_average_is_validated(in_tmp, no_pictures, epochs):
+    """An average that takes in next to nothing stays what the model was at the beginning."""
+    settings = dataclasses.replace(TINY, **epochs)
+    with with_plan(tsa.prepared, settings) as run:
+        untrained = tsa.evaluate(run)
+    train(**epochs, output_dir=in_tmp / "own")
+    train(**epochs, model_ema=True, model_ema_decay=1 - 1e-12, output_dir=in_tmp / "averaged")
+    own, averaged = (read_metrics(in_tmp / name, "epoch") for name in ("own", "averaged"))
+    for row in averaged:
+        assert row["val_loss"] == pytest.approx(untrained.loss, rel=1e-5)
+    for ours, theirs in zip(own, averaged, strict=True):
+        assert ours["train_loss"] == theirs["train_loss"], "the average trains nothing"
+        assert ours["val_loss"] != pytest.approx(untrained.loss, rel=1e-3)
+
+
+def test_a_moving_average_that_forgets_at_once_is_the_model(in_tmp, no_pictures, epochs):
+    train(**epochs, output_dir=in_tmp / "own")
+    train(**epochs, model_ema=True, model_ema_decay=1e-12, output_dir=in_tmp / "averaged")
+    own, averaged = (read_metrics(in_tmp / name, "epoch") for name in ("own", "averaged"))
+    for ours, theirs in zip(own, averaged, strict=True):
+        assert theirs["val_loss"] == pytest.approx(ours["val_loss"], rel=1e-5)
+
+
+# The range test
+
+
+@ALL_SCHEDULES
+def test_a_range_test_leaves_the_model_and_the_disk_alone(in_tmp, epochs, schedule):
+    asked = {"split": "even", "schedule": schedule, "accumulate": 2, "batch_size": 2, "steps": 8}
+    settings = dataclasses.replace(TINY, **epochs | asked)
+    with with_plan(tsa.prepared, settings) as run:
+        before = copy.deepcopy(run.work.model)
+        result = tsa.find_lr(run)
+        for name, value in run.work.model.state_dict().items():
+            assert torch.equal(value, before.state_dict()[name]), name
+    assert result.rates[:3] == pytest.approx((1e-6, 1e-5, 1e-4))
+    assert len(result.losses) == len(result.rates) <= 8
+    assert not list(in_tmp.iterdir())
+
+
+def say_losses(monkeypatch, *losses):
+    """Training steps with these losses, but for the last one, which is not finite."""
+
+    def script(lanes, work, batches):
+        for loss in losses:
+            work.optimizer.step()
+            work.scheduler.step()
+            yield [Scores(loss, 4, 0, 0)]
+        raise tsa.NonFiniteLoss("nan")
+
+    monkeypatch.setitem(tsa.SCHEDULES, "sequential", script)
+
+
+def find_lr(**settings):
+    chosen = dataclasses.replace(TINY, **{"split": "none"} | settings)
+    with with_plan(tsa.prepared, chosen) as run:
+        return tsa.find_lr(run)
+
+
+def test_the_suggestion_is_a_tenth_of_the_rate_with_the_lowest_smoothed_loss(monkeypatch):
+    say_losses(monkeypatch, 4.0, 4.0, 2.0, 1.0, 1.0, 30.0, 50.0, 0.0)
+    result = find_lr(steps=8)
+    assert result.rates == pytest.approx((1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0))
+    assert result.losses == pytest.approx((4.0, 4.0, 3.6, 3.08, 2.664, 8.1312, 16.50496))
+    assert result.suggestion == pytest.approx(1e-3)
+
+
+def test_a_range_test_ends_where_the_loss_is_not_finite(monkeypatch):
+    say_losses(monkeypatch, 4.0, 2.0)
+    result = find_lr(steps=8)
+    assert result.losses == pytest.approx((4.0, 3.6))
+    assert result.suggestion == pytest.approx(1e-6)
+
+
+def test_a_range_test_has_a_hundred_steps_up_to_a_rate_of_10(monkeypatch):
+    say_losses(monkeypatch, *[1.0] * 100)
+    result = find_lr(steps=None)
+    assert len(result.rates) == 100
+    assert result.rates[-1] == pytest.approx(10)
+    assert result.rates[33] == pytest.approx(2.1544e-4, rel=1e-3), "a third of the way, by powers"
+
+
+def test_a_range_test_without_any_finite_loss(monkeypatch):
+    say_losses(monkeypatch)
+    with pytest.raises(tsa.RunError, match="find-lr: the loss is not finite even in the first"):
+        find_lr(steps=8)
+
+
+def test_a_signal_ends_a_range_test(in_tmp, monkeypatch, epochs):
+    interrupt(monkeypatch, "backward", 2)
+    with pytest.raises(tsa.Stopped):
+        find_lr(**epochs)
+    assert not list(in_tmp.iterdir())
+
+
+# Recipes, from end to end
+
+
+RECIPE_OPTIONS = {
+    "imagenet": "--lr-warmup-epochs 1 --save-freq 1 --image-size 32",
+    "imagenet-subset": "--subset 0.7 --image-size 32",
+    "imagenet-finetune": "--min-res 32 --max-res 64 --end-ramp 2",
+    "imagenet-full": "--lr-warmup-epochs 1 --image-size 32",
+    "cifar10": "--lr-milestones 1",
+    "hybrid": "--image-size 32 --lr-restart-epochs 1",
+}
+
+
+@pytest.fixture(scope="module")
+def weights(photos_with_val, tmp_path_factory):
+    """A checkpoint to start from."""
+    folder = tmp_path_factory.mktemp("weights")
+    settings = Settings(
+        model="squeezenet1_1",
+        data_path=photos_with_val,
+        image_size=32,
+        batch_size=2,
+        workers=0,
+        steps=1,
+        split="none",
+        output_dir=folder,
+        log_file=folder / "logs.md",
+    )
+    with_plan(tsa.train, settings)
+    return folder / "last.pt"
+
+
+@pytest.fixture
+def recipe_data(photos_with_val, tmp_path, monkeypatch):
+    """Small data for each recipe, and small models where the recipe's own are large."""
+    monkeypatch.setitem(
+        tsa.OWN_MODELS,
+        "hybrid",
+        functools.partial(tsa.Hybrid, channels=(8, 16, 24, 32), width=32, blocks=1),
+    )
+
+    def arguments(recipe):
+        if recipe == "cifar10":
+            return ["--data-path", str(accept(monkeypatch, make_cifar_digits(tmp_path / "c", 15)))]
+        model = ["--model", "squeezenet1_1"] if recipe.startswith("imagenet") else []
+        return [*model, "--data-path", str(photos_with_val)]
+
+    return arguments
+
+
+@ALL_SCHEDULES
+@pytest.mark.parametrize("recipe", tsa.RECIPES)
+def test_a_recipe_runs_from_end_to_end(
+    in_tmp, no_pictures, recipe_data, weights, capsys, recipe, schedule
+):
+    """Two epochs of two steps or more; everything that the options leave open is the recipe's."""
+    options = ["--recipe", recipe, "-b", "2", "--accumulate", "2", "--epochs", "2", "-j", "0"]
+    options += ["--schedule", schedule, *recipe_data(recipe), *RECIPE_OPTIONS[recipe].split()]
+    if recipe in tsa.FROM_CHECKPOINT:
+        options += ["--init-from", str(weights)]
+    assert tsa.main(options) == 0, capsys.readouterr().err
+    folder = in_tmp / "out" / recipe
+    run, *_, summary = read_metrics(folder)
+    steps, rows = read_metrics(folder, "step"), read_metrics(folder, "epoch")
+    assert summary["outcome"] == f"finished after {len(steps)} of {len(steps)} steps"
+    assert summary["stray_s"] == 0
+    assert len(steps) == {"imagenet-subset": 4}.get(recipe, 6)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    for row in rows:
+        assert all(0 <= row[name] <= 100 for name in ("train_top1", "val_top1", "val_top5"))
+        assert row["train_loss"] > 0 and row["val_loss"] > 0
+    for name, value in tsa.RECIPES[recipe].items():
+        if f"--{name.replace('_', '-')}" not in options and name != "batch_size":
+            assert run["settings"][name] == value, name
+    state = state_of(folder)
+    assert (state["progress"]["epoch"], state["progress"]["step"]) == (2, len(steps))
+    assert (state["average"] is not None) == (recipe == "imagenet-full")
+    assert (folder / "subset.json").exists() == (recipe == "imagenet-subset")
+    assert (folder / "epoch-0001.pt").exists() == (recipe == "imagenet")
+    assert (folder / "best.pt").exists()
