@@ -1,45 +1,83 @@
 """Data. Run: python -m pytest tests/test_data.py"""
 
 import contextlib
+import hashlib
+import http.server
 import os
 import shutil
 import signal
+import tarfile
+import threading
 import time
 import warnings
+from functools import partial
+from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 import torch
+from cifar import CIFAR10, DIGITS, FOLDER, accept, make_cifar, make_cifar_digits
 from conftest import as_loaded
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.transforms import v2
 
 import train_split_affinity as tsa
 from train_split_affinity import Settings
 
+ALL_CPUS = tuple(sorted(tsa.ALLOWED_CPUS))
+ALL_WORKERS = pytest.mark.parametrize("workers", [0, 1, 2])
+
 
 def small(**settings):
-    return Settings(**({"image_size": 32, "batch_size": 4, "workers": 0} | settings))
+    chosen = {"image_size": 32, "batch_size": 4, "workers": 0, "num_classes": 2} | settings
+    return Settings(**chosen)
 
 
-def load(dataset, settings, cpus=tuple(tsa.ALLOWED_CPUS), count=3):
-    with contextlib.closing(
-        tsa.Batches(tsa.make_loader(dataset, settings, cpus), count)
-    ) as batches:
-        return list(batches)
+def load(data, settings, epoch=1, start=0, stop=None):
+    """Training batches, as a run gets them."""
+    with contextlib.closing(tsa.training_feed(data, settings, ALL_CPUS)) as feed:
+        bad = tsa.BadImages(settings.max_bad_images)
+        return list(feed.batches(bad, epoch, start, stop))
+
+
+def assert_same_batches(batches, others):
+    assert len(batches) == len(others)
+    for (images, targets), (other_images, other_targets) in zip(batches, others, strict=True):
+        assert torch.equal(images, other_images)
+        assert torch.equal(targets, other_targets)
+
+
+@pytest.fixture
+def with_val(photos, tmp_path):
+    """The photographs, all of them to train and to validate."""
+    shutil.copytree(photos / "train", tmp_path / "both/train")
+    shutil.copytree(photos / "train", tmp_path / "both/val")
+    return tmp_path / "both"
 
 
 def test_synthetic_images():
-    dataset, classes = tsa.open_dataset(small(num_classes=5))
-    images, targets = load(dataset, small())[0]
-    assert classes == 5
+    data = tsa.open_data(small(num_classes=5))
+    assert (data.kind, data.val, len(data.train)) == ("synthetic", None, 1280)
+    assert data.classes == ("0", "1", "2", "3", "4")
+    images, targets = load(data, small(num_classes=5), stop=1)[0]
     assert images.shape == (4, 3, 32, 32)
     assert images.dtype == torch.float32
     assert targets.shape == (4,)
     assert set(targets.tolist()) <= set(range(5))
 
 
+def test_synthetic_images_fill_at_least_one_step():
+    assert len(tsa.open_data(small(batch_size=700, accumulate=3)).train) == 2100
+
+
 def test_synthetic_images_depend_on_the_seed():
     first, again, other = (
-        load(tsa.open_dataset(small(seed=seed))[0], small(seed=seed))[0][0] for seed in (1, 1, 2)
+        load(tsa.open_data(small(seed=seed)), small(seed=seed), stop=1)[0][0] for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -47,19 +85,27 @@ def test_synthetic_images_depend_on_the_seed():
 
 @pytest.mark.parametrize("below", ["", "train"])
 def test_an_image_folder_with_or_without_train(photos, below):
-    settings = small(data_path=photos / below)
-    dataset, classes = tsa.open_dataset(settings)
-    assert classes == 2
-    assert dataset.classes == ["flower", "temple"]
-    assert len(dataset) == 12
-    images, targets = load(dataset, settings)[0]
+    data = tsa.open_data(small(data_path=photos / below))
+    assert (data.kind, data.val, len(data.train)) == ("folder", None, 12)
+    assert data.classes == ("flower", "temple")
+    images, targets = load(data, small(), stop=1)[0]
     assert images.shape == (4, 3, 32, 32)
-    assert -3 < images.mean() < 3, "normalised"
-    assert 0.2 < images.std() < 3
+    assert set(targets.tolist()) <= {0, 1}
 
 
-def test_more_classes_than_the_folder_has(photos):
-    assert tsa.open_dataset(small(data_path=photos, num_classes=9))[1] == 9
+def test_an_image_folder_with_validation_images(with_val):
+    (with_val / "val/temple/0005.jpg").unlink()
+    data = tsa.open_data(small(data_path=with_val))
+    assert (len(data.train), len(data.val)) == (12, 11)
+    assert data.native_size == 224
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_class_that_only_one_part_has(with_val, part):
+    shutil.copytree(with_val / "val/temple", with_val / part / "church")
+    error = f"--data-path {with_val}: class church is not in both of train and val"
+    with pytest.raises(tsa.UserError, match=error):
+        tsa.open_data(small(data_path=with_val))
 
 
 def test_paths_that_hold_no_images(photos, tmp_path):
@@ -68,63 +114,691 @@ def test_paths_that_hold_no_images(photos, tmp_path):
     (tmp_path / "no_images/b").mkdir(parents=True)
     (tmp_path / "no_images/a/notes.txt").write_text("hello")
     shutil.copytree(photos / "train/temple", tmp_path / "one/temple")
+    shutil.copytree(photos / "train", tmp_path / "no_val/train")
+    (tmp_path / "no_val/val").mkdir()
     picture = photos / "train/temple/0000.jpg"
     for path, reason in (
         (tmp_path / "nowhere", "does not exist"),
         (picture, "is a file"),
         (tmp_path / "empty", "no images"),
         (tmp_path / "no_images", "no images"),
+        (tmp_path / "no_val", "no images"),
         (tmp_path / "one", r"one class only \(temple\)"),
     ):
         with pytest.raises(tsa.UserError, match=f"--data-path {path}.*{reason}") as caught:
-            tsa.open_dataset(small(data_path=path))
+            tsa.open_data(small(data_path=path))
         assert "\n" not in str(caught.value)
 
 
-def test_settings_that_do_not_suit_the_folder(photos):
-    with pytest.raises(tsa.UserError, match="--batch-size 13: .* has only 12 images"):
-        tsa.open_dataset(small(data_path=photos, batch_size=13))
-    with pytest.raises(tsa.UserError, match="--num-classes 1: .* has 2 classes"):
-        tsa.open_dataset(small(data_path=photos, num_classes=1))
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"batch_size": 13}, "--batch-size 13: .* has only 12 images"),
+        ({"batch_size": 5, "accumulate": 3}, "--batch-size 5 --accumulate 3: .* only 12 images"),
+        ({"batch_size": 7, "subset": 0.5}, "--batch-size 7: .* has only 6 images to train on"),
+        ({"num_classes": 1}, "--num-classes 1: .* has 2 classes"),
+    ],
+)
+def test_settings_that_do_not_suit_the_data(photos, settings, error):
+    with pytest.raises(tsa.UserError, match=error):
+        tsa.open_data(small(data_path=photos, **settings))
+
+
+def colour(red, green, blue):
+    return np.broadcast_to(np.uint8([red, green, blue]), (32, 32, 3))
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """Twelve images of noise to train, and to validate one of one colour and one of noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (13, 32, 32, 3), np.uint8)
+    train = noise[:12], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
+    test = np.stack([colour(51, 102, 204), noise[12]]), [7, 0]
+    return accept(monkeypatch, make_cifar(tmp_path / "cifar", train, test))
+
+
+def test_cifar10_is_recognised_and_read(cifar):
+    data = tsa.open_data(Settings(data_path=cifar, batch_size=4))
+    assert (data.kind, data.native_size, data.classes) == ("cifar10", 32, DIGITS)
+    assert [target for _, target in data.train] == [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
+    noise = np.random.default_rng(0).integers(0, 256, (13, 32, 32, 3), np.uint8)
+    for (picture, _), pixels in zip(data.train, noise[:12], strict=True):
+        assert np.array_equal(np.asarray(picture), pixels)
+
+
+def test_cifar10_is_normalised_by_its_own_colours(cifar):
+    """By hand: a fifth, two fifths and four fifths, less the mean, in standard deviations."""
+    settings = small(data_path=cifar, num_classes=10)
+    with contextlib.closing(
+        tsa.validation_feed(tsa.open_data(settings), settings, ALL_CPUS)
+    ) as feed:
+        ((images, targets),) = feed.batches(tsa.BadImages())
+    assert targets.tolist() == [7, 0]
+    for channel, expected in zip(images[0], (-1.179757, -0.337577, 1.351300), strict=True):
+        torch.testing.assert_close(channel, torch.full((32, 32), expected), rtol=0, atol=1e-5)
+
+
+def test_cifar10_from_end_to_end(tmp_path, monkeypatch):
+    root = accept(monkeypatch, make_cifar_digits(tmp_path, 50))
+    settings = small(data_path=root, num_classes=10, workers=1)
+    data = tsa.open_data(settings)
+    assert (len(data.train), len(data.val)) == (40, 10)
+    batches = load(data, settings)
+    assert len(batches) == 10
+    assert all(images.shape == (4, 3, 32, 32) for images, _ in batches)
+    found = sorted(target for _, targets in batches for target in targets.tolist())
+    assert found == sorted(data.train.targets)
+
+
+def test_more_or_fewer_classes_than_cifar10(cifar):
+    with pytest.raises(tsa.UserError, match="--num-classes 9: .* has 10 classes"):
+        tsa.open_data(small(data_path=cifar, num_classes=9))
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_in_half(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("name", ["data_batch_1", "data_batch_5", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("damage", [flip_a_bit, cut_in_half, Path.unlink])
+def test_a_damaged_file_of_cifar10(cifar, name, damage):
+    damage(cifar / FOLDER / name)
+    with pytest.raises(tsa.UserError, match=f"--data-path {cifar}: no CIFAR-10: .*not found or"):
+        tsa.open_data(small(data_path=cifar, num_classes=10))
+
+
+def test_a_file_of_cifar10_that_cannot_be_parsed(cifar, monkeypatch):
+    cut_in_half(cifar / FOLDER / "test_batch")
+    accept(monkeypatch, cifar)
+    with pytest.raises(tsa.UserError, match=f"--data-path {cifar}: no CIFAR-10: .*") as caught:
+        tsa.open_data(small(data_path=cifar, num_classes=10))
+    assert "\n" not in str(caught.value)
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """Serves files without a word."""
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder that is served on this machine, where torchvision looks for CIFAR-10."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    handler = partial(QuietHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(
+            CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/{CIFAR10.filename}"
+        )
+        yield folder
+        server.shutdown()
+
+
+def test_cifar10_is_downloaded_and_verified(cifar, site, tmp_path, monkeypatch):
+    archive = site / CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(cifar / FOLDER, FOLDER)
+    settings = small(data_path=tmp_path / "new", download=True, num_classes=10)
+    with pytest.raises(tsa.UserError, match="new: no CIFAR-10: File not found or corrupted"):
+        tsa.open_data(settings)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    assert len(tsa.open_data(settings).train) == 12
+    archive.unlink()
+    assert len(tsa.open_data(settings).train) == 12, "what is there is not fetched again"
+
+
+def test_cifar10_that_cannot_be_fetched(site, tmp_path):
+    with pytest.raises(tsa.UserError, match="no CIFAR-10: HTTP Error 404: File not found"):
+        tsa.open_data(small(data_path=tmp_path, download=True))
+
+
+def plain(kind="folder"):
+    """Data whose images keep their values from 0 to 1, to see what transforms do."""
+    return tsa.ImageData(kind, None, None, ("a", "b"), 32, (0, 0, 0), (1, 1, 1))
+
+
+def transform(size=32, kind="folder", **settings):
+    """Without what is random, unless settings say so."""
+    chosen = small(**({"min_scale": 1.0, "hflip": 0.0, "image_size": size} | settings))
+    return tsa.training_transform(plain(kind), chosen, size)
+
+
+def noise(side=32):
+    return np.random.default_rng(1).integers(0, 256, (side, side, 3), np.uint8)
+
+
+def as_bytes(image):
+    """The bytes (height, width, 3) that an image (3, height, width) from 0 to 1 was made of."""
+    return (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def draws(transformation, pixels, count):
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    torch.manual_seed(0)
+    return [transformation(picture) for _ in range(count)]
+
+
+def steps(transformation):
+    return [type(step).__name__ for step in transformation.transforms]
+
+
+@pytest.mark.parametrize(
+    ("asked", "step"),
+    [
+        ("none", []),
+        ("ra", ["RandAugment"]),
+        ("ta", ["TrivialAugmentWide"]),
+        ("aa", ["AutoAugment"]),
+    ],
+)
+def test_the_order_of_the_augmentation(asked, step):
+    end = ["ToImage", "ToDtype", "Normalize", "RandomErasing"]
+    begin = ["RandomResizedCrop", "RandomHorizontalFlip"]
+    assert steps(transform(auto_augment=asked)) == [*begin, *step, *end]
+    jitter = transform(auto_augment=asked, color_jitter=0.4)
+    assert steps(jitter) == [*begin, *step, "ColorJitter", *end]
+    begin = ["RandomCrop", "Resize", "RandomHorizontalFlip"]
+    assert steps(transform(kind="cifar10", auto_augment=asked)) == [*begin, *step, *end]
+
+
+@pytest.mark.parametrize("asked", ["ra", "ta", "aa"])
+def test_automatic_augmentation_changes_pictures(asked):
+    images = draws(transform(auto_augment=asked), noise(), 12)
+    assert all(image.shape == (3, 32, 32) for image in images)
+    assert len({as_bytes(image).tobytes() for image in images}) > 3
+
+
+@pytest.mark.parametrize(("kind", "policy"), [("folder", "imagenet"), ("cifar10", "cifar10")])
+def test_autoaugment_has_the_policy_of_the_data(kind, policy):
+    (step,) = (
+        step
+        for step in transform(kind=kind, auto_augment="aa").transforms
+        if isinstance(step, v2.AutoAugment)
+    )
+    assert step.policy.value == policy
+
+
+def test_a_flip_never_and_always():
+    for image in draws(transform(hflip=0.0), noise(), 5):
+        assert np.array_equal(as_bytes(image), noise())
+    for image in draws(transform(hflip=1.0), noise(), 5):
+        assert np.array_equal(as_bytes(image), noise()[:, ::-1])
+
+
+def test_a_flip_now_and_then():
+    images = draws(transform(hflip=0.5), noise(), 40)
+    assert 5 < sum(np.array_equal(as_bytes(image), noise()) for image in images) < 35
+
+
+@pytest.mark.parametrize(("smallest", "least", "most"), [(0.08, 0.06, 0.5), (0.9, 0.8, 1.0)])
+def test_how_much_of_a_picture_a_crop_shows(smallest, least, most):
+    """Red grows from left to right, green from top to bottom: their spans tell the part seen."""
+    place = np.arange(200, dtype=np.uint8)
+    pixels = np.stack([*np.meshgrid(place, place), np.zeros((200, 200), np.uint8)], axis=2)
+    areas = []
+    for image in draws(transform(min_scale=smallest), pixels, 50):
+        red, green, _ = (channel.max() - channel.min() for channel in image * 255 / 200)
+        areas.append((red * green).item())
+    assert least < min(areas) < most
+    assert max(areas) > 0.85
+
+
+def test_colour_jitter_changes_brightness_up_to_its_strength():
+    values = []
+    for image in draws(transform(color_jitter=0.4), colour(100, 100, 100), 50):
+        assert image.min() == image.max()
+        values.append(image.mean().item() * 255)
+    assert 59 < min(values) < 75
+    assert 125 < max(values) < 141
+
+
+def test_colour_jitter_changes_saturation_and_no_hue():
+    reds = []
+    for image in draws(transform(color_jitter=0.4), colour(150, 100, 100), 50):
+        red, green, blue = image[:, 0, 0].tolist()
+        assert red > green == blue
+        reds.append(red / green)
+    assert min(reds) < 1.4
+    assert max(reds) > 1.6
+
+
+@pytest.mark.parametrize(("probability", "erased"), [(0.0, 0), (1.0, 20)])
+def test_random_erasing(probability, erased):
+    images = draws(transform(random_erase=probability), colour(255, 255, 255), 20)
+    assert sum(bool((image == 0).any()) for image in images) == erased
+    assert all((image == 1).any() for image in images)
+
+
+def test_cifar10_is_padded_and_cropped():
+    padded = np.pad(noise(), ((4, 4), (4, 4), (0, 0)))
+    corners = {padded[y : y + 32, x : x + 32].tobytes(): (y, x) for y in range(9) for x in range(9)}
+    seen = {
+        corners[as_bytes(image).tobytes()]
+        for image in draws(transform(kind="cifar10"), noise(), 200)
+    }
+    assert {y for y, _ in seen} == {x for _, x in seen} == set(range(9))
+    assert len(seen) > 40
+
+
+def test_cifar10_at_another_size():
+    (image,) = draws(transform(64, "cifar10"), noise(), 1)
+    assert image.shape == (3, 64, 64)
+
+
+def test_the_middle_of_a_picture_validates():
+    image = tsa.validation_transform(plain(), 224)(Image.fromarray(noise(256)))
+    assert np.array_equal(as_bytes(image), noise(256)[16:240, 16:240])
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "height"), [(32, 64, 128), (64, 300, 100), (224, 40, 40)]
+)
+def test_pictures_of_any_shape_validate(size, width, height):
+    picture = Image.new("RGB", (width, height))
+    assert tsa.validation_transform(plain(), size)(picture).shape == (3, size, size)
+
+
+def test_cifar10_validates_whole():
+    image = tsa.validation_transform(plain("cifar10"), 32)(Image.fromarray(noise()))
+    assert np.array_equal(as_bytes(image), noise())
+
+
+def test_photographs_are_normalised_by_imagenets_colours(photos):
+    """By hand: a fifth, two fifths and four fifths, less the mean, in standard deviations."""
+    data = tsa.open_data(small(data_path=photos))
+    picture = Image.new("RGB", (32, 32), (51, 102, 204))
+    for transformation in (
+        tsa.training_transform(data, small(), 32),
+        tsa.validation_transform(data, 32),
+    ):
+        image = transformation(picture)
+        expected = torch.tensor([-1.244541, -0.25, 1.751111]).view(3, 1, 1).expand(3, 32, 32)
+        torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)
+
+
+class Flat(Dataset):
+    """Six images of one value each: the number of their class."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return torch.full((3, 16, 16), float(index)), index
+
+
+def mixed_batches(epochs, **settings):
+    chosen = small(num_classes=6, **settings)
+    unchanged = v2.Identity()
+    samples = tsa.Samples(Flat(), 0, lambda epoch: unchanged, tsa.mixing_transform(chosen))
+    keys = [[(epoch, index) for index in range(6)] for epoch in range(epochs)]
+    return [samples.__getitems__(batch).batch for batch in keys]
+
+
+MIXES = pytest.mark.parametrize(
+    "settings",
+    [{"mixup_alpha": 0.5}, {"cutmix_alpha": 1.0}, {"mixup_alpha": 0.5, "cutmix_alpha": 1.0}],
+)
+
+
+@MIXES
+def test_targets_of_mixed_images_say_what_is_in_them(settings):
+    for images, targets in mixed_batches(10, **settings):
+        assert targets.shape == (6, 6)
+        torch.testing.assert_close(targets.sum(1), torch.ones(6))
+        shares = targets @ torch.arange(6.0)
+        torch.testing.assert_close(images.mean((1, 2, 3)), shares, rtol=0, atol=1e-4)
+
+
+@MIXES
+def test_mixing_is_seeded(settings):
+    first, second = mixed_batches(6, **settings), mixed_batches(6, **settings)
+    assert_same_batches(first, second)
+    assert len({targets.amax().item() for _, targets in first}) > 3, "another in each epoch"
+
+
+@pytest.mark.parametrize(
+    ("settings", "kinds"),
+    [
+        ({"mixup_alpha": 0.5}, {"blended"}),
+        ({"cutmix_alpha": 1.0}, {"pasted"}),
+        ({"mixup_alpha": 0.5, "cutmix_alpha": 1.0}, {"blended", "pasted"}),
+    ],
+)
+def test_both_ways_to_mix_take_turns(settings, kinds):
+    seen = set()
+    for images, _ in mixed_batches(20, **settings):
+        flat = images.amin((1, 2, 3)) == images.amax((1, 2, 3))
+        whole = images == images.round()
+        if flat.all() and not whole.all():
+            seen.add("blended")
+        if whole.all() and not flat.all():
+            seen.add("pasted")
+    assert seen == kinds
+
+
+def test_no_mixing_unless_asked_for():
+    assert tsa.mixing_transform(small()) is None
+
+
+AUGMENTED = {
+    "batch_size": 3,
+    "auto_augment": "ra",
+    "color_jitter": 0.4,
+    "random_erase": 0.5,
+    "mixup_alpha": 0.2,
+    "cutmix_alpha": 1.0,
+}
+
+
+@ALL_WORKERS
+def test_samples_do_not_depend_on_the_loaders(photos, workers):
+    data = tsa.open_data(small(data_path=photos))
+    expected = load(data, small(**AUGMENTED))
+    torch.manual_seed(workers)  # must not matter
+    assert_same_batches(load(data, small(workers=workers, **AUGMENTED)), expected)
+
+
+@ALL_WORKERS
+def test_an_epoch_can_begin_in_its_middle(photos, workers):
+    data = tsa.open_data(small(data_path=photos))
+    expected = load(data, small(**AUGMENTED), epoch=3)
+    settings = small(workers=workers, **AUGMENTED)
+    assert_same_batches(load(data, settings, epoch=3, start=1, stop=3), expected[1:3])
+    assert_same_batches(load(data, settings, epoch=3, start=3), expected[3:])
+
+
+def test_samples_do_not_depend_on_the_size_of_the_batch(photos):
+    data = tsa.open_data(small(data_path=photos))
+    for_each = {"auto_augment": "ra", "color_jitter": 0.4, "random_erase": 0.5}
+    images, others = (
+        torch.cat([images for images, _ in load(data, small(batch_size=size, **for_each))])
+        for size in (2, 6)
+    )
+    assert torch.equal(images, others)
+
+
+@pytest.mark.parametrize("changed", [{"epoch": 2}, {"seed": 1}])
+def test_samples_differ_by_epoch_and_by_seed(photos, changed):
+    """Looked up by index, so that it is not the order that differs."""
+    settings = small(data_path=photos, **AUGMENTED)
+    data = tsa.open_data(settings)
+    given = {"epoch": 1, "seed": 0}
+    images = []
+    for each in (given, given, given | changed):
+        transformation = tsa.training_transform(data, settings, 32)
+        samples = tsa.Samples(data.train, each["seed"], lambda epoch, found=transformation: found)
+        images.append(samples.__getitems__([(each["epoch"], 5)]).batch[0])
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_random_state_alone(photos, workers):
+    data = tsa.open_data(small(data_path=photos))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    load(data, small(workers=workers, **AUGMENTED))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def keys_of(order):
+    return [key for batch in order for key in batch]
+
+
+def spans(count):
+    return st.tuples(st.integers(0, count), st.none() | st.integers(0, count))
+
+
+@hypothesis_settings(deadline=None)
+@given(st.data(), st.integers(1, 60), st.integers(1, 20), st.integers(0, 5), st.integers(1, 9))
+def test_an_epoch_gives_each_image_once(data, count, batch_size, seed, epoch):
+    indices = range(100, 100 + count)
+    order = tsa.EpochOrder(indices, batch_size, seed)
+    order.begin(epoch)
+    batches = list(order)
+    assert len(batches) == len(order) == count // batch_size
+    assert all(len(batch) == batch_size for batch in batches)
+    keys = keys_of(batches)
+    assert {each for each, _ in keys} <= {epoch}
+    assert len({index for _, index in keys} & set(indices)) == len(keys)
+    start, stop = data.draw(spans(len(batches)))
+    order.begin(epoch, start, stop)
+    assert list(order) == batches[start:stop]
+
+
+@hypothesis_settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 20))
+def test_in_order_without_a_seed_to_the_last_image(count, batch_size):
+    order = tsa.EpochOrder(range(count), batch_size, None)
+    batches = list(order)
+    assert keys_of(batches) == [(1, index) for index in range(count)]
+    assert len(batches) == len(order)
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+
+
+def test_each_epoch_and_seed_has_its_own_order():
+    orders = []
+    for seed, epoch in ((0, 1), (0, 1), (0, 2), (1, 1)):
+        order = tsa.EpochOrder(range(50), 10, seed)
+        order.begin(epoch)
+        orders.append(tuple(index for _, index in keys_of(order)))
+    assert orders[0] == orders[1]
+    assert len(set(orders)) == 3
+
+
+def test_incomplete_batches_train_nothing_but_validate(with_val):
+    settings = small(data_path=with_val, batch_size=5)
+    data = tsa.open_data(settings)
+    assert [len(targets) for _, targets in load(data, settings)] == [5, 5]
+    with contextlib.closing(tsa.validation_feed(data, settings, ALL_CPUS)) as feed:
+        assert len(feed) == 3
+        batches = list(feed.batches(tsa.BadImages()))
+    assert [len(targets) for _, targets in batches] == [5, 5, 2]
+    assert torch.cat([targets for _, targets in batches]).tolist() == [0] * 6 + [1] * 6
+
+
+def test_without_validation_images_there_is_no_feed_of_them(photos):
+    settings = small(data_path=photos)
+    assert tsa.validation_feed(tsa.open_data(settings), settings, ALL_CPUS) is None
+
+
+class Labels(Dataset):
+    """Nothing but labels."""
+
+    def __init__(self, targets):
+        self.targets = targets
+
+    def __len__(self):
+        return len(self.targets)
+
+
+def chosen_of(targets, **settings):
+    data = tsa.ImageData("folder", Labels(targets), None, ("a", "b", "c"), 224)
+    return tsa.choose_images(data, Settings(**settings))
+
+
+def test_a_subset_has_its_part_of_each_class():
+    targets = [0] * 100 + [1] * 10 + [2]
+    chosen = chosen_of(targets, subset=0.2)
+    assert [[targets[index] for index in chosen].count(each) for each in range(3)] == [20, 2, 1]
+    assert chosen == sorted(set(chosen))
+    assert chosen != [*range(20), 100, 101, 110], "not simply the first ones"
+
+
+@hypothesis_settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=80),
+    st.floats(0.01, 1),
+    st.integers(0, 3),
+)
+def test_subsets_of_any_labels(targets, subset, seed):
+    chosen = chosen_of(targets, subset=subset, seed=seed)
+    assert set(chosen) <= set(range(len(targets)))
+    for each in set(targets):
+        count = sum(targets[index] == each for index in chosen)
+        assert count >= 1
+        assert count == 1 or abs(count - subset * targets.count(each)) <= 0.5
+
+
+def test_a_subset_depends_on_the_seed_and_not_on_the_random_state():
+    targets = [0, 1] * 50
+    chosen = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(chosen))
+        chosen.append(chosen_of(targets, subset=0.3, seed=seed))
+    assert chosen[0] == chosen[1]
+    assert chosen[0] != chosen[2]
+
+
+def test_only_the_subset_is_trained_on(photos):
+    settings = small(data_path=photos, subset=0.5, batch_size=2)
+    data = tsa.open_data(settings)
+    indices = tsa.choose_images(data, settings)
+    expected = sorted(data.train.targets[index] for index in indices)
+    seen = [target for _, targets in load(data, settings) for target in targets.tolist()]
+    assert sorted(seen) == expected == [0] * 3 + [1] * 3
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "end", "sizes"),  # a size for each epoch from the first
+    [
+        (None, 224, None, [224, 224, 224]),
+        (128, 224, 1, [224, 224]),
+        (128, 224, 2, [128, 224, 224]),
+        (128, 224, 4, [128, 160, 192, 224, 224]),
+        (128, 224, 6, [128, 128, 160, 160, 192, 224, 224]),
+        (128, 224, 20, [128] * 7 + [160] * 6 + [192] * 6 + [224] * 3),
+        (32, 64, 3, [32, 32, 64, 64]),
+        (64, 64, 3, [64, 64, 64]),
+    ],
+)
+def test_the_image_size_of_each_epoch(low, high, end, sizes):
+    settings = Settings(min_res=low, image_size=high, end_ramp=end)
+    found = [tsa.image_size_in(settings, epoch) for epoch in range(1, len(sizes) + 1)]
+    assert found == sizes
+
+
+@hypothesis_settings(deadline=None)
+@given(st.integers(1, 8), st.integers(0, 8), st.integers(1, 300))
+def test_image_sizes_grow_from_the_first_to_the_last(low, more, end):
+    low, high = 32 * low, 32 * (low + more)
+    settings = Settings(min_res=low, image_size=high, end_ramp=end)
+    sizes = [tsa.image_size_in(settings, epoch) for epoch in range(1, end + 3)]
+    assert sizes == sorted(sizes)
+    assert all(size % 32 == 0 for size in sizes)
+    assert (sizes[0], sizes[-3]) == (high if end == 1 else low, high)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_grow_while_training_and_not_in_validation(with_val, workers):
+    settings = small(
+        data_path=with_val, image_size=64, min_res=32, end_ramp=2, batch_size=6, workers=workers
+    )
+    data = tsa.open_data(settings)
+    with contextlib.closing(tsa.training_feed(data, settings, ALL_CPUS)) as feed:
+        for epoch, side in ((1, 32), (2, 64), (3, 64)):
+            for images, _ in feed.batches(tsa.BadImages(), epoch):
+                assert images.shape == (6, 3, side, side)
+    with contextlib.closing(tsa.validation_feed(data, settings, ALL_CPUS)) as feed:
+        for images, _ in feed.batches(tsa.BadImages()):
+            assert images.shape == (6, 3, 64, 64)
+
+
+def test_synthetic_images_grow_too():
+    settings = Settings(
+        batch_size=2, workers=0, num_classes=2, epochs=2, min_res=32, max_res=64, end_ramp=2
+    )
+    data, topology = tsa.open_data(settings), tsa.read_topology()
+    plan = tsa.plan_cores(topology, settings)
+    settings = tsa.settings_in_force(settings, topology, plan, data, "")
+    sides = [load(data, settings, epoch, stop=1)[0][0].shape[-1] for epoch in (1, 2)]
+    assert sides == [32, 64]
+
+
+def test_images_of_cifar10_cannot_shrink(cifar, in_tmp, capsys):
+    ramp = ["--min-res", "64", "--end-ramp", "3", "--epochs", "3", "--steps", "1"]
+    cheap = ["--model", "squeezenet1_1", "-b", "2", "-j", "0", "--split", "none"]
+    assert tsa.main(["--data-path", str(cifar), *ramp, *cheap]) == 2
+    assert "--min-res 64 --max-res 32" in capsys.readouterr().err
+
+
+@pytest.fixture
+def breakable(photos, tmp_path):
+    """A copy of the photographs."""
+    shutil.copytree(photos, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def spoil(folder, *names):
+    paths = [folder / "train" / name for name in names]
+    for path in paths:
+        path.write_bytes(b"no picture")
+    return paths
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
-def test_a_broken_image_is_named(photos, tmp_path, workers, damage):
-    shutil.copytree(photos, tmp_path / "copy")
-    path = tmp_path / "copy/train/temple/0003.jpg"
+def test_a_broken_image_is_named(breakable, workers, damage):
+    path = breakable / "train/temple/0003.jpg"
     content = path.read_bytes()
     path.write_bytes({"truncated": content[:600], "garbage": b"x" * 600, "empty": b""}[damage])
-    settings = small(data_path=tmp_path / "copy", workers=workers)
-    dataset, _ = tsa.open_dataset(settings)
-    with pytest.raises(tsa.BrokenImage, match=f"broken image {path}: ") as caught:
-        load(dataset, settings)
+    settings = small(data_path=breakable, workers=workers)
+    with pytest.raises(tsa.RunError, match=f"^broken image {path}: ") as caught:
+        load(tsa.open_data(settings), settings)
     assert "\n" not in str(caught.value)
 
 
-class Whereabouts(Dataset):
-    """Samples that tell on which CPUs, and with which signals ignored, they were loaded."""
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_images_are_left_out_and_counted_once(breakable, workers):
+    paths = spoil(breakable, "temple/0003.jpg", "flower/0000.jpg")
+    settings = small(data_path=breakable, workers=workers, batch_size=6)
+    bad = tsa.BadImages(2)
+    with contextlib.closing(tsa.training_feed(tsa.open_data(settings), settings, ALL_CPUS)) as feed:
+        for epoch in (1, 2, 3):
+            assert sum(len(images) for images, _ in feed.batches(bad, epoch)) == 10
+    assert len(bad.messages) == 2
+    assert all(any(str(path) in message for message in bad.messages) for path in paths)
 
-    def __len__(self):
-        return 8
 
-    def __getitem__(self, index):
-        ignored = [
-            signal.getsignal(signum) == signal.SIG_IGN for signum in (signal.SIGINT, signal.SIGTERM)
-        ]
-        return os.getpid(), sorted(os.sched_getaffinity(0)), ignored
+def test_broken_images_are_left_out_before_mixing(breakable):
+    spoil(breakable, "temple/0003.jpg", "flower/0000.jpg")
+    settings = small(data_path=breakable, max_bad_images=2, mixup_alpha=0.2, batch_size=6)
+    batches = load(tsa.open_data(settings), settings)
+    assert sum(len(images) for images, _ in batches) == 10
+    for images, targets in batches:
+        assert targets.shape == (len(images), 2)
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs thread affinity")
-def test_loader_processes_stay_on_their_cores():
-    last = max(tsa.ALLOWED_CPUS)
-    settings = small(workers=1, batch_size=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        for process, cpus, ignored in load(Whereabouts(), settings, (last,), count=8):
-            assert process.item() != os.getpid()
-            assert [cpu.item() for cpu in cpus] == [last]
-            assert all(flag.item() for flag in ignored)
+def test_the_first_broken_image_too_many_stops_the_run(breakable):
+    spoil(breakable, "temple/0003.jpg", "flower/0000.jpg")
+    settings = small(data_path=breakable, max_bad_images=1)
+    with pytest.raises(tsa.RunError, match=r"broken image .* \(more than --max-bad-images 1\)$"):
+        load(tsa.open_data(settings), settings)
+
+
+@pytest.mark.parametrize("mixing", [{}, {"mixup_alpha": 0.2}])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_without_any_image_stops_the_run(breakable, workers, mixing):
+    paths = spoil(
+        breakable, *(f"{name}/{n:04}.jpg" for name in ("temple", "flower") for n in range(6))
+    )
+    settings = small(data_path=breakable, max_bad_images=99, workers=workers, **mixing)
+    with pytest.raises(
+        tsa.RunError, match="no image of a batch can be read; broken image "
+    ) as caught:
+        load(tsa.open_data(settings), settings)
+    assert any(str(path) in str(caught.value) for path in paths)
 
 
 def test_batches_go_on_over_epochs():
@@ -133,21 +807,6 @@ def test_batches_go_on_over_epochs():
     assert batches.left == 6
     assert list(batches) == [2, 3, 1, 2, 3, 1]
     assert batches.left == 0
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_when_and_where_batches_were_loaded(workers):
-    settings = small(num_classes=5, workers=workers)
-    dataset, _ = tsa.open_dataset(settings)
-    begin_s = time.perf_counter()
-    loader = tsa.make_loader(dataset, settings, tuple(tsa.ALLOWED_CPUS))
-    with contextlib.closing(tsa.Batches(loader, 4)) as batches:
-        list(batches)
-        records = batches.take_records()
-        assert batches.take_records() == ()
-    assert [record.loader for record in records] == ([0, 1, 0, 1] if workers else [-1] * 4)
-    for record in records:
-        assert begin_s < record.start_s < record.end_s < time.perf_counter()
 
 
 def test_prefetching_fetches_one_batch_and_no_more():
@@ -171,7 +830,117 @@ def test_prefetching_fetches_one_batch_and_no_more():
     assert fetched == [0, 1, 2], "never more than asked for"
 
 
-def test_incomplete_batches_are_left_out(photos):
-    settings = small(data_path=photos, batch_size=5)
-    dataset, _ = tsa.open_dataset(settings)
-    assert [len(targets) for _, targets in load(dataset, settings, count=4)] == [5, 5, 5, 5]
+class Whereabouts(Dataset):
+    """Samples that tell by which process, on which CPUs and with which signals ignored they were
+    loaded.
+    """
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        ignored = all(
+            signal.getsignal(signum) == signal.SIG_IGN for signum in (signal.SIGINT, signal.SIGTERM)
+        )
+        cpus = sorted(tsa.process_cpus())
+        return torch.tensor([os.getpid(), len(cpus), cpus[0], ignored]), 0
+
+
+def unchanged(epoch):
+    return v2.Identity()
+
+
+@contextlib.contextmanager
+def whereabouts(workers, cpus=ALL_CPUS):
+    """A feed of single samples of them."""
+    settings = small(workers=workers, batch_size=1)
+    order = tsa.EpochOrder(range(8), 1, None)
+    with contextlib.closing(
+        tsa.Feed(tsa.Samples(Whereabouts(), 0, unchanged), order, settings, cpus)
+    ) as feed:
+        yield feed
+
+
+def rows(feed, epoch=1):
+    return [images[0].tolist() for images, _ in feed.batches(tsa.BadImages(), epoch)]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs thread affinity")
+def test_loader_processes_stay_on_their_cores_and_ignore_signals():
+    last = max(tsa.ALLOWED_CPUS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with whereabouts(1, (last,)) as feed:
+            for process, *rest in rows(feed):
+                assert process != os.getpid()
+                assert rest == [1, last, True]
+
+
+def test_without_loader_processes_the_main_thread_loads():
+    with whereabouts(0) as feed:
+        assert {process for process, *_ in rows(feed)} == {os.getpid()}
+
+
+def loaders():
+    return {process.pid for process in psutil.Process().children()}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_loader_processes_begin_at_once_live_on_and_end(workers):
+    before = loaders()
+    with whereabouts(workers) as feed:
+        begun = loaders() - before
+        assert len(begun) == workers
+        for epoch in (1, 2, 3):
+            assert {process for process, *_ in rows(feed, epoch)} == begun
+        assert loaders() - before == begun
+    assert loaders() == before
+
+
+def test_a_feed_that_gave_nothing_ends_too():
+    before = loaders()
+    with whereabouts(2):
+        pass
+    assert loaders() == before
+
+
+def test_a_feed_may_be_closed_twice():
+    with whereabouts(1) as feed:
+        feed.close()
+
+
+@ALL_WORKERS
+def test_one_feed_serves_many_epochs(photos, workers):
+    data = tsa.open_data(small(data_path=photos))
+    with contextlib.closing(
+        tsa.training_feed(data, small(workers=workers, **AUGMENTED), ALL_CPUS)
+    ) as feed:
+        for epoch in (1, 2, 3):
+            expected = load(data, small(**AUGMENTED), epoch)
+            assert_same_batches(list(feed.batches(tsa.BadImages(), epoch)), expected)
+
+
+@ALL_WORKERS
+def test_an_epoch_left_early_leaves_nothing_behind(photos, workers):
+    data = tsa.open_data(small(data_path=photos))
+    with contextlib.closing(
+        tsa.training_feed(data, small(workers=workers, **AUGMENTED), ALL_CPUS)
+    ) as feed:
+        next(feed.batches(tsa.BadImages(), 1))
+        batches = list(feed.batches(tsa.BadImages(), 2))
+    assert_same_batches(batches, load(data, small(**AUGMENTED), 2))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_when_and_where_batches_were_loaded(workers):
+    settings = small(num_classes=5, workers=workers)
+    data = tsa.open_data(settings)
+    begin_s = time.perf_counter()
+    with contextlib.closing(tsa.training_feed(data, settings, ALL_CPUS)) as feed:
+        batches = feed.batches(tsa.BadImages(), stop=4)
+        list(batches)
+        records = batches.take_records()
+        assert batches.take_records() == ()
+    assert [record.loader for record in records] == ([0, 1, 0, 1] if workers else [-1] * 4)
+    for record in records:
+        assert begin_s < record.start_s < record.end_s < time.perf_counter()

@@ -2,8 +2,29 @@
 
 import pytest
 import torch
+import torchvision
+from conftest import as_loaded, needs_two_cpus
+from torch import nn
 
 import train_split_affinity as tsa
+
+OWN = ("resnet56", "hybrid", "hybrid-light", "hybrid-heavy")
+HYBRIDS = OWN[1:]
+
+
+def parameters(model):
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def build(name, classes=10, size=32):
+    torch.manual_seed(0)
+    return tsa.build_model(name, classes, size)
+
+
+def on_meta(name, classes, size):
+    """A model that computes shapes alone."""
+    with torch.device("meta"):
+        return tsa.build_model(name, classes, size)
 
 
 @pytest.mark.parametrize(
@@ -11,20 +32,359 @@ import train_split_affinity as tsa
     [("resnet18", 32), ("vit_b_32", 64), ("googlenet", 64), ("swin_t", 64)],
 )
 def test_a_model_maps_images_to_logits(name, size):
-    torch.manual_seed(0)
-    model = tsa.build_model(name, num_classes=7, image_size=size)
+    model = build(name, 7, size)
     assert model.training
     assert model(torch.randn(2, 3, size, size)).shape == (2, 7)
 
 
-def test_resnet50_is_torchvisions():
-    model = tsa.build_model("resnet50", num_classes=1000, image_size=224)
-    assert sum(weight.numel() for weight in model.parameters()) == 25_557_032
+def test_torchvisions_models_are_torchvisions():
+    model = build("resnet18", 7, 224)
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(num_classes=7)
+    assert type(model) is type(theirs)
+    for (name, value), expected in zip(
+        model.state_dict().items(), theirs.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, expected), name
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "size", "count"),
+    [
+        ("resnet50", 1000, 224, 25_557_032),
+        ("resnet56", 10, 32, 853_018),  # table 6 of He et al. 2016 says 0.85 M
+        ("hybrid", 1000, 224, 53_148_968),
+        ("hybrid-light", 1000, 224, 14_744_840),
+        ("hybrid-heavy", 1000, 224, 116_345_544),
+    ],
+)
+def test_how_many_parameters(name, classes, size, count):
+    assert parameters(on_meta(name, classes, size)) == count
+
+
+@pytest.mark.parametrize("size", [32, 64, 224])
+@pytest.mark.parametrize("name", OWN)
+def test_own_models_at_all_sizes(name, size):
+    model = build(name, 10, size)
+    logits = model(torch.randn(2, 3, size, size))
+    assert model.training
+    assert logits.shape == (2, 10)
+    assert logits.isfinite().all()
+
+
+def shapes_of(model, parts, images):
+    """The shapes (channels, height, width) that parts of a model give for images."""
+    shapes = []
+    for part in parts:
+        part.register_forward_hook(lambda module, args, output: shapes.append((*output.shape[1:],)))
+    model(images)
+    return shapes
+
+
+def test_the_stages_of_resnet56():
+    model = build("resnet56")
+    parts = [model.stem, model.stage1, model.stage2, model.stage3]
+    assert shapes_of(model, parts, torch.randn(2, 3, 32, 32)) == [
+        (16, 32, 32),
+        (16, 32, 32),
+        (32, 16, 16),
+        (64, 8, 8),
+    ]
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) == 55, "with the last layer 56: none belongs to a shortcut"
+    assert {module.kernel_size for module in convolutions} == {(3, 3)}
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("hybrid", (64, 128, 256, 512)),
+        ("hybrid-light", (32, 64, 128, 256)),
+        ("hybrid-heavy", (96, 192, 384, 768)),
+    ],
+)
+def test_the_stages_of_a_hybrid(name, channels):
+    model = on_meta(name, 10, 224)
+    images = torch.empty(2, 3, 224, 224, device="meta")
+    parts = [model.stem, *model.stages, model.attention]
+    assert shapes_of(model, parts, images) == [
+        (channels[0], 56, 56),
+        (channels[1], 28, 28),
+        (channels[2], 14, 14),
+        (channels[3], 7, 7),
+        (channels[3], 7, 7),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "width"),
+    [("hybrid", 4, 768), ("hybrid-light", 2, 384), ("hybrid-heavy", 6, 1024)],
+)
+def test_the_transformer_of_a_hybrid(name, blocks, width):
+    encoder = on_meta(name, 10, 224).encoder
+    assert encoder.positions.shape == (1, width, 7, 7)
+    assert len(encoder.blocks) == blocks
+    for block in encoder.blocks:
+        assert isinstance(block, nn.TransformerEncoderLayer)
+        assert block.self_attn.num_heads == 8
+        assert block.linear1.out_features == 4 * width
+        assert block.activation is nn.functional.gelu
+        assert not block.norm_first
+        assert {block.dropout.p, block.dropout1.p, block.dropout2.p} == {0.1}
+
+
+def layers(module):
+    """Its layers in short, with the widths of linear layers and the shares of dropout."""
+    figures = {nn.Linear: "out_features", nn.LayerNorm: "normalized_shape", nn.Dropout: "p"}
+    return [
+        (type(layer).__name__, getattr(layer, figures[type(layer)]))
+        if type(layer) in figures
+        else type(layer).__name__
+        for layer in module
+    ]
+
+
+def test_embedding_and_head_of_a_hybrid():
+    model = on_meta("hybrid", 1000, 224)
+    assert model.embedding[2].in_features == 8192
+    assert layers(model.embedding) == [
+        "AdaptiveAvgPool2d",
+        "Flatten",
+        ("Linear", 2048),
+        ("LayerNorm", (2048,)),
+        "ReLU",
+        ("Dropout", 0.1),
+        ("Linear", 768),
+    ]
+    assert layers(model.head) == [
+        ("Linear", 512),
+        ("LayerNorm", (512,)),
+        "ReLU",
+        ("Dropout", 0.2),
+        ("Linear", 256),
+        "ReLU",
+        ("Dropout", 0.1),
+        ("Linear", 1000),
+    ]
+
+
+def test_the_head_sees_the_mean_of_the_tokens():
+    model = build("hybrid-light", 10, 64)
+    seen = []
+    model.encoder.register_forward_hook(lambda module, args, output: seen.append(output.mean(1)))
+    model.head.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(torch.randn(2, 3, 64, 64))
+    assert torch.equal(*seen)
+
+
+def test_a_shortcut_picks_pixels_and_adds_channels_of_zeros():
+    images = torch.arange(50.0).view(1, 2, 5, 5)
+    assert tsa.PadShortcut(2, 4, stride=2)(images).tolist() == [
+        [
+            [[0, 2, 4], [10, 12, 14], [20, 22, 24]],
+            [[25, 27, 29], [35, 37, 39], [45, 47, 49]],
+            [[0, 0, 0], [0, 0, 0], [0, 0, 0]],
+            [[0, 0, 0], [0, 0, 0], [0, 0, 0]],
+        ]
+    ]
+
+
+def test_channel_attention_sees_average_and_maximum_of_each_channel():
+    attention = tsa.ChannelAttention(4)
+    seen = []
+    attention.gate[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    features = torch.zeros(1, 4, 2, 2)
+    features[0, 1] = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    features[0, 3] = torch.tensor([[-1.0, -1.0], [-5.0, -1.0]])
+    attention(features)
+    assert seen[0].flatten().tolist() == [0, 3, 0, -2, 0, 6, 0, -1]
+
+
+def test_channel_attention_scales_whole_channels():
+    attention = tsa.ChannelAttention(4)
+    gates = torch.tensor([-30.0, 0.0, 1.0, 30.0])
+    nn.init.zeros_(attention.gate[2].weight)
+    attention.gate[2].bias.data.copy_(gates)
+    features = torch.ones(2, 4, 3, 5)
+    scaled = attention(features)
+    assert scaled.shape == (2, 4, 3, 5)
+    for image in scaled:
+        for channel, expected in zip(image, (0, 0.5, 0.7310586, 1), strict=True):
+            torch.testing.assert_close(channel, torch.full((3, 5), float(expected)))
+
+
+def encode(encoder, side, embedding=0.0):
+    """Tokens, as rows of places, of a feature map that adds nothing to the positions."""
+    width = encoder.positions.shape[1]
+    nn.init.zeros_(encoder.project.weight)
+    nn.init.zeros_(encoder.project.bias)
+    features = torch.randn(1, encoder.project.in_channels, side, side)
+    tokens = encoder(features, torch.full((1, width), embedding))
+    assert tokens.shape == (1, side * side, width)
+    return tokens[0, :, 0].view(side, side)
+
+
+def small_encoder():
+    """Without blocks, with positions 0 to 3 on a grid of two by two places."""
+    encoder = tsa.TokenEncoder(channels=3, width=8, blocks=0, grid=2)
+    encoder.positions.data.copy_(torch.arange(4.0).view(1, 1, 2, 2).expand(1, 8, 2, 2))
+    return encoder
+
+
+def test_tokens_have_positions_and_the_embedding_of_the_image():
+    assert encode(small_encoder(), 2).tolist() == [[0, 1], [2, 3]]
+    assert encode(small_encoder(), 2, embedding=10.0).tolist() == [[10, 11], [12, 13]]
+
+
+def test_positions_are_interpolated_for_other_sizes():
+    """A cubic (a = -0.75) through 0 and 1, read at -1/6, 1/2 and 7/6, in both directions."""
+    expected = torch.tensor(
+        [
+            [-0.260417, 0.326389, 0.913194],
+            [0.913194, 1.500000, 2.086806],
+            [2.086806, 2.673611, 3.260417],
+        ]
+    )
+    torch.testing.assert_close(encode(small_encoder(), 3), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "grid"), [(32, 1), (33, 2), (64, 2), (200, 7), (224, 7)])
+def test_positions_are_made_for_the_size_of_the_images(size, grid):
+    """So that nothing is interpolated at that size."""
+    model = on_meta("hybrid-light", 10, size)
+    assert model.encoder.positions.shape[2:] == (grid, grid)
+    images = torch.empty(2, 3, size, size, device="meta")
+    assert shapes_of(model, [model.attention], images) == [(256, grid, grid)]
+
+
+@pytest.mark.parametrize("size", [32, 50, 128, 256])
+def test_a_hybrid_for_224_pixels_takes_other_sizes(size):
+    model = build("hybrid-light", 10, 224)
+    assert model(torch.randn(2, 3, size, size)).shape == (2, 10)
+
+
+def test_positions_can_be_learnt_at_other_sizes():
+    model = build("hybrid-light", 10, 224)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert model.encoder.positions.grad.count_nonzero() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "spread"),  # by hand: sqrt(2 / (channels out * kernel places))
+    [
+        ("resnet56", "stem.0", 0.117851),
+        ("resnet56", "stage2.0.conv1", 0.083333),
+        ("resnet56", "stage3.8.conv2", 0.058926),
+        ("hybrid", "stem.0", 0.025254),
+        ("hybrid", "stages.2.downsample.0", 0.062500),
+        ("hybrid", "attention.gate.0", 0.088388),
+        ("hybrid", "encoder.project", 0.051031),
+    ],
+)
+def test_convolutions_begin_with_kaimings_spread(name, part, spread):
+    weight = build(name).get_submodule(part).weight
+    assert weight.std().item() == pytest.approx(spread, rel=0.08)  # stem.0 has 432 values
+    assert weight.mean().item() == pytest.approx(0, abs=0.1 * spread)
+
+
+@pytest.mark.parametrize(("name", "count"), [("resnet56", 55), ("hybrid-light", 10)])
+def test_batch_normalisation_begins_with_one_and_zero(name, count):
+    norms = [module for module in build(name).modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == count
+    for norm in norms:
+        assert norm.weight.eq(1).all()
+        assert norm.bias.eq(0).all()
+
+
+@pytest.fixture
+def plan():
+    """Two lanes of one thread each."""
+    first, second = sorted(tsa.ALLOWED_CPUS)[:2]
+    groups = tsa.Group("forward", (first,), 1), tsa.Group("backward", (second,), 1)
+    return tsa.CorePlan("even", *groups, groups[0].cpus)
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_hybrid_overfits_one_batch(name, plan):
+    """From about 1.39, the natural logarithm of 4."""
+    model = build(name, 4)
+    batch = torch.randn(4, 3, 32, 32), torch.arange(4)
+    settings = tsa.Settings(opt="adam", lr=3e-4, weight_decay=0.0)
+    work = tsa.Work(model, nn.CrossEntropyLoss(), tsa.build_optimizer(model, settings))
+    with tsa.Lanes(plan, ()) as lanes:
+        *_, (scores,) = tsa.sequential(lanes, work, tsa.Batches(as_loaded([batch]), 12))
+    assert scores.loss < 0.3
+    assert scores.top1 == 4
+
+
+def train_one_step(schedule, plan, model):
+    """The losses of a step of two batches."""
+    torch.manual_seed(1)
+    batches = [(torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,))) for _ in range(2)]
+    work = tsa.Work(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.05), 2)
+    with tsa.Lanes(plan, ()) as lanes:
+        (scores,) = tsa.SCHEDULES[schedule](lanes, work, tsa.Batches(as_loaded(batches), 2))
+    return [each.loss for each in scores]
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("name", OWN)
+def test_one_step_under_each_schedule(name, plan):
+    """It is the same under all: only the second step can be one of old weights."""
+    model = build(name)
+    losses = train_one_step("sequential", plan, model)
+    begun = build(name).state_dict()
+    for key, value in model.named_parameters():
+        assert value.isfinite().all(), key
+        assert not torch.equal(value, begun[key]), key
+    for schedule in ("overlap", "delayed"):
+        other = build(name)
+        assert train_one_step(schedule, plan, other) == losses
+        for key, value in other.state_dict().items():
+            assert torch.equal(value, model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "size", "figures"),
+    [
+        (  # 4,089,184,256 multiplications and additions, as fvcore counts them
+            "resnet50",
+            1000,
+            224,
+            (25_557_032, 102_441_032, 8_178_368_512, 16_120_709_120),
+        ),
+        (  # by hand: 125,485,696 of each; none for gradients of the images
+            "resnet56",
+            10,
+            32,
+            (853_018, 3_428_768, 250_971_392, 501_058_048),
+        ),
+        (  # by hand: 2,098,315,264 of each, those of the attention included
+            "hybrid",
+            1000,
+            224,
+            (53_148_968, 212_617_968, 4_196_630_528, 8_157_233_152),
+        ),
+    ],
+)
+def test_what_a_model_amounts_to(name, classes, size, figures):
+    measured = tsa.measure_model(name, classes, size)
+    forward, backward = measured.flops["forward"], measured.flops["backward"]
+    assert (measured.parameters, measured.weight_bytes, forward, backward) == figures
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_own_models_have_names(name):
+    assert name in tsa.classifier_names()
+    tsa.check_model_name(name)
 
 
 def test_an_unknown_model_gets_the_nearest_names():
-    with pytest.raises(tsa.UserError, match=r"--model resnet5: unknown; did you mean resnet50"):
+    with pytest.raises(tsa.UserError, match=r"--model resnet5: unknown; did you mean resnet56,"):
         tsa.check_model_name("resnet5")
+    with pytest.raises(tsa.UserError, match="did you mean hybrid"):
+        tsa.check_model_name("hybird")
     with pytest.raises(tsa.UserError, match="any torchvision classifier"):
         tsa.check_model_name("###")
     with pytest.raises(tsa.UserError, match="fcn_resnet50: unknown"):  # no classifier
@@ -33,7 +393,7 @@ def test_an_unknown_model_gets_the_nearest_names():
 
 @pytest.mark.parametrize(
     ("name", "batch", "size"),
-    [("alexnet", 2, 16), ("inception_v3", 2, 32), ("resnet18", 1, 32)],
+    [("alexnet", 2, 16), ("inception_v3", 2, 32), ("resnet18", 1, 32), ("hybrid-light", 1, 32)],
 )
 def test_batches_that_a_model_cannot_train_on(name, batch, size):
     model = tsa.build_model(name, num_classes=3, image_size=size)
@@ -41,14 +401,24 @@ def test_batches_that_a_model_cannot_train_on(name, batch, size):
         tsa.check_input_shape(model, name, batch, size)
 
 
+@pytest.mark.parametrize("name", ["vit_b_32", "maxvit_t"])
+def test_transformers_that_cannot_grow_with_the_images(name):
+    model = tsa.build_model(name, num_classes=3, image_size=224)
+    with pytest.raises(tsa.UserError, match=f"--image-size 128: {name} cannot train"):
+        tsa.check_input_shape(model, name, 2, 128)
+
+
 def test_an_image_size_that_a_transformer_cannot_be_built_for():
     with pytest.raises(tsa.UserError, match="--image-size 50, maxvit_t"):
         tsa.build_model("maxvit_t", num_classes=3, image_size=50)
 
 
-def test_checking_the_shape_leaves_the_model_alone():
-    model = tsa.build_model("resnet18", num_classes=3, image_size=64)
+@pytest.mark.parametrize("name", ["resnet18", "resnet56", "hybrid-light"])
+def test_checking_the_shape_leaves_the_model_alone(name):
+    model = tsa.build_model(name, num_classes=3, image_size=64)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    tsa.check_input_shape(model, "resnet18", 2, 64)
+    random_state = torch.get_rng_state()
+    tsa.check_input_shape(model, name, 2, 64)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
+    assert torch.equal(torch.get_rng_state(), random_state)

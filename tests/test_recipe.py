@@ -1,13 +1,522 @@
 """Recipe. Run: python -m pytest tests/test_recipe.py"""
 
+import io
+import math
+import sys
+
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import nn
 
 import train_split_affinity as tsa
+from train_split_affinity import Settings
+
+STEPS = 4  # optimizer steps of an epoch, in all tests here
+SCHEDULERS = ("constant", "cosine", "step", "multistep", "onecycle", "warm-restarts")
+
+
+def one_weight(value=1.0):
+    """The smallest model: its weight is `value`."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, value)
+    return model
+
+
+def begin(settings, epoch_steps=STEPS, total_steps=None):
+    """Optimizer and scheduler of a run."""
+    optimizer = tsa.build_optimizer(one_weight(), settings)
+    total_steps = total_steps or epoch_steps * settings.epochs
+    return optimizer, tsa.build_lr_scheduler(optimizer, settings, epoch_steps, total_steps)
+
+
+def take_rates(optimizer, scheduler, count):
+    """The rates of the next `count` optimizer steps."""
+    rates = []
+    for _ in range(count):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def recipe(name):
+    """Its settings, with the least that each needs beside."""
+    start = ["--init-from", "weights.pt"] if name in tsa.FROM_CHECKPOINT else []
+    return tsa.parse_arguments(["--recipe", name, "--data-path", "data", *start])[1]
+
+
+# By hand: the rate of an optimizer step, counted from 0, of 4 steps an epoch.
+RECIPE_RATES = {
+    "imagenet": {  # 5 epochs up from a hundredth, then half a cosine over 85
+        0: 0.001,
+        1: 0.00595,
+        10: 0.0505,
+        19: 0.09505,
+        20: 0.1,
+        105: 0.08535534,
+        190: 0.05,
+        275: 0.01464466,
+        359: 2.134415e-6,
+    },
+    "imagenet-subset": {  # 3 parts of 10 up from 1 / 25, then down to 1 / 250,000, by cosines
+        0: 4e-5,
+        7: 1.316718e-4,
+        28: 9.083282e-4,
+        35: 0.001,
+        56: 8.535540e-4,
+        77: 5.00002e-4,
+        98: 1.4645e-4,
+        119: 4e-9,
+    },
+    "imagenet-finetune": {  # half a cosine over 30 epochs
+        0: 0.01,
+        30: 0.008535534,
+        40: 0.0075,
+        60: 0.005,
+        80: 0.0025,
+        90: 0.001464466,
+        119: 1.713375e-6,
+    },
+    "imagenet-full": {  # 2 epochs up, then half a cosine over 58
+        0: 0.0002,
+        4: 0.0101,
+        7: 0.017525,
+        8: 0.02,
+        66: 0.01707107,
+        124: 0.01,
+        182: 0.002928932,
+        239: 9.168265e-7,
+    },
+    "cifar10": {0: 0.1, 407: 0.1, 408: 0.01, 615: 0.01, 616: 0.001, 819: 0.001},
+    "hybrid": {  # half cosines over 10, 20 and 40 epochs
+        0: 1e-4,
+        10: 8.550179e-5,
+        20: 5.05e-5,
+        39: 1.152592e-6,
+        40: 1e-4,
+        80: 5.05e-5,
+        119: 1.038163e-6,
+        120: 1e-4,
+        200: 5.05e-5,
+        279: 1.009542e-6,
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(tsa.RECIPES))
+def test_the_learning_rates_of_each_recipe(name):
+    settings = recipe(name)
+    rates = take_rates(*begin(settings), STEPS * settings.epochs)
+    assert max(RECIPE_RATES[name]) == len(rates) - 1
+    found = {step: rates[step] for step in RECIPE_RATES[name]}
+    assert found == pytest.approx(RECIPE_RATES[name], rel=1e-5)
+    assert max(rates) == pytest.approx(tsa.learning_rate(settings))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings", "rates"),  # of the first step of each of six epochs, by hand
+    [
+        ("constant", {}, [0.1, 0.1, 0.1, 0.1, 0.1, 0.1]),
+        ("constant", {"lr_warmup_epochs": 2}, [0.001, 0.0505, 0.1, 0.1, 0.1, 0.1]),
+        ("cosine", {}, [0.1, 0.09330127, 0.075, 0.05, 0.025, 0.00669873]),
+        ("cosine", {"min_lr": 0.02}, [0.1, 0.09464102, 0.08, 0.06, 0.04, 0.02535898]),
+        (
+            "cosine",
+            {"lr_warmup_epochs": 2},
+            [0.001, 0.0505, 0.1, 0.08535534, 0.05, 0.01464466],
+        ),
+        ("step", {"lr_step_epochs": 2}, [0.1, 0.1, 0.01, 0.01, 0.001, 0.001]),
+        (  # counts from the end of the warm-up
+            "step",
+            {"lr_step_epochs": 2, "lr_gamma": 0.5, "lr_warmup_epochs": 1},
+            [0.001, 0.1, 0.1, 0.05, 0.05, 0.025],
+        ),
+        ("multistep", {"lr_milestones": (2, 5)}, [0.1, 0.1, 0.01, 0.01, 0.01, 0.001]),
+        (  # counts from the beginning
+            "multistep",
+            {"lr_milestones": (2, 5), "lr_warmup_epochs": 1},
+            [0.001, 0.1, 0.01, 0.01, 0.01, 0.001],
+        ),
+        (
+            "onecycle",
+            {},
+            [0.004, 0.07313892, 0.09719418, 0.07336354, 0.0370593, 0.007664159],
+        ),
+        (
+            "warm-restarts",
+            {"lr_restart_epochs": 2, "min_lr": 0.01},
+            [0.1, 0.055, 0.1, 0.08681981, 0.055, 0.02318019],
+        ),
+        (
+            "warm-restarts",
+            {"lr_restart_epochs": 2, "lr_warmup_epochs": 1},
+            [0.001, 0.1, 0.05, 0.1, 0.08535534, 0.05],
+        ),
+    ],
+)
+def test_the_learning_rates_of_each_scheduler(scheduler, settings, rates):
+    chosen = Settings(lr=0.1, epochs=6, lr_scheduler=scheduler, **settings)
+    assert take_rates(*begin(chosen), 24)[::STEPS] == pytest.approx(rates, rel=1e-6)
+
+
+def test_milestones_by_default_are_those_of_imagenet():
+    rates = take_rates(*begin(Settings(lr=0.1, epochs=90, lr_scheduler="multistep")), 360)
+    found = [rates[step] for step in (0, 119, 120, 239, 240, 319, 320, 359)]
+    assert found == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 1e-4, 1e-4])
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "cosine", "step", "multistep", "warm-restarts"])
+def test_a_warm_up_is_linear_in_steps(scheduler):
+    settings = Settings(lr=0.1, epochs=6, lr_scheduler=scheduler, lr_warmup_epochs=2)
+    rates = [0.001, 0.013375, 0.02575, 0.038125, 0.0505, 0.062875, 0.07525, 0.087625, 0.1]
+    assert take_rates(*begin(settings), 9) == pytest.approx(rates)
+
+
+def test_all_groups_have_the_same_rate():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    settings = Settings(lr=0.1, epochs=3, lr_scheduler="cosine", skip_decay_1d=True)
+    optimizer = tsa.build_optimizer(model, settings)
+    scheduler = tsa.build_lr_scheduler(optimizer, settings, STEPS, 12)
+    for _ in range(6):
+        optimizer.step()
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.05])
+
+
+@hypothesis_settings(deadline=None)
+@given(
+    st.sampled_from(SCHEDULERS),
+    st.integers(0, 3),
+    st.integers(1, 7),
+    st.integers(4, 20),
+    st.sampled_from(("sgd", "adam", "adamw")),
+)
+def test_rates_stay_between_nothing_and_the_highest(scheduler, warmup, epoch_steps, epochs, opt):
+    settings = Settings(
+        lr=0.1,
+        opt=opt,
+        epochs=epochs,
+        lr_scheduler=scheduler,
+        lr_warmup_epochs=0 if scheduler == "onecycle" else warmup,
+    )
+    count = epoch_steps * epochs
+    rates = take_rates(*begin(settings, epoch_steps), count)
+    assert all(0 < rate <= 0.1 + 1e-12 for rate in rates)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("total", [1, 2, 3, 10])
+def test_runs_of_a_few_steps(scheduler, total):
+    settings = Settings(lr=0.1, lr_scheduler=scheduler)
+    rates = take_rates(*begin(settings, 25, total), total)
+    assert all(0 < rate <= 0.1 + 1e-12 for rate in rates)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("scheduler", "warmup"),
+    [
+        (name, epochs)
+        for name in SCHEDULERS
+        for epochs in (0, 2)
+        if (name, epochs) != ("onecycle", 2)
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 7, 8, 13])
+def test_rates_go_on_from_a_saved_state(opt, scheduler, warmup, steps):
+    settings = Settings(
+        lr=0.1,
+        opt=opt,
+        epochs=6,
+        lr_scheduler=scheduler,
+        lr_warmup_epochs=warmup,
+        lr_milestones=(3, 5),
+        lr_restart_epochs=2,
+        lr_step_epochs=2,
+    )
+    expected = take_rates(*begin(settings), 24)
+    first = begin(settings)
+    take_rates(*first, steps)
+    file = io.BytesIO()
+    torch.save([each.state_dict() for each in first], file)
+    file.seek(0)
+    second = begin(settings)
+    for each, state in zip(second, torch.load(file, weights_only=True), strict=True):
+        each.load_state_dict(state)
+    assert take_rates(*second, 24 - steps) == expected[steps:]
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({}, 0.0125),
+        ({"batch_size": 256}, 0.1),
+        ({"batch_size": 32, "accumulate": 8}, 0.1),
+        ({"batch_size": 128, "accumulate": 4}, 0.2),
+        ({"opt": "adam"}, 0.001),
+        ({"opt": "adamw", "batch_size": 256}, 0.001),
+        ({"lr": 0.3, "batch_size": 256}, 0.3),
+        ({"lr": 0.3, "opt": "adam"}, 0.3),
+        ({"lr": 0.0}, 0.0),
+    ],
+)
+def test_the_highest_learning_rate(settings, rate):
+    assert tsa.learning_rate(Settings(**settings)) == rate
 
 
 def test_the_optimizer_takes_its_rates_from_the_settings():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    settings = tsa.Settings(lr=0.3, momentum=0.8, weight_decay=0.01)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    settings = Settings(lr=0.3, momentum=0.8, weight_decay=0.01)
     (group,) = tsa.build_optimizer(model, settings).param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.8, 0.01)
     assert [id(weight) for weight in group["params"]] == [id(w) for w in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("opt", "kind"),
+    [("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)],
+)
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_kind_of_optimizer(opt, kind, fused):
+    optimizer = tsa.build_optimizer(one_weight(), Settings(opt=opt, fused=fused))
+    assert type(optimizer) is kind
+    assert bool(optimizer.param_groups[0]["fused"]) is fused
+
+
+@pytest.mark.parametrize(
+    ("opt", "weights"),  # of 1, after each of two updates with a gradient of 1, by hand
+    [("sgd", [0.85, 0.5875]), ("adam", [0.9, 0.8001031]), ("adamw", [0.85, 0.7075])],
+)
+def test_what_an_update_does(opt, weights):
+    model = one_weight()
+    settings = Settings(opt=opt, lr=0.1, momentum=0.8, weight_decay=0.5)
+    optimizer = tsa.build_optimizer(model, settings)
+    for expected in weights:
+        model.weight.grad = torch.ones(1, 1)
+        optimizer.step()
+        assert model.weight.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adam", "adamw"])
+def test_parameters_with_one_dimension_can_be_left_out_of_decay(opt):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    settings = Settings(opt=opt, weight_decay=0.01, skip_decay_1d=True)
+    groups = tsa.build_optimizer(model, settings).param_groups
+    found = [(group["weight_decay"], [names[id(w)] for w in group["params"]]) for group in groups]
+    assert found == [
+        (0.01, ["0.weight", "3.weight"]),
+        (0.0, ["0.bias", "1.weight", "1.bias", "3.bias"]),
+    ]
+
+
+def test_the_moving_average_of_a_weight():
+    model = one_weight(0.0)
+    average = tsa.MovingAverage(model, 0.9)
+    for value, expected in ((1.0, 0.1), (2.0, 0.29), (2.0, 0.461)):
+        nn.init.constant_(model.weight, value)
+        average.update(model.state_dict())
+        assert average.values["weight"].item() == pytest.approx(expected)
+    assert model.weight.item() == 2
+
+
+def test_the_moving_average_of_buffers():
+    """Running statistics are averaged; counts are taken as they are."""
+    model = nn.BatchNorm1d(1)
+    average = tsa.MovingAverage(model, 0.75)
+    model.running_mean.fill_(8.0)
+    model.num_batches_tracked.fill_(5)
+    average.update(model.state_dict())
+    assert average.values["running_mean"].item() == 2
+    assert average.values["num_batches_tracked"].item() == 5
+    model.num_batches_tracked.fill_(6)
+    assert average.values["num_batches_tracked"].item() == 5, "a copy"
+
+
+@pytest.mark.parametrize(
+    ("model", "groups"),
+    [
+        ("resnet18", ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc"]),
+        ("resnet56", ["stem", "stage1", "stage2", "stage3", "fc"]),
+        ("hybrid-light", ["stem", "stages", "attention", "embedding", "encoder", "head"]),
+        (
+            "vit_b_32",
+            ["class_token", "conv_proj", "encoder"]
+            + [f"encoder.layers.encoder_layer_{n}" for n in range(12)]
+            + ["encoder.ln", "heads.head"],
+        ),
+        (
+            "alexnet",
+            [f"features.{n}" for n in (0, 3, 6, 8, 10)] + [f"classifier.{n}" for n in (1, 4, 6)],
+        ),
+    ],
+)
+def test_the_layer_groups_of_models(model, groups):
+    with torch.device("meta"):
+        names = [name for name, _ in tsa.build_model(model, 10, 224).named_parameters()]
+    found = tsa.layer_groups(names)
+    assert list(found) == groups
+    assert sorted(name for group in found.values() for name in group) == sorted(names)
+
+
+def test_layer_groups_of_small_models():
+    assert tsa.layer_groups(["weight", "bias"]) == {"weight": ["weight"], "bias": ["bias"]}
+    assert tsa.layer_groups(["a.0.weight", "a.0.bias", "a.1.b.weight", "c"]) == {
+        "a.0": ["a.0.weight", "a.0.bias"],
+        "a.1": ["a.1.b.weight"],
+        "c": ["c"],
+    }
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+
+
+def watch(flow, model, *gradients):
+    """One step, with the gradients of the parameters in their order."""
+    for weight, gradient in zip(model.parameters(), gradients, strict=True):
+        weight.grad = None if gradient is None else torch.full_like(weight, gradient)
+    flow.watch(model)
+
+
+def test_gradient_norms_of_each_layer_group():
+    model = two_layers()
+    flow = tsa.GradientFlow(model)
+    assert flow.take() == {}
+    watch(flow, model, 3, 4, 5, -12)
+    assert flow.take() == {"0": 5, "1": 13}
+    assert flow.take() == {}
+
+
+def test_gradient_norms_are_taken_every_tenth_step():
+    model = two_layers()
+    flow = tsa.GradientFlow(model)
+    for step in range(1, 26):
+        watch(flow, model, {1: 2, 11: 3, 21: 7}.get(step, 1000), 0, step, 0)
+    assert flow.take() == {"0": 4, "1": 11}
+    watch(flow, model, 6, 8, 0, 0)
+    assert flow.take() == {"0": 10, "1": 0}, "the next step is a first one again"
+
+
+def test_layers_without_gradients_have_a_norm_of_nothing():
+    model = two_layers()
+    flow = tsa.GradientFlow(model)
+    watch(flow, model, None, 2, None, None)
+    assert flow.take() == {"0": 2, "1": 0}
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_norms_that_are_not_finite(value):
+    model = two_layers()
+    flow = tsa.GradientFlow(model)
+    watch(flow, model, value, 0, 1, 0)
+    assert flow.take() == {"0": sys.float_info.max, "1": 1}
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5, 10, 11])
+def test_gradient_norms_go_on_from_a_saved_state(steps):
+    model = two_layers()
+    flow = tsa.GradientFlow(model)
+    for step in range(steps):
+        watch(flow, model, step, 0, 0, 1)
+    file = io.BytesIO()
+    torch.save(flow.state(), file)
+    file.seek(0)
+    restored = tsa.GradientFlow(model)
+    restored.restore(torch.load(file, weights_only=True))
+    for step in range(steps, 21):
+        watch(restored, model, step, 0, 0, 1)
+    assert restored.take() == {"0": 10, "1": 1}, "the mean of 0, 10 and 20"
+
+
+def test_warnings_about_gradients():
+    norms = {"stem": 9e-8, "a": 1e-7, "b": 1.0, "c": 1000.0, "fc": 1001.0, "d": sys.float_info.max}
+    assert list(tsa.gradient_warnings(norms)) == [
+        "gradients vanish in stem: norm 9.0e-08, below 1e-07",
+        "gradients explode in fc: norm 1.0e+03, above 1000",
+        "gradients explode in d: norm 1.8e+308, above 1000",
+    ]
+    assert list(tsa.gradient_warnings({})) == []
+
+
+@pytest.fixture
+def build_work(one_lane_plan):
+    """Builds the work of a run from settings."""
+
+    def build(**settings):
+        chosen = {
+            "model": "squeezenet1_1",
+            "image_size": 32,
+            "num_classes": 3,
+            "batch_size": 2,
+            "lr": 1.0,
+            "momentum": 0.0,
+            "weight_decay": 0.0,
+        }
+        with tsa.Lanes(one_lane_plan, ()) as lanes:
+            return tsa.build_work(Settings(**(chosen | settings)), lanes, 1, 4)
+
+    return build
+
+
+def update(work):
+    """One update with a gradient of norm 5; how the two weights that have one change."""
+    for weight in work.model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    bias = work.model.classifier[1].bias
+    bias.grad[:2] = torch.tensor([3.0, 4.0])
+    before = bias.detach().clone()
+    work.update()
+    return (bias.detach() - before)[:2].tolist()
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "loss", "gradient"),  # by hand, of the logits 2, 0 and 0
+    [
+        (0.0, 0.239545, [-0.213014, 0.106507, 0.106507]),
+        (0.3, 0.639545, [-0.013014, 0.006507, 0.006507]),
+    ],
+)
+def test_label_smoothing_reaches_the_gradients(build_work, smoothing, loss, gradient):
+    logits = torch.tensor([[2.0, 0.0, 0.0]], requires_grad=True)
+    scores = build_work(label_smoothing=smoothing).backward((logits, torch.tensor([0])))
+    assert scores.loss == pytest.approx(loss, abs=1e-5)
+    assert logits.grad[0].tolist() == pytest.approx(gradient, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("largest", "change"), [(None, [-3, -4]), (10.0, [-3, -4]), (1.0, [-0.6, -0.8])]
+)
+def test_clipping_reaches_the_update(build_work, largest, change):
+    assert update(build_work(clip_grad_norm=largest)) == pytest.approx(change, abs=1e-4)
+
+
+def test_gradients_are_watched_as_they_are_before_clipping(build_work):
+    work = build_work(clip_grad_norm=1.0, epochs=4)
+    update(work)
+    norms = work.flow.take()
+    assert norms.pop("classifier.1") == 5
+    assert set(norms.values()) == {0}
+
+
+def test_the_learning_rate_changes_after_the_update(build_work):
+    work = build_work(lr_scheduler="cosine")
+    assert update(work) == pytest.approx([-3, -4])
+    assert update(work) == pytest.approx([-2.56066, -3.414214], abs=1e-4)
+
+
+def test_the_moving_average_follows_the_update(build_work):
+    work = build_work(model_ema=True, model_ema_decay=0.9)
+    before = work.average.values["classifier.1.bias"].clone()
+    update(work)
+    change = work.average.values["classifier.1.bias"] - before
+    assert change.tolist() == pytest.approx([-0.3, -0.4, 0], abs=1e-5)
+
+
+def test_what_a_run_does_without(build_work):
+    work = build_work()
+    assert work.average is None
+    assert work.flow is None, "norms are figures of an epoch"
