@@ -1,0 +1,190 @@
+"""Does a run that is killed again and again end as if it had not been? A measurement of some
+minutes, not a test.
+
+Trains SqueezeNet on scikit-learn's digits, saving after every step; then trains it once more,
+killing the process at random moments and resuming it with `--resume auto`. Compares weights, moving
+average, optimizer and history of both, bit for bit; exit code 1 if anything differs:
+
+    python tests/kill.py --schedule delayed --signal SIGKILL --kills 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from digits import make_digits
+
+SCRIPT = Path(__file__).parents[1] / "train_split_affinity.py"
+STEPS_IN_EPOCH = 13  # of 16 images each, of 15 % of the digits
+COMPARED = ("model", "average", "optimizer", "scheduler", "progress")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run in a folder of its own, which goes on from what is there. It needs all that a
+    checkpoint holds: dropout, mixup, a course of the learning rate, a moving average.
+    """
+
+    folder: Path
+    schedule: str
+    epochs: int
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.epochs * STEPS_IN_EPOCH
+
+    def start(self) -> subprocess.Popen:
+        """The process; what it prints goes to a file, since its loaders outlive it for a while."""
+        files = {"data-path": "../digits", "output-dir": ".", "log-file": "logs.md"}
+        options = (
+            "--model squeezenet1_1 --subset 0.15 --image-size 32 -b 8 --accumulate 2 -j 1 "
+            "--lr 0.01 --lr-scheduler cosine --lr-warmup-epochs 1 --mixup-alpha 0.2 --model-ema "
+            f"--model-ema-decay 0.99 --epochs {self.epochs} --schedule {self.schedule} "
+            "--print-freq 1 --save-steps 1 --resume auto "
+            + " ".join(f"--{option} {path}" for option, path in files.items())
+        )
+        self.folder.mkdir(exist_ok=True)
+        with (self.folder / "printed.txt").open("w") as printed:
+            return subprocess.Popen(
+                [sys.executable, SCRIPT, *options.split()],
+                cwd=self.folder,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+            )
+
+    def printed(self) -> str:
+        """What the latest process has printed so far."""
+        return (self.folder / "printed.txt").read_text()
+
+    def begun_at(self) -> int:
+        """The step after which the latest process went on."""
+        resumed = re.search(r"^resumed from .*, after step (\d+)$", self.printed(), re.MULTILINE)
+        return int(resumed[1]) if resumed else 0
+
+    def made(self) -> list[int]:
+        """The steps that the latest process has made."""
+        return [int(step) for step in re.findall(r"^step (\d+)/", self.printed(), re.MULTILINE)]
+
+    def in_save(self, since: float) -> bool:
+        """Whether the latest process, which began at that time, left half a save behind."""
+        half = self.folder / "last.pt.tmp"
+        return half.exists() and half.stat().st_mtime > since
+
+
+def run_unbroken(job: Job) -> tuple[float, float]:
+    """Run to the end; the seconds until the first step was made, and of a step and its save."""
+    begin_s, made_s = time.perf_counter(), []
+    process = job.start()
+    while process.poll() is None:
+        if len(job.made()) > len(made_s):
+            made_s.append(time.perf_counter())
+        time.sleep(0.002)
+    finish(job, process)
+    step_s = statistics.median(after - before for before, after in itertools.pairwise(made_s))
+    return made_s[0] - begin_s, step_s
+
+
+def finish(job: Job, process: subprocess.Popen) -> None:
+    """Wait for the end of a run; ends the measurement if it is a bad one."""
+    if process.wait():
+        sys.exit(f"exit code {process.returncode}:\n{job.printed()}")
+
+
+def kill(job: Job, signum: signal.Signals, steps: int, delay_s: float) -> str:
+    """Go on for so many steps and a while, and kill the process; says what it was at."""
+    since = time.time()
+    process = job.start()
+    while process.poll() is None and len(job.made()) < steps:
+        time.sleep(0.002)
+    time.sleep(delay_s)
+    process.send_signal(signum)
+    if process.wait() == 0:
+        sys.exit("the run ended before it could be killed: fewer kills fit into its steps")
+    if process.returncode not in (-signum, 128 + signum):
+        sys.exit(f"{signum.name}: exit code {process.returncode}:\n{job.printed()}")
+    made = job.made()
+    text = (
+        f"begun after step {job.begun_at()}, killed after step {made[-1]}" if made else "starting"
+    )
+    text += ", in a save" if job.in_save(since) else ""
+    return f"{text}: exit code {process.returncode}"
+
+
+def differing(first: Any, second: Any, name: str = "") -> Iterator[str]:
+    """The paths at which two saved values differ; times of day do not count."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        for key in sorted((first.keys() | second.keys()) - {"timestamp"}, key=str):
+            yield from differing(first.get(key), second.get(key), f"{name}.{key}")
+    elif type(first) is not type(second):
+        yield name
+    elif isinstance(first, (list, tuple)) and len(first) == len(second):
+        for index, pair in enumerate(zip(first, second, strict=True)):
+            yield from differing(*pair, f"{name}[{index}]")
+    elif isinstance(first, torch.Tensor):
+        if first.dtype != second.dtype or not torch.equal(first, second):
+            yield name
+    elif first != second:
+        yield name
+
+
+def main(schedule: str, signum: signal.Signals, kills: int, seed: int, root: Path) -> int:
+    """Run both; prints a line per kill and the verdict, returns the exit code."""
+    make_digits(root / "digits")
+    epochs = max(3, math.ceil(2 * kills / STEPS_IN_EPOCH))
+    whole, killed = (Job(root / name, schedule, epochs) for name in ("whole", "killed"))
+    startup_s, step_s = run_unbroken(whole)
+    print(
+        f"{schedule}, {epochs} epochs of {STEPS_IN_EPOCH} steps: {startup_s:.1f} s to the first "
+        f"step, {step_s:.3f} s a step with its save",
+        flush=True,
+    )
+    draw = random.Random(seed)
+    in_saves = reached = 0
+    for number in range(1, kills + 1):
+        # On average a run makes half of these steps, and half a one more.
+        most = 2 * (whole.steps - reached) // (kills - number + 2) - 1
+        steps = draw.randint(0, max(0, most))
+        text = kill(killed, signum, steps, draw.uniform(0, step_s if steps else startup_s))
+        in_saves += "in a save" in text
+        reached = max(reached, *killed.made(), killed.begun_at())
+        print(f"kill {number}: {text}", flush=True)
+    finish(killed, killed.start())
+    states = [torch.load(job.folder / "last.pt", weights_only=True) for job in (whole, killed)]
+    found = [path for part in COMPARED for path in differing(*(s[part] for s in states), part)]
+    print(f"{kills} kills by {signum.name}, {in_saves} of them in a save: ", end="")
+    print("differs in " + ", ".join(found[:9]) if found else "equal to the unbroken run")
+    return int(bool(found))
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    choices = ("sequential", "overlap", "delayed")
+    parser.add_argument("--schedule", choices=choices, default="delayed")
+    parser.add_argument("--signal", choices=("SIGKILL", "SIGTERM", "SIGINT"), default="SIGKILL")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    asked = parse_arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = asked.schedule, signal.Signals[asked.signal], asked.kills, asked.seed
+        sys.exit(main(*chosen, Path(folder)))

@@ -1,0 +1,1254 @@
+"""Checkpoints and resuming. Run: python -m pytest tests/test_checkpoints.py"""
+
+import contextlib
+import csv
+import dataclasses
+import errno
+import functools
+import io
+import itertools
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import zipfile
+from collections import Counter, OrderedDict
+from pathlib import Path
+from types import NoneType
+
+import fsspec
+import pytest
+import torch
+from conftest import TINY, needs_two_cpus
+from fsspec.implementations.memory import MemoryFileSystem
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from kill import differing
+from torch import nn
+
+import train_split_affinity as tsa
+from train_split_affinity import Checkpoints, Mirror, Progress, Settings
+
+OVERLAP = {"schedule": "overlap", "accumulate": 2, "batch_size": 2}
+DELAYED = {"schedule": "delayed"}
+DELAYED_2 = {"schedule": "delayed", "accumulate": 2, "batch_size": 2}
+
+
+def small_model(num_classes, image_size):
+    """What a resumed run can get wrong, in a small model: BatchNorm's statistics and dropout."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(4, num_classes),
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_runs():
+    """`--model small`, and no pictures: drawing them takes longer than the runs of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tsa.OWN_MODELS, "small", small_model)
+        for name in ("draw_timelines", "draw_curves", "draw_gradients"):
+            patch.setattr(tsa, name, lambda *args: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def pictures(photos, tmp_path_factory):
+    """An image folder with 12 images to train on, and the same ones to validate."""
+    root = tmp_path_factory.mktemp("pictures")
+    for part in ("train", "val"):
+        shutil.copytree(photos / "train", root / part)
+    return root
+
+
+@pytest.fixture
+def train(pictures):
+    """Runs of two epochs with three steps each, of which the first epoch is the warm-up."""
+
+    def run(folder, **settings):
+        chosen = Settings(
+            **{
+                "model": "small",
+                "data_path": pictures,
+                "image_size": 32,
+                "batch_size": 4,
+                "workers": 0,
+                "epochs": 2,
+                "lr": 0.05,
+                "lr_scheduler": "cosine",
+                "lr_warmup_epochs": 1,
+                "model_ema": True,
+                "model_ema_decay": 0.9,
+                "mixup_alpha": 0.2,
+                "clip_grad_norm": 1.0,
+                "output_dir": folder,
+                "log_file": folder.parent / "logs.md",
+            }
+            | settings
+        )
+        topology = tsa.read_topology()
+        return tsa.train(chosen, topology, tsa.plan_cores(topology, chosen))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def arguments(pictures):
+    """The same as `train`, for the command line."""
+    options = "--model small --image-size 32 -b 4 -j 0 --epochs 2 --lr 0.05 --model-ema"
+    return [*options.split(), "--data-path", str(pictures)]
+
+
+@pytest.fixture(scope="module")
+def trained(arguments, tmp_path_factory):
+    """The output folder of a finished run of two epochs."""
+    folder = tmp_path_factory.mktemp("trained") / "out"
+    assert tsa.main([*arguments, *output(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of it, to be damaged."""
+    return shutil.copytree(trained, tmp_path / "copied")
+
+
+def output(folder):
+    return ["--output-dir", str(folder), "--log-file", str(folder.parent / "logs.md")]
+
+
+def interrupt(monkeypatch, method, calls, signum=signal.SIGTERM):
+    """Signal this process in those calls of a method of Work, counted from 1 over all runs."""
+    real, count = getattr(tsa.Work, method), itertools.count(1)
+
+    def interrupted(self, *args):
+        if next(count) in calls:
+            os.kill(os.getpid(), signum)
+        return real(self, *args)
+
+    monkeypatch.setattr(tsa.Work, method, interrupted)
+
+
+def differences(first, second):
+    """Where two states differ; settings and versions do not count."""
+    parts = (first.keys() | second.keys()) - {"settings", "versions"}
+    return [path for part in parts for path in differing(first[part], second[part], part)]
+
+
+def kinds(value):
+    """The types of a nested structure."""
+    inner = value.values() if isinstance(value, dict) else value
+    nested = isinstance(value, (dict, list, tuple))
+    return {type(value)}.union(*map(kinds, inner if nested else ()))
+
+
+def state_of(folder, name="last.pt"):
+    return tsa.read_checkpoint(folder / name)
+
+
+def step_of(folder, name="last.pt"):
+    return state_of(folder, name)["progress"]["step"]
+
+
+def metrics(folder, kind):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["type"] == kind]
+
+
+def assert_same_result(folder, whole):
+    """Two runs ended in the same state, and every step was made once, with the same loss."""
+    assert differences(state_of(folder), state_of(whole)) == []
+    for kind, figure in (("step", "loss"), ("epoch", "val_loss")):
+        ours, theirs = ([line[figure] for line in metrics(each, kind)] for each in (folder, whole))
+        assert ours == theirs
+
+
+# Exactness
+
+
+@needs_two_cpus
+@pytest.mark.parametrize(
+    "settings", [{}, OVERLAP, DELAYED, DELAYED_2], ids=["sequential", "overlap", "delayed", "2"]
+)
+def test_stopped_after_each_step(in_tmp, monkeypatch, train, settings):
+    """Every run makes one step; workers are changed from run to run, which must not matter."""
+    train(in_tmp / "whole", **settings)
+    interrupt(monkeypatch, "update", range(1, 6))
+    for run in range(5):
+        with pytest.raises(tsa.Stopped):
+            train(in_tmp / "parts", resume=Path("auto"), workers=run % 2, **settings)
+        assert step_of(in_tmp / "parts") == run + 1
+    train(in_tmp / "parts", resume=Path("auto"), **settings)
+    assert_same_result(in_tmp / "parts", in_tmp / "whole")
+
+
+def test_stopped_after_the_very_last_step(in_tmp, monkeypatch, train):
+    """The last validation is still to come."""
+    train(in_tmp / "whole")
+    interrupt(monkeypatch, "update", [6])
+    with pytest.raises(tsa.Stopped):
+        train(in_tmp / "parts")
+    train(in_tmp / "parts", resume=Path("auto"))
+    assert_same_result(in_tmp / "parts", in_tmp / "whole")
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("settings", [{}, DELAYED], ids=["sequential", "delayed"])
+@pytest.mark.parametrize(
+    ("batch", "epochs"), [(1, 0), (3, 1)], ids=["in the validation", "between two epochs"]
+)
+def test_stopped_around_a_validation(in_tmp, monkeypatch, train, settings, batch, epochs):
+    train(in_tmp / "whole", **settings)
+    interrupt(monkeypatch, "evaluate", [batch])
+    with pytest.raises(tsa.Stopped):
+        train(in_tmp / "parts", **settings)
+    progress = state_of(in_tmp / "parts")["progress"]
+    assert (progress["step"], progress["epoch"]) == (3, epochs)
+    train(in_tmp / "parts", resume=Path("auto"), **settings)
+    assert differences(state_of(in_tmp / "parts"), state_of(in_tmp / "whole")) == []
+
+
+@needs_two_cpus
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [("squeezenet1_1", OVERLAP), ("squeezenet1_1", DELAYED), ("resnet18", DELAYED)],
+)
+def test_models_of_torchvision(in_tmp, monkeypatch, train, model, settings):
+    settings = settings | {"model": model, "epochs": 1, "lr_warmup_epochs": 0, "model_ema": False}
+    train(in_tmp / "whole", **settings)
+    interrupt(monkeypatch, "update", [2])
+    with pytest.raises(tsa.Stopped):
+        train(in_tmp / "parts", **settings)
+    train(in_tmp / "parts", resume=Path("auto"), **settings)
+    assert_same_result(in_tmp / "parts", in_tmp / "whole")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"opt": "adam", "lr_scheduler": "onecycle", "lr_warmup_epochs": 0},
+        {"opt": "adamw", "lr_scheduler": "warm-restarts", "lr_restart_epochs": 1},
+        {"skip_decay_1d": True, "lr_scheduler": "multistep", "lr_milestones": (2,)},
+        {"momentum": 0.0, "lr_scheduler": "step", "lr_step_epochs": 1, "model_ema": False},
+        {"split": "none", "epochs": None, "steps": 5, "lr_warmup_epochs": 0},
+    ],
+    ids=["adam", "adamw", "multistep", "step", "one lane, steps"],
+)
+def test_optimizers_and_courses_of_the_rate(in_tmp, monkeypatch, train, settings):
+    train(in_tmp / "whole", **settings)
+    interrupt(monkeypatch, "update", [2, 4])
+    for _ in range(2):
+        with pytest.raises(tsa.Stopped):
+            train(in_tmp / "parts", resume=Path("auto"), **settings)
+    train(in_tmp / "parts", resume=Path("auto"), **settings)
+    assert_same_result(in_tmp / "parts", in_tmp / "whole")
+    plain = {dict, OrderedDict, Counter, list, tuple, torch.Tensor, str, int, float, bool, NoneType}
+    for name in ("last.pt", "previous.pt"):
+        assert kinds(state_of(in_tmp / "parts", name)) <= plain
+
+
+@needs_two_cpus
+def test_what_delayed_has_begun_is_forgotten_by_another_schedule(in_tmp, monkeypatch, train):
+    interrupt(monkeypatch, "update", [1, 2])
+    with pytest.raises(tsa.Stopped):
+        train(in_tmp / "out", schedule="delayed")
+    assert state_of(in_tmp / "out")["ahead"] is not None
+    with pytest.raises(tsa.Stopped):
+        train(in_tmp / "out", schedule="sequential", resume=Path("auto"))
+    assert state_of(in_tmp / "out")["ahead"] is None
+
+
+# Signals
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
+    in_tmp, monkeypatch, capsys, arguments, signum, code
+):
+    interrupt(monkeypatch, "backward", [2], signum)
+    assert tsa.main([*arguments, *output(in_tmp / "out")]) == code
+    assert capsys.readouterr().err.endswith(f"train_split_affinity.py: stopped by {signum.name}\n")
+    assert step_of(in_tmp / "out") == 2
+    assert tsa.main([*arguments, *output(in_tmp / "out"), "--resume", "auto"]) == 0
+    resumed = f"resumed from {in_tmp / 'out/last.pt'}, after step 2\n"
+    assert resumed in capsys.readouterr().out
+    assert step_of(in_tmp / "out") == 6
+
+
+def test_a_second_signal_would_end_the_process_at_once():
+    with tsa.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            assert signal.getsignal(signum) == signal.SIG_DFL
+        with pytest.raises(tsa.Stopped, match="SIGTERM"):
+            stop.check()
+
+
+def test_killed_outright(in_tmp):
+    """The line of a step is printed right before its save."""
+    options = [*TINY, "--steps", "4", "--save-steps", "1", "--print-freq", "1"]
+    assert tsa.main([*options, *output(in_tmp / "whole")]) == 0
+    with subprocess.Popen(
+        [sys.executable, tsa.__file__, *options, *output(in_tmp / "out")],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("step 2/4"):
+                process.kill()
+                break
+    assert process.returncode == -signal.SIGKILL
+    assert tsa.main([*options, *output(in_tmp / "out"), "--resume", "auto"]) == 0
+    assert differences(state_of(in_tmp / "out"), state_of(in_tmp / "whole")) == []
+
+
+# Killed inside a save
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing after it reaches the disk."""
+
+
+def kill_at(patch, operation):
+    """Kill this process, as far as the disk can tell, at the n-th thing that is done to files;
+    what torch saves then is written by half.
+    """
+    left = itertools.count(operation - 1, -1)
+
+    def mortal(real, last_words=None):
+        def call(*args):
+            remaining = next(left)
+            if remaining == 0 and last_words:
+                last_words(*args)
+            if remaining <= 0:
+                raise Killed
+            return real(*args)
+
+        return call
+
+    def half(state, file):
+        whole = io.BytesIO()
+        save(state, whole)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+
+    save = torch.save
+    patch.setattr(torch, "save", mortal(save, half))
+    for name in ("fsync", "replace", "rename", "unlink", "link"):
+        patch.setattr(os, name, mortal(getattr(os, name)))
+
+
+def tiny_work():
+    model = nn.Linear(3, 2)
+    return tsa.Work(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.1))
+
+
+def save_epochs(checkpoints, progress, top1):
+    """Save the ends of epochs of ten steps with those accuracies."""
+    for value in top1:
+        progress.step += 10
+        progress.end_epoch({"val_top1": value}, 2)
+        checkpoints.save(tiny_work(), progress)
+    return progress
+
+
+def at_each_operation(tmp_path, prepare, save):
+    """Yield the folder that a kill at each operation of a save leaves, until none is left to do."""
+    for operation in itertools.count(1):
+        folder = tmp_path / str(operation)
+        folder.mkdir()
+        checkpoints = Checkpoints(Settings(output_dir=folder, keep_best=2), pytest.fail)
+        progress = prepare(checkpoints)
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, operation)
+            try:
+                save(checkpoints, progress)
+            except Killed:
+                pass
+            else:
+                assert operation > 4
+                return
+        yield folder
+
+
+def test_killed_at_any_moment_of_a_save(tmp_path):
+    """Epochs 1 and 2 are saved whole, and epoch 3, the best, by a process that is killed."""
+
+    def prepare(checkpoints):
+        return save_epochs(checkpoints, Progress(), [50.0, 40.0])
+
+    def save(checkpoints, progress):
+        save_epochs(checkpoints, progress, [60.0])
+
+    seen = set()
+    for folder in at_each_operation(tmp_path, prepare, save):
+        for path in folder.glob("*.pt"):
+            tsa.read_checkpoint(path)
+        warnings = []
+        checkpoints = Checkpoints(Settings(output_dir=folder, keep_best=2), warnings.append)
+        path, state = checkpoints.newest_good()
+        seen.add((path.name, state["progress"]["step"]))
+        progress = Progress(**state["progress"])
+        progress.step += 1
+        progress.batches = 1
+        checkpoints.save(tiny_work(), progress)
+        assert step_of(folder) == state["progress"]["step"] + 1, "what is left does not disturb"
+        assert warnings == []
+    assert seen == {("last.pt", 20), ("previous.pt", 20), ("last.pt", 30)}
+
+
+def test_killed_at_any_moment_of_the_save_after_a_damaged_one(tmp_path):
+    """The good one before it must not be given up before there is a new one."""
+
+    def prepare(checkpoints):
+        for step in (1, 2):
+            checkpoints.save(tiny_work(), Progress(step=step))
+        (checkpoints.folder / "last.pt").write_bytes(b"damaged")
+        return Progress(step=2)
+
+    def save(checkpoints, progress):
+        checkpoints.save(tiny_work(), Progress(step=3))
+
+    for folder in at_each_operation(tmp_path, prepare, save):
+        checkpoints = Checkpoints(Settings(output_dir=folder), lambda text: None)
+        assert checkpoints.newest_good()[1]["progress"]["step"] in (1, 3)
+
+
+def test_names_that_a_kill_kept_from_being_given(in_tmp, monkeypatch, train):
+    """Epoch 1 is the best one, and its file is what a run of weeks is made for."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tsa, "link_file", functools.partial(raise_, Killed()))
+        with pytest.raises(Killed):
+            train(in_tmp / "out", save_freq=1)
+    assert [path.name for path in (in_tmp / "out").glob("*.pt")] == ["last.pt"]
+    interrupt(monkeypatch, "update", [1])
+    with pytest.raises(tsa.Stopped):
+        train(in_tmp / "out", save_freq=1, resume=Path("auto"))
+    for name in ("best.pt", "best-0001.pt", "epoch-0001.pt"):
+        assert step_of(in_tmp / "out", name) == 3
+
+
+def raise_(error, *args, **options):
+    raise error
+
+
+# Disks that take no more
+
+
+def test_a_full_disk_costs_no_checkpoint(tmp_path):
+    warnings = []
+    checkpoints = Checkpoints(Settings(output_dir=tmp_path), warnings.append)
+    for step in (1, 2):
+        checkpoints.save(tiny_work(), Progress(step=step))
+    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
+    checkpoints.save(tiny_work(), Progress(step=3))
+    assert warnings == [
+        f"{tmp_path / 'last.pt'}: not saved: No space left on device; earlier checkpoints "
+        "are untouched"
+    ]
+    assert (step_of(tmp_path), step_of(tmp_path, "previous.pt")) == (2, 1)
+    assert not list(tmp_path.glob("*.tmp"))
+    checkpoints.save(tiny_work(), Progress(step=3))
+    assert (step_of(tmp_path), step_of(tmp_path, "previous.pt")) == (3, 2)
+
+
+def patch_from_epoch_2(monkeypatch, owner, name, error):
+    """Have a function fail once the second epoch is finished."""
+    finish_epoch = tsa.finish_epoch
+
+    def finish(run, progress, report):
+        finish_epoch(run, progress, report)
+        if progress.epoch == 2:
+            monkeypatch.setattr(owner, name, functools.partial(raise_, error))
+
+    monkeypatch.setattr(tsa, "finish_epoch", finish)
+
+
+@pytest.mark.parametrize(
+    ("broken", "number", "reason"),
+    [
+        ("fsync", errno.EIO, "Input/output error"),
+        ("save", errno.EROFS, "Read-only file system"),
+    ],
+)
+def test_a_disk_that_fails_while_the_run_goes_on(
+    in_tmp, monkeypatch, capsys, arguments, broken, number, reason
+):
+    error = OSError(number, os.strerror(number))
+    patch_from_epoch_2(monkeypatch, os if broken == "fsync" else torch, broken, error)
+    assert tsa.main([*arguments, *output(in_tmp / "out")]) == 0
+    captured = capsys.readouterr()
+    assert f"last.pt: not saved: {reason}; earlier checkpoints are untouched" in captured.err
+    assert "finished after 6 of 6 steps" in captured.out
+    assert step_of(in_tmp / "out") == 3
+    assert step_of(in_tmp / "out", "best.pt") == 3
+
+
+def test_a_name_that_cannot_be_given_is_told(in_tmp, monkeypatch, capsys, arguments):
+    error = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    patch_from_epoch_2(monkeypatch, tsa, "link_file", error)
+    options = [*arguments, *output(in_tmp / "out"), "--keep-best", "2"]
+    assert tsa.main(options) == 0
+    told = capsys.readouterr().err
+    assert step_of(in_tmp / "out") == 6
+    assert "best-0002.pt" in told
+    assert "Disk quota exceeded" in told
+    assert "last.pt: not saved" not in told
+
+
+def test_a_written_file_that_reads_differently_is_not_kept(tmp_path, monkeypatch):
+    """What the disk made of it is looked at before the name is given."""
+    warnings = []
+    checkpoints = Checkpoints(Settings(output_dir=tmp_path), warnings.append)
+    checkpoints.save(tiny_work(), Progress(step=1))
+    save = torch.save
+
+    def forgetful(state, file):
+        save(state, file)
+        file.seek(100)
+        file.write(bytes(100))
+
+    monkeypatch.setattr(torch, "save", forgetful)
+    checkpoints.save(tiny_work(), Progress(step=2))
+    assert len(warnings) == 1
+    assert "last.pt: not saved: " in warnings[0]
+    assert "damaged" in warnings[0]
+    assert os.listdir(tmp_path) == ["last.pt"]
+    assert step_of(tmp_path) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 24 MB; unmounted in the end."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_up(small_disk, capsys):
+    """There is room for three checkpoints of 5.8 MB, and from step 5 on for two."""
+    options = [*TINY, "--save-steps", "1", "--log-file", str(small_disk.parent / "logs.md")]
+    options += ["--output-dir", str(small_disk / "out")]
+    assert tsa.main([*options, "--steps", "4"]) == 0
+    assert capsys.readouterr().err == ""
+    (small_disk / "filler").write_bytes(bytes(8_000_000))
+    options += ["--steps", "8", "--resume", "auto"]
+    assert tsa.main(options) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("last.pt: not saved: ") == 5, "after each step, and in the end"
+    assert captured.err.count("; earlier checkpoints are untouched\n") == 5
+    assert "finished after 8 of 8 steps" in captured.out
+    assert step_of(small_disk / "out") == 4
+    assert step_of(small_disk / "out", "previous.pt") == 3
+    (small_disk / "filler").unlink()
+    assert tsa.main(options) == 0
+    assert step_of(small_disk / "out") == 8
+
+
+def test_a_full_disk_is_called_full(small_disk):
+    """torch's own message, of a larger file, is of unexpected positions."""
+    (small_disk / "filler").write_bytes(bytes(20_000_000))
+    warnings = []
+    model = nn.Linear(2000, 1000)
+    work = tsa.Work(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.1))
+    Checkpoints(Settings(output_dir=small_disk), warnings.append).save(work, Progress(step=1))
+    assert len(warnings) == 1
+    assert "No space left on device" in warnings[0]
+
+
+@pytest.mark.parametrize("trouble", ["full", "read-only"])
+def test_a_disk_that_takes_nothing_at_all(small_disk, monkeypatch, capsys, arguments, trouble):
+    """Not even a line of metrics: going on or not, the run says why, and loses nothing."""
+    folder = small_disk / "out"
+    options = [*arguments, "--output-dir", str(folder), "--save-steps", "1"]
+    options += ["--log-file", str(small_disk.parent / "logs.md")]
+    update, steps = tsa.Work.update, itertools.count(1)
+
+    def spoil(self, *args):
+        if next(steps) == 3:
+            if trouble == "full":
+                with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as filler:
+                    while True:
+                        filler.write(bytes(4096))
+            else:
+                command = ["mount", "-o", "remount,ro", str(small_disk)]
+                subprocess.run(command, check=True)
+        update(self, *args)
+
+    monkeypatch.setattr(tsa.Work, "update", spoil)
+    tsa.main(options)
+    reason = "No space left" if trouble == "full" else "Read-only file system"
+    assert reason in capsys.readouterr().err
+    assert (step_of(folder), step_of(folder, "previous.pt")) == (2, 1)
+
+
+# Damaged and foreign files
+
+
+def saved_by_torch(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def plain_zip(good):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("notes.txt", "hello")
+    return file.getvalue()
+
+
+def other_bit(part):
+    """Change the lowest bit of the byte that comes after those bytes."""
+
+    def damage(good):
+        position = good.index(part) + len(part)
+        return good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :]
+
+    return damage
+
+
+def bit_of_a_weight(good):
+    weight = torch.load(io.BytesIO(good), weights_only=True)["model"]["1.running_mean"]
+    return other_bit(weight.numpy().tobytes()[:-1])(good)
+
+
+DAMAGES = {
+    "empty": lambda good: b"",
+    "one byte": lambda good: good[:1],
+    "cut in half": lambda good: good[: len(good) // 2],
+    "cut at the end": lambda good: good[:-1],
+    "garbage": lambda good: b"no checkpoint " * 1000,
+    "zeros": lambda good: bytes(len(good)),
+    "a bit of the format": other_bit(b"train_split"),
+    "a bit of a number": other_bit(b"loss_sum"),
+    "a bit of a weight": bit_of_a_weight,
+    "weights alone": lambda good: saved_by_torch(nn.Linear(2, 2).state_dict()),
+    "a tensor": lambda good: saved_by_torch(torch.zeros(3)),
+    "a whole model": lambda good: saved_by_torch(nn.Linear(2, 2)),
+    "a class": lambda good: saved_by_torch({"format": tsa.CHECKPOINT_FORMAT, "path": Path()}),
+    "a zip file": plain_zip,
+    "a pickle": lambda good: pickle.dumps({"format": tsa.CHECKPOINT_FORMAT}),
+    "another format": lambda good: saved_by_torch({"format": "train_split_affinity 2"}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_files(copied, damage):
+    """Named in one line; under auto the one before it is used."""
+    bad = copied / "last.pt"
+    content = damage(bad.read_bytes())
+    bad.unlink()  # best.pt may be the same file
+    bad.write_bytes(content)
+    with pytest.raises(tsa.BadCheckpoint, match=f"^{bad}: .") as caught:
+        tsa.read_checkpoint(bad)
+    assert "\n" not in str(caught.value)
+    warnings = []
+    path, state = Checkpoints(Settings(output_dir=copied), warnings.append).newest_good()
+    assert path == copied / "previous.pt"
+    assert state["progress"]["epoch"] == 1
+    assert warnings == [f"{caught.value}; the one before it is tried"]
+
+
+def test_a_file_with_a_class_runs_none_of_its_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "exploded",)
+
+    (tmp_path / "last.pt").write_bytes(saved_by_torch(Bomb()))
+    with pytest.raises(tsa.BadCheckpoint, match="cannot be read"):
+        tsa.read_checkpoint(tmp_path / "last.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+@hypothesis_settings(deadline=None, max_examples=300)
+@given(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+def test_a_flipped_bit_is_found_or_does_not_matter(trained, part, bit):
+    """Those that do not matter are times of day and the like, between the contents."""
+    good = (trained / "previous.pt").read_bytes()
+    position = int(part * len(good))
+    path = trained.parent / "flipped.pt"
+    path.write_bytes(good[:position] + bytes([good[position] ^ 1 << bit]) + good[position + 1 :])
+    try:
+        state = tsa.read_checkpoint(path)
+    except tsa.BadCheckpoint as error:
+        assert str(error).startswith(f"{path}: ")
+        assert "\n" not in str(error)
+    else:
+        assert differences(state, state_of(trained, "previous.pt")) == []
+
+
+@pytest.mark.parametrize("name", ["last.pt", "nowhere.pt", "."])
+def test_resuming_a_bad_file_is_an_error(copied, capsys, arguments, name):
+    path = copied / name
+    (copied / "last.pt").write_bytes(b"damaged")
+    before = contents(copied)
+    assert tsa.main([*arguments, *output(copied), "--resume", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"train_split_affinity.py: error: {path}: ")
+    assert error.count("\n") == 1
+    assert contents(copied) == before
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_auto_names_the_damaged_one_and_goes_on_from_the_one_before(
+    copied, trained, capsys, arguments
+):
+    (copied / "last.pt").unlink()
+    (copied / "last.pt").write_bytes(b"damaged")
+    assert tsa.main([*arguments, *output(copied), "--resume", "auto"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"warning: {copied / 'last.pt'}: damaged, or no checkpoint: ")
+    assert captured.err.count("\n") == 1
+    assert f"resumed from {copied / 'previous.pt'}, after step 3\n" in captured.out
+    assert differences(state_of(copied), state_of(trained)) == []
+
+
+def test_auto_uses_the_newest_that_is_left(tmp_path):
+    warnings = []
+    checkpoints = Checkpoints(Settings(output_dir=tmp_path, save_freq=2), warnings.append)
+    save_epochs(checkpoints, Progress(), [50.0, 40.0, 30.0, 20.0, 10.0])
+    for name, used in (
+        ("last.pt", "previous.pt"),
+        ("previous.pt", "epoch-0004.pt"),
+        ("epoch-0004.pt", "best-0002.pt"),
+        ("best-0002.pt", "epoch-0002.pt"),
+    ):
+        path = tmp_path / name
+        path.unlink()
+        path.write_bytes(b"damaged")
+        warnings.clear()
+        assert checkpoints.newest_good()[0].name == used
+        assert path.name in warnings[-1]
+
+
+def test_auto_with_nothing_good_left(copied, capsys, arguments):
+    for path in copied.glob("*.pt"):
+        path.write_bytes(b"damaged")
+    before = contents(copied)
+    assert tsa.main([*arguments, *output(copied), "--resume", "auto"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("train_split_affinity.py: error: --resume auto: no good checkpoint; ")
+    assert str(copied) in error
+    assert contents(copied) == before
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_auto_without_checkpoints_begins_anew(tmp_path, exists):
+    folder = tmp_path / "out"
+    if exists:
+        folder.mkdir()
+        (folder / "last.pt.tmp").write_bytes(b"half of a")
+    assert Checkpoints(Settings(output_dir=folder), pytest.fail).newest_good() is None
+
+
+# Settings of a resumed run
+
+BASE = Settings(output_dir=Path("out"), epochs=3, lr=0.1, accumulate=2)
+SAVED = {"settings": tsa.plain_settings(BASE), "versions": tsa.versions()}
+
+
+def changed(**settings):
+    return tsa.check_resumable(Path("last.pt"), SAVED, dataclasses.replace(BASE, **settings))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"workers": 7, "save_steps": 5, "save_freq": 2, "keep_best": 9},
+        {"output_dir": Path("elsewhere"), "log_file": Path("log.md"), "data_path": Path("moved")},
+        {"resume": Path("auto"), "mirror": "memory://m", "print_freq": 1},
+        {"early_stopping": 3, "target_top1": 90.0, "max_bad_images": 4},
+        {"split": "1:3", "loader_cores": (0,), "tuned_malloc": False},
+    ],
+)
+def test_settings_that_may_change(settings):
+    assert changed(**settings) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "resnet18"}, "--model resnet18: last.pt has resnet50"),
+        ({"num_classes": 5}, "--num-classes 5: last.pt has None"),
+        ({"batch_size": 16}, "--batch-size 16: last.pt has 32"),
+        ({"accumulate": 1}, "--accumulate 1: last.pt has 2"),
+        ({"subset": 0.5}, "--subset 0.5: last.pt has 1.0"),
+        ({"opt": "adam"}, "--opt adam: last.pt has sgd"),
+        ({"lr_scheduler": "cosine"}, "--lr-scheduler cosine: last.pt has constant"),
+        ({"model_ema": True}, "--model-ema True: last.pt has False"),
+        ({"skip_decay_1d": True}, "--skip-decay-1d True: last.pt has False"),
+    ],
+)
+def test_settings_that_must_not_change(settings, message):
+    with pytest.raises(tsa.UserError) as caught:
+        changed(**settings)
+    assert str(caught.value) == f"{message}; --init-from takes its weights alone"
+
+
+@pytest.mark.parametrize(
+    ("settings", "listed"),
+    [
+        ({"lr": 0.05}, ["--lr 0.1 -> 0.05"]),
+        ({"seed": 1, "epochs": 4}, ["--epochs 3 -> 4", "--seed 0 -> 1"]),
+        ({"schedule": "overlap"}, ["--schedule sequential -> overlap"]),
+        ({"forward_threads": 2}, ["--forward-threads None -> 2"]),
+        ({"lr_milestones": (1, 2)}, ["--lr-milestones (30, 60, 80) -> (1, 2)"]),
+        ({"precision": "fp32"}, ["--precision auto -> fp32"]),
+        ({"mixup_alpha": 0.2, "hflip": 0.0}, ["--hflip 0.5 -> 0.0", "--mixup-alpha 0.0 -> 0.2"]),
+    ],
+)
+def test_settings_that_change_the_numbers_are_listed(settings, listed):
+    assert changed(**settings) == listed
+
+
+def test_another_torch_is_listed():
+    saved = SAVED | {"versions": SAVED["versions"] | {"torch": "1.0", "python": "3.8"}}
+    now = tsa.versions()["torch"]
+    assert tsa.check_resumable(Path("last.pt"), saved, BASE) == [f"torch 1.0 -> {now}"]
+
+
+def test_changes_are_told(copied, capsys, arguments):
+    assert tsa.main([*arguments, *output(copied), "--resume", "auto", "--seed", "1"]) == 0
+    told = "numbers can differ from those of an unbroken run: --seed 0 -> 1\n"
+    assert told in capsys.readouterr().out
+
+
+def test_a_change_that_makes_no_sense_ends_in_one_line(copied, capsys, arguments):
+    before = contents(copied)
+    assert tsa.main([*arguments, *output(copied), "--resume", "auto", "--opt", "adam"]) == 2
+    path = copied / "last.pt"
+    assert capsys.readouterr().err == (
+        f"train_split_affinity.py: error: --opt adam: {path} has sgd; --init-from takes its "
+        "weights alone\n"
+    )
+    assert contents(copied) == before
+
+
+def test_other_data_is_an_error(copied, capsys, arguments, pictures, tmp_path):
+    fewer = shutil.copytree(pictures, tmp_path / "fewer")
+    for picture in list((fewer / "train/temple").iterdir())[:4]:
+        picture.unlink()
+    options = [*arguments, *output(copied), "--data-path", str(fewer), "--resume", "auto"]
+    assert tsa.main(options) == 2
+    assert capsys.readouterr().err == (
+        f"train_split_affinity.py: error: {copied / 'last.pt'}: made with 3 batches an epoch, "
+        "not 2\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [("lr", 0.05, 0.01), ("momentum", 0.9, 0.5), ("weight_decay", 1e-4, 1e-2)],
+)
+def test_a_changed_setting_is_in_force(in_tmp, train, name, before, after):
+    """A rate lowered in the middle of a run, say: what is listed as changed has to be changed."""
+    plain = {"lr_scheduler": "constant", "lr_warmup_epochs": 0}
+    train(in_tmp / "out", epochs=1, **plain, **{name: before})
+    train(in_tmp / "out", epochs=2, resume=Path("auto"), **plain, **{name: after})
+    assert state_of(in_tmp / "out")["optimizer"]["param_groups"][0][name] == after
+
+
+def test_more_epochs_follow_the_course_of_the_longer_run(in_tmp, train):
+    """Over two epochs, cosine would have ended by now."""
+    train(in_tmp / "out", epochs=2, lr_warmup_epochs=0)
+    train(in_tmp / "out", epochs=4, lr_warmup_epochs=0, resume=Path("auto"))
+    rates = [row["lr"] for row in state_of(in_tmp / "out")["progress"]["history"]]
+    assert rates == pytest.approx([0.0375, 0.0033494, 0.0125, 0.00085185], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        "cosine",
+        "onecycle",
+    ],
+)
+def test_fewer_epochs_than_there_were(in_tmp, capsys, train, scheduler):
+    course = {"lr_scheduler": scheduler, "lr_warmup_epochs": 0}
+    train(in_tmp / "out", epochs=3, **course)
+    train(in_tmp / "out", epochs=1, resume=Path("auto"), **course)
+    assert "finished after 9 of" in capsys.readouterr().out
+    assert step_of(in_tmp / "out") == 9
+
+
+def test_a_finished_run_writes_no_checkpoint(copied, arguments):
+    before = {path.name: path.stat().st_mtime_ns for path in copied.glob("*.pt")}
+    assert tsa.main([*arguments, *output(copied), "--resume", "auto"]) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in copied.glob("*.pt")} == before
+
+
+# A new run from old weights
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_init_from_takes_the_averaged_weights_that_fit(trained, classes):
+    model = small_model(classes, 32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    tsa.load_weights(trained / "last.pt", model)
+    average = state_of(trained)["average"]
+    for name, value in model.state_dict().items():
+        kept = classes == 5 and name.startswith("6.")
+        assert torch.equal(value, before[name] if kept else average[name]), name
+
+
+def test_init_from_without_an_average_takes_the_weights(in_tmp, train):
+    train(in_tmp / "out", epochs=1, lr_warmup_epochs=0, model_ema=False)
+    model = small_model(2, 32)
+    tsa.load_weights(in_tmp / "out/last.pt", model)
+    for name, value in state_of(in_tmp / "out")["model"].items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_init_from_begins_a_new_run(trained, in_tmp, arguments):
+    options = [*arguments, "--num-classes", "5", "--epochs", "1", "--lr", "0", "--no-model-ema"]
+    options += ["--init-from", str(trained / "last.pt"), *output(in_tmp / "out")]
+    assert tsa.main(options) == 0
+    state = state_of(in_tmp / "out")
+    assert state["progress"]["step"] == 3
+    assert len(state["progress"]["history"]) == 1
+    assert state["model"]["6.weight"].shape == (5, 4)
+    assert torch.equal(state["model"]["0.weight"], state_of(trained)["average"]["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "message"),
+    [
+        ("squeezenet1_1", "last.pt", "--init-from {}: made by small, whose weights do not fit"),
+        ("small", "nowhere.pt", "{}: no such checkpoint"),
+    ],
+)
+def test_init_from_what_does_not_fit(trained, in_tmp, capsys, arguments, model, name, message):
+    path = trained / name
+    options = [*arguments, "--model", model, "--init-from", str(path), *output(in_tmp / "out")]
+    assert tsa.main(options) == 2
+    error = f"train_split_affinity.py: error: {message.format(path)}\n"
+    assert capsys.readouterr().err == error
+    assert not list(in_tmp.iterdir())
+
+
+# Evaluating a checkpoint
+
+
+def test_test_only_gives_the_figures_of_the_epoch(trained, in_tmp, capsys, arguments):
+    options = [*arguments, "--test-only", "--resume", str(trained / "last.pt")]
+    assert tsa.main([*options, *output(in_tmp / "out")]) == 0
+    printed = capsys.readouterr().out
+    row = state_of(trained)["progress"]["history"][-1]
+    assert f"{trained / 'last.pt'}: epoch 2, step 6\n" in printed
+    assert (
+        f"12 images: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %, "
+        f"top-5 {row['val_top5']:.2f} %\n" in printed
+    )
+    with (in_tmp / "out/confusion.csv").open() as file:
+        head, *rows = csv.reader(file)
+    assert head == ["true class", "flower", "temple"]
+    assert [name for name, *_ in rows] == ["flower", "temple"]
+    counts = [list(map(int, cells)) for _, *cells in rows]
+    assert [sum(row) for row in counts] == [6, 6]
+    assert counts[0][0] + counts[1][1] == round(row["val_top1"] * 12 / 100)
+    assert sorted(path.name for path in (in_tmp / "out").iterdir()) == [
+        "confusion.csv",
+        "confusion.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--model", "squeezenet1_1"], "--model squeezenet1_1: {} has small"),
+        (["--num-classes", "5"], "--num-classes 5: {} has 2"),
+    ],
+)
+def test_test_only_of_another_model(trained, capsys, arguments, changes, message):
+    path = trained / "last.pt"
+    assert tsa.main([*arguments, "--test-only", "--resume", str(path), *changes]) == 2
+    error = f"train_split_affinity.py: error: {message.format(path)}\n"
+    assert capsys.readouterr().err == error
+
+
+def test_test_only_without_a_checkpoint(in_tmp, capsys, arguments):
+    options = [*arguments, "--test-only", *output(in_tmp / "out")]
+    assert tsa.main([*options, "--resume", "auto"]) == 2
+    assert f"--test-only: no checkpoint in {in_tmp / 'out'}" in capsys.readouterr().err
+    assert tsa.main([*options, "--resume", "nowhere.pt"]) == 2
+    assert "error: nowhere.pt: no such checkpoint" in capsys.readouterr().err
+    assert not list(in_tmp.iterdir())
+
+
+# The names in the folder
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_which_checkpoints_are_kept(tmp_path, monkeypatch, links):
+    """Of equal accuracies the earlier epoch is the better one."""
+    if not links:  # some network disks
+        error = OSError(errno.EPERM, os.strerror(errno.EPERM))
+        monkeypatch.setattr(os, "link", functools.partial(raise_, error))
+    checkpoints = Checkpoints(Settings(output_dir=tmp_path, keep_best=2, save_freq=3), pytest.fail)
+    progress = Progress()
+    for top1, best, kept in (
+        (50.0, 1, ["best-0001.pt"]),
+        (70.0, 2, ["best-0001.pt", "best-0002.pt"]),
+        (60.0, 2, ["best-0002.pt", "best-0003.pt", "epoch-0003.pt"]),
+        (70.0, 2, ["best-0002.pt", "best-0004.pt", "epoch-0003.pt"]),
+        (20.0, 2, ["best-0002.pt", "best-0004.pt", "epoch-0003.pt"]),
+        (80.0, 6, ["best-0002.pt", "best-0006.pt", "epoch-0003.pt", "epoch-0006.pt"]),
+    ):
+        progress.step += 10
+        progress.end_epoch({"val_top1": top1}, 2)
+        checkpoints.save(tiny_work(), progress)
+        epoch = progress.epoch
+        expected = kept + ["best.pt", "last.pt"] + ["previous.pt"] * (epoch > 1)
+        assert sorted(path.name for path in tmp_path.glob("*.pt")) == sorted(expected)
+        assert step_of(tmp_path) == 10 * epoch
+        assert step_of(tmp_path, "best.pt") == 10 * best
+        for name in kept:
+            assert step_of(tmp_path, name) == 10 * int(name[-7:-3])
+        if epoch > 1:
+            assert step_of(tmp_path, "previous.pt") == 10 * (epoch - 1)
+    assert (tmp_path / "best.pt").samefile(tmp_path / "last.pt") == links
+
+
+def test_no_other_names_are_left(tmp_path):
+    """The best epoch stays the same here: rename(2) between links to one file does nothing."""
+    checkpoints = Checkpoints(Settings(output_dir=tmp_path, save_freq=1), pytest.fail)
+    save_epochs(checkpoints, Progress(), [50.0, 40.0])
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_saves_within_an_epoch_leave_the_best_alone(tmp_path):
+    checkpoints = Checkpoints(Settings(output_dir=tmp_path, save_freq=1), pytest.fail)
+    progress = save_epochs(checkpoints, Progress(), [50.0])
+    for _ in range(3):
+        progress.add_step(images=4, loss=1.0, top1=1, top5=2, batches=1)
+        checkpoints.save(tiny_work(), progress)
+    names = ["best-0001.pt", "best.pt", "epoch-0001.pt", "last.pt", "previous.pt"]
+    assert sorted(os.listdir(tmp_path)) == names
+    steps = {"best.pt": 10, "epoch-0001.pt": 10, "last.pt": 13, "previous.pt": 12}
+    for name, step in steps.items():
+        assert step_of(tmp_path, name) == step
+
+
+def test_files_of_other_names_are_left_alone(tmp_path):
+    for name in ("best-mine.pt", "notes-1.txt"):
+        (tmp_path / name).write_bytes(b"mine")
+    checkpoints = Checkpoints(Settings(output_dir=tmp_path, keep_best=1), pytest.fail)
+    save_epochs(checkpoints, Progress(), [50.0, 60.0])
+    for name in ("best-mine.pt", "notes-1.txt"):
+        assert (tmp_path / name).read_bytes() == b"mine"
+
+
+def test_a_state_is_saved_once(tmp_path):
+    checkpoints = Checkpoints(Settings(output_dir=tmp_path), pytest.fail)
+    progress = Progress(step=1)
+    for _ in range(2):
+        checkpoints.save(tiny_work(), progress)
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_no_validation_means_no_best(tmp_path):
+    checkpoints = Checkpoints(Settings(output_dir=tmp_path, save_freq=2), pytest.fail)
+    save_epochs(checkpoints, Progress(), [None, None])
+    assert sorted(os.listdir(tmp_path)) == ["epoch-0002.pt", "last.pt", "previous.pt"]
+
+
+def test_without_a_folder_nothing_is_saved(in_tmp):
+    Checkpoints(Settings(), pytest.fail).save(tiny_work(), Progress(step=1))
+    assert not list(in_tmp.iterdir())
+
+
+# The mirror
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """Makes the store memory:// raise some errors, one at each upload; returns the pauses that the
+    mirror makes, which take no time here.
+    """
+
+    def fail_with(*errors):
+        left, pauses = iter(errors), []
+        put_file = MemoryFileSystem.put_file
+
+        def put(*args, **options):
+            for error in left:
+                raise error
+            return put_file(*args, **options)
+
+        monkeypatch.setattr(MemoryFileSystem, "put_file", put)
+        monkeypatch.setattr(tsa.time, "sleep", pauses.append)
+        return pauses
+
+    return fail_with
+
+
+@pytest.fixture
+def far(tmp_path):
+    """An address in memory that no other test uses."""
+    yield f"memory://{tmp_path}/far"
+    MemoryFileSystem.store.clear()
+
+
+def mirror_files(url, *paths):
+    """Copy files; what the mirror has to say."""
+    mirror = Mirror(url)
+    for path in paths:
+        mirror.copy(path)
+    mirror.close()
+    return mirror.messages
+
+
+@pytest.mark.parametrize("protocol", ["memory", "file"])
+def test_the_mirror_ends_up_equal(in_tmp, train, protocol):
+    url = f"{protocol}://{in_tmp}/far"
+    train(in_tmp / "out", epochs=3, save_steps=1, save_freq=2, keep_best=1, mirror=url)
+    filesystem, root = fsspec.core.url_to_fs(url)
+    copies = {Path(path).name: filesystem.cat_file(path) for path in filesystem.ls(root, False)}
+    for name in ("last.pt", "best.pt", "epoch-0002.pt"):
+        assert copies[name] == (in_tmp / "out" / name).read_bytes()
+    assert not [name for name in copies if name.endswith((".part", ".tmp"))]
+
+
+def test_an_upload_is_tried_three_times(uploads, tmp_path, far):
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"a state")
+    pauses = uploads(ConnectionError("asleep"), TimeoutError("still asleep"))
+    assert mirror_files(far, path) == []
+    assert pauses == [1, 2]
+    assert fsspec.open(f"{far}/last.pt").open().read() == b"a state"
+
+
+def test_uploads_that_fail_are_told_in_one_line_and_the_run_goes_on(
+    uploads, in_tmp, capsys, arguments, far
+):
+    uploads(*[ConnectionError("no such\nhost")] * 99)
+    options = [*arguments, *output(in_tmp / "out"), "--epochs", "1", "--mirror", far]
+    assert tsa.main(options) == 0
+    captured = capsys.readouterr()
+    assert sorted(captured.err.splitlines()) == [
+        f"warning: mirror: {name} not copied in 3 attempts: no such"
+        for name in ("best-0001.pt", "best.pt", "last.pt")
+    ]
+    assert "finished after 3 of 3 steps" in captured.out
+    assert step_of(in_tmp / "out") == 3
+
+
+def test_half_an_upload_is_never_under_the_name(monkeypatch, tmp_path, far):
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+    assert mirror_files(far, path) == []
+    path.write_bytes(b"a new state")
+
+    def put(self, local, remote, **options):
+        self.pipe_file(remote, Path(local).read_bytes()[:5])
+        raise ConnectionError("cable cut")
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put)
+    monkeypatch.setattr(tsa, "UPLOAD_ATTEMPTS", 1)
+    assert mirror_files(far, path) == ["mirror: last.pt not copied in 1 attempt: cable cut"]
+    assert fsspec.open(f"{far}/last.pt").open().read() == b"old"
+
+
+def test_a_file_that_is_gone_is_left_out(tmp_path, far):
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"a state")
+    assert mirror_files(far, tmp_path / "best-0001.pt", path) == []
+    assert fsspec.core.url_to_fs(far)[0].exists(f"{far}/last.pt")
+
+
+def test_a_place_that_is_not_there_is_told(uploads, tmp_path, far):
+    """s3fs raises FileNotFoundError for a bucket that does not exist."""
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"a state")
+    uploads(*[FileNotFoundError("The specified bucket does not exist")] * 3)
+    assert mirror_files(far, path) == [
+        "mirror: last.pt not copied in 3 attempts: The specified bucket does not exist"
+    ]
+
+
+@pytest.fixture
+def hanging_store(monkeypatch):
+    """A memory:// that takes a file and does not give an answer, and when it got the first one."""
+    begun, released = threading.Event(), threading.Event()
+
+    def put(*args, **options):
+        begun.set()
+        released.wait()
+
+    monkeypatch.setattr(tsa, "LAST_UPLOADS_S", 0.1)
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put)
+    yield begun
+    released.set()
+
+
+def test_an_upload_that_hangs_does_not_hold_the_run_up(hanging_store, tmp_path, far):
+    mirror = Mirror(far)
+    for name in ("best.pt", "last.pt"):
+        (tmp_path / name).write_bytes(b"a state")
+        mirror.copy(tmp_path / name)
+    hanging_store.wait()
+    mirror.close()
+    assert mirror.messages == ["mirror: best.pt, last.pt not copied within 0.1 s"]
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [("nope://bucket/run", "Protocol not known: nope"), ("memory://x::nope://y", "nope")],
+)
+def test_an_unknown_address_is_an_error(in_tmp, capsys, arguments, url, reason):
+    assert tsa.main([*arguments, *output(in_tmp / "out"), "--mirror", url]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"train_split_affinity.py: error: --mirror {url}: ")
+    assert reason in error
+    assert error.count("\n") == 1
+    assert not list(in_tmp.iterdir())
+
+
+# New runs
+
+
+def test_a_new_run_does_not_take_the_place_of_an_earlier_one(copied, arguments, capsys):
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    assert tsa.main([*arguments, *output(copied)]) == 2
+    assert capsys.readouterr().err == (
+        f"train_split_affinity.py: error: --output-dir {copied} has the checkpoints of an earlier "
+        "run: go on with it by --resume auto, or choose another folder\n"
+    )
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+
+
+def test_one_command_starts_from_weights_and_goes_on_after_a_kill(trained, in_tmp, arguments):
+    options = ["--init-from", str(trained / "last.pt"), "--resume", "auto", *output(in_tmp / "out")]
+    assert tsa.main([*arguments, *options, "--steps", "3"]) == 0
+    assert tsa.main([*arguments, *options]) == 0
+    assert step_of(in_tmp / "out") == 6
+
+
+def test_a_recipe_that_needs_weights_does_not_start_without(in_tmp, arguments, capsys):
+    recipe = ["--recipe", "imagenet-full", "--resume", "auto", *output(in_tmp / "out")]
+    assert tsa.main([*arguments, *recipe, "--accumulate", "1", "--lr-warmup-epochs", "0"]) == 2
+    text = f"starts from trained weights, and {in_tmp / 'out'} has none: give --init-from PATH"
+    assert text in capsys.readouterr().err
+    assert not list(in_tmp.iterdir())
