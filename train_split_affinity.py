@@ -9,6 +9,7 @@ Xeon with AMX, torch 2.15, bf16) it trains ResNet-50 at 0.60 of the speed of one
 it alternates strictly, at 0.74 with `overlap`, and at 0.98 with weights one update old (`delayed`).
 
     python train_split_affinity.py --batch-size 32 --steps 50    train ResNet-50, report the phases
+    python train_split_affinity.py --recipe cifar10 --data-path cifar --download    a whole training
     python train_split_affinity.py plan --split 1:2              show how cores would be divided
     python train_split_affinity.py compare                       every schedule beside a plain loop
 
@@ -558,6 +559,10 @@ def check_checkpoint_options(settings: Settings) -> None:
         )
     if settings.test_only and not settings.resume:
         raise UserError("--test-only needs --resume, the checkpoint to evaluate")
+
+
+def check_start(settings: Settings) -> None:
+    """Raise UserError if a recipe that starts from trained weights has none to train on with."""
     if settings.recipe in FROM_CHECKPOINT and not (settings.resume or settings.init_from):
         raise UserError(
             f"--recipe {settings.recipe} starts from trained weights: give --init-from PATH"
@@ -2185,9 +2190,9 @@ class GradientFlow:
 
     def take(self) -> dict[str, float]:
         """The mean norm of each layer group since the last call; empty if none was measured. What
-        is not finite counts as the largest number, which JSON can hold.
+        is not finite counts as 1e300, which JSON can hold and a picture can show.
         """
-        largest = sys.float_info.max
+        largest = 1e300
         norms = {
             group: total / self._measured if total <= largest else largest
             for group, total in self._sums.items()
@@ -3242,8 +3247,9 @@ time of a phase's threads as a share of its cores' time; *stray* is CPU time, in
 threads that may run outside the phase's cores. Where phases overlap, their shares of a step add up
 to more than 100 %. Speeds and shares of a long run are those of its latest 2,000 steps.
 
-A run over epochs also adds a line when an epoch is finished, with its number and
-train_loss | train_top1 | train_top5 | val_loss | val_top1 | val_top5 | timestamp
+A run over epochs also adds a line when an epoch is finished; notes are yours to add:
+
+epoch | train_loss | train_top1 | train_top5 | val_loss | val_top1 | val_top5 | timestamp | notes
 """
 
 
@@ -4188,6 +4194,12 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
     return run.work.model
 
 
+def tell_bad_images(run: Run) -> None:
+    """Name the broken images that were left out."""
+    for text in run.bad.messages:
+        say(f"warning: {text}: left out", sys.stderr)
+
+
 def test(run: Run, found: tuple[Path, dict[str, Any]] | None) -> None:
     """Evaluate a checkpoint, its moving average if it has one: print the figures, and write the
     confusion matrix.
@@ -4204,8 +4216,7 @@ def test(run: Run, found: tuple[Path, dict[str, Any]] | None) -> None:
     run.work.average = None
     say(f"{path}: epoch {state['progress']['epoch']}, step {state['progress']['step']}")
     result = evaluate(run)
-    for text in run.bad.messages:
-        say(f"warning: {text}: left out", sys.stderr)
+    tell_bad_images(run)
     classes = [*run.data.classes]
     classes += [f"class {number}" for number in range(len(classes), run.settings.num_classes)]
     images = int(result.confusion.sum())
@@ -4276,8 +4287,10 @@ def endless_steps(run: Run) -> Iterator[StepResult]:
 
 def find_lr_and_report(settings: Settings, topology: Topology, plan: CorePlan) -> RangeTest:
     """The `find-lr` command: the test, its suggestion, and the plot."""
+    settings = dataclasses.replace(settings, epochs=None, lr_warmup_epochs=0, model_ema=False)
     with prepared(settings, topology, plan) as run:
         result = find_lr(run)
+        tell_bad_images(run)
         say(f"suggestion: --lr {result.suggestion:.2g}, a tenth of the rate with the lowest loss")
         folder = run.settings.output_dir
         if folder:
@@ -4463,6 +4476,7 @@ def measured_settings(settings: Settings, topology: Topology) -> Settings:
         num_classes=settings.num_classes or len(data.classes),
         image_size=largest_size(settings, data.native_size),
         precision=choose_precision(settings, topology)[0],
+        epochs=None,
         min_res=None,
         init_from=None,
     )
@@ -4797,7 +4811,7 @@ def compare(settings: Settings, topology: Topology) -> list[Compared]:
         asked = f"--schedule {settings.schedule}"
         asked = "--split none" if settings.split == "none" else asked
         raise UserError(f"{asked}: compare runs every schedule beside --split none by itself")
-    if settings.epochs:
+    if settings.epochs and not settings.recipe:
         raise UserError(f"--epochs {settings.epochs}: compare takes --steps, for each way to train")
     check_model_name(settings.model)
     settings = measured_settings(settings, topology)
@@ -4976,8 +4990,12 @@ def print_plan_and_model(settings: Settings, topology: Topology) -> None:
     """The `plan` command."""
     print_plan(settings, topology)
     check_model_name(settings.model)
-    classes = settings.num_classes or SYNTHETIC_CLASSES
-    say(describe_model(settings.model, classes, largest_size(settings, 224)))
+    classes, native_size = SYNTHETIC_CLASSES, 224
+    if settings.data_path and settings.data_path.exists():
+        data = open_data(settings)
+        classes, native_size = len(data.classes), data.native_size
+    shape = settings.num_classes or classes, largest_size(settings, native_size)
+    say(describe_model(settings.model, *shape))
 
 
 def print_machine_and_compare(settings: Settings, topology: Topology) -> None:
@@ -5068,6 +5086,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:
         given = parser.parse_args(options)
     settings = Settings(**vars(given))
     check_settings(settings)
+    if command == "train":
+        check_start(settings)
     for flag, value, owner in (
         ("--json", settings.json, "compare"),
         ("--resume", settings.resume, "train"),

@@ -135,3 +135,9 @@ def test_a_comparison(in_tmp, capfd, monkeypatch):
 def test_compare_chooses_schedules_itself(in_tmp, capsys, option):
     assert tsa.main(["compare", *option]) == 2
     assert f"{' '.join(option)}: compare runs every schedule" in capsys.readouterr().err
+
+
+def test_a_recipe_can_be_compared(tmp_path):
+    _, settings = tsa.parse_arguments(["compare", "--recipe", "cifar10", "--model", "resnet18"])
+    measured = tsa.measured_settings(settings, tsa.read_topology())
+    assert (measured.epochs, measured.num_classes, measured.image_size) == (None, 1000, 224)

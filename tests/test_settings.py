@@ -261,26 +261,26 @@ OUT = Path("out")
             "--resume a.pt and --init-from b.pt: give one",
         ),
         ({"test_only": True}, "--test-only needs --resume, the checkpoint to evaluate"),
-        (
-            {"recipe": "imagenet-full"},
-            "--recipe imagenet-full starts from trained weights: give --init-from PATH",
-        ),
-        (
-            {"recipe": "imagenet-finetune"},
-            "--recipe imagenet-finetune starts from trained weights: give --init-from PATH",
-        ),
         ({"save_steps": 5, "output_dir": OUT}, None),
         ({"mirror": "memory://x", "output_dir": OUT}, None),
         ({"resume": Path("auto"), "output_dir": OUT}, None),
         ({"resume": Path("a.pt")}, None),
         ({"resume": Path("auto"), "output_dir": OUT, "init_from": Path("b.pt")}, None),
         ({"test_only": True, "resume": Path("a.pt")}, None),
-        ({"recipe": "imagenet-full", "init_from": Path("a.pt")}, None),
-        ({"recipe": "imagenet-full", "resume": Path("a.pt")}, None),
     ],
 )
 def test_checkpoint_options_need_each_other(settings, message):
     assert message_for(**settings) == message
+
+
+@pytest.mark.parametrize("recipe", tsa.FROM_CHECKPOINT)
+def test_some_recipes_start_from_trained_weights(recipe):
+    message = f"--recipe {recipe} starts from trained weights: give --init-from PATH"
+    with pytest.raises(tsa.UserError, match=message):
+        tsa.parse_arguments(["--recipe", recipe])
+    for option in ("--init-from", "--resume"):
+        tsa.parse_arguments(["--recipe", recipe, option, "a.pt"])
+    assert tsa.parse_arguments(["plan", "--recipe", recipe])[0] == "plan", "which trains nothing"
 
 
 @pytest.mark.parametrize(
