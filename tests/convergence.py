@@ -24,7 +24,7 @@ import train_split_affinity as tsa  # noqa: E402
 
 SEEDS = (0, 1, 2)
 OPTIONS = """--model resnet18 --image-size 32 --hflip 0 --min-scale 0.6
-             --batch-size 16 --accumulate 2 --epochs 12 --lr 0.02 --lr-warmup-epochs 1
+             --batch-size 16 --accumulate 2 --epochs 12 --lr 0.005 --lr-warmup-epochs 1
              --lr-scheduler cosine --workers 0""".split()
 
 
