@@ -2190,9 +2190,9 @@ class GradientFlow:
 
     def take(self) -> dict[str, float]:
         """The mean norm of each layer group since the last call; empty if none was measured. What
-        is not finite counts as 1e300, which JSON can hold and a picture can show.
+        is not finite counts as 1e200, which JSON can hold and a picture can show.
         """
-        largest = 1e300
+        largest = 1e200
         norms = {
             group: total / self._measured if total <= largest else largest
             for group, total in self._sums.items()

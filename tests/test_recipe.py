@@ -413,7 +413,7 @@ def test_norms_that_are_not_finite(value):
     model = two_layers()
     flow = tsa.GradientFlow(model)
     watch(flow, model, value, 0, 1, 0)
-    assert flow.take() == {"0": 1e300, "1": 1}
+    assert flow.take() == {"0": 1e200, "1": 1}
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 10, 11])
