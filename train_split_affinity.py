@@ -3387,6 +3387,34 @@ def draw_gradients(path: Path, title: str, history: Sequence[dict[str, Any]]) ->
     save_figure(figure, path)
 
 
+@dataclass(frozen=True)
+class RangeTest:
+    """Learning rates that rose from step to step, the loss at each, smoothed, and the rate at a
+    tenth of that with the lowest one.
+    """
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    suggestion: float
+
+
+def draw_range_test(path: Path, title: str, result: RangeTest) -> None:
+    """Smoothed loss by learning rate, and the suggestion."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    ax = figure.subplots()
+    ax.plot(result.rates, result.losses, marker=".", color="#4477aa", label="loss, smoothed")
+    label = f"suggestion: {result.suggestion:.2g}"
+    ax.axvline(result.suggestion, color="#cc6677", linestyle="--", label=label)
+    ax.set_xscale("log")
+    ax.set_xlabel("learning rate")
+    ax.set_ylabel("loss")
+    ax.legend(frameon=False)
+    finish_axes(figure, title)
+    save_figure(figure, path)
+
+
 def finish_axes(figure: Any, title: str) -> None:
     """The title, and a light frame and grid for all axes of a figure."""
     figure.suptitle(title, fontsize=10)
@@ -4234,17 +4262,6 @@ def test(run: Run, found: tuple[Path, dict[str, Any]] | None) -> None:
         draw_confusion(folder / f"{CONFUSION}.png", title, result.confusion, classes)
 
 
-@dataclass(frozen=True)
-class RangeTest:
-    """Learning rates that rose from step to step, the loss at each, smoothed, and the rate at a
-    tenth of that with the lowest one.
-    """
-
-    rates: tuple[float, ...]
-    losses: tuple[float, ...]
-    suggestion: float
-
-
 def find_lr(run: Run) -> RangeTest:
     """Learning rate range test (Smith, arXiv 1506.01186): the rate rises from 1e-6 to 10, by the
     same factor after each of `steps` steps (100), until the loss is four times the lowest.
@@ -4297,23 +4314,6 @@ def find_lr_and_report(settings: Settings, topology: Topology, plan: CorePlan) -
             folder.mkdir(parents=True, exist_ok=True)
             draw_range_test(folder / RANGE_PLOT, describe_run(run.settings), result)
     return result
-
-
-def draw_range_test(path: Path, title: str, result: RangeTest) -> None:
-    """Smoothed loss by learning rate, and the suggestion."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    ax = figure.subplots()
-    ax.plot(result.rates, result.losses, marker=".", color="#4477aa", label="loss, smoothed")
-    label = f"suggestion: {result.suggestion:.2g}"
-    ax.axvline(result.suggestion, color="#cc6677", linestyle="--", label=label)
-    ax.set_xscale("log")
-    ax.set_xlabel("learning rate")
-    ax.set_ylabel("loss")
-    ax.legend(frameon=False)
-    finish_axes(figure, title)
-    save_figure(figure, path)
 
 
 # ==================================================================================================

@@ -23,7 +23,7 @@ from types import NoneType
 import fsspec
 import pytest
 import torch
-from conftest import TINY, needs_two_cpus
+from conftest import TINY, needs_two_cpus, small_model
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -37,19 +37,6 @@ from train_split_affinity import Checkpoints, Mirror, Progress, Settings
 OVERLAP = {"schedule": "overlap", "accumulate": 2, "batch_size": 2}
 DELAYED = {"schedule": "delayed"}
 DELAYED_2 = {"schedule": "delayed", "accumulate": 2, "batch_size": 2}
-
-
-def small_model(num_classes, image_size):
-    """What a resumed run can get wrong, in a small model: BatchNorm's statistics and dropout."""
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=2),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Dropout(0.2),
-        nn.Linear(4, num_classes),
-    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -928,7 +915,7 @@ def test_init_from_begins_a_new_run(trained, in_tmp, arguments):
     state = state_of(in_tmp / "out")
     assert state["progress"]["step"] == 3
     assert len(state["progress"]["history"]) == 1
-    assert state["model"]["6.weight"].shape == (5, 4)
+    assert state["model"]["6.weight"].shape == (5, 16)
     assert torch.equal(state["model"]["0.weight"], state_of(trained)["average"]["0.weight"])
 
 
