@@ -69,14 +69,13 @@ import textwrap
 import threading
 import time
 import warnings
-import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def process_cpus() -> frozenset[int]:
@@ -2461,6 +2460,8 @@ def step_bound_s(schedule: str, times: PhaseTimes, accumulate: int) -> float:
 # ==================================================================================================
 
 CHECKPOINT_FORMAT = "train_split_affinity 1"
+SEAL = b"\nsha256 "
+SEAL_BYTES = len(SEAL) + 64 + 1  # 64 hexadecimal digits and a line feed
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 UPLOAD_ATTEMPTS, LAST_UPLOADS_S = 3, 60
 
@@ -2632,21 +2633,55 @@ def check_resumable(path: Path, saved: dict[str, Any], settings: Settings) -> li
     return differences
 
 
+def seal(digest: Any) -> bytes:
+    """What a checkpoint ends with: the SHA-256 of all bytes before it.
+
+    torch.load checks no checksums, and an archive's own cover only the contents of its entries: a
+    flipped bit in its directory can make a tensor look like a folder, and torch.load then leaves
+    the tensor's memory as it was. What follows an archive, torch.load does not mind.
+    """
+    return SEAL + digest.hexdigest().encode() + b"\n"
+
+
+class Digested:
+    """A file for torch.save to write to; `digest` is the SHA-256 of what was written."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        """Take in what the file takes in."""
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        """As the file's own."""
+        self._file.flush()
+
+
 def verify_checkpoint(path: Path) -> None:
-    """Raise BadCheckpoint if a file is not a whole archive: torch.load checks no checksums."""
+    """Raise BadCheckpoint unless a file ends with the seal of all that stands before it."""
+    digest = hashlib.sha256()
     try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
+        with path.open("rb") as file:
+            left = max(0, os.fstat(file.fileno()).st_size - SEAL_BYTES)
+            while left and (data := file.read(min(left, 1 << 20))):
+                digest.update(data)
+                left -= len(data)
+            ending = file.read(SEAL_BYTES)
     except FileNotFoundError:
         raise BadCheckpoint(f"{path}: no such checkpoint") from None
-    except Exception as error:  # zipfile raises many kinds for damaged files
-        raise BadCheckpoint(f"{path}: damaged, or no checkpoint: {one_line(error)}") from None
-    if broken:
-        raise BadCheckpoint(f"{path}: damaged: {broken} does not match its checksum")
+    except OSError as error:
+        raise BadCheckpoint(f"{path}: cannot be read: {error.strerror}") from None
+    if not ending.startswith(SEAL):
+        raise BadCheckpoint(f"{path}: damaged, or no checkpoint of this program")
+    if ending != seal(digest):
+        raise BadCheckpoint(f"{path}: damaged: its SHA-256 is not the one that it ends with")
 
 
 def is_whole(path: Path) -> bool:
-    """Whether there is a checkpoint, and its checksums are right."""
+    """Whether there is a checkpoint, and it is undamaged."""
     try:
         verify_checkpoint(path)
     except BadCheckpoint:
@@ -2681,7 +2716,9 @@ def write_verified(path: Path, state: dict[str, Any]) -> None:
     """
     try:
         with path.open("wb") as file:
-            torch.save(state, file)
+            written = Digested(file)
+            torch.save(state, written)
+            file.write(seal(written.digest))
             file.flush()
             os.fsync(file.fileno())
         verify_checkpoint(path)

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import errno
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -497,14 +498,13 @@ def test_a_written_file_that_reads_differently_is_not_kept(tmp_path, monkeypatch
     warnings = []
     checkpoints = Checkpoints(Settings(output_dir=tmp_path), warnings.append)
     checkpoints.save(tiny_work(), Progress(step=1))
-    save = torch.save
+    fsync = os.fsync
 
-    def forgetful(state, file):
-        save(state, file)
-        file.seek(100)
-        file.write(bytes(100))
+    def forgetful(descriptor):
+        os.pwrite(descriptor, bytes(100), 100)
+        fsync(descriptor)
 
-    monkeypatch.setattr(torch, "save", forgetful)
+    monkeypatch.setattr(os, "fsync", forgetful)
     checkpoints.save(tiny_work(), Progress(step=2))
     assert len(warnings) == 1
     assert "last.pt: not saved: " in warnings[0]
@@ -602,19 +602,35 @@ def plain_zip(good):
     return file.getvalue()
 
 
+def sealed(content):
+    return content + tsa.seal(hashlib.sha256(content))
+
+
+def flipped(content, position, bit):
+    return content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :]
+
+
 def other_bit(part):
     """Change the lowest bit of the byte that comes after those bytes."""
-
-    def damage(good):
-        position = good.index(part) + len(part)
-        return good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :]
-
-    return damage
+    return lambda good: flipped(good, good.index(part) + len(part), 0)
 
 
 def bit_of_a_weight(good):
     weight = torch.load(io.BytesIO(good), weights_only=True)["model"]["1.running_mean"]
     return other_bit(weight.numpy().tobytes()[:-1])(good)
+
+
+def folder_for_a_weight(good):
+    """In the archive's directory, call the entry with a weight's values a folder. The archive's own
+    checksums still fit, and torch.load gives a tensor of whatever its memory held before.
+    """
+    entry = good.index(b"/data/0", good.index(b"PK\x01\x02")) - len("archive")
+    damaged = flipped(good, entry - 8, 4)
+    assert zipfile.ZipFile(io.BytesIO(damaged)).testzip() is None
+    assert list(torch.load(io.BytesIO(damaged), weights_only=True)) == list(
+        torch.load(io.BytesIO(good), weights_only=True)
+    )
+    return damaged
 
 
 DAMAGES = {
@@ -627,13 +643,21 @@ DAMAGES = {
     "a bit of the format": other_bit(b"train_split"),
     "a bit of a number": other_bit(b"loss_sum"),
     "a bit of a weight": bit_of_a_weight,
+    "a bit of the archive's directory": folder_for_a_weight,
+    "a bit of the seal": lambda good: flipped(good, len(good) - 10, 0),
+    "no seal": lambda good: good[: -tsa.SEAL_BYTES],
+    "a seal alone": lambda good: sealed(b""),
     "weights alone": lambda good: saved_by_torch(nn.Linear(2, 2).state_dict()),
-    "a tensor": lambda good: saved_by_torch(torch.zeros(3)),
-    "a whole model": lambda good: saved_by_torch(nn.Linear(2, 2)),
-    "a class": lambda good: saved_by_torch({"format": tsa.CHECKPOINT_FORMAT, "path": Path()}),
+    "sealed weights": lambda good: sealed(saved_by_torch(nn.Linear(2, 2).state_dict())),
+    "a tensor": lambda good: sealed(saved_by_torch(torch.zeros(3))),
+    "a whole model": lambda good: sealed(saved_by_torch(nn.Linear(2, 2))),
+    "a class": lambda good: sealed(
+        saved_by_torch({"format": tsa.CHECKPOINT_FORMAT, "path": Path()})
+    ),
     "a zip file": plain_zip,
-    "a pickle": lambda good: pickle.dumps({"format": tsa.CHECKPOINT_FORMAT}),
-    "another format": lambda good: saved_by_torch({"format": "train_split_affinity 2"}),
+    "a sealed zip file": lambda good: sealed(plain_zip(good)),
+    "a pickle": lambda good: sealed(pickle.dumps({"format": tsa.CHECKPOINT_FORMAT}, 2)),
+    "another format": lambda good: sealed(saved_by_torch({"format": "train_split_affinity 2"})),
 }
 
 
@@ -659,7 +683,7 @@ def test_a_file_with_a_class_runs_none_of_its_code(tmp_path):
         def __reduce__(self):
             return Path.touch, (tmp_path / "exploded",)
 
-    (tmp_path / "last.pt").write_bytes(saved_by_torch(Bomb()))
+    (tmp_path / "last.pt").write_bytes(sealed(saved_by_torch(Bomb())))
     with pytest.raises(tsa.BadCheckpoint, match="cannot be read"):
         tsa.read_checkpoint(tmp_path / "last.pt")
     assert not (tmp_path / "exploded").exists()
@@ -667,19 +691,20 @@ def test_a_file_with_a_class_runs_none_of_its_code(tmp_path):
 
 @hypothesis_settings(deadline=None, max_examples=300)
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
-def test_a_flipped_bit_is_found_or_does_not_matter(trained, part, bit):
-    """Those that do not matter are times of day and the like, between the contents."""
+def test_a_flipped_bit_is_found(trained, part, bit):
+    """Wherever it is."""
     good = (trained / "previous.pt").read_bytes()
-    position = int(part * len(good))
     path = trained.parent / "flipped.pt"
-    path.write_bytes(good[:position] + bytes([good[position] ^ 1 << bit]) + good[position + 1 :])
-    try:
-        state = tsa.read_checkpoint(path)
-    except tsa.BadCheckpoint as error:
-        assert str(error).startswith(f"{path}: ")
-        assert "\n" not in str(error)
-    else:
-        assert differences(state, state_of(trained, "previous.pt")) == []
+    path.write_bytes(flipped(good, int(part * len(good)), bit))
+    with pytest.raises(tsa.BadCheckpoint, match=f"^{path}: damaged") as caught:
+        tsa.read_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_torch_reads_a_checkpoint_as_it_is(trained):
+    """The seal is no obstacle to who wants the weights without this program."""
+    state = torch.load(trained / "last.pt", weights_only=True)
+    assert differences(state, state_of(trained)) == []
 
 
 @pytest.mark.parametrize("name", ["last.pt", "nowhere.pt", "."])
@@ -705,7 +730,7 @@ def test_auto_names_the_damaged_one_and_goes_on_from_the_one_before(
     (copied / "last.pt").write_bytes(b"damaged")
     assert tsa.main([*arguments, *output(copied), "--resume", "auto"]) == 0
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"warning: {copied / 'last.pt'}: damaged, or no checkpoint: ")
+    assert captured.err.startswith(f"warning: {copied / 'last.pt'}: damaged, or no checkpoint")
     assert captured.err.count("\n") == 1
     assert f"resumed from {copied / 'previous.pt'}, after step 3\n" in captured.out
     assert differences(state_of(copied), state_of(trained)) == []
