@@ -5,8 +5,8 @@ The machine's cores are divided into a forward group, which runs the forward pas
 group, which runs loss, backpropagation and the optimizer step: two simulated devices inside one
 machine. Every phase is audited: how long it took, how much CPU time its threads used and on which
 cores, and how much of that time strayed outside its group. The split costs: on two cores (Intel
-Xeon with AMX, torch 2.15, bf16) it trains ResNet-50 at 0.60 of the speed of one lane over both if
-it alternates strictly, at 0.74 with `overlap`, and at 0.98 with weights one update old (`delayed`).
+Xeon with AMX, torch 2.15, bf16) it trains ResNet-50 at 0.61 of the speed of one lane over both if
+it alternates strictly, at 0.74 with `overlap`, and at 0.95 with weights one update old (`delayed`).
 
     python train_split_affinity.py --batch-size 32 --steps 50    train ResNet-50, report the phases
     python train_split_affinity.py --recipe cifar10 --data-path cifar --download    a whole training
