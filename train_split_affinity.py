@@ -1583,7 +1583,7 @@ def load_image(path: str) -> Any:
 class ImageData:
     """A data set: pictures (PIL) with class indices, to train and, if there are any, to validate.
 
-    `kind` is folder, cifar10 or synthetic.
+    `kind` is folder, cifar10 or synthetic; `chosen` are the indices of the pictures to train on.
     """
 
     kind: str
@@ -1593,6 +1593,7 @@ class ImageData:
     native_size: int
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
+    chosen: Sequence[int] = ()
 
 
 def open_data(settings: Settings) -> ImageData:
@@ -1612,11 +1613,11 @@ def open_data(settings: Settings) -> ImageData:
     found = len(data.classes)
     if settings.num_classes and settings.num_classes < found:
         raise UserError(f"--num-classes {settings.num_classes}: {path} has {found} classes")
-    used = len(choose_images(data, settings))
-    if used < images:
+    data = dataclasses.replace(data, chosen=choose_images(data, settings))
+    if len(data.chosen) < images:
         step = f"--batch-size {settings.batch_size}"
         step += f" --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
-        raise UserError(f"{step}: {path} has only {plural(used, 'image')} to train on")
+        raise UserError(f"{step}: {path} has only {plural(len(data.chosen), 'image')} to train on")
     return data
 
 
@@ -1995,7 +1996,7 @@ def training_feed(data: ImageData, settings: Settings, cpus: Sequence[int]) -> F
         partial(transform_of_epoch, settings, transforms),
         mixing_transform(settings),
     )
-    order = EpochOrder(choose_images(data, settings), settings.batch_size, settings.seed)
+    order = EpochOrder(data.chosen, settings.batch_size, settings.seed)
     return Feed(samples, order, settings, cpus)
 
 
@@ -4168,8 +4169,8 @@ def check_subset(run: Run, resumed: bool) -> None:
     if settings.subset == 1 or not settings.output_dir:
         return
     path = settings.output_dir / SUBSET
-    chosen = choose_images(run.data, settings)
-    text = json.dumps({"subset": settings.subset, "seed": settings.seed, "indices": chosen}) + "\n"
+    chosen = {"subset": settings.subset, "seed": settings.seed, "indices": run.data.chosen}
+    text = json.dumps(chosen) + "\n"
     if resumed and path.exists() and path.read_text() != text:
         raise UserError(f"{path}: not the images that --subset {settings.subset:g} chooses now")
     settings.output_dir.mkdir(parents=True, exist_ok=True)
