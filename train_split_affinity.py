@@ -408,8 +408,8 @@ class Settings:
         "one is twice as long", type=COUNT)
     min_lr: float = option(0.0, "cosine and warm-restarts: lowest rate", type=not_negative)
     label_smoothing: float = option(0.0, "label smoothing", type=share)
-    clip_grad_norm: float | None = option(None, "largest norm of all gradients (default: not "
-        "clipped)", type=number_in(0, 1e9), metavar="X")
+    clip_grad_norm: float = option(0.0, "largest norm of all gradients; 0: not clipped",
+        type=not_negative)
     model_ema: bool = option(False, "keep an exponential moving average of the weights, and "
         "validate that")
     model_ema_decay: float = option(0.9999, "decay of that average per optimizer step",
@@ -2277,7 +2277,7 @@ class Work:
     bf16: bool = False
     channels_last: bool = False
     grads_to_none: bool = True
-    clip_grad_norm: float | None = None
+    clip_grad_norm: float = 0.0
     scheduler: LRScheduler | None = None
     average: MovingAverage | None = None
     flow: GradientFlow | None = None
@@ -2752,7 +2752,8 @@ def link_file(source: Path, target: Path) -> None:
 
 
 class Mirror:
-    """Copies files to an address of fsspec in the background, one after the other.
+    """Copies files to an address of fsspec, and removes them there, in the background, one after
+    the other.
 
     `messages` collects what failed. A file that waits is copied as it is when its turn comes.
     """
@@ -2763,51 +2764,66 @@ class Mirror:
         except (ValueError, ImportError, OSError) as error:
             raise UserError(f"--mirror {url}: {one_line(error)}") from None
         self.messages: list[str] = []
-        self._queue: queue.Queue[Path | None] = queue.Queue()
-        self._waiting: list[Path] = []
-        self._copying: list[Path] = []
+        self._queue: queue.Queue[tuple[str, Path] | None] = queue.Queue()
+        self._waiting: list[tuple[str, Path]] = []
+        self._running: list[tuple[str, Path]] = []
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
     def copy(self, path: Path) -> None:
         """Have a file copied, soon."""
-        if path not in self._waiting:
-            self._waiting.append(path)
-            self._queue.put(path)
+        self._add("copied", path)
+
+    def remove(self, path: Path) -> None:
+        """Have the copy of a file removed, soon."""
+        self._add("removed", path)
 
     def close(self) -> None:
-        """Wait for what is left to copy, but no longer than a minute."""
+        """Wait for what is left to do, but no longer than a minute."""
         self._queue.put(None)
         self._thread.join(LAST_UPLOADS_S)
-        if self._thread.is_alive():
-            names = sorted(path.name for path in (*self._copying, *self._waiting))
-            text = ", ".join(dict.fromkeys(names))
-            self.messages.append(f"mirror: {text} not copied within {LAST_UPLOADS_S} s")
+        left = (*self._running, *self._waiting) if self._thread.is_alive() else ()
+        for done in dict.fromkeys(done for done, _ in left):
+            names = ", ".join(sorted({path.name for each, path in left if each == done}))
+            self.messages.append(f"mirror: {names} not {done} within {LAST_UPLOADS_S} s")
+
+    def _add(self, done: str, path: Path) -> None:
+        if (done, path) not in self._waiting:
+            self._waiting.append((done, path))
+            self._queue.put((done, path))
 
     def _work(self) -> None:
-        while path := self._queue.get():
-            self._copying = [path]
-            self._waiting.remove(path)
+        while job := self._queue.get():
+            self._running = [job]
+            self._waiting.remove(job)
+            done, path = job
+            act = self._upload if done == "copied" else self._delete
             for attempt in range(1, UPLOAD_ATTEMPTS + 1):
-                if not path.exists():  # no longer among the best, say
-                    break
                 try:
-                    self._upload(path)
+                    act(path)
                     break
                 except Exception as error:  # whatever the other side raises
                     if attempt < UPLOAD_ATTEMPTS:
                         time.sleep(attempt)
-                    elif path.exists():
-                        tries = plural(attempt, "attempt")
-                        text = f"mirror: {path.name} not copied in {tries}: {one_line(error)}"
-                        self.messages.append(text)
+                        continue
+                    tries = plural(attempt, "attempt")
+                    text = f"mirror: {path.name} not {done} in {tries}: {one_line(error)}"
+                    self.messages.append(text)
 
     def _upload(self, path: Path) -> None:
-        """Under another name first, so that the other side never has half a file."""
+        """Under another name first, so that the other side never has half a file. What is gone
+        here meanwhile, no longer among the best, say, is left out.
+        """
         target = f"{self._root}/{path.name}"
-        self._filesystem.makedirs(self._root, exist_ok=True)
-        self._filesystem.put_file(str(path), target + ".part")
-        self._filesystem.mv(target + ".part", target)
+        if path.exists():
+            self._filesystem.makedirs(self._root, exist_ok=True)
+            self._filesystem.put_file(str(path), target + ".part")
+            self._filesystem.mv(target + ".part", target)
+
+    def _delete(self, path: Path) -> None:
+        target = f"{self._root}/{path.name}"
+        if self._filesystem.exists(target):
+            self._filesystem.rm_file(target)
 
 
 class Checkpoints:
@@ -2865,6 +2881,8 @@ class Checkpoints:
             for path in set(self.folder.glob("best-[0-9][0-9][0-9][0-9].pt")) - set(best):
                 if int(path.stem[-4:]) <= progress.epoch:
                     path.unlink()
+                    if self._mirror:
+                        self._mirror.remove(path)
         except OSError as error:
             text = ", ".join([*names, BEST])
             self.warn(f"{self.folder}: {text} could not all be made: {why_not_saved(error)}")

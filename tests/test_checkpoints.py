@@ -1138,9 +1138,10 @@ def test_the_mirror_ends_up_equal(in_tmp, train, protocol):
     train(in_tmp / "out", epochs=3, save_steps=1, save_freq=2, keep_best=1, mirror=url)
     filesystem, root = fsspec.core.url_to_fs(url)
     copies = {Path(path).name: filesystem.cat_file(path) for path in filesystem.ls(root, False)}
-    for name in ("last.pt", "best.pt", "epoch-0002.pt"):
-        assert copies[name] == (in_tmp / "out" / name).read_bytes()
-    assert not [name for name in copies if name.endswith((".part", ".tmp"))]
+    kept = {path.name: path.read_bytes() for path in (in_tmp / "out").glob("*.pt")}
+    del kept["previous.pt"]
+    assert len([name for name in kept if name.startswith("best-")]) == 1
+    assert copies == kept
 
 
 def test_an_upload_is_tried_three_times(uploads, tmp_path, far):
@@ -1188,6 +1189,40 @@ def test_a_file_that_is_gone_is_left_out(tmp_path, far):
     path.write_bytes(b"a state")
     assert mirror_files(far, tmp_path / "best-0001.pt", path) == []
     assert fsspec.core.url_to_fs(far)[0].exists(f"{far}/last.pt")
+
+
+def test_no_copy_is_removed_for_want_of_the_file(tmp_path, far):
+    """Only for the asking."""
+    path = tmp_path / "best.pt"
+    path.write_bytes(b"a state")
+    assert mirror_files(far, path) == []
+    path.unlink()
+    assert mirror_files(far, path) == []
+    filesystem, root = fsspec.core.url_to_fs(far)
+    assert filesystem.exists(f"{root}/best.pt")
+    mirror = Mirror(far)
+    for _ in range(2):  # the second time there is nothing to remove
+        mirror.remove(path)
+    mirror.close()
+    assert mirror.messages == []
+    assert not filesystem.exists(f"{root}/best.pt")
+
+
+def test_a_removal_that_fails_is_told(monkeypatch, uploads, tmp_path, far):
+    path = tmp_path / "best-0001.pt"
+    path.write_bytes(b"a state")
+    assert mirror_files(far, path) == []
+
+    def refuse(self, path):
+        raise PermissionError("not yours")
+
+    pauses = uploads()
+    monkeypatch.setattr(MemoryFileSystem, "rm_file", refuse)
+    mirror = Mirror(far)
+    mirror.remove(path)
+    mirror.close()
+    assert mirror.messages == ["mirror: best-0001.pt not removed in 3 attempts: not yours"]
+    assert pauses == [1, 2]
 
 
 def test_a_place_that_is_not_there_is_told(uploads, tmp_path, far):
