@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from photos import make_photos
@@ -15,6 +16,12 @@ import train_split_affinity as tsa
 
 TWO_CPUS = len(tsa.ALLOWED_CPUS) >= 2
 needs_two_cpus = pytest.mark.skipif(not TWO_CPUS, reason="needs two logical CPUs")
+
+# Examples have no time limit: the machine may be busy. `--hypothesis-profile thorough` tries more.
+UNTIMED = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("usual", **UNTIMED)
+hypothesis.settings.register_profile("thorough", max_examples=5000, **UNTIMED)
+hypothesis.settings.load_profile("usual")
 
 # A run that takes about a second.
 TINY = [

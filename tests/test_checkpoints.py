@@ -27,7 +27,6 @@ import torch
 from conftest import TINY, needs_two_cpus, small_model
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from kill import differing
 from torch import nn
@@ -689,7 +688,6 @@ def test_a_file_with_a_class_runs_none_of_its_code(tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-@hypothesis_settings(deadline=None, max_examples=300)
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
 def test_a_flipped_bit_is_found(trained, part, bit):
     """Wherever it is."""

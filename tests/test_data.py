@@ -20,7 +20,6 @@ import torch
 from cifar import CIFAR10, DIGITS, FOLDER, accept, make_cifar, make_cifar_digits
 from conftest import as_loaded
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset
@@ -560,7 +559,6 @@ def spans(count):
     return st.tuples(st.integers(0, count), st.none() | st.integers(0, count))
 
 
-@hypothesis_settings(deadline=None)
 @given(st.data(), st.integers(1, 60), st.integers(1, 20), st.integers(0, 5), st.integers(1, 9))
 def test_an_epoch_gives_each_image_once(data, count, batch_size, seed, epoch):
     indices = range(100, 100 + count)
@@ -577,7 +575,6 @@ def test_an_epoch_gives_each_image_once(data, count, batch_size, seed, epoch):
     assert list(order) == batches[start:stop]
 
 
-@hypothesis_settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 20))
 def test_in_order_without_a_seed_to_the_last_image(count, batch_size):
     order = tsa.EpochOrder(range(count), batch_size, None)
@@ -636,7 +633,6 @@ def test_a_subset_has_its_part_of_each_class():
     assert chosen != [*range(20), 100, 101, 110], "not simply the first ones"
 
 
-@hypothesis_settings(deadline=None)
 @given(
     st.lists(st.integers(0, 3), min_size=1, max_size=80),
     st.floats(0.01, 1),
@@ -689,7 +685,6 @@ def test_the_image_size_of_each_epoch(low, high, end, sizes):
     assert found == sizes
 
 
-@hypothesis_settings(deadline=None)
 @given(st.integers(1, 8), st.integers(0, 8), st.integers(1, 300))
 def test_image_sizes_grow_from_the_first_to_the_last(low, more, end):
     low, high = 32 * low, 32 * (low + more)

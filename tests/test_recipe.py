@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -186,7 +185,6 @@ def test_all_groups_have_the_same_rate():
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.05])
 
 
-@hypothesis_settings(deadline=None)
 @given(
     st.sampled_from(SCHEDULERS),
     st.integers(0, 3),
