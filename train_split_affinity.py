@@ -5046,11 +5046,14 @@ def print_plan_and_model(settings: Settings, topology: Topology) -> None:
     """The `plan` command."""
     print_plan(settings, topology)
     check_model_name(settings.model)
-    classes, native_size = SYNTHETIC_CLASSES, 224
-    if settings.data_path and settings.data_path.exists():
+    path, classes, native_size = settings.data_path, SYNTHETIC_CLASSES, 224
+    exists = path and path.exists()
+    if exists:
         data = open_data(settings)
         classes, native_size = len(data.classes), data.native_size
     shape = settings.num_classes or classes, largest_size(settings, native_size)
+    if path and not exists:
+        say(f"note: {path} does not exist yet: {shape[0]} classes, {shape[1]} px taken instead")
     say(describe_model(settings.model, *shape))
 
 

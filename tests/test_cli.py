@@ -61,6 +61,14 @@ def test_plan_prints_and_writes_nothing(in_tmp, capsys):
     assert not list(in_tmp.iterdir())
 
 
+def test_plan_says_what_it_takes_for_data_that_is_not_there_yet(in_tmp, capsys):
+    options = ["--model", "resnet56", "--num-classes", "7", "--data-path", "later"]
+    assert tsa.main(["plan", *options]) == 0
+    note, model = capsys.readouterr().out.splitlines()[-2:]
+    assert note == "note: later does not exist yet: 7 classes, 224 px taken instead"
+    assert "for 7 classes" in model
+
+
 def test_plan_of_another_model(in_tmp, capsys):
     arguments = "--model resnet56 --num-classes 10 --image-size 32".split()
     assert tsa.main(["plan", *arguments]) == 0
