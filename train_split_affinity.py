@@ -3123,6 +3123,7 @@ def peak_memory_bytes() -> int:
 COLOURS = {"forward": "#4477aa", "backward": "#cc6677", "update": "#228833", "refresh": "#ddaa33"}
 IDLE_COLOUR = "#e9e9e9"
 PHASES_TO_DRAW = 40
+SHORT_PHASE_S = 0.05  # five of the ticks in which the kernel counts a CPU's time
 
 
 @dataclass(frozen=True)
@@ -3180,7 +3181,7 @@ def draw_timelines(
     """Draw panels one above the other, all over the same span of time (default: of the longest).
 
     Each lane has a row with its phases, numbered by micro-batch, and a row per logical CPU, where
-    the height of a bar is the share of the phase during which that CPU was busy.
+    the height of a bar is the share of the phase during which that CPU was busy (see busy_share).
     """
     from matplotlib.figure import Figure  # here, since most runs draw nothing
     from matplotlib.patches import Patch
@@ -3232,7 +3233,8 @@ def draw_panel(ax: Any, panel: Panel, span_s: float) -> None:
                 ax.text(middle_s, row, str(number), ha="center", va="center", color="white")
         for row, cpu in enumerate(group.cpus, start=len(labels)):
             labels.append(f"core {cpu}")
-            draw_cpu(ax, row, cpu, [record for record, _ in own], zero_s, span_s)
+            shares = [busy_share(record, group, cpu) for record, _ in own]
+            draw_cpu(ax, row, [record for record, _ in own], shares, zero_s, span_s)
     ax.set_yticks(range(len(labels)), labels, fontsize=8 if len(labels) <= 12 else 5)
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.set_xlim(0, span_s)
@@ -3242,13 +3244,28 @@ def draw_panel(ax: Any, panel: Panel, span_s: float) -> None:
     ax.tick_params(left=False)
 
 
+def busy_share(record: PhaseRecord, group: Group, cpu: int) -> float:
+    """The share of a phase during which one of its group's CPUs was busy.
+
+    A phase too short for the kernel's times by CPU has the mean of all CPUs of its group, from its
+    threads' own clocks.
+    """
+    if record.duration_s < SHORT_PHASE_S:
+        return min(1.0, record.cpu_s / (record.duration_s * len(group.cpus)))
+    return min(1.0, record.cpu_busy_s.get(cpu, 0.0) / record.duration_s)
+
+
 def draw_cpu(
-    ax: Any, row: int, cpu: int, records: Sequence[PhaseRecord], zero_s: float, span_s: float
+    ax: Any,
+    row: int,
+    records: Sequence[PhaseRecord],
+    shares: Sequence[float],
+    zero_s: float,
+    span_s: float,
 ) -> None:
     """Draw how busy a logical CPU was in each of its lane's phases."""
     ax.broken_barh([(0, span_s)], (row - 0.35, 0.7), color=IDLE_COLOUR)
-    for record in records:
-        share = min(1.0, record.cpu_busy_s.get(cpu, 0.0) / record.duration_s)
+    for record, share in zip(records, shares, strict=True):
         bar = (record.start_s - zero_s, record.duration_s)
         ax.broken_barh([bar], (row + 0.35, -0.7 * share), color=COLOURS[record.phase], alpha=0.6)
 

@@ -95,6 +95,22 @@ def test_the_bars_of_a_panel():
     assert ax.get_title(loc="left") == "title"
 
 
+@pytest.mark.parametrize(
+    ("duration_s", "cpu_s", "shares"),
+    [
+        (1.0, 1.2, [0.75, 0.0]),  # as the kernel counted each CPU
+        (0.04, 0.06, [0.75, 0.75]),  # too short for it: the threads' own time
+        (0.04, 0.09, [1.0, 1.0]),
+    ],
+)
+def test_short_phases_are_measured_by_their_threads(duration_s, cpu_s, shares):
+    made = record(
+        "backward", 0.0, duration_s, cpu_s=cpu_s, cpu_busy_s={1: 0.75 * duration_s, 2: 0.0}
+    )
+    found = [tsa.busy_share(made, PLAN.backward, cpu) for cpu in (1, 2)]
+    assert found == pytest.approx(shares)
+
+
 def test_a_picture_with_several_panels(tmp_path):
     panels = [tsa.Panel(name, PLAN, [step(1)]) for name in ("one", "two")]
     tsa.draw_timelines(tmp_path / "one.png", "title", panels[:1])
