@@ -139,6 +139,7 @@ except (ImportError, RuntimeError, OSError) as import_error:
 
 LARGEST_NUMBER = 2**31 - 1
 LARGEST_CPU = 2**16 - 1
+RESIZING_STEP = 32  # pixels
 
 
 class UserError(Exception):
@@ -174,40 +175,16 @@ def whole_number(minimum: int) -> Callable[[str], int]:
     return parse
 
 
-def not_negative(text: str) -> float:
-    """A parser of finite numbers from 0 up."""
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) < math.inf:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
-
-
-def number_in(low: float, high: float) -> Callable[[str], float]:
-    """A parser of numbers above `low`, up to `high`."""
+def number(allowed: str, is_allowed: Callable[[float], bool]) -> Callable[[str], float]:
+    """A parser of those numbers that pass `is_allowed`; `allowed` says which these are."""
 
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
-            if low < float(text) <= high:
+            if is_allowed(float(text)):
                 return float(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not above {low:g} and up to {high:g}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
 
     return parse
-
-
-def share(text: str) -> float:
-    """A parser of numbers from 0 to 1."""
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-
-
-def below_1(text: str) -> float:
-    """A parser of numbers from 0 to below 1."""
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) < 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more and below 1")
 
 
 def parse_milestones(text: str) -> tuple[int, ...]:
@@ -275,15 +252,19 @@ def option_text(value: Any) -> str:
 
 
 COUNT, COUNT_FROM_0 = whole_number(1), whole_number(0)
-PERCENT, PART = number_in(0, 100), number_in(0, 1)
+NOT_NEGATIVE = number("a number of 0 or more", lambda value: 0 <= value < math.inf)
+BELOW_1 = number("a number of 0 or more and below 1", lambda value: 0 <= value < 1)
+SHARE = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
+PART = number("above 0 and up to 1", lambda value: 0 < value <= 1)
+PERCENT = number("above 0 and up to 100", lambda value: 0 < value <= 100)
 METAVARS = {
     COUNT: "N",
     COUNT_FROM_0: "N",
-    not_negative: "X",
-    share: "P",
-    PERCENT: "PERCENT",
+    NOT_NEGATIVE: "X",
+    BELOW_1: "X",
+    SHARE: "P",
     PART: "X",
-    below_1: "X",
+    PERCENT: "PERCENT",
     parse_cpu_list: "LIST",
     Path: "PATH",
 }
@@ -371,15 +352,15 @@ class Settings:
 
     min_scale: float = option(0.08, "smallest part of a picture's area that a training crop may "
         "show; not for CIFAR-10, which is padded by 4 and cropped", opens="augmentation", type=PART)
-    hflip: float = option(0.5, "probability of a horizontal flip", type=share)
+    hflip: float = option(0.5, "probability of a horizontal flip", type=SHARE)
     color_jitter: float = option(0.0, "strength of random brightness, contrast and saturation",
-        type=not_negative)
+        type=NOT_NEGATIVE)
     auto_augment: str = option("none", "ra: RandAugment, ta: TrivialAugment, aa: AutoAugment",
         choices=("none", "ra", "ta", "aa"))
-    random_erase: float = option(0.0, "probability of erasing a random rectangle", type=share)
-    mixup_alpha: float = option(0.0, "strength of mixup; 0: off", type=not_negative)
+    random_erase: float = option(0.0, "probability of erasing a random rectangle", type=SHARE)
+    mixup_alpha: float = option(0.0, "strength of mixup; 0: off", type=NOT_NEGATIVE)
     cutmix_alpha: float = option(0.0, "strength of CutMix; 0: off; with both, one is drawn for "
-        "each batch", type=not_negative)
+        "each batch", type=NOT_NEGATIVE)
 
     recipe: str | None = option(None, "a set of defaults, which every other option overrides (see "
         "below)", opens="training", choices=tuple(RECIPES))
@@ -391,9 +372,9 @@ class Settings:
         type=COUNT)
     opt: str = option("sgd", "optimizer", choices=("sgd", "adam", "adamw"))
     lr: float | None = option(None, "learning rate, the highest one (default: SGD 0.1 for 256 "
-        "images a step, and in proportion; Adam and AdamW 0.001)", type=not_negative)
-    momentum: float = option(0.9, "momentum of SGD", type=share)
-    weight_decay: float = option(1e-4, "weight decay", type=not_negative)
+        "images a step, and in proportion; Adam and AdamW 0.001)", type=NOT_NEGATIVE)
+    momentum: float = option(0.9, "momentum of SGD", type=SHARE)
+    weight_decay: float = option(1e-4, "weight decay", type=NOT_NEGATIVE)
     skip_decay_1d: bool = option(False, "no weight decay for parameters with one dimension, such "
         "as biases")
     lr_scheduler: str = option("constant", "course of the learning rate", choices=("constant",
@@ -406,14 +387,14 @@ class Settings:
     lr_gamma: float = option(0.1, "step and multistep: factor of a reduction", type=PART)
     lr_restart_epochs: int = option(10, "warm-restarts: epochs of the first cosine; each further "
         "one is twice as long", type=COUNT)
-    min_lr: float = option(0.0, "cosine and warm-restarts: lowest rate", type=not_negative)
-    label_smoothing: float = option(0.0, "label smoothing", type=share)
+    min_lr: float = option(0.0, "cosine and warm-restarts: lowest rate", type=NOT_NEGATIVE)
+    label_smoothing: float = option(0.0, "label smoothing", type=SHARE)
     clip_grad_norm: float = option(0.0, "largest norm of all gradients; 0: not clipped",
-        type=not_negative)
+        type=NOT_NEGATIVE)
     model_ema: bool = option(False, "keep an exponential moving average of the weights, and "
         "validate that")
     model_ema_decay: float = option(0.9999, "decay of that average per optimizer step",
-        type=below_1)
+        type=BELOW_1)
     early_stopping: int | None = option(None, "stop after so many epochs without a better top-1",
         type=COUNT, metavar="EPOCHS")
     target_top1: float | None = option(None, "stop once two validations in a row reach this top-1",
@@ -518,9 +499,10 @@ def check_resizing(settings: Settings, native_size: int = 224) -> None:
     if high and not low:
         raise UserError(f"--max-res {high} needs --min-res, where the ramp begins")
     high = high or settings.image_size or native_size
-    if low and (low % 32 or high % 32 or low > high):
+    if low and (low % RESIZING_STEP or high % RESIZING_STEP or low > high):
         raise UserError(
-            f"--min-res {low} --max-res {high}: multiples of 32 are allowed, the smaller one first"
+            f"--min-res {low} --max-res {high}: multiples of {RESIZING_STEP} are allowed, the "
+            "smaller one first"
         )
     if settings.max_res and settings.image_size and settings.max_res != settings.image_size:
         raise UserError(
@@ -1561,7 +1543,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR10_FOLDER = "cifar-10-batches-py"
 SYNTHETIC_IMAGES, SYNTHETIC_CLASSES = 1280, 1000
-RESIZING_STEP = 32
 
 # Images (n, 3, size, size), and class indices (n,) or, of mixed images, probabilities (n, classes).
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -2249,6 +2230,17 @@ def score(loss: float, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
     labels = targets.argmax(1) if targets.ndim == 2 else targets
     best = logits.detach().topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
     return Scores(loss, len(labels), int(best[:, 0].sum()), int(best.sum()))
+
+
+def pool(scores: Sequence[Scores]) -> Scores:
+    """The scores of some batches together."""
+    images = sum(each.images for each in scores)
+    return Scores(
+        loss=sum(each.loss * each.images for each in scores) / images,
+        images=images,
+        top1=sum(each.top1 for each in scores),
+        top5=sum(each.top5 for each in scores),
+    )
 
 
 @dataclass(frozen=True)
@@ -3183,14 +3175,13 @@ def draw_timelines(
     Each lane has a row with its phases, numbered by micro-batch, and a row per logical CPU, where
     the height of a bar is the share of the phase during which that CPU was busy (see busy_share).
     """
-    from matplotlib.figure import Figure  # here, since most runs draw nothing
     from matplotlib.patches import Patch
 
     span_s = span_s or max(panel.span_s for panel in panels)
     rows = [sum(1 + len(group.cpus) for group in panel.plan.groups) for panel in panels]
     row_inches = 0.3 if max(rows) <= 12 else 0.15
     heights = [row_inches * count + 0.5 for count in rows]
-    figure = Figure(figsize=(12, sum(heights) + 1.2), layout="constrained")
+    figure = new_figure(12, sum(heights) + 1.2)
     axes = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for ax, panel in zip(axes, panels, strict=True):
         draw_panel(ax, panel, span_s)
@@ -3201,6 +3192,13 @@ def draw_timelines(
     figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
+
+
+def new_figure(width_inches: float, height_inches: float) -> Any:
+    """An empty picture. matplotlib is imported where it is used, since many runs draw nothing."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width_inches, height_inches), layout="constrained")
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -3308,7 +3306,7 @@ def trace_events(plan: CorePlan, steps: Sequence[StepResult]) -> dict[str, Any]:
 STRAY_WARNING_SHARE = 0.01
 METRICS, TIMELINE, TRACE = "metrics.jsonl", "timeline.png", "trace.json"
 CURVES, GRADIENTS, RANGE_PLOT = "curves.png", "gradients.png", "lr.png"
-SUBSET, CONFUSION = "subset.json", "confusion"
+CONFUSION = "confusion"
 EPOCH_FIELDS = ("train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5")
 CLASSES_TO_SHOW = 30
 LOG_HEADER = """\
@@ -3413,11 +3411,10 @@ def epoch_line(row: dict[str, Any]) -> str:
 
 def draw_curves(path: Path, title: str, history: Sequence[dict[str, Any]]) -> None:
     """Losses, accuracies and learning rate by epoch, one above the other."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(8, 8), layout="constrained")
+    figure = new_figure(8, 8)
     losses, accuracies, rates = figure.subplots(3, sharex=True, height_ratios=(3, 3, 2))
     for ax, suffix in ((losses, "loss"), (accuracies, "top1"), (accuracies, "top5")):
         for part, colour in (("train", "#4477aa"), ("val", "#cc6677")):
@@ -3441,10 +3438,9 @@ def draw_curves(path: Path, title: str, history: Sequence[dict[str, Any]]) -> No
 def draw_gradients(path: Path, title: str, history: Sequence[dict[str, Any]]) -> None:
     """The norm of the gradients of each layer group, by epoch."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     ax = figure.subplots()
     epochs, groups = [row["epoch"] for row in history], list(history[-1]["gradient_norms"])
     for number, group in enumerate(groups):  # from the input's end, dark, to the output's, light
@@ -3473,9 +3469,7 @@ class RangeTest:
 
 def draw_range_test(path: Path, title: str, result: RangeTest) -> None:
     """Smoothed loss by learning rate, and the suggestion."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(8, 5)
     ax = figure.subplots()
     ax.plot(result.rates, result.losses, marker=".", color="#4477aa", label="loss, smoothed")
     label = f"suggestion: {result.suggestion:.2g}"
@@ -3499,11 +3493,9 @@ def finish_axes(figure: Any, title: str) -> None:
 
 def draw_confusion(path: Path, title: str, confusion: torch.Tensor, classes: Sequence[str]) -> None:
     """A confusion matrix, as shares of each row's class; with counts if there is room."""
-    from matplotlib.figure import Figure
-
     count = len(classes)
     side_inches = min(12, 3 + 0.45 * count)
-    figure = Figure(figsize=(side_inches + 1, side_inches), layout="constrained")
+    figure = new_figure(side_inches + 1, side_inches)
     ax = figure.subplots()
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     image = ax.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
@@ -3922,17 +3914,17 @@ def run_schedule(
             raise Diverged(f"step {step}: the loss is {error}; try a lower --lr") from None
         if scores is None:
             return
-        images = sum(each.images for each in scores)
+        pooled = pool(scores)
         yield StepResult(
             step=step,
-            loss=sum(each.loss * each.images for each in scores) / images,
-            images=images,
+            loss=pooled.loss,
+            images=pooled.images,
             step_s=time.perf_counter() - start_s,
             records=lanes.take_records(),
             loads=batches.take_records(),
             main_thread_s=time.thread_time() - thread_start_s,
-            top1=sum(each.top1 for each in scores),
-            top5=sum(each.top5 for each in scores),
+            top1=pooled.top1,
+            top5=pooled.top5,
             lr=lr,
         )
 
@@ -3984,11 +3976,11 @@ def evaluate(run: Run, report: RunReport | None = None) -> Evaluation:
         records = run.lanes.take_records()
     if report:
         report.check_placement(records)
-    images = sum(each.images for each in scores)
+    pooled = pool(scores)
     return Evaluation(
-        loss=sum(each.loss * each.images for each in scores) / images,
-        top1=100 * sum(each.top1 for each in scores) / images,
-        top5=100 * sum(each.top5 for each in scores) / images,
+        loss=pooled.loss,
+        top1=100 * pooled.top1 / pooled.images,
+        top5=100 * pooled.top5 / pooled.images,
         confusion=confusion.view(classes, classes),
     )
 
@@ -4006,7 +3998,6 @@ def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
         counts = result.images, result.loss, result.top1, result.top5
         progress.add_step(*counts, settings.accumulate)
         progress.lr = result.lr
-        progress.bad_images = list(run.bad.messages)
         yield result
 
 
@@ -4028,7 +4019,6 @@ def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
     if val and row["val_loss"] is None:
         report.warn("val_loss", f"epoch {row['epoch']}: the validation loss is {val.loss}")
     report.bad_images(run.bad)
-    progress.bad_images = list(run.bad.messages)
     progress.end_epoch(row, run.settings.keep_best)
     report.epoch(row, progress.history)
 
@@ -4090,6 +4080,7 @@ def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoint
 # How a run is set up, resumed and taken to its end; testing a checkpoint, and finding a rate.
 # ==================================================================================================
 
+SUBSET = "subset.json"
 RANGE, RANGE_STEPS, RANGE_SMOOTHING = (1e-6, 10.0), 100, 0.8
 
 
@@ -4266,7 +4257,6 @@ def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
         progress = run.lanes.backward.call(restore_state, state, run.work, settings)
     if checkpoints.folder and path.resolve().parent == checkpoints.folder.resolve():
         checkpoints.keep(path, progress)
-    run.bad.messages = list(progress.bad_images)
     notes = [f"resumed from {path}, after step {progress.step}"]
     if differences:
         notes.append(f"numbers can differ from those of an unbroken run: {', '.join(differences)}")
@@ -4282,6 +4272,7 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
                 test(run, find_resumed(run.settings, checkpoints))
                 return run.work.model
             progress, notes = resume(run, checkpoints)
+            run.bad.messages = progress.bad_images  # one list: what is found is saved
             check_subset(run, bool(progress.step))
             report = RunReport(run.settings, topology, plan, progress)
             checkpoints.warn = report.alarm

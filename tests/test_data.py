@@ -904,12 +904,15 @@ def test_a_feed_may_be_closed_twice():
         feed.close()
 
 
+def augmented_feed(data, workers):
+    feed = tsa.training_feed(data, small(workers=workers, **AUGMENTED), ALL_CPUS)
+    return contextlib.closing(feed)
+
+
 @ALL_WORKERS
 def test_one_feed_serves_many_epochs(photos, workers):
     data = tsa.open_data(small(data_path=photos))
-    with contextlib.closing(
-        tsa.training_feed(data, small(workers=workers, **AUGMENTED), ALL_CPUS)
-    ) as feed:
+    with augmented_feed(data, workers) as feed:
         for epoch in (1, 2, 3):
             expected = load(data, small(**AUGMENTED), epoch)
             assert_same_batches(list(feed.batches(tsa.BadImages(), epoch)), expected)
@@ -918,9 +921,7 @@ def test_one_feed_serves_many_epochs(photos, workers):
 @ALL_WORKERS
 def test_an_epoch_left_early_leaves_nothing_behind(photos, workers):
     data = tsa.open_data(small(data_path=photos))
-    with contextlib.closing(
-        tsa.training_feed(data, small(workers=workers, **AUGMENTED), ALL_CPUS)
-    ) as feed:
+    with augmented_feed(data, workers) as feed:
         next(feed.batches(tsa.BadImages(), 1))
         batches = list(feed.batches(tsa.BadImages(), 2))
     assert_same_batches(batches, load(data, small(**AUGMENTED), 2))

@@ -93,23 +93,23 @@ def test_what_is_no_count_from_a_minimum(minimum, text):
 @pytest.mark.parametrize("text", ["-0.1", "nan", "inf", "x", ""])
 def test_what_is_no_rate(text):
     with pytest.raises(argparse.ArgumentTypeError, match="not a number of 0 or more"):
-        tsa.not_negative(text)
+        tsa.NOT_NEGATIVE(text)
 
 
 @pytest.mark.parametrize(
     ("parse", "text", "value"),
     [
-        (tsa.not_negative, "0", 0.0),
-        (tsa.not_negative, "1e-6", 1e-6),
-        (tsa.share, "0", 0.0),
-        (tsa.share, "1", 1.0),
+        (tsa.NOT_NEGATIVE, "0", 0.0),
+        (tsa.NOT_NEGATIVE, "1e-6", 1e-6),
+        (tsa.SHARE, "0", 0.0),
+        (tsa.SHARE, "1", 1.0),
         (tsa.PART, "1", 1.0),
         (tsa.PART, "0.2", 0.2),
         (tsa.PERCENT, "100", 100.0),
         (tsa.PERCENT, "97.5", 97.5),
-        (tsa.below_1, "0", 0.0),
-        (tsa.below_1, "0.9999", 0.9999),
-        (tsa.below_1, "0.999999", 0.999999),
+        (tsa.BELOW_1, "0", 0.0),
+        (tsa.BELOW_1, "0.9999", 0.9999),
+        (tsa.BELOW_1, "0.999999", 0.999999),
     ],
 )
 def test_numbers(parse, text, value):
@@ -119,18 +119,18 @@ def test_numbers(parse, text, value):
 @pytest.mark.parametrize(
     ("parse", "text", "allowed"),
     [
-        (tsa.share, "-0.01", "a number from 0 to 1"),
-        (tsa.share, "1.01", "a number from 0 to 1"),
-        (tsa.share, "nan", "a number from 0 to 1"),
+        (tsa.SHARE, "-0.01", "a number from 0 to 1"),
+        (tsa.SHARE, "1.01", "a number from 0 to 1"),
+        (tsa.SHARE, "nan", "a number from 0 to 1"),
         (tsa.PART, "0", "above 0 and up to 1"),
         (tsa.PART, "1.01", "above 0 and up to 1"),
         (tsa.PART, "x", "above 0 and up to 1"),
         (tsa.PERCENT, "0", "above 0 and up to 100"),
         (tsa.PERCENT, "100.1", "above 0 and up to 100"),
         (tsa.PERCENT, "nan", "above 0 and up to 100"),
-        (tsa.below_1, "-0.1", "a number of 0 or more and below 1"),
-        (tsa.below_1, "1", "a number of 0 or more and below 1"),
-        (tsa.below_1, "nan", "a number of 0 or more and below 1"),
+        (tsa.BELOW_1, "-0.1", "a number of 0 or more and below 1"),
+        (tsa.BELOW_1, "1", "a number of 0 or more and below 1"),
+        (tsa.BELOW_1, "nan", "a number of 0 or more and below 1"),
     ],
 )
 def test_what_is_no_such_number(parse, text, allowed):

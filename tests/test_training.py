@@ -782,6 +782,21 @@ def test_more_broken_images_than_allowed_end_the_run(in_tmp, no_pictures, epochs
     assert any(str(path) in outcome for path in paths)
 
 
+def test_broken_images_are_counted_over_the_whole_run(in_tmp, no_pictures, epochs, breakable):
+    """One is left out before the run is resumed, another one after that is one too many."""
+    first, second = (breakable / f"train/{name}.jpg" for name in ("flower/0001", "temple/0003"))
+    whole = first.read_bytes()
+    first.write_bytes(b"no picture")
+    asked = epochs | {"data_path": breakable, "max_bad_images": 1, "output_dir": in_tmp}
+    train(**asked | {"epochs": 1})
+    (message,) = tsa.read_checkpoint(in_tmp / "last.pt")["progress"]["bad_images"]
+    assert message.startswith(f"broken image {first}: ")
+    first.write_bytes(whole)
+    second.write_bytes(b"no picture")
+    with pytest.raises(tsa.RunError, match=rf"{second}: .* \(more than --max-bad-images 1\)"):
+        train(**asked, resume=Path("auto"))
+
+
 # What is validated
 
 
