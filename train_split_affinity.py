@@ -3466,6 +3466,11 @@ class RangeTest:
     losses: tuple[float, ...]
     suggestion: float
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether the loss fell by a fifth; if not, chance decides where it was lowest."""
+        return min(self.losses) <= 0.8 * self.losses[0]
+
 
 def draw_range_test(path: Path, title: str, result: RangeTest) -> None:
     """Smoothed loss by learning rate, and the suggestion."""
@@ -3477,6 +3482,8 @@ def draw_range_test(path: Path, title: str, result: RangeTest) -> None:
     ax.set_xscale("log")
     ax.set_xlabel("learning rate")
     ax.set_ylabel("loss")
+    if max(result.losses) > 2 * result.losses[0]:  # where it explodes is of no interest
+        ax.set_ylim(0.9 * min(result.losses), 2 * result.losses[0])
     ax.legend(frameon=False)
     finish_axes(figure, title)
     save_figure(figure, path)
@@ -4372,6 +4379,9 @@ def find_lr_and_report(settings: Settings, topology: Topology, plan: CorePlan) -
     with prepared(settings, topology, plan) as run:
         result = find_lr(run)
         tell_bad_images(run)
+        if not result.is_clear:
+            fall = f"from {result.losses[0]:.4f} to {min(result.losses):.4f} only"
+            say(f"note: the loss fell {fall}, which says little; try more --steps")
         say(f"suggestion: --lr {result.suggestion:.2g}, a tenth of the rate with the lowest loss")
         folder = run.settings.output_dir
         if folder:

@@ -130,7 +130,9 @@ def test_find_lr(in_tmp, photos, capsys):
 
 def test_find_lr_without_a_folder_writes_nothing(in_tmp, photos, capsys):
     assert tsa.main(["find-lr", *TINY, "--data-path", str(photos), "--steps", "2"]) == 0
-    assert "suggestion: --lr " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "suggestion: --lr " in printed
+    assert " only, which says little; try more --steps\n" in printed
     assert not list(in_tmp.iterdir())
 
 

@@ -550,6 +550,20 @@ def test_a_range_test_drawn(tmp_path, figures):
     assert lines_of(ax)["loss, smoothed"] == [2.0, 1.0, 5.0]
     assert list(ax.lines[1].get_xdata()) == [1e-4, 1e-4]
     assert ax.lines[1].get_label() == "suggestion: 0.0001"
+    assert ax.get_ylim() == pytest.approx((0.9, 4.0)), "cut off where the loss explodes"
+
+
+def test_a_range_test_without_an_explosion_is_drawn_whole(tmp_path, figures):
+    result = tsa.RangeTest((1e-6, 1e-3, 1.0), (2.0, 1.0, 3.5), 1e-4)
+    tsa.draw_range_test(tmp_path / "lr.png", "title", result)
+    low, high = figures[0].axes[0].get_ylim()
+    assert low < 1.0
+    assert high > 3.5
+
+
+@pytest.mark.parametrize(("lowest", "clear"), [(1.0, True), (1.6, True), (1.61, False)])
+def test_a_loss_that_hardly_falls_says_little(lowest, clear):
+    assert tsa.RangeTest((1e-6, 1e-3), (2.0, lowest), 1e-4).is_clear is clear
 
 
 def test_a_curve_that_cannot_be_written(tmp_path):
