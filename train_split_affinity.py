@@ -154,6 +154,9 @@ class RunError(Exception):
     exit_code = 1
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Stopped(Exception):
     """A signal asked the run to stop; raised where the next optimizer step would have begun."""
 
@@ -1849,7 +1852,7 @@ def start_loader(cpus: Sequence[int], worker: int) -> None:
 
     The mask is set after torch is up, since a lazy OpenMP start can reset it [pytorch 99625].
     """
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     mask = confine_thread(cpus)
     if mask != set(cpus):
@@ -3848,11 +3851,12 @@ class RunReport:
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request that `check` raises as Stopped: between two
-    optimizer steps, or batches of a validation.
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a request that `check` raises as Stopped:
+    between two optimizer steps, or batches of a validation.
 
-    A second signal ends the process at once. A context manager: leaving it restores the handlers.
-    Outside the main thread, where Python allows no handlers, it does nothing.
+    A second signal ends the process at once; a SIGHUP that is ignored (nohup) stays so. A context
+    manager: leaving it restores the handlers. Outside the main thread, where Python allows no
+    handlers, it does nothing.
     """
 
     def __init__(self):
@@ -3871,8 +3875,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._previous[signum] = signal.signal(signum, self._handle)
+            for signum in STOP_SIGNALS:
+                if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                    self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -4441,7 +4446,7 @@ class Elsewhere:
 
 def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) -> None:
     """The process behind Elsewhere: for each value received, the next result or the exception."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     generator = function(*args)
     with contextlib.suppress(EOFError, BrokenPipeError):  # the asking process has gone

@@ -258,7 +258,9 @@ def test_what_delayed_has_begun_is_forgotten_by_another_schedule(in_tmp, monkeyp
 # Signals
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     in_tmp, monkeypatch, capsys, arguments, signum, code
 ):
@@ -275,10 +277,21 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
 def test_a_second_signal_would_end_the_process_at_once():
     with tsa.StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             assert signal.getsignal(signum) == signal.SIG_DFL
         with pytest.raises(tsa.Stopped, match="SIGTERM"):
             stop.check()
+
+
+def test_a_hangup_stays_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with tsa.StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            stop.check()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_killed_outright(in_tmp):

@@ -311,7 +311,9 @@ def test_a_non_finite_loss_is_exit_code_1(in_tmp, capsys):
     assert "the loss is" in captured.err
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_signals_to_the_whole_process_group(in_tmp, photos, signum, code):
     """As from a terminal or a batch system: the loader processes get the signal too."""
     arguments = [*TINY, "-j", "1", "--data-path", str(photos), "--steps", "100000"]

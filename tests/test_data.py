@@ -834,9 +834,8 @@ class Whereabouts(Dataset):
         return 8
 
     def __getitem__(self, index):
-        ignored = all(
-            signal.getsignal(signum) == signal.SIG_IGN for signum in (signal.SIGINT, signal.SIGTERM)
-        )
+        signums = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+        ignored = all(signal.getsignal(signum) == signal.SIG_IGN for signum in signums)
         cpus = sorted(tsa.process_cpus())
         return torch.tensor([os.getpid(), len(cpus), cpus[0], ignored]), 0
 
