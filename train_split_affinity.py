@@ -1926,6 +1926,28 @@ class Batches:
         return records
 
 
+class LoaderDied(Exception):
+    """A loader process ended before its time."""
+
+    def __init__(self, pid: int, code: int):
+        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        super().__init__(f"loader process {pid} was ended by {cause}")
+
+
+@contextlib.contextmanager
+def child_signal_kept() -> Iterator[None]:
+    """Leave SIGCHLD as it was: DataLoader has it raise, anywhere in the main thread, when a loader
+    process has died (torch/utils/data/_utils/signal_handling.py). Without that, it looks after its
+    processes when no batch comes for five seconds.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before)
+
+
 class Feed:
     """The batches of a data set, epoch after epoch, made by loader processes that live on.
 
@@ -1950,7 +1972,8 @@ class Feed:
         )
         if settings.workers:
             order.begin(0, 0, 0)
-            iter(self._loader)
+            with child_signal_kept():
+                iter(self._loader)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -1961,13 +1984,35 @@ class Feed:
     ) -> Batches:
         """The batches `start` to `stop` of an epoch."""
         self._order.begin(epoch, start, stop)
-        return Batches(self._loader, len(range(len(self))[start:stop]), bad)
+        return Batches(self, len(range(len(self))[start:stop]), bad)
+
+    def __iter__(self) -> Iterator[Loaded]:
+        """The batches of the span that was begun. Raises LoaderDied if a process has ended, of
+        which DataLoader tells in many ways.
+        """
+        try:
+            yield from self._loader
+        except Exception as error:
+            iterator = getattr(self._loader, "_iterator", None)
+            for process in iterator._workers if iterator else ():
+                process.join(0.1)  # it may just be dying
+                if process.exitcode:
+                    raise LoaderDied(process.pid, process.exitcode) from error
+            raise
 
     def close(self) -> None:
-        """End the loader processes, as DataLoader does once nothing refers to it any more."""
+        """End the loader processes, as DataLoader does once nothing refers to it any more. If one
+        has died, with a lock of their queues perhaps, the others are not asked but killed.
+        """
         iterator = getattr(self._loader, "_iterator", None)
-        if iterator is not None:
-            iterator._shutdown_workers()
+        if iterator is None:
+            return
+        if not iterator._shutdown and not all(each.is_alive() for each in iterator._workers):
+            iterator._shutdown = True
+            for each in iterator._workers:
+                each.kill()
+                each.join()
+        iterator._shutdown_workers()
 
 
 def training_feed(data: ImageData, settings: Settings, cpus: Sequence[int]) -> Feed:

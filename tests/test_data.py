@@ -898,6 +898,20 @@ def test_a_feed_that_gave_nothing_ends_too():
     assert loaders() == before
 
 
+def test_a_loader_that_was_killed_is_told_where_a_batch_is_asked_for():
+    """DataLoader would have it raise anywhere in the main thread, in the middle of a save, say."""
+    before, handler = loaders(), signal.getsignal(signal.SIGCHLD)
+    with whereabouts(2) as feed:
+        assert signal.getsignal(signal.SIGCHLD) == handler
+        killed, stopped = loaders() - before
+        batches = feed.batches(tsa.BadImages())
+        os.kill(killed, signal.SIGKILL)
+        with pytest.raises(tsa.LoaderDied, match=f"process {killed} was ended by SIGKILL"):
+            list(batches)
+        os.kill(stopped, signal.SIGSTOP)
+    assert loaders() == before, "the one that cannot end by itself too"
+
+
 def test_a_feed_may_be_closed_twice():
     with whereabouts(1) as feed:
         feed.close()
