@@ -68,6 +68,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import traceback
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -1875,11 +1876,12 @@ class BadImages:
     def add(self, messages: Iterable[str]) -> None:
         """Take note of broken images. Raises RunError for the first one too many."""
         for message in messages:
-            if message not in self.messages:
-                self.messages.append(message)
-            if len(self.messages) > self.allowed:
+            new = message not in self.messages
+            if len(self.messages) + new > self.allowed:
                 more = f" (more than --max-bad-images {self.allowed})" if self.allowed else ""
                 raise RunError(message + more)
+            if new:
+                self.messages.append(message)
 
 
 class Batches:
@@ -2206,16 +2208,23 @@ class GradientFlow:
         self._sums: Counter[str] = Counter()
         self._measured = self._steps = 0
 
-    def watch(self, model: nn.Module) -> None:
-        """Look at the gradients of a step that is about to be made."""
-        self._steps += 1
-        if self._steps % STEPS_BETWEEN_NORMS != 1:
-            return
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """The norms of a step that is about to be made, if it is one to look at."""
+        if self._steps % STEPS_BETWEEN_NORMS:
+            return {}
         gradients = {name: weight.grad for name, weight in model.named_parameters()}
+        norms = {}
         for group, names in self._groups.items():
             present = [gradients[name] for name in names if gradients[name] is not None]
-            self._sums[group] += nn.utils.get_total_norm(present).item()
-        self._measured += 1
+            norms[group] = nn.utils.get_total_norm(present).item()
+        return norms
+
+    def add(self, norms: dict[str, float]) -> None:
+        """Take in the norms of a step that has been made."""
+        self._steps += 1
+        self._measured += bool(norms)
+        for group, norm in norms.items():
+            self._sums[group] += norm
 
     def take(self) -> dict[str, float]:
         """The mean norm of each layer group since the last call; empty if none was measured. What
@@ -2292,22 +2301,25 @@ def pool(scores: Sequence[Scores]) -> Scores:
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """What `delayed` has begun at the end of a step: the weights that the next step uses, and the
-    buffers and the random state as they were before its first forward pass.
+class StepEnd:
+    """What the phases of the next step change before its update, as it was at the end of a step:
+    buffers, such as BatchNorm's running statistics, and the random state. `weights` are those that
+    the next step of `delayed` uses, where they are not the model's own.
     """
 
-    weights: Weights
     buffers: Weights
     random_state: torch.Tensor
+    weights: Weights | None = None
 
 
 @dataclass
 class Work:
     """The phases of an optimizer step over `accumulate` micro-batches.
 
-    They work on the model's own weights, or on a copy of them made by `copy_weights`. `ahead` is
-    set at the end of a step if the next one has begun.
+    They work on the model's own weights, or on a copy of them made by `copy_weights`. Together
+    with `end`, that of the latest step, the weights and all that an update changes are the state
+    between two steps, at any moment but within an update: then `updating` is set. `begun` becomes
+    `end` with the update, if `delayed` has begun the next step before it.
     """
 
     model: nn.Module
@@ -2321,7 +2333,9 @@ class Work:
     scheduler: LRScheduler | None = None
     average: MovingAverage | None = None
     flow: GradientFlow | None = None
-    ahead: Ahead | None = None
+    end: StepEnd | None = None
+    begun: StepEnd | None = None
+    updating: bool = False
 
     def forward(self, batch: Batch, weights: Weights | None = None) -> Batch:
         """Logits (n, classes) in float32, with the graph to go back through, and the targets.
@@ -2355,22 +2369,37 @@ class Work:
         """
         for name, parameter in self.model.named_parameters() if weights else ():
             parameter.grad = weights[name].grad
-        if self.flow:
-            self.flow.watch(self.model)
+        norms = self.flow.measure(self.model) if self.flow else {}
         if self.clip_grad_norm:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+        end = self.begun or self.step_end()  # what needs memory comes first: it may fail
+        self.updating = True
         self.optimizer.step()
         if self.scheduler:
             self.scheduler.step()
+        if self.flow:
+            self.flow.add(norms)
+        self.end, self.begun = end, None
         if self.average:
             self.average.update(self.values())
+        self.updating = False
         self.optimizer.zero_grad(set_to_none=self.grads_to_none)
         for copy in weights.values() if weights and self.grads_to_none else ():
             copy.grad = None
 
+    def step_end(self, weights: Weights | None = None) -> StepEnd:
+        """The end of a step, which is now, of all that the next one changes before its update."""
+        parameters = dict(self.model.named_parameters())
+        buffers = {
+            name: value.clone()
+            for name, value in self.model.state_dict().items()
+            if name not in parameters
+        }
+        return StepEnd(buffers, torch.get_rng_state(), weights)
+
     def values(self) -> Weights:
-        """The model's state as of the last step: what belongs to a step already begun left out."""
-        return self.model.state_dict() | (self.ahead.buffers if self.ahead else {})
+        """The model's state as of the last step: what a step already begun has changed left out."""
+        return self.model.state_dict() | (self.end.buffers if self.end else {})
 
     def evaluate(self, batch: Batch) -> tuple[Scores, torch.Tensor]:
         """The scores of a batch, and the classes predicted, of the moving average if there is one;
@@ -2385,7 +2414,7 @@ class Work:
         """A copy of the model's weights to run phases with; of those of a step already begun, if a
         run goes on there.
         """
-        begun = self.ahead.weights if self.ahead else {}
+        begun = (self.end and self.end.weights) or {}
         return {
             name: begun.get(name, parameter)
             .detach()
@@ -2399,9 +2428,7 @@ class Work:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 weights[name].copy_(parameter)
-        state = self.model.state_dict()
-        buffers = {name: value.clone() for name, value in state.items() if name not in weights}
-        self.ahead = Ahead(weights, buffers, torch.get_rng_state())
+        self.begun = self.step_end(weights)
 
 
 Steps = Iterator[list[Scores]]
@@ -2459,7 +2486,7 @@ def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     weights, other = (lanes.forward.call(work.copy_weights) for _ in range(2))
     output = lanes.forward.run("forward", work.forward, next(batches), weights)
     while output:
-        scores, work.ahead = [], None
+        scores = []
         for left in reversed(range(work.accumulate)):
             backward = lanes.backward.submit("backward", work.backward, output)
             output = None
@@ -2585,9 +2612,15 @@ def versions() -> dict[str, str]:
     }
 
 
-def make_state(settings: Settings, work: Work, progress: Progress) -> dict[str, Any]:
-    """Everything needed to go on from the end of an optimizer step, in plain types and tensors."""
-    ahead = work.ahead
+def make_state(
+    settings: Settings, work: Work, progress: Progress, data: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything needed to go on from the end of the latest optimizer step, in plain types and
+    tensors. Raises BadCheckpoint if an update was broken off.
+    """
+    if work.updating:
+        raise BadCheckpoint("an error broke off the update of the weights")
+    end = work.end or work.step_end()
     return {
         "format": CHECKPOINT_FORMAT,
         "model": work.values(),
@@ -2595,11 +2628,12 @@ def make_state(settings: Settings, work: Work, progress: Progress) -> dict[str, 
         "optimizer": work.optimizer.state_dict(),
         "scheduler": work.scheduler.state_dict() if work.scheduler else None,
         "flow": work.flow.state() if work.flow else None,
-        "ahead": {name: value.detach() for name, value in ahead.weights.items()} if ahead else None,
-        "random_state": ahead.random_state if ahead else torch.get_rng_state(),
+        "ahead": end.weights and {name: value.detach() for name, value in end.weights.items()},
+        "random_state": end.random_state,
         "progress": dataclasses.asdict(progress),
         "settings": plain_settings(settings),
         "versions": versions(),
+        "data": data,
     }
 
 
@@ -2627,9 +2661,8 @@ def restore_state(state: dict[str, Any], work: Work, settings: Settings) -> Prog
             value.copy_(state["average"][name])
     if work.flow and state["flow"]:
         work.flow.restore(state["flow"])
-    if state["ahead"] and settings.schedule == "delayed":
-        work.ahead = Ahead(state["ahead"], {}, state["random_state"])
     torch.set_rng_state(state["random_state"])
+    work.end = work.step_end(state["ahead"] if settings.schedule == "delayed" else None)
     return progress
 
 
@@ -2884,7 +2917,7 @@ class Checkpoints:
     def save(self, work: Work, progress: Progress) -> None:
         """Save the state of a run; where that fails, say so and leave the earlier files alone."""
         stands = progress.step, progress.epoch
-        if not self.folder or stands == self._saved:
+        if not self.folder or not progress.step or stands == self._saved:
             return
         temporary, last = self.folder / f"{LAST}.tmp", self.folder / LAST
         try:
@@ -2893,7 +2926,7 @@ class Checkpoints:
                 last.replace(self.folder / PREVIOUS)
             temporary.replace(last)
             flush_folder(self.folder)
-        except (OSError, RuntimeError, BadCheckpoint) as error:
+        except Exception as error:  # of the disk, of torch, or for want of memory
             reason = why_not_saved(error)
             self.warn(f"{last}: not saved: {reason}; earlier checkpoints are untouched")
         else:
@@ -3353,6 +3386,7 @@ def trace_events(plan: CorePlan, steps: Sequence[StepResult]) -> dict[str, Any]:
 
 STRAY_WARNING_SHARE = 0.01
 METRICS, TIMELINE, TRACE = "metrics.jsonl", "timeline.png", "trace.json"
+TRACEBACK = "traceback.txt"
 CURVES, GRADIENTS, RANGE_PLOT = "curves.png", "gradients.png", "lr.png"
 CONFUSION = "confusion"
 EPOCH_FIELDS = ("train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5")
@@ -3760,6 +3794,50 @@ def check_appendable(path: Path, folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
 
 
+# What an error's text tells of its cause, and what helps: the first that fits.
+LIKELY_REASONS = (
+    (
+        r"MemoryError|allocate memory|not enough memory|ENOMEM",
+        "out of memory: try a smaller --batch-size (with more --accumulate), or fewer loaders (-j)",
+    ),
+    (
+        r"LoaderDied.*SIGBUS",
+        "shared memory (/dev/shm) is full: enlarge it (docker run --shm-size=1g), or try fewer "
+        "loaders (-j)",
+    ),
+    (
+        r"LoaderDied",
+        "a loader was killed, by the system for want of memory perhaps: try fewer loaders (-j) or "
+        "a smaller --batch-size",
+    ),
+    (r"Too many open files", "too many open files: raise `ulimit -n`, or try fewer loaders (-j)"),
+)
+
+
+def likely_reason(error: Exception) -> str:
+    """Why a run ended, in a line: what was foreseen in its own words, of anything else the likely
+    reason and a remedy, or what PyTorch or Python call it.
+    """
+    if isinstance(error, (UserError, RunError, Stopped)):
+        return str(error)
+    name, *lines = type(error).__name__, *str(error).strip().splitlines()
+    text = f"{name}: {lines[-1] if 'Original Traceback' in str(error) else (lines or [''])[0]}"
+    for pattern, reason in LIKELY_REASONS:
+        if re.search(pattern, f"{name}: {error}"):
+            return f"{reason} ({text})"
+    return f"an error that was not foreseen: {text}"
+
+
+def write_traceback(folder: Path | None, error: Exception) -> str:
+    """Write an error's traceback into a folder, or that for temporary files; says where it is."""
+    text = "".join(traceback.format_exception(error))
+    for place in filter(None, (folder, Path(tempfile.gettempdir()))):
+        with contextlib.suppress(RunError):
+            write_whole(place / TRACEBACK, text)
+            return f"traceback in {place / TRACEBACK}"
+    return text
+
+
 def say(text: str, file: Any = None) -> None:
     """Print above the progress bar, at once: into a pipe, too, lines shall come as they arise."""
     tqdm.write(text, file=file or sys.stdout)
@@ -3885,8 +3963,8 @@ class RunReport:
         """Write something; if that fails, warn."""
         try:
             function(*args)
-        except RunError as error:
-            self.warn(str(error), str(error))
+        except Exception as error:  # no report is worth the run
+            self.warn(likely_reason(error), likely_reason(error))
 
 
 # ==================================================================================================
@@ -4073,10 +4151,10 @@ def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
         "gradient_norms": run.work.flow.take() if run.work.flow else {},
         "timestamp": utc_now(),
     }
+    progress.end_epoch(row, run.settings.keep_best)
     if val and row["val_loss"] is None:
         report.warn("val_loss", f"epoch {row['epoch']}: the validation loss is {val.loss}")
     report.bad_images(run.bad)
-    progress.end_epoch(row, run.settings.keep_best)
     report.epoch(row, progress.history)
 
 
@@ -4102,8 +4180,8 @@ def reason_to_end(settings: Settings, progress: Progress) -> str | None:
 
 
 def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoints) -> None:
-    """Train until there is a reason to end, and save what is to be saved; the report gets an end
-    however that goes.
+    """Train until there is a reason to end, and save what is to be saved. However that goes, the
+    report gets an end, and the latest step is saved, unless the run diverged.
     """
     settings = run.settings
     save = partial(checkpoints.save, run.work, progress)
@@ -4122,12 +4200,11 @@ def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoint
                     progress.begin_epoch()
             save()
             run.stop.check()
-    except Stopped as reason:
-        save()
-        report.finish(str(reason))
-        raise
-    except RunError as reason:
-        report.finish(str(reason))
+    except Exception as error:
+        run.lanes.close()  # what still runs there ends first
+        if not isinstance(error, Diverged):
+            save()
+        report.finish(likely_reason(error))
         raise
     report.finish(outcome)
 
@@ -4510,7 +4587,7 @@ def time_phases(lanes: Lanes, work: Work, batches: Batches, steps: int) -> Phase
     for _ in itertools.islice(sequential(lanes, work, batches), steps):
         pass
     lanes.forward.run("refresh", work.refresh, lanes.forward.call(work.copy_weights))
-    work.ahead = None
+    work.begun = None
     durations_s: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for record in lanes.take_records():
         durations_s[record.phase].append(record.duration_s)
@@ -5229,7 +5306,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in DROPPED_VARIABLES.items():
         print(f"warning: {name}={value} is ignored: lanes place their threads", file=sys.stderr)
     try:
+        folder = None
         command, settings = parse_arguments(sys.argv[1:] if argv is None else argv)
+        folder = settings.output_dir
         topology = read_topology()
         COMMANDS[command][0](settings, topology)
     except (UserError, RunError, Stopped, KeyboardInterrupt) as error:
@@ -5238,6 +5317,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prefix = "" if isinstance(error, Stopped) else "error: "
         print(f"{Path(__file__).name}: {prefix}{error}", file=sys.stderr)
         return error.exit_code
+    except Exception as error:
+        reason, where = likely_reason(error), write_traceback(folder, error)
+        print(f"{Path(__file__).name}: error: {reason}; {where}", file=sys.stderr)
+        return RunError.exit_code
     return 0
 
 

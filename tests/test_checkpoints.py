@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import shutil
@@ -253,6 +254,141 @@ def test_what_delayed_has_begun_is_forgotten_by_another_schedule(in_tmp, monkeyp
     with pytest.raises(tsa.Stopped):
         train(in_tmp / "out", schedule="sequential", resume=Path("auto"))
     assert state_of(in_tmp / "out")["ahead"] is None
+
+
+# Errors
+
+
+def fail_at(patch, owner, name, call, error):
+    """Have a function raise in one call, counted from 1, before it does anything."""
+    real, count = getattr(owner, name), itertools.count(1)
+
+    def failing(*args, **options):
+        if next(count) == call:
+            raise error
+        return real(*args, **options)
+
+    patch.setattr(owner, name, failing)
+
+
+NO_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
+
+
+@needs_two_cpus
+@pytest.mark.parametrize(
+    "settings", [{}, OVERLAP, DELAYED, DELAYED_2], ids=["sequential", "overlap", "delayed", "2"]
+)
+@pytest.mark.parametrize(
+    ("owner", "name", "share", "step"),
+    [
+        (tsa.Work, "forward", 0.5, 2),
+        (tsa.Work, "backward", 0.5, 2),
+        (tsa.Work, "backward", 1, 5),
+        (tsa.Work, "update", 1, 4),
+        (nn.utils, "clip_grad_norm_", 1, 1),
+        (tsa.Work, "step_end", 1, 2),
+        (tsa.Work, "evaluate", 1, 3),
+        (tsa.Batches, "__next__", 0.5, 3),
+    ],
+)
+def test_what_an_error_interrupts_is_saved_as_it_was_between_two_steps(
+    in_tmp, train, settings, owner, name, share, step
+):
+    """Without any save before it, and wherever it comes; `share` of a step's calls succeed."""
+    train(in_tmp / "whole", **settings)
+    per_step = (
+        1
+        if name in ("update", "clip_grad_norm_", "step_end")
+        else 12 // (3 * settings.get("batch_size", 4))
+    )
+    call = 1 if name == "evaluate" else math.ceil((step + share) * per_step)
+    with pytest.MonkeyPatch.context() as patch:
+        fail_at(patch, owner, name, call, NO_MEMORY)
+        with pytest.raises(RuntimeError, match="can't allocate"):
+            train(in_tmp / "parts", **settings)
+    assert 0 < step_of(in_tmp / "parts") < 6
+    train(in_tmp / "parts", resume=Path("auto"), **settings)
+    assert_same_result(in_tmp / "parts", in_tmp / "whole")
+
+
+def test_an_update_that_is_broken_off_is_not_saved(in_tmp, monkeypatch, capsys, train):
+    """Nobody can tell which weights are old and which are new."""
+    train(in_tmp / "whole")
+    with monkeypatch.context() as patch:
+        fail_at(patch, tsa.MovingAverage, "update", 5, MemoryError())
+        with pytest.raises(MemoryError):
+            train(in_tmp / "parts", save_steps=3)
+    reason = "last.pt: not saved: an error broke off the update of the weights; earlier checkpoints"
+    assert reason in capsys.readouterr().err
+    assert step_of(in_tmp / "parts") == 3, "step 4 is lost"
+    train(in_tmp / "parts", resume=Path("auto"))
+    assert differences(state_of(in_tmp / "parts"), state_of(in_tmp / "whole")) == []
+
+
+def test_an_error_in_the_first_step_leaves_no_checkpoint(in_tmp, monkeypatch, train):
+    """A new run is the same."""
+    fail_at(monkeypatch, tsa.Work, "backward", 1, NO_MEMORY)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        train(in_tmp / "out")
+    assert not list((in_tmp / "out").glob("*.pt*"))
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("settings", [{}, DELAYED], ids=["sequential", "delayed"])
+def test_an_error_right_after_a_run_was_resumed(in_tmp, monkeypatch, train, settings):
+    """In a step of which nothing has been updated yet, in another folder."""
+    train(in_tmp / "whole", **settings)
+    interrupt(monkeypatch, "update", [2])
+    with pytest.raises(tsa.Stopped):
+        train(in_tmp / "first", **settings)
+    with monkeypatch.context() as patch:
+        fail_at(patch, tsa.Work, "backward", 1, NO_MEMORY)
+        with pytest.raises(RuntimeError, match="can't allocate"):
+            train(in_tmp / "parts", resume=in_tmp / "first/last.pt", **settings)
+    assert differences(state_of(in_tmp / "parts"), state_of(in_tmp / "first")) == []
+    train(in_tmp / "parts", resume=Path("auto"), **settings)
+    assert differences(state_of(in_tmp / "parts"), state_of(in_tmp / "whole")) == []
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("settings", [{}, OVERLAP, DELAYED], ids=["1", "overlap", "delayed"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_costs_no_step(in_tmp, train, pictures, tmp_path, settings, workers):
+    """Gone on with more of them allowed, or with the file repaired."""
+    broken = shutil.copytree(pictures, tmp_path / "broken")
+    path = broken / "train/temple/0003.jpg"
+    whole_file = path.read_bytes()
+    path.write_bytes(b"no picture")
+    asked = settings | {"workers": workers}
+    train(in_tmp / "allowed", data_path=broken, max_bad_images=1, **asked)
+    for name in ("goes on", "repaired"):
+        with pytest.raises(tsa.RunError, match=f"broken image {path}"):
+            train(in_tmp / name, data_path=broken, **asked)
+    again = asked | {"resume": Path("auto"), "data_path": broken}
+    train(in_tmp / "goes on", max_bad_images=1, **again)
+    assert_same_result(in_tmp / "goes on", in_tmp / "allowed")
+    path.write_bytes(whole_file)
+    train(in_tmp / "repaired", **again)
+    train(in_tmp / "whole", **asked)
+    assert_same_result(in_tmp / "repaired", in_tmp / "whole")
+
+
+def test_a_run_that_diverged_is_not_saved(in_tmp, train):
+    with pytest.raises(tsa.RunError, match="try a lower --lr"):
+        train(in_tmp / "out", lr=1e30, lr_warmup_epochs=0, clip_grad_norm=0.0)
+    assert not list((in_tmp / "out").glob("*.pt*"))
+
+
+def test_weights_that_are_no_numbers_do_not_take_the_place_of_good_ones(tmp_path):
+    warnings = []
+    checkpoints = Checkpoints(Settings(output_dir=tmp_path), warnings.append)
+    checkpoints.save(tiny_work(), Progress(step=1))
+    for step, value in ((2, math.inf), (3, math.nan)):
+        work = tiny_work()
+        work.model.bias.data[1] = value
+        checkpoints.save(work, Progress(step=step))
+        assert "last.pt: not saved: bias holds values that are infinite or no" in warnings.pop()
+    assert step_of(tmp_path) == 1
 
 
 # Signals

@@ -1,12 +1,14 @@
 """The command line, inside this process and outside. Run: python -m pytest tests/test_cli.py"""
 
 import functools
+import itertools
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -337,6 +339,52 @@ def test_signals_to_the_whole_process_group(in_tmp, photos, signum, code):
     time.sleep(0.1)
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # no loader process is left
+
+
+@pytest.mark.parametrize("folder", [True, False])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory\nException raised from alloc"),
+            "out of memory: try a smaller --batch-size (with more --accumulate), or fewer loaders "
+            "(-j) (RuntimeError: DefaultCPUAllocator: can't allocate memory)",
+        ),
+        (KeyError("surprise"), "an error that was not foreseen: KeyError: 'surprise'"),
+    ],
+)
+def test_an_error_that_nobody_foresaw(in_tmp, tmp_path, monkeypatch, capsys, error, reason, folder):
+    """One line, the summary, and the traceback in a file."""
+
+    def fail(self, output):
+        if next(calls) == 3:
+            raise error
+        return backward(self, output)
+
+    backward, calls = tsa.Work.backward, itertools.count(1)
+    monkeypatch.setattr(tsa.Work, "backward", fail)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    options = ["--output-dir", "out"] if folder else []
+    assert tsa.main([*TINY, "--steps", "5", *options]) == 1
+    captured = capsys.readouterr()
+    file = Path("out/traceback.txt") if folder else tmp_path / "traceback.txt"
+    assert captured.err == (f"train_split_affinity.py: error: {reason}; traceback in {file}\n")
+    assert f"\n{reason} after 2 of 5 steps\n" in captured.out
+    assert "| backward" in captured.out
+    assert f"- outcome: {reason} after 2 of 5 steps\n" in Path("logs.md").read_text()
+    text = file.read_text()
+    assert text.startswith("Traceback (most recent call last):\n")
+    assert "in fail\n" in text
+    assert (in_tmp / "out/last.pt").exists() == folder
+
+
+def test_a_traceback_that_cannot_be_written_is_shown(in_tmp, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
+    monkeypatch.setattr(tsa, "read_topology", lambda: [][0])
+    assert tsa.main(TINY) == 1
+    error = capsys.readouterr().err
+    assert "error: an error that was not foreseen: IndexError: list index out of range" in error
+    assert "Traceback (most recent call last):\n" in error
 
 
 def test_an_interrupt_before_the_run_has_begun(in_tmp, capsys, monkeypatch):

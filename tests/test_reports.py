@@ -278,6 +278,48 @@ def test_the_figures_of_an_epoch_are_rounded(values, text):
     assert text in tsa.epoch_line(epoch_row(**values))
 
 
+FROM_A_LOADER = """Caught {} in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "x.py", line 1, in fetch
+{}"""
+MEMORY = "out of memory: try a smaller --batch-size (with more --accumulate), or fewer loaders (-j)"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (tsa.UserError("--lr 7: no"), "--lr 7: no"),
+        (tsa.BrokenImage("broken image x.jpg: MemoryError"), "broken image x.jpg: MemoryError"),
+        (tsa.Stopped(15), "stopped by SIGTERM"),
+        (MemoryError(), f"{MEMORY} (MemoryError: )"),
+        (
+            OSError(12, "Cannot allocate memory"),
+            f"{MEMORY} (OSError: [Errno 12] Cannot allocate me",
+        ),
+        (
+            RuntimeError(FROM_A_LOADER.format("MemoryError", "MemoryError: of numpy\n")),
+            f"{MEMORY} (RuntimeError: MemoryError: of numpy)",
+        ),
+        (
+            tsa.LoaderDied(17, -9),
+            "a loader was killed, by the system for want of memory perhaps: try fewer loaders (-j) "
+            "or a smaller --batch-size (LoaderDied: loader process 17 was ended by SIGKILL)",
+        ),
+        (tsa.LoaderDied(17, -7), "shared memory (/dev/shm) is full: enlarge it (docker run --shm"),
+        (OSError(24, "Too many open files"), "too many open files: raise `ulimit -n`, or try"),
+        (
+            RuntimeError(FROM_A_LOADER.format("KeyError", "KeyError: 'x'\n")),
+            "an error that was not foreseen: RuntimeError: KeyError: 'x'",
+        ),
+        (ZeroDivisionError("a bug\nof two lines"), "an error that was not foreseen: ZeroDivisionE"),
+    ],
+)
+def test_the_likely_reason_of_an_error(error, reason):
+    text = tsa.likely_reason(error)
+    assert text.startswith(reason)
+    assert "\n" not in text
+
+
 def test_the_time_of_day():
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", tsa.utc_now())
 

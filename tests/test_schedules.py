@@ -163,7 +163,7 @@ def test_an_epoch_begins_with_the_weights_of_today(split_plan):
     with tsa.Lanes(with_threads(split_plan, 1), ()) as lanes:
         for epoch in (batches[:3], batches[3:]):
             losses += [scores.loss for (scores,) in tsa.delayed(lanes, work, make_stream(epoch))]
-            assert work.ahead is None
+            assert work.begun is None and work.end.weights is None
     assert losses == expected
     assert_same_state(model, reference)
 
@@ -492,11 +492,11 @@ def test_what_delayed_has_begun_is_told_apart_from_what_is_done(accumulate, spli
             model, random_state = done[step]
             for name, value in model.state_dict().items():
                 assert torch.equal(work.values()[name], value), (step, name)
-            assert (work.ahead is None) == (step == 4), "the pipeline is drained"
-            if work.ahead:
-                assert torch.equal(work.ahead.random_state, random_state)
+            assert (work.end.weights is None) == (step == 4), "the pipeline is drained"
+            if work.end.weights:
+                assert torch.equal(work.end.random_state, random_state)
                 for name, weight in done[step - 1][0].named_parameters():
-                    assert torch.equal(work.ahead.weights[name], weight), "one update old"
+                    assert torch.equal(work.end.weights[name], weight), "one update old"
                 running_mean = work.model.state_dict()["1.running_mean"]
                 assert not torch.equal(running_mean, work.values()["1.running_mean"])
 
@@ -506,7 +506,7 @@ def test_other_schedules_begin_nothing(schedule, split_plan):
     work = make_work(make_tiny_model(), 2)
     with tsa.Lanes(split_plan, ()) as lanes:
         for _ in tsa.SCHEDULES[schedule](lanes, work, make_stream(make_batches(4, side=16))):
-            assert work.ahead is None
+            assert work.begun is None and work.end.weights is None
             for name, value in work.model.state_dict().items():
                 assert torch.equal(work.values()[name], value)
 
