@@ -2531,6 +2531,8 @@ CHECKPOINT_FORMAT = "train_split_affinity 1"
 SEAL = b"\nsha256 "
 SEAL_BYTES = len(SEAL) + 64 + 1  # 64 hexadecimal digits and a line feed
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+KEPT = re.compile(r"(best|epoch)-(\d{4,})\.pt")
+LOCK = ".lock"
 UPLOAD_ATTEMPTS, LAST_UPLOADS_S = 3, 60
 
 # Settings that may change when a run is resumed, since they have no influence on its numbers...
@@ -2899,6 +2901,32 @@ class Mirror:
             self._filesystem.rm_file(target)
 
 
+def lock_folder(folder: Path) -> BinaryIO:
+    """Take a folder for this process; closing the file gives it free.
+
+    The kernel keeps the lock, so that a killed process leaves none. Processes that are forked later
+    share it, and may live a little longer. Raises UserError if another process has it, and OSError
+    where the file system knows no locks.
+    """
+    path = folder / LOCK
+    while True:
+        file = path.open("ab+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"--output-dir {folder}: process {file.read().decode()} is training there; wait "
+                "for its end, or choose another folder"
+            ) from None
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            file.truncate(0)
+            file.write(f"{os.getpid()} on {platform.node()}".encode())
+            file.flush()
+            return file
+        file.close()  # the one that had it has removed it meanwhile
+
+
 class Checkpoints:
     """The checkpoints of an output folder.
 
@@ -2912,7 +2940,22 @@ class Checkpoints:
         self.warn = warn
         self._settings = settings
         self._saved: tuple[int, int] | None = None  # step and epoch of the newest state
+        self._lock: BinaryIO | None = None
         self._mirror = Mirror(settings.mirror) if settings.mirror else None
+
+    def hold(self, make: bool = False) -> None:
+        """Have the folder, if it is there or to be made, belong to this process alone until
+        `close`. Raises UserError if another process has it.
+        """
+        if make and self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if self._lock or not self.folder or not self.folder.is_dir():
+            return
+        try:
+            self._lock = lock_folder(self.folder)
+        except OSError as error:
+            reason = f"{self.folder} cannot be locked ({error.strerror})"
+            self.warn(f"{reason}: see to it that no other run is started there")
 
     def save(self, work: Work, progress: Progress) -> None:
         """Save the state of a run; where that fails, say so and leave the earlier files alone."""
@@ -2951,8 +2994,8 @@ class Checkpoints:
                 link_file(source, self.folder / name)
             if best and best[0].exists():
                 link_file(best[0], self.folder / BEST)
-            for path in set(self.folder.glob("best-[0-9][0-9][0-9][0-9].pt")) - set(best):
-                if int(path.stem[-4:]) <= progress.epoch:
+            for epoch, path in self._kept():
+                if path.name.startswith("best") and path not in best and epoch <= progress.epoch:
                     path.unlink()
                     if self._mirror:
                         self._mirror.remove(path)
@@ -2968,12 +3011,8 @@ class Checkpoints:
 
         Raises BadCheckpoint if there are files, but none of them is good.
         """
-        kept = sorted(
-            self.folder.glob("*-[0-9][0-9][0-9][0-9].pt"),
-            key=lambda path: path.stem[-4:],
-            reverse=True,
-        )
-        paths = [self.folder / name for name in (LAST, PREVIOUS)] + kept
+        paths = [self.folder / name for name in (LAST, PREVIOUS)]
+        paths += [path for _, path in self._kept()]
         bad = ""
         for path in filter(Path.exists, paths):
             try:
@@ -2985,15 +3024,29 @@ class Checkpoints:
             raise BadCheckpoint(f"--resume auto: no good checkpoint; {bad}")
         return None
 
+    def _kept(self) -> list[tuple[int, Path]]:
+        """Epoch and file of those that are named for an epoch, the newest first."""
+        matches = ((KEPT.fullmatch(path.name), path) for path in self.folder.glob("*.pt"))
+        found = [(int(match[2]), path) for match, path in matches if match]
+        return sorted(found, key=lambda one: (-one[0], one[1]))
+
     def exist(self) -> bool:
         """Whether a run has saved something here."""
-        return bool(self.folder) and any((self.folder / name).exists() for name in (LAST, PREVIOUS))
+        if not self.folder:
+            return False
+        names = (LAST, PREVIOUS, BEST)
+        return any((self.folder / name).exists() for name in names) or bool(self._kept())
 
     def close(self) -> None:
-        """Wait for the mirror, for a while."""
+        """Wait for the mirror, for a while, and give the folder free."""
         if self._mirror:
             self._mirror.close()
             self._tell()
+        if self._lock:
+            with contextlib.suppress(OSError):
+                (self.folder / LOCK).unlink()
+            self._lock.close()
+            self._lock = None
 
     def _tell(self) -> None:
         while self._mirror and self._mirror.messages:
@@ -4372,6 +4425,16 @@ def check_new(settings: Settings, checkpoints: Checkpoints) -> None:
         )
 
 
+def check_folder(path: Path, checkpoints: Checkpoints) -> None:
+    """Raise UserError if going on from a checkpoint would take the place of another run."""
+    folder = checkpoints.folder
+    if checkpoints.exist() and path.resolve().parent != folder.resolve():
+        raise UserError(
+            f"--resume {path}: --output-dir {folder} has the checkpoints of another run: go on "
+            "with that by --resume auto, or choose another folder"
+        )
+
+
 def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
     """Where the run stands, its state restored if `--resume` asks for that, and what to say of it.
 
@@ -4405,7 +4468,9 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
             if run.settings.test_only:
                 test(run, find_resumed(run.settings, checkpoints))
                 return run.work.model
+            checkpoints.hold()  # the loaders, which would share the lock, have been started
             progress, notes = resume(run, checkpoints)
+            checkpoints.hold(make=True)
             run.bad.messages = progress.bad_images  # one list: what is found is saved
             check_subset(run, bool(progress.step))
             report = RunReport(run.settings, topology, plan, progress)

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import shutil
 import signal
 import subprocess
@@ -723,12 +725,14 @@ def test_a_disk_that_takes_nothing_at_all(small_disk, monkeypatch, capsys, argum
                     while True:
                         filler.write(bytes(4096))
             else:
-                command = ["mount", "-o", "remount,ro", str(small_disk)]
-                subprocess.run(command, check=True)
+                for kind in (["--bind", str(folder)], ["-o", "remount,bind,ro"]):
+                    subprocess.run(["mount", *kind, str(folder)], check=True)
         update(self, *args)
 
     monkeypatch.setattr(tsa.Work, "update", spoil)
     tsa.main(options)
+    if trouble == "read-only":
+        subprocess.run(["umount", str(folder)], check=True)
     reason = "No space left" if trouble == "full" else "Read-only file system"
     assert reason in capsys.readouterr().err
     assert (step_of(folder), step_of(folder, "previous.pt")) == (2, 1)
@@ -1190,6 +1194,31 @@ def test_which_checkpoints_are_kept(tmp_path, monkeypatch, links):
     assert (tmp_path / "best.pt").samefile(tmp_path / "last.pt") == links
 
 
+def test_from_epoch_10000_on(tmp_path):
+    """Names get a digit more, and count as the others do."""
+    checkpoints = Checkpoints(Settings(output_dir=tmp_path, keep_best=2, save_freq=1), pytest.fail)
+    progress = Progress(epoch=9997)
+    save_epochs(checkpoints, progress, [30.0, 20.0, 40.0, 50.0])
+    best = sorted(path.name for path in tmp_path.glob("best-*"))
+    assert best == ["best-10000.pt", "best-10001.pt"]
+    for name in ("last.pt", "previous.pt", "epoch-10001.pt", "best-10001.pt"):
+        (tmp_path / name).unlink()
+    assert checkpoints.newest_good()[0].name == "best-10000.pt"
+    (tmp_path / "best-10000.pt").unlink()
+    assert checkpoints.newest_good()[0].name == "epoch-10000.pt"
+
+
+def test_the_best_of_later_epochs_outlive_a_run_that_goes_on_from_an_earlier_one(tmp_path):
+    """They are no longer in its list, but nobody asked for their removal."""
+    checkpoints = Checkpoints(Settings(output_dir=tmp_path, keep_best=1, save_freq=1), pytest.fail)
+    save_epochs(checkpoints, Progress(), [50.0, 60.0, 70.0])
+    progress = Progress(**state_of(tmp_path, "epoch-0001.pt")["progress"])
+    save_epochs(checkpoints, progress, [40.0])
+    assert (tmp_path / "best-0003.pt").exists()
+    save_epochs(checkpoints, progress, [30.0])
+    assert not (tmp_path / "best-0003.pt").exists(), "that was epoch 3 of this run, and no best"
+
+
 def test_no_other_names_are_left(tmp_path):
     """The best epoch stays the same here: rename(2) between links to one file does nothing."""
     checkpoints = Checkpoints(Settings(output_dir=tmp_path, save_freq=1), pytest.fail)
@@ -1420,7 +1449,114 @@ def test_an_unknown_address_is_an_error(in_tmp, capsys, arguments, url, reason):
     assert not list(in_tmp.iterdir())
 
 
+# A folder belongs to one running process
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    folder = tmp_path / "out"
+    first, second = (Checkpoints(Settings(output_dir=folder), pytest.fail) for _ in range(2))
+    first.hold()
+    assert not folder.exists(), "nothing is made before the run is known to begin"
+    first.hold(make=True)
+    for _ in range(2):
+        with pytest.raises(tsa.UserError) as caught:
+            second.hold(make=True)
+        assert str(caught.value).startswith(
+            f"--output-dir {folder}: process {os.getpid()} on {platform.node()} is training there"
+        )
+    second.close()
+    with pytest.raises(tsa.UserError):
+        second.hold()
+    first.close()
+    assert not list(folder.iterdir())
+    second.hold()
+    second.close()
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    """The one that had it ends between our opening the file and our locking it."""
+    first = tsa.lock_folder(tmp_path)
+    flock, calls = fcntl.flock, itertools.count(1)
+
+    def late(file, operation):
+        if next(calls) == 1:
+            (tmp_path / tsa.LOCK).unlink()
+            first.close()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with tsa.lock_folder(tmp_path):
+        assert next(calls) == 3
+        with pytest.raises(tsa.UserError):
+            tsa.lock_folder(tmp_path)
+
+
+def test_a_file_system_without_locks_is_told(in_tmp, monkeypatch, capsys, arguments):
+    error = OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    def no_lock(file, operation):
+        if operation & fcntl.LOCK_NB:  # the log, too, is locked while it is written
+            raise error
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    assert tsa.main([*arguments, "--epochs", "1", *output(in_tmp / "out")]) == 0
+    assert capsys.readouterr().err == (
+        f"warning: {in_tmp / 'out'} cannot be locked (No locks available): see to it that no "
+        "other run is started there\n"
+    )
+    assert step_of(in_tmp / "out") == 3
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_second_run_is_refused_until_the_first_one_is_killed(
+    in_tmp, photos, capsys, monkeypatch, workers
+):
+    """Its loader processes may outlive it for some seconds."""
+    options = [*TINY, "-j", workers, "--data-path", str(photos), *output(in_tmp / "out")]
+    options += ["--save-steps", "1", "--print-freq", "1", "--resume", "auto", "--steps"]
+    with subprocess.Popen(
+        [sys.executable, tsa.__file__, *options, "100000"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        next(line for line in process.stdout if line.startswith("step 2/"))
+        before = (in_tmp / "out/metrics.jsonl").read_text()
+        assert tsa.main([*options, "4"]) == 2
+        error = capsys.readouterr().err
+        assert error == (
+            f"train_split_affinity.py: error: --output-dir {in_tmp / 'out'}: process {process.pid} "
+            f"on {platform.node()} is training there; wait for its end, or choose another folder\n"
+        )
+        process.kill()
+        process.wait()
+        assert (in_tmp / "out/metrics.jsonl").read_text().startswith(before)
+        _, state = Checkpoints(Settings(output_dir=in_tmp / "out"), pytest.fail).newest_good()
+        assert tsa.main([*options, str(state["progress"]["step"] + 1)]) == 0
+
+
 # New runs
+
+
+@pytest.mark.parametrize("left", ["last.pt", "previous.pt", "best.pt", "best-0001.pt"])
+def test_going_on_elsewhere_does_not_take_the_place_of_another_run(
+    copied, trained, arguments, capsys, left
+):
+    """Nor of what is left of one."""
+    for path in copied.glob("*.pt"):
+        path.unlink()
+    shutil.copy(trained / "last.pt", copied / left)
+    before = contents(copied)
+    resumed = str(trained / "previous.pt")
+    assert tsa.main([*arguments, *output(copied), "--resume", resumed]) == 2
+    assert capsys.readouterr().err == (
+        f"train_split_affinity.py: error: --resume {resumed}: --output-dir {copied} has the "
+        "checkpoints of another run: go on with that by --resume auto, or choose another folder\n"
+    )
+    assert contents(copied) == before
+
+
+def test_going_on_in_a_folder_of_its_own(trained, in_tmp, arguments):
+    resumed = str(trained / "previous.pt")
+    assert tsa.main([*arguments, *output(in_tmp / "new"), "--resume", resumed]) == 0
+    assert differences(state_of(in_tmp / "new"), state_of(trained)) == []
 
 
 def test_a_new_run_does_not_take_the_place_of_an_earlier_one(copied, arguments, capsys):
