@@ -56,6 +56,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import platform
 import queue
 import re
@@ -1675,6 +1676,22 @@ def choose_images(data: ImageData, settings: Settings) -> list[int]:
     return sorted(chosen)
 
 
+def describe_images(data: ImageData) -> dict[str, Any]:
+    """What a checkpoint says of its data, in plain types: the classes, and of the images to train
+    on their number and a fingerprint of their names and sizes (of files alone).
+    """
+    digest = hashlib.sha256()
+    for index in data.chosen if data.kind == "folder" else ():
+        path = data.train.samples[index][0]
+        name = os.path.relpath(path, data.train.root)
+        digest.update(os.fsencode(f"{index} {name} {Path(path).stat().st_size}\n"))
+    return {
+        "classes": list(data.classes),
+        "images": len(data.chosen),
+        "fingerprint": digest.hexdigest(),
+    }
+
+
 def largest_size(settings: Settings, native: int) -> int:
     """The side of the images in pixels, at the end of progressive resizing if there is any."""
     return settings.max_res or settings.image_size or native
@@ -2555,6 +2572,12 @@ RATE_SETTINGS = set(
 )
 
 
+STATE_FIELDS = set(
+    """format model average optimizer scheduler flow ahead random_state progress settings versions
+    data""".split()
+)
+
+
 class BadCheckpoint(UserError):
     """A file that is missing, damaged, or no checkpoint of this program; the message names it."""
 
@@ -2649,7 +2672,8 @@ def restore_state(state: dict[str, Any], work: Work, settings: Settings) -> Prog
     progress = Progress(**state["progress"])
     work.model.load_state_dict(state["model"])
     work.optimizer.load_state_dict(state["optimizer"])
-    if all(state["settings"][name] == plain_settings(settings)[name] for name in RATE_SETTINGS):
+    ours, saved = plain_settings(settings), state["settings"]
+    if all(saved.get(name) == ours[name] for name in RATE_SETTINGS):
         work.scheduler.load_state_dict(state["scheduler"])
     else:
         for group, values in zip(work.optimizer.param_groups, own, strict=True):
@@ -2688,9 +2712,20 @@ def load_weights(path: Path, model: nn.Module) -> None:
     model.load_state_dict(fitting, strict=False)
 
 
-def check_resumable(path: Path, saved: dict[str, Any], settings: Settings) -> list[str]:
-    """Settings and versions in which a run differs from the one that is resumed, so that it will
-    not give the same numbers. Raises UserError for a difference that makes no sense.
+def check_classes(path: Path, saved: dict[str, Any], classes: Sequence[str]) -> None:
+    """Raise UserError if a checkpoint's classes are not those of the data."""
+    before = saved["data"]["classes"] if saved.get("data") else list(classes)
+    for number, pair in enumerate(itertools.zip_longest(before, classes)):
+        if pair[0] != pair[1]:
+            theirs, ours = (name or "missing" for name in pair)
+            raise UserError(f"{path}: its class {number} is {theirs}, not {ours} as in --data-path")
+
+
+def check_resumable(
+    path: Path, saved: dict[str, Any], settings: Settings, data: dict[str, Any] | None = None
+) -> list[str]:
+    """Settings, versions and images in which a run differs from the one that is resumed, so that
+    it will not give the same numbers. Raises UserError for a difference that makes no sense.
     """
     differences = []
     for name, value in plain_settings(settings).items():
@@ -2706,6 +2741,12 @@ def check_resumable(path: Path, saved: dict[str, Any], settings: Settings) -> li
     for name, value in versions().items():
         if name in ("torch", "torchvision") and saved["versions"].get(name) != value:
             differences.append(f"{name} {saved['versions'].get(name)} -> {value}")
+    before = saved.get("data")
+    if data and before:
+        check_classes(path, saved, data["classes"])
+        if before["fingerprint"] != data["fingerprint"]:
+            counts = f"{before['images']} -> {data['images']}"
+            differences.append(f"images to train on (names or sizes) {counts}")
     return differences
 
 
@@ -2770,11 +2811,43 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     verify_checkpoint(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, too, raises many kinds
+    except pickle.UnpicklingError:  # whose text advises to load it all the same
+        raise BadCheckpoint(f"{path}: cannot be read: it holds more than plain data") from None
+    except Exception as error:  # torch raises many kinds
         raise BadCheckpoint(f"{path}: cannot be read: {one_line(error)}") from None
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise BadCheckpoint(f"{path}: no checkpoint of this program ({CHECKPOINT_FORMAT})")
+    if fault := fault_of_state(state):
+        raise BadCheckpoint(f"{path}: {fault}")
     return state
+
+
+def fault_of_state(state: Any) -> str:
+    """What keeps a file's content from being a state to go on from, if anything."""
+    saved = state.get("format") if isinstance(state, dict) else None
+    if saved != CHECKPOINT_FORMAT:
+        name, _, number = str(saved).rpartition(" ")
+        ours, _, known = CHECKPOINT_FORMAT.rpartition(" ")
+        if name == ours and number.isdigit() and int(number) > int(known):
+            return f"made by a newer version of this program (format {number}; this one: {known})"
+        return f"no checkpoint of this program ({CHECKPOINT_FORMAT})"
+    progress = state.get("progress")
+    for what, found, names, optional in (
+        ("", state, STATE_FIELDS, {"data"}),
+        ("progress.", progress, {one.name for one in dataclasses.fields(Progress)}, set()),
+    ):
+        if not isinstance(found, dict):
+            return f"{what.rstrip('.')} is not what it should be"
+        if missing := sorted(names - optional - found.keys()):
+            return f"{what}{missing[0]} is missing"
+        if unknown := sorted(map(str, found.keys() - names)):
+            return f"{what}{unknown[0]} is unknown to this version"
+    if name := not_finite(state["model"]):
+        return f"{name} holds values that are infinite or no numbers: the run had diverged"
+    return ""
+
+
+def not_finite(values: Weights) -> str:
+    """The name of a tensor with values that are infinite or not numbers; empty if there is none."""
+    return next((name for name, value in values.items() if not value.isfinite().all()), "")
 
 
 def flush_folder(folder: Path) -> None:
@@ -2935,9 +3008,15 @@ class Checkpoints:
     once; the other names are links to the same file.
     """
 
-    def __init__(self, settings: Settings, warn: Callable[[str], None]):
+    def __init__(
+        self,
+        settings: Settings,
+        warn: Callable[[str], None],
+        data: dict[str, Any] | None = None,
+    ):
         self.folder = settings.output_dir
         self.warn = warn
+        self.data = data
         self._settings = settings
         self._saved: tuple[int, int] | None = None  # step and epoch of the newest state
         self._lock: BinaryIO | None = None
@@ -2964,7 +3043,10 @@ class Checkpoints:
             return
         temporary, last = self.folder / f"{LAST}.tmp", self.folder / LAST
         try:
-            write_verified(temporary, make_state(self._settings, work, progress))
+            state = make_state(self._settings, work, progress, self.data)
+            if fault := fault_of_state(state):
+                raise BadCheckpoint(fault)
+            write_verified(temporary, state)
             if is_whole(last):  # a damaged one must not take the place of a good previous.pt
                 last.replace(self.folder / PREVIOUS)
             temporary.replace(last)
@@ -4401,10 +4483,10 @@ def find_resumed(
 
 @contextlib.contextmanager
 def fitting(path: Path, settings: Settings) -> Iterator[None]:
-    """Turn torch's error for weights of other shapes into one line."""
+    """Turn the error for a state of other shapes, or with other contents, into one line."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         what = f"--model {settings.model} --image-size {settings.image_size}"
         raise UserError(f"{path} does not fit {what}: {one_line(error)}") from None
 
@@ -4446,7 +4528,8 @@ def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
         check_new(settings, checkpoints)
         return Progress(epoch_batches=batches), []
     path, state = found
-    differences = check_resumable(path, state, settings)
+    check_folder(path, checkpoints)
+    differences = check_resumable(path, state, settings, checkpoints.data)
     before = state["progress"]["epoch_batches"]
     if before != batches:
         raise UserError(f"{path}: made with {before} batches an epoch, not {batches}")
@@ -4463,7 +4546,10 @@ def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
 def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
     """A whole run; returns the trained model. Raises UserError before anything is written."""
     with prepared(settings, topology, plan) as run:
-        checkpoints = Checkpoints(run.settings, lambda text: say(f"warning: {text}", sys.stderr))
+        data = None if run.settings.test_only else describe_images(run.data)
+        checkpoints = Checkpoints(
+            run.settings, lambda text: say(f"warning: {text}", sys.stderr), data
+        )
         with contextlib.closing(checkpoints):
             if run.settings.test_only:
                 test(run, find_resumed(run.settings, checkpoints))
@@ -4499,9 +4585,10 @@ def test(run: Run, found: tuple[Path, dict[str, Any]] | None) -> None:
         raise UserError(f"--test-only: no checkpoint in {run.settings.output_dir}")
     path, state = found
     for name in ("model", "num_classes"):
-        ours, saved = getattr(run.settings, name), state["settings"][name]
+        ours, saved = getattr(run.settings, name), state["settings"].get(name)
         if ours != saved:
             raise UserError(f"--{name.replace('_', '-')} {ours}: {path} has {saved}")
+    check_classes(path, state, run.data.classes)
     with fitting(path, run.settings):
         run.work.model.load_state_dict(state["average"] or state["model"])
     run.work.average = None

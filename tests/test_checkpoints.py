@@ -758,6 +758,13 @@ def sealed(content):
     return content + tsa.seal(hashlib.sha256(content))
 
 
+def changed_state(good, change):
+    """A checkpoint with another content, as sound as any."""
+    state = torch.load(io.BytesIO(good), weights_only=True)
+    change(state)
+    return sealed(saved_by_torch(state))
+
+
 def flipped(content, position, bit):
     return content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :]
 
@@ -810,6 +817,18 @@ DAMAGES = {
     "a sealed zip file": lambda good: sealed(plain_zip(good)),
     "a pickle": lambda good: sealed(pickle.dumps({"format": tsa.CHECKPOINT_FORMAT}, 2)),
     "another format": lambda good: sealed(saved_by_torch({"format": "train_split_affinity 2"})),
+    "a missing key": lambda good: changed_state(good, lambda state: state.pop("optimizer")),
+    "an unknown key": lambda good: changed_state(good, lambda state: state.update(later=1)),
+    "progress with a missing key": lambda good: changed_state(
+        good, lambda state: state["progress"].pop("loss_sum")
+    ),
+    "progress with an unknown key": lambda good: changed_state(
+        good, lambda state: state["progress"].update(later=1)
+    ),
+    "no progress": lambda good: changed_state(good, lambda state: state.update(progress=None)),
+    "a weight that is no number": lambda good: changed_state(
+        good, lambda state: state["model"]["0.weight"][3, 2, 1].fill_(math.nan)
+    ),
 }
 
 
@@ -836,9 +855,61 @@ def test_a_file_with_a_class_runs_none_of_its_code(tmp_path):
             return Path.touch, (tmp_path / "exploded",)
 
     (tmp_path / "last.pt").write_bytes(sealed(saved_by_torch(Bomb())))
-    with pytest.raises(tsa.BadCheckpoint, match="cannot be read"):
+    with pytest.raises(tsa.BadCheckpoint, match="cannot be read: it holds more than plain data$"):
         tsa.read_checkpoint(tmp_path / "last.pt")
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda state: state.pop("flow"), "flow is missing"),
+        (lambda state: state.update(later=1), "later is unknown to this version"),
+        (lambda state: state["progress"].pop("step"), "progress.step is missing"),
+        (lambda state: state["progress"].update(x=1), "progress.x is unknown to this version"),
+        (
+            lambda state: state.update(format="train_split_affinity 12"),
+            "made by a newer version of this program (format 12; this one: 1)",
+        ),
+        (
+            lambda state: state.update(format="another 2"),
+            "no checkpoint of this program (train_split_affinity 1)",
+        ),
+        (
+            lambda state: state["model"]["1.running_var"].fill_(math.inf),
+            "1.running_var holds values that are infinite or no numbers: the run had diverged",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_state(copied, capsys, arguments, change, fault):
+    path = copied / "last.pt"
+    content = changed_state(path.read_bytes(), change)
+    path.unlink()
+    path.write_bytes(content)
+    assert tsa.main([*arguments, *output(copied), "--resume", str(path)]) == 2
+    assert capsys.readouterr().err == f"train_split_affinity.py: error: {path}: {fault}\n"
+
+
+def test_a_state_that_fits_no_optimizer_is_one_line(copied, capsys, arguments):
+    path = copied / "last.pt"
+    content = changed_state(
+        path.read_bytes(), lambda state: state["optimizer"]["param_groups"].pop()
+    )
+    path.unlink()
+    path.write_bytes(content)
+    assert tsa.main([*arguments, *output(copied), "--resume", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"train_split_affinity.py: error: {path} does not fit --model small")
+    assert error.count("\n") == 1
+
+
+def test_checkpoints_from_before_the_data_was_saved(copied, arguments, trained):
+    path = copied / "last.pt"
+    content = changed_state(path.read_bytes(), lambda state: state.pop("data"))
+    path.unlink()
+    path.write_bytes(content)
+    assert tsa.main([*arguments, *output(copied), "--resume", "auto"]) == 0
+    assert tsa.main([*arguments, "--test-only", "--resume", str(path)]) == 0
 
 
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
@@ -1019,6 +1090,60 @@ def test_other_data_is_an_error(copied, capsys, arguments, pictures, tmp_path):
         f"train_split_affinity.py: error: {copied / 'last.pt'}: made with 3 batches an epoch, "
         "not 2\n"
     )
+
+
+@pytest.fixture
+def renamed(pictures, tmp_path):
+    """The pictures with a class that has another name, and so another place among the classes."""
+    folder = shutil.copytree(pictures, tmp_path / "renamed")
+    for part in ("train", "val"):
+        (folder / part / "flower").rename(folder / part / "zinnia")
+    return folder
+
+
+@pytest.mark.parametrize("options", [[], ["--test-only"]])
+def test_other_classes_are_an_error(copied, capsys, arguments, renamed, options):
+    path = copied / "last.pt"
+    asked = [*arguments, *output(copied), "--data-path", str(renamed), "--resume", str(path)]
+    before = contents(copied)
+    assert tsa.main([*asked, *options]) == 2
+    assert capsys.readouterr().err == (
+        f"train_split_affinity.py: error: {path}: its class 0 is flower, not temple as in "
+        "--data-path\n"
+    )
+    assert contents(copied) == before
+
+
+@pytest.mark.parametrize("change", ["added", "resized", "renamed", "none"])
+def test_other_images_are_listed(copied, capsys, arguments, pictures, tmp_path, change):
+    """Wherever the folder is, and as many batches as it may make."""
+    folder = shutil.copytree(pictures, tmp_path / "moved")
+    some = folder / "train/flower/0001.jpg"
+    if change == "added":
+        shutil.copy(some, folder / "train/flower/0001a.jpg")
+    elif change == "resized":
+        some.write_bytes(some.read_bytes() + b"\0")
+    elif change == "renamed":
+        some.rename(folder / "train/flower/0001a.jpg")
+    options = [*arguments, *output(copied), "--data-path", str(folder), "--resume", "auto"]
+    assert tsa.main(options) == 0
+    count = 13 if change == "added" else 12
+    told = f"unbroken run: images to train on (names or sizes) 12 -> {count}\n"
+    assert (told in capsys.readouterr().out) == (change != "none")
+
+
+def test_the_images_of_a_subset_alone_count(pictures, tmp_path):
+    settings = Settings(data_path=pictures, batch_size=2, subset=0.5)
+    folder = shutil.copytree(pictures, tmp_path / "copy")
+    data = tsa.open_data(settings)
+    before = tsa.describe_images(data)
+    assert (before["classes"], before["images"]) == (["flower", "temple"], 6)
+    for index, (path, _) in enumerate(data.train.samples):
+        other = folder / Path(path).relative_to(pictures)
+        other.write_bytes(other.read_bytes() + b"\0")
+        copy = tsa.open_data(dataclasses.replace(settings, data_path=folder))
+        assert (tsa.describe_images(copy) == before) == (index not in data.chosen)
+        other.write_bytes(other.read_bytes()[:-1])
 
 
 @pytest.mark.parametrize(
