@@ -2298,6 +2298,11 @@ class Scores:
     top1: int
     top5: int
 
+    def figures(self) -> dict[str, float]:
+        """The mean loss, and both accuracies in percent."""
+        top1, top5 = (100 * count / self.images for count in (self.top1, self.top5))
+        return {"loss": self.loss, "top1": top1, "top5": top5}
+
 
 def score(loss: float, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
     """Count right answers; of mixed images (targets (n, classes)), the larger share is right."""
@@ -3523,9 +3528,10 @@ STRAY_WARNING_SHARE = 0.01
 METRICS, TIMELINE, TRACE = "metrics.jsonl", "timeline.png", "trace.json"
 TRACEBACK = "traceback.txt"
 CURVES, GRADIENTS, RANGE_PLOT = "curves.png", "gradients.png", "lr.png"
-CONFUSION = "confusion"
+CONFUSION, PAIRS = "confusion", "confusion-pairs.csv"
 EPOCH_FIELDS = ("train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5")
-CLASSES_TO_SHOW = 30
+CLASSES_TO_SHOW, PAIRS_TO_WRITE = 30, 1000
+LARGEST_MATRIX = 4000  # classes: to draw that many takes 1 GiB, twice as many four times that
 LOG_HEADER = """\
 # Training log
 
@@ -3715,21 +3721,34 @@ def finish_axes(figure: Any, title: str) -> None:
             ax.spines[side].set_visible(False)
 
 
-def draw_confusion(path: Path, title: str, confusion: torch.Tensor, classes: Sequence[str]) -> None:
+# Images by (true class, predicted class), of the pairs that occur: with the 21,841 classes of
+# ImageNet-21k a matrix would take 3.6 GiB.
+Confusion = Counter[tuple[int, int]]
+
+
+def confusion_matrix(confusion: Confusion, count: int) -> torch.Tensor:
+    """How often an image of class i was taken for class j, (count, count)."""
+    matrix = torch.zeros(count, count, dtype=torch.long)
+    for pair, images in confusion.items():
+        matrix[pair] = images
+    return matrix
+
+
+def draw_confusion(path: Path, title: str, matrix: torch.Tensor, classes: Sequence[str]) -> None:
     """A confusion matrix, as shares of each row's class; with counts if there is room."""
     count = len(classes)
     side_inches = min(12, 3 + 0.45 * count)
     figure = new_figure(side_inches + 1, side_inches)
     ax = figure.subplots()
-    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     image = ax.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=ax, label="share of the true class", shrink=0.8)
     if count <= CLASSES_TO_SHOW:
         ax.set_xticks(range(count), classes, rotation=90)
         ax.set_yticks(range(count), classes)
-        for row, column in confusion.nonzero().tolist():
+        for row, column in matrix.nonzero().tolist():
             colour = "white" if shares[row, column] > 0.6 else "black"
-            text = str(confusion[row, column].item())
+            text = str(matrix[row, column].item())
             ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
     ax.set_xlabel("predicted class")
     ax.set_ylabel("true class")
@@ -3737,23 +3756,50 @@ def draw_confusion(path: Path, title: str, confusion: torch.Tensor, classes: Seq
     save_figure(figure, path)
 
 
-def confusion_csv(confusion: torch.Tensor, classes: Sequence[str]) -> str:
-    """A confusion matrix with a row per true class, a column per predicted one."""
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as comma-separated values."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["true class", *classes])
-    writer.writerows([name, *row] for name, row in zip(classes, confusion.tolist(), strict=True))
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
-def class_lines(confusion: torch.Tensor, classes: Sequence[str]) -> list[str]:
+def confusion_csv(matrix: torch.Tensor, classes: Sequence[str]) -> str:
+    """A confusion matrix with a row per true class, a column per predicted one."""
+    rows = ([name, *row] for name, row in zip(classes, matrix.tolist(), strict=True))
+    return csv_text(itertools.chain([["true class", *classes]], rows))
+
+
+def pairs_csv(confusion: Confusion, classes: Sequence[str]) -> str:
+    """The pairs of classes that were confused most often, the worst first."""
+    wrong = [(-images, *pair) for pair, images in confusion.items() if pair[0] != pair[1]]
+    worst = sorted(wrong)[:PAIRS_TO_WRITE]
+    rows = ((classes[true], classes[predicted], -images) for images, true, predicted in worst)
+    return csv_text([("true class", "predicted class", "images"), *rows])
+
+
+def write_confusion(folder: Path, title: str, confusion: Confusion, classes: Sequence[str]) -> None:
+    """Write the confusion matrix, as text and as a picture; of too many classes for one, the worst
+    pairs, and say so.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    count = len(classes)
+    if count > LARGEST_MATRIX:
+        write_whole(folder / PAIRS, pairs_csv(confusion, classes))
+        say(f"{folder / PAIRS}: the worst confusions; {count} classes are too many for a matrix")
+        return
+    matrix = confusion_matrix(confusion, count)
+    write_whole(folder / f"{CONFUSION}.csv", confusion_csv(matrix, classes))
+    draw_confusion(folder / f"{CONFUSION}.png", title, matrix, classes)
+
+
+def class_lines(confusion: Confusion, classes: Sequence[str]) -> list[str]:
     """A table of the accuracy of each class, the worst first, of many classes only those."""
-    totals = confusion.sum(1).tolist()
-    right = confusion.diagonal().tolist()
+    totals: Counter[int] = Counter()
+    for (true, _), images in confusion.items():
+        totals[true] += images
+    right = {true: confusion[true, true] for true in totals}
     found = [
-        (hits / total, name, hits, total)
-        for name, hits, total in zip(classes, right, totals, strict=True)
-        if total
+        (right[true] / total, classes[true], right[true], total) for true, total in totals.items()
     ]
     rows = [
         (name, f"{part:.1%}", str(hits), str(total))
@@ -4216,22 +4262,12 @@ class Run:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What a validation came to: mean loss, top-1 and top-5 in percent, and how often an image of
-    class i was taken for class j (classes, classes).
+def evaluate(
+    run: Run, report: RunReport | None = None, confusion: Confusion | None = None
+) -> Scores:
+    """Go through the validation images on the forward lane; `confusion` takes in what they are
+    taken for. Raises Stopped between two batches.
     """
-
-    loss: float
-    top1: float
-    top5: float
-    confusion: torch.Tensor
-
-
-def evaluate(run: Run, report: RunReport | None = None) -> Evaluation:
-    """Go through the validation images on the forward lane. Raises Stopped between two batches."""
-    classes = run.settings.num_classes
-    confusion = torch.zeros(classes * classes, dtype=torch.long)
     batches = run.val.batches(run.bad)
     scores: list[Scores] = []
     run.work.model.eval()
@@ -4240,19 +4276,14 @@ def evaluate(run: Run, report: RunReport | None = None) -> Evaluation:
             run.stop.check()
             result, predicted = run.lanes.forward.run("validate", run.work.evaluate, batch)
             scores.append(result)
-            confusion += torch.bincount(batch[1] * classes + predicted, minlength=len(confusion))
+            if confusion is not None:
+                confusion.update(zip(batch[1].tolist(), predicted.tolist(), strict=True))
     finally:
         run.work.model.train()
         records = run.lanes.take_records()
     if report:
         report.check_placement(records)
-    pooled = pool(scores)
-    return Evaluation(
-        loss=pooled.loss,
-        top1=100 * pooled.top1 / pooled.images,
-        top5=100 * pooled.top5 / pooled.images,
-        confusion=confusion.view(classes, classes),
-    )
+    return pool(scores)
 
 
 def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
@@ -4280,8 +4311,8 @@ def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
         "train_top1": 100 * progress.top1 / progress.images,
         "train_top5": 100 * progress.top5 / progress.images,
         "val_loss": val.loss if val and math.isfinite(val.loss) else None,
-        "val_top1": val.top1 if val else None,
-        "val_top5": val.top5 if val else None,
+        "val_top1": val.figures()["top1"] if val else None,
+        "val_top5": val.figures()["top5"] if val else None,
         "lr": progress.lr,
         "gradient_norms": run.work.flow.take() if run.work.flow else {},
         "timestamp": utc_now(),
@@ -4593,23 +4624,18 @@ def test(run: Run, found: tuple[Path, dict[str, Any]] | None) -> None:
         run.work.model.load_state_dict(state["average"] or state["model"])
     run.work.average = None
     say(f"{path}: epoch {state['progress']['epoch']}, step {state['progress']['step']}")
-    result = evaluate(run)
+    confusion = Confusion()
+    result = evaluate(run, confusion=confusion)
     tell_bad_images(run)
     classes = [*run.data.classes]
     classes += [f"class {number}" for number in range(len(classes), run.settings.num_classes)]
-    images = int(result.confusion.sum())
-    figures = f"loss {result.loss:.4f}, top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %"
-    say(
-        "\n".join(
-            [f"{plural(images, 'image')}: {figures}", "", *class_lines(result.confusion, classes)]
-        )
-    )
-    folder = run.settings.output_dir
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / f"{CONFUSION}.csv", confusion_csv(result.confusion, classes))
+    text = "loss {loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %"
+    figures = text.format_map(result.figures())
+    lines = [f"{plural(result.images, 'image')}: {figures}", "", *class_lines(confusion, classes)]
+    say("\n".join(lines))
+    if run.settings.output_dir:
         title = f"{describe_run(run.settings)}: {figures}"
-        draw_confusion(folder / f"{CONFUSION}.png", title, result.confusion, classes)
+        write_confusion(run.settings.output_dir, title, confusion, classes)
 
 
 def find_lr(run: Run) -> RangeTest:

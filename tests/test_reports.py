@@ -536,8 +536,14 @@ def test_the_gradients(tmp_path, figures):
     assert shown["fc"] == pytest.approx([math.nan, 1.0, 1e200], nan_ok=True)
 
 
+PAIRS = tsa.Confusion({(0, 0): 3, (0, 1): 1, (2, 0): 2, (2, 2): 2})
 CONFUSION = torch.tensor([[3, 1, 0], [0, 0, 0], [2, 0, 2]])
 CLASSES = ("bee", "cat", "dog, wet")
+
+
+def test_a_confusion_matrix_of_counted_pairs():
+    assert torch.equal(tsa.confusion_matrix(PAIRS, 3), CONFUSION)
+    assert tsa.confusion_matrix(tsa.Confusion(), 2).tolist() == [[0, 0], [0, 0]]
 
 
 def test_a_confusion_matrix_drawn(tmp_path, figures):
@@ -565,7 +571,7 @@ def test_a_confusion_matrix_as_text():
 
 
 def test_the_accuracy_of_each_class_with_the_worst_first():
-    assert tsa.class_lines(CONFUSION, CLASSES) == [
+    assert tsa.class_lines(PAIRS, CLASSES) == [
         "| class    | right | images right | images |\n"
         "| :------- | ----: | -----------: | -----: |\n"
         "| dog, wet | 50.0% |            2 |      4 |\n"
@@ -574,13 +580,50 @@ def test_the_accuracy_of_each_class_with_the_worst_first():
 
 
 def test_of_many_classes_the_worst_are_shown():
-    right = torch.arange(40)  # of 40 images each
-    confusion = torch.diag(right)
-    confusion[:, 0] += 40 - right
+    confusion = tsa.Confusion()
+    for right in range(40):  # of 40 images each
+        confusion.update({(right, right): right, (right, 0): 40 - right})
     table, note = tsa.class_lines(confusion, [f"class {number}" for number in range(40)])
     rows = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
     assert rows == [f"class {number}" for number in range(1, 31)]
     assert note == "(the worst 30 of 40 classes)"
+
+
+def test_the_pairs_of_classes_that_are_confused_most():
+    """Of equal ones those of the first classes."""
+    confusion = PAIRS + tsa.Confusion({(1, 0): 1, (2, 1): 1, (1, 1): 9})
+    assert tsa.pairs_csv(confusion, CLASSES) == (
+        "true class,predicted class,images\n"
+        '"dog, wet",bee,2\nbee,cat,1\ncat,bee,1\n"dog, wet",cat,1\n'
+    )
+
+
+def test_of_many_pairs_the_worst_are_written():
+    pairs = {(true, true + 1): images for true, images in enumerate(range(2000, 0, -1))}
+    lines = tsa.pairs_csv(tsa.Confusion(pairs), range(2001)).splitlines()
+    assert (len(lines), lines[1], lines[-1]) == (1001, "0,1,2000", "999,1000,1001")
+
+
+@pytest.mark.parametrize(
+    ("largest", "written"),
+    [(3, ["confusion.csv", "confusion.png"]), (2, ["confusion-pairs.csv"])],
+)
+def test_of_too_many_classes_for_a_matrix_the_worst_pairs(
+    tmp_path, monkeypatch, capsys, largest, written
+):
+    monkeypatch.setattr(tsa, "LARGEST_MATRIX", largest)
+    folder = tmp_path / "out"
+    tsa.write_confusion(folder, "title", PAIRS, CLASSES)
+    assert sorted(path.name for path in folder.iterdir()) == written
+    text = (folder / written[0]).read_text()
+    wide = written[0] == "confusion.csv"
+    assert text == (
+        tsa.confusion_csv(CONFUSION, CLASSES) if wide else tsa.pairs_csv(PAIRS, CLASSES)
+    )
+    line = (
+        f"{folder}/confusion-pairs.csv: the worst confusions; 3 classes are too many for a matrix\n"
+    )
+    assert capsys.readouterr().out == ("" if wide else line)
 
 
 def test_a_range_test_drawn(tmp_path, figures):

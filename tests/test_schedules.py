@@ -558,6 +558,10 @@ def test_scores_keep_no_graph():
     assert all(type(value) in (int, float) for value in dataclasses.astuple(scores))
 
 
+def test_the_figures_of_scores():
+    assert tsa.Scores(0.5, 8, 1, 6).figures() == {"loss": 0.5, "top1": 12.5, "top5": 75.0}
+
+
 def make_evaluated(**parts):
     """A model with all that an evaluation could change, and a batch."""
     work = make_work(make_tiny_model(), 1, **parts)

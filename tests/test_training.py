@@ -530,16 +530,33 @@ def test_an_evaluation_weighs_images_and_not_batches(in_tmp, epochs):
     settings = dataclasses.replace(TINY, **epochs | {"batch_size": 5})
     images, targets = validation_images(epochs)
     with with_plan(tsa.prepared, settings) as run:
-        result = tsa.evaluate(run)
+        confusion = tsa.Confusion()
+        result = tsa.evaluate(run, confusion=confusion)
         with torch.inference_mode():
             logits = run.work.model.eval()(images)
         assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
     found = logits.argmax(1)
-    assert result.top5 == 100
-    assert result.confusion.shape == (2, 2)
+    assert (result.images, result.top5) == (12, 12)
+    assert set(confusion) <= set(itertools.product((0, 1), (0, 1)))
     for true, guessed in itertools.product((0, 1), (0, 1)):
         count = ((targets == true) & (found == guessed)).sum()
-        assert result.confusion[true, guessed] == count
+        assert confusion[true, guessed] == count
+
+
+def test_the_memory_of_a_validation_does_not_grow_with_the_square_of_the_classes(
+    in_tmp, monkeypatch, epochs
+):
+    """A matrix of a million classes would take 8 TB."""
+
+    def wide(num_classes, image_size):
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
+
+    monkeypatch.setitem(tsa.OWN_MODELS, "wide", wide)
+    settings = dataclasses.replace(TINY, **epochs | {"model": "wide", "num_classes": 10**6})
+    with with_plan(tsa.prepared, settings) as run:
+        confusion = tsa.Confusion()
+        result = tsa.evaluate(run, confusion=confusion)
+    assert result.images == confusion.total() == 12
 
 
 @needs_two_cpus
