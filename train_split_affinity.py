@@ -396,10 +396,10 @@ class Settings:
     label_smoothing: float = option(0.0, "label smoothing", type=SHARE)
     clip_grad_norm: float = option(0.0, "largest norm of all gradients; 0: not clipped",
         type=NOT_NEGATIVE)
-    model_ema: bool = option(False, "keep an exponential moving average of the weights, and "
-        "validate that")
-    model_ema_decay: float = option(0.9999, "decay of that average per optimizer step",
-        type=BELOW_1)
+    model_ema: bool = option(False, "keep an exponential moving average of the weights: best.pt "
+        "and reasons to stop go by it, the raw weights are validated beside it")
+    model_ema_decay: float = option(0.9999, "decay of that average per optimizer step; after t "
+        "steps it is at most (1 + t) / (10 + t)", type=BELOW_1)
     early_stopping: int | None = option(None, "stop after so many epochs without a better top-1",
         type=COUNT, metavar="EPOCHS")
     target_top1: float | None = option(None, "stop once two validations in a row reach this top-1",
@@ -2180,19 +2180,25 @@ def main_scheduler(
 class MovingAverage:
     """An exponential moving average of weights and buffers, one step after each optimizer step.
 
-    Averages with torch's own function; what is no floating-point number (a count) is copied.
+    Averages with torch's own function; what is no floating-point number (a count) is copied. The
+    decay begins with 0.1 and rises to `decay` with the number of `updates` made, as that of
+    TensorFlow's ExponentialMovingAverage (and, on a curve of its own, timm's ModelEmaV3): about the
+    last ninth of the steps counts, and a short run does not keep the weights that it began with.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        self._average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+        self.updates = 0
+        self._decay = decay
 
     def update(self, values: Weights) -> None:
         """Take in the model's values of today, by the names of its state_dict."""
+        decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
         with torch.no_grad():
             floats = [name for name, value in self.values.items() if value.is_floating_point()]
             ours, theirs = ([each[name] for name in floats] for each in (self.values, values))
-            self._average(ours, theirs, 0)
+            torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(ours, theirs, 0)
             for name in self.values.keys() - set(floats):
                 self.values[name].copy_(values[name])
 
@@ -2423,14 +2429,17 @@ class Work:
         """The model's state as of the last step: what a step already begun has changed left out."""
         return self.model.state_dict() | (self.end.buffers if self.end else {})
 
-    def evaluate(self, batch: Batch) -> tuple[Scores, torch.Tensor]:
-        """The scores of a batch, and the classes predicted, of the moving average if there is one;
-        the model has to be in evaluation mode.
+    def evaluate(self, batch: Batch) -> tuple[list[Scores], torch.Tensor]:
+        """The scores of a batch, first of the moving average if there is one, last of the model's
+        own weights, and the classes (n,) that the first predicts; the model has to be in evaluation
+        mode.
         """
+        averaged = [self.average.values] if self.average else []
         with torch.inference_mode():
-            logits, targets = self.forward(batch, self.average.values if self.average else None)
-            loss = nn.functional.cross_entropy(logits, targets).item()
-            return score(loss, logits, targets), logits.argmax(1)
+            outputs = [self.forward(batch, weights) for weights in (*averaged, None)]
+            losses = [nn.functional.cross_entropy(*output).item() for output in outputs]
+            scores = [score(loss, *output) for loss, output in zip(losses, outputs, strict=True)]
+            return scores, outputs[0][0].argmax(1)
 
     def copy_weights(self) -> Weights:
         """A copy of the model's weights to run phases with; of those of a step already begun, if a
@@ -2690,6 +2699,7 @@ def restore_state(state: dict[str, Any], work: Work, settings: Settings) -> Prog
     if work.average:
         for name, value in work.average.values.items():
             value.copy_(state["average"][name])
+        work.average.updates = progress.step  # one in each
     if work.flow and state["flow"]:
         work.flow.restore(state["flow"])
     torch.set_rng_state(state["random_state"])
@@ -3530,6 +3540,8 @@ TRACEBACK = "traceback.txt"
 CURVES, GRADIENTS, RANGE_PLOT = "curves.png", "gradients.png", "lr.png"
 CONFUSION, PAIRS = "confusion", "confusion-pairs.csv"
 EPOCH_FIELDS = ("train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5")
+RAW_FIELDS = ("val_raw_loss", "val_raw_top1", "val_raw_top5")
+PARTS = {"train": "train", "val": "validation", "val_raw": "raw validation"}  # of these, in words
 CLASSES_TO_SHOW, PAIRS_TO_WRITE = 30, 1000
 LARGEST_MATRIX = 4000  # classes: to draw that many takes 1 GiB, twice as many four times that
 LOG_HEADER = """\
@@ -3620,10 +3632,10 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def epoch_line(row: dict[str, Any]) -> str:
+def epoch_line(row: dict[str, Any], names: Sequence[str] = EPOCH_FIELDS) -> str:
     """A finished epoch, as logs.md has it; `-` for what was not measured."""
     cells = [f"epoch: {row['epoch']}"]
-    for name in EPOCH_FIELDS:
+    for name in names:
         value = row[name]
         text = (
             "-" if value is None else f"{value:.3f}" if name.endswith("loss") else f"{value:.1f}%"
@@ -3633,18 +3645,20 @@ def epoch_line(row: dict[str, Any]) -> str:
 
 
 def draw_curves(path: Path, title: str, history: Sequence[dict[str, Any]]) -> None:
-    """Losses, accuracies and learning rate by epoch, one above the other."""
+    """Losses, accuracies and learning rate by epoch, one above the other; what only some epochs
+    have is drawn for those.
+    """
     from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] for row in history]
     figure = new_figure(8, 8)
     losses, accuracies, rates = figure.subplots(3, sharex=True, height_ratios=(3, 3, 2))
     for ax, suffix in ((losses, "loss"), (accuracies, "top1"), (accuracies, "top5")):
-        for part, colour in (("train", "#4477aa"), ("val", "#cc6677")):
-            values = [row[f"{part}_{suffix}"] for row in history]
-            if None not in values:
+        for part, colour in zip(PARTS, ("#4477aa", "#cc6677", "#ddaa33"), strict=True):
+            values = [row.get(f"{part}_{suffix}") for row in history]
+            if any(value is not None for value in values):
                 style = ":" if suffix == "top5" else "-"
-                label = f"{part} {suffix}".replace("val", "validation").replace("top", "top-")
+                label = f"{PARTS[part]} {suffix}".replace("top", "top-")
                 ax.plot(epochs, values, style, color=colour, marker=".", label=label)
         ax.legend(frameon=False, fontsize=8)
     rates.plot(epochs, [row["lr"] for row in history], color="#228833", marker=".")
@@ -4099,6 +4113,8 @@ class RunReport:
     def epoch(self, row: dict[str, Any], history: Sequence[dict[str, Any]]) -> None:
         """Take in the figures of a finished epoch; `history` has those of all."""
         say(epoch_line(row))
+        if RAW_FIELDS[0] in row:
+            say(epoch_line(row, RAW_FIELDS))
         self._write_metrics({"type": "epoch", **row})
         # A blank line after each: Markdown would make one paragraph of them.
         text = epoch_line(row) + "\n\n"
@@ -4264,12 +4280,13 @@ class Run:
 
 def evaluate(
     run: Run, report: RunReport | None = None, confusion: Confusion | None = None
-) -> Scores:
-    """Go through the validation images on the forward lane; `confusion` takes in what they are
-    taken for. Raises Stopped between two batches.
+) -> list[Scores]:
+    """Go through the validation images on the forward lane: the scores of the moving average, if
+    there is one, then those of the model's own weights. `confusion` takes in what the first of them
+    takes images for. Raises Stopped between two batches.
     """
     batches = run.val.batches(run.bad)
-    scores: list[Scores] = []
+    scores: list[list[Scores]] = []
     run.work.model.eval()
     try:
         for batch in batches:
@@ -4283,7 +4300,7 @@ def evaluate(
         records = run.lanes.take_records()
     if report:
         report.check_placement(records)
-    return pool(scores)
+    return [pool(each) for each in zip(*scores, strict=True)]
 
 
 def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
@@ -4304,22 +4321,28 @@ def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
 
 def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
     """Validate, if there is something to validate, and enter the epoch's figures."""
-    val = evaluate(run, report) if run.val else None
+    loss = progress.loss_sum / progress.images
+    parts = {"train": Scores(loss, progress.images, progress.top1, progress.top5)}
+    if run.val:
+        parts |= zip(("val", "val_raw"), evaluate(run, report), strict=False)
     row = {
         "epoch": progress.epoch + 1,
-        "train_loss": progress.loss_sum / progress.images,
-        "train_top1": 100 * progress.top1 / progress.images,
-        "train_top5": 100 * progress.top5 / progress.images,
-        "val_loss": val.loss if val and math.isfinite(val.loss) else None,
-        "val_top1": val.figures()["top1"] if val else None,
-        "val_top5": val.figures()["top5"] if val else None,
+        **dict.fromkeys(EPOCH_FIELDS),
+        **{
+            f"{part}_{name}": value
+            for part, scores in parts.items()
+            for name, value in scores.figures().items()
+        },
         "lr": progress.lr,
         "gradient_norms": run.work.flow.take() if run.work.flow else {},
         "timestamp": utc_now(),
     }
+    for part, scores in parts.items():
+        if not math.isfinite(scores.loss):
+            row[f"{part}_loss"] = None  # JSON has no such number
+            text = f"epoch {row['epoch']}: the {PARTS[part]} loss is {scores.loss}"
+            report.warn(f"{part}_loss", text)
     progress.end_epoch(row, run.settings.keep_best)
-    if val and row["val_loss"] is None:
-        report.warn("val_loss", f"epoch {row['epoch']}: the validation loss is {val.loss}")
     report.bad_images(run.bad)
     report.epoch(row, progress.history)
 
@@ -4609,8 +4632,8 @@ def tell_bad_images(run: Run) -> None:
 
 
 def test(run: Run, found: tuple[Path, dict[str, Any]] | None) -> None:
-    """Evaluate a checkpoint, its moving average if it has one: print the figures, and write the
-    confusion matrix.
+    """Evaluate a checkpoint, first its moving average if it has one: print the figures, and write
+    the confusion matrix.
     """
     if not found:
         raise UserError(f"--test-only: no checkpoint in {run.settings.output_dir}")
@@ -4622,17 +4645,19 @@ def test(run: Run, found: tuple[Path, dict[str, Any]] | None) -> None:
     check_classes(path, state, run.data.classes)
     with fitting(path, run.settings):
         run.work.model.load_state_dict(state["average"] or state["model"])
-    run.work.average = None
+        run.work.average = MovingAverage(run.work.model, 0.0) if state["average"] else None
+        run.work.model.load_state_dict(state["model"])
     say(f"{path}: epoch {state['progress']['epoch']}, step {state['progress']['step']}")
     confusion = Confusion()
-    result = evaluate(run, confusion=confusion)
+    results = evaluate(run, confusion=confusion)
     tell_bad_images(run)
     classes = [*run.data.classes]
     classes += [f"class {number}" for number in range(len(classes), run.settings.num_classes)]
     text = "loss {loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %"
-    figures = text.format_map(result.figures())
-    lines = [f"{plural(result.images, 'image')}: {figures}", "", *class_lines(confusion, classes)]
-    say("\n".join(lines))
+    figures, *raw = (text.format_map(each.figures()) for each in results)
+    lines = [f"{plural(results[0].images, 'image')}: {figures}"]
+    lines += [f"raw, without the moving average: {each}" for each in raw]
+    say("\n".join([*lines, "", *class_lines(confusion, classes)]))
     if run.settings.output_dir:
         title = f"{describe_run(run.settings)}: {figures}"
         write_confusion(run.settings.output_dir, title, confusion, classes)

@@ -182,6 +182,24 @@ def test_stopped_after_each_step(in_tmp, monkeypatch, train, settings):
     assert_same_result(in_tmp / "parts", in_tmp / "whole")
 
 
+@needs_two_cpus
+@pytest.mark.parametrize("decay", [0.9999, 0.3], ids=["rising", "reached"])
+@pytest.mark.parametrize(
+    "settings", [{}, OVERLAP, DELAYED], ids=["sequential", "overlap", "delayed"]
+)
+def test_the_decay_of_a_moving_average_goes_on_where_it_was(
+    in_tmp, monkeypatch, train, settings, decay
+):
+    """0.3 is reached by the fourth update: 4/13."""
+    train(in_tmp / "whole", model_ema_decay=decay, **settings)
+    interrupt(monkeypatch, "update", [2, 4])
+    for _ in range(2):
+        with pytest.raises(tsa.Stopped):
+            train(in_tmp / "parts", resume=Path("auto"), model_ema_decay=decay, **settings)
+    train(in_tmp / "parts", resume=Path("auto"), model_ema_decay=decay, **settings)
+    assert_same_result(in_tmp / "parts", in_tmp / "whole")
+
+
 def test_stopped_after_the_very_last_step(in_tmp, monkeypatch, train):
     """The last validation is still to come."""
     train(in_tmp / "whole")
@@ -1247,7 +1265,9 @@ def test_test_only_gives_the_figures_of_the_epoch(trained, in_tmp, capsys, argum
     assert f"{trained / 'last.pt'}: epoch 2, step 6\n" in printed
     assert (
         f"12 images: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %, "
-        f"top-5 {row['val_top5']:.2f} %\n" in printed
+        f"top-5 {row['val_top5']:.2f} %\nraw, without the moving average: "
+        f"loss {row['val_raw_loss']:.4f}, top-1 {row['val_raw_top1']:.2f} %, "
+        f"top-5 {row['val_raw_top5']:.2f} %\n" in printed
     )
     with (in_tmp / "out/confusion.csv").open() as file:
         head, *rows = csv.reader(file)

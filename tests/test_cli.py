@@ -149,6 +149,7 @@ def test_test_only(in_tmp, photos_with_val, capsys):
     assert "out/last.pt: epoch 1, step 6\n" in captured.out
     assert f"12 images: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %" in captured.out
     assert "| class" in captured.out
+    assert "moving average" not in captured.out
     assert captured.err == ""
     after = {path: path.stat().st_mtime_ns for path in in_tmp.rglob("*") if path.is_file()}
     assert {path.name for path in after.keys() - before.keys()} == {

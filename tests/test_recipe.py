@@ -311,14 +311,42 @@ def test_parameters_with_one_dimension_can_be_left_out_of_decay(opt):
     ]
 
 
-def test_the_moving_average_of_a_weight():
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        (0.9999, (0.9, 1.8, 1.95)),  # decays of 1/10, 2/11, 3/12
+        (0.9, (0.9, 1.8, 1.95)),
+        (0.15, (0.9, 1.835, 1.97525)),  # 1/10, 0.15, 0.15
+        (0.05, (0.95, 1.9475, 1.997375)),
+        (0.0, (1.0, 2.0, 2.0)),
+    ],
+)
+def test_the_moving_average_of_a_weight(decay, expected):
     model = one_weight(0.0)
-    average = tsa.MovingAverage(model, 0.9)
-    for value, expected in ((1.0, 0.1), (2.0, 0.29), (2.0, 0.461)):
+    average = tsa.MovingAverage(model, decay)
+    for value, after in zip((1.0, 2.0, 2.0), expected, strict=True):
         nn.init.constant_(model.weight, value)
         average.update(model.state_dict())
-        assert average.values["weight"].item() == pytest.approx(expected)
+        assert average.values["weight"].item() == pytest.approx(after)
     assert model.weight.item() == 2
+
+
+def test_the_decay_of_the_moving_average_rises_until_it_is_reached():
+    """0.9 is reached after 80 updates: 81/90."""
+    average, expected = tsa.MovingAverage(one_weight(0.0), 0.9), 0.0
+    for t in range(120):
+        average.update({"weight": torch.tensor([[math.sin(t)]])})
+        decay = (1 + t) / (10 + t) if t < 80 else 0.9
+        expected = decay * expected + (1 - decay) * math.sin(t)
+        assert average.values["weight"].item() == pytest.approx(expected, abs=1e-6), t
+
+
+def test_a_moving_average_of_few_steps_has_left_its_beginning():
+    """What is left of it after 20 updates is the product of (1 + t) / (10 + t)."""
+    average = tsa.MovingAverage(one_weight(0.0), 0.9999)
+    for _ in range(20):
+        average.update({"weight": torch.ones(1, 1)})
+    assert 1 - average.values["weight"].item() == pytest.approx(1 / math.comb(29, 9), abs=1e-6)
 
 
 def test_the_moving_average_of_buffers():
@@ -328,7 +356,7 @@ def test_the_moving_average_of_buffers():
     model.running_mean.fill_(8.0)
     model.num_batches_tracked.fill_(5)
     average.update(model.state_dict())
-    assert average.values["running_mean"].item() == 2
+    assert average.values["running_mean"].item() == pytest.approx(7.2), "a decay of 1/10"
     assert average.values["num_batches_tracked"].item() == 5
     model.num_batches_tracked.fill_(6)
     assert average.values["num_batches_tracked"].item() == 5, "a copy"
@@ -511,7 +539,12 @@ def test_the_moving_average_follows_the_update(build_work):
     before = work.average.values["classifier.1.bias"].clone()
     update(work)
     change = work.average.values["classifier.1.bias"] - before
-    assert change.tolist() == pytest.approx([-0.3, -0.4, 0], abs=1e-5)
+    assert change.tolist() == pytest.approx([-2.7, -3.6, 0], abs=1e-5), "a decay of 1/10"
+    before += change
+    update(work)
+    change = work.average.values["classifier.1.bias"] - before
+    moved = [9 / 11 * (step - so_far) for step, so_far in ((-6, -2.7), (-8, -3.6), (0, 0))]
+    assert change.tolist() == pytest.approx(moved, abs=1e-5), "a decay of 2/11"
 
 
 def test_what_a_run_does_without(build_work):

@@ -363,6 +363,22 @@ def test_what_an_epoch_leaves_in_the_log_and_the_metrics(settings, capsys):
     }
 
 
+RAW = {"val_raw_loss": 4.1, "val_raw_top1": 2.5, "val_raw_top5": None}
+
+
+def test_the_raw_figures_of_an_epoch_are_told_beside_those_of_the_moving_average(settings, capsys):
+    """The lines of logs.md keep their form."""
+    report = report_on(settings)
+    report.epoch(epoch_row(**RAW), [epoch_row(**RAW)])
+    raw = "val_raw_loss: 4.100  val_raw_top1: 2.5%  val_raw_top5: -"
+    assert capsys.readouterr().out == (
+        f"{LINE}\nepoch: 1  {raw}  timestamp: 2025-10-11T14:02:13Z\n"
+    )
+    assert settings.log_file.read_text().endswith(f"\n\n{LINE}\n\n")
+    (row,) = read_metrics(settings.output_dir, "epoch")
+    assert row == {"type": "epoch", **epoch_row(), **RAW}
+
+
 def test_a_picture_that_cannot_be_written_does_not_end_the_run(settings, capsys):
     (settings.output_dir / "curves.png").mkdir(parents=True)
     report = report_on(settings)
@@ -518,6 +534,20 @@ def test_the_curves_of_one_epoch_without_validation(tmp_path, figures):
     losses, accuracies, _ = figures[0].axes
     assert lines_of(losses) == {"train loss": [4.512]}
     assert set(lines_of(accuracies)) == {"train top-1", "train top-5"}
+
+
+def test_the_curves_of_raw_weights_from_the_epoch_on_that_has_them(tmp_path, figures):
+    rows = [epoch_row(), epoch_row(2, **RAW), epoch_row(3, **RAW | {"val_raw_loss": 4.0})]
+    tsa.draw_curves(tmp_path / "curves.png", "title", rows)
+    losses, accuracies, _ = figures[0].axes
+    assert lines_of(losses) == {
+        "train loss": [4.512] * 3,
+        "validation loss": [4.389] * 3,
+        "raw validation loss": [None, 4.1, 4.0],
+    }
+    shown = lines_of(accuracies)
+    assert shown["raw validation top-1"] == [None, 2.5, 2.5]
+    assert "raw validation top-5" not in shown, "never measured"
 
 
 def test_the_gradients(tmp_path, figures):

@@ -446,7 +446,7 @@ def test_an_update_measures_clips_steps_and_then_looks_ahead():
     moved = torch.tensor([[-0.6, -0.8]])
     torch.testing.assert_close(model.weight, moved, msg="clipped, and with the rate of this step")
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1), "the rate of the next one"
-    torch.testing.assert_close(average.values["weight"], moved / 4)
+    torch.testing.assert_close(average.values["weight"], 0.9 * moved)
     assert model.weight.grad is None
 
 
@@ -572,11 +572,11 @@ def make_evaluated(**parts):
 def test_an_evaluation_changes_nothing():
     work, (images, targets) = make_evaluated()
     before, random_state = copy.deepcopy(work.model), torch.get_rng_state()
-    scores, predicted = work.evaluate((images, targets))
+    (scores,), predicted = work.evaluate((images, targets))
     assert_same_state(work.model, before)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(weight.grad is None for weight in work.model.parameters())
-    assert work.evaluate((images, targets))[0] == scores
+    assert work.evaluate((images, targets))[0] == [scores]
     with torch.no_grad():
         logits = before(images)
     assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
@@ -585,25 +585,29 @@ def test_an_evaluation_changes_nothing():
 
 
 def test_an_evaluation_is_of_the_moving_average_if_there_is_one():
+    """And of the model's own weights beside it."""
     work, batch = make_evaluated()
-    own, _ = work.evaluate(batch)
+    (own,), _ = work.evaluate(batch)
     work.average = tsa.MovingAverage(work.model, 0.9)
-    assert work.evaluate(batch)[0] == own
+    assert work.evaluate(batch)[0] == [own, own]
     work.average.values["9.weight"].zero_()
     work.average.values["9.bias"].copy_(torch.arange(10.0))
     before = copy.deepcopy(work.average.values)
-    scores, predicted = work.evaluate(batch)
+    (scores, raw), predicted = work.evaluate(batch)
     assert predicted.tolist() == [9, 9, 9, 9]
     assert scores.loss != own.loss
+    assert raw == own
     assert all(torch.equal(value, before[name]) for name, value in work.average.values.items())
 
 
 def test_an_evaluation_uses_the_buffers_of_the_moving_average():
     work, batch = make_evaluated()
-    own, _ = work.evaluate(batch)
+    (own,), _ = work.evaluate(batch)
     work.average = tsa.MovingAverage(work.model, 0.9)
     work.average.values["4.running_var"].fill_(100.0)
-    assert work.evaluate(batch)[0].loss != own.loss
+    (scores, raw), _ = work.evaluate(batch)
+    assert scores.loss != own.loss
+    assert raw == own
 
 
 def test_an_evaluation_measures_plain_cross_entropy():

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -531,7 +532,7 @@ def test_an_evaluation_weighs_images_and_not_batches(in_tmp, epochs):
     images, targets = validation_images(epochs)
     with with_plan(tsa.prepared, settings) as run:
         confusion = tsa.Confusion()
-        result = tsa.evaluate(run, confusion=confusion)
+        (result,) = tsa.evaluate(run, confusion=confusion)
         with torch.inference_mode():
             logits = run.work.model.eval()(images)
         assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
@@ -555,12 +556,14 @@ def test_the_memory_of_a_validation_does_not_grow_with_the_square_of_the_classes
     settings = dataclasses.replace(TINY, **epochs | {"model": "wide", "num_classes": 10**6})
     with with_plan(tsa.prepared, settings) as run:
         confusion = tsa.Confusion()
-        result = tsa.evaluate(run, confusion=confusion)
+        (result,) = tsa.evaluate(run, confusion=confusion)
     assert result.images == confusion.total() == 12
 
 
 @needs_two_cpus
-def test_validation_runs_on_the_forward_group(in_tmp, monkeypatch, epochs):
+@pytest.mark.parametrize("model_ema", [False, True])
+def test_validation_runs_on_the_forward_group(in_tmp, monkeypatch, epochs, model_ema):
+    """In one pass over the images, with and without a moving average."""
     seen = []
     evaluate = tsa.Work.evaluate
     monkeypatch.setattr(
@@ -568,7 +571,7 @@ def test_validation_runs_on_the_forward_group(in_tmp, monkeypatch, epochs):
         "evaluate",
         lambda self, batch: (seen.append(tsa.process_cpus()), evaluate(self, batch))[1],
     )
-    train(**epochs | {"split": "even"})
+    train(**epochs | {"split": "even", "model_ema": model_ema})
     plan = tsa.plan_cores(tsa.read_topology(), TINY)
     assert seen == [frozenset(plan.forward.cpus)] * 6
 
@@ -817,19 +820,80 @@ def test_broken_images_are_counted_over_the_whole_run(in_tmp, no_pictures, epoch
 # What is validated
 
 
-def test_the_moving_average_is_validated(in_tmp, no_pictures, epochs):
-    """An average that takes in next to nothing stays what the model was at the beginning."""
-    settings = dataclasses.replace(TINY, **epochs)
-    with with_plan(tsa.prepared, settings) as run:
-        untrained = tsa.evaluate(run)
-    train(**epochs, output_dir=in_tmp / "own")
-    train(**epochs, model_ema=True, model_ema_decay=1 - 1e-12, output_dir=in_tmp / "averaged")
-    own, averaged = (read_metrics(in_tmp / name, "epoch") for name in ("own", "averaged"))
-    for row in averaged:
-        assert row["val_loss"] == pytest.approx(untrained.loss, rel=1e-5)
-    for ours, theirs in zip(own, averaged, strict=True):
-        assert ours["train_loss"] == theirs["train_loss"], "the average trains nothing"
-        assert ours["val_loss"] != pytest.approx(untrained.loss, rel=1e-3)
+RAW_FIGURES = {"val_raw_loss", "val_raw_top1", "val_raw_top5"}
+
+
+def record_values(monkeypatch):
+    """What a moving average begins with, and then takes in, as the list fills."""
+    values, update = [], tsa.MovingAverage.update
+
+    def recorded(self, taken):
+        for each in (taken,) if values else (self.values, taken):
+            values.append(copy.deepcopy(each))
+        update(self, taken)
+
+    monkeypatch.setattr(tsa.MovingAverage, "update", recorded)
+    return values
+
+
+@ALL_SCHEDULES
+def test_the_moving_average_is_validated(in_tmp, monkeypatch, no_pictures, epochs, schedule):
+    """By hand: after t updates the decay is (1 + t) / (10 + t). The raw weights stand beside it."""
+    asked = {**epochs, "split": "even", "schedule": schedule}
+    train(**asked, output_dir=in_tmp / "own")
+    values = record_values(monkeypatch)
+    model = train(**asked, model_ema=True, output_dir=in_tmp / "averaged").eval()
+    (*_, own), (*_, row) = (read_metrics(in_tmp / name, "epoch") for name in ("own", "averaged"))
+    assert own["train_loss"] == row["train_loss"], "the average trains nothing"
+    average = values[0]
+    for t, taken in enumerate(values[1:]):
+        part = (1 + t) / (10 + t)
+        average = {name: part * old + (1 - part) * taken[name] for name, old in average.items()}
+    images, targets = validation_images(epochs)
+    with torch.inference_mode():
+        for weights, figure in ((None, "val_raw"), (average, "val")):
+            model.load_state_dict(weights or model.state_dict())
+            logits = model(images)
+            loss = nn.functional.cross_entropy(logits, targets).item()
+            right = (logits.argmax(1) == targets).sum().item()
+            assert row[f"{figure}_loss"] == pytest.approx(loss, rel=1e-5)
+            assert row[f"{figure}_top1"] == pytest.approx(100 * right / 12)
+    assert row["val_loss"] != pytest.approx(row["val_raw_loss"], rel=1e-3)
+    assert own["val_loss"] == row["val_raw_loss"]
+    assert (own.keys() & RAW_FIGURES, row.keys() & RAW_FIGURES) == (set(), RAW_FIGURES)
+
+
+def say_validations(monkeypatch, *results):
+    """Validations of twelve images that come to this."""
+    left = iter(results)
+    monkeypatch.setattr(tsa, "evaluate", lambda *args: next(left))
+
+
+def test_the_best_epoch_is_that_of_the_moving_average(in_tmp, monkeypatch, no_pictures, epochs):
+    say_validations(
+        monkeypatch,
+        [Scores(1.0, 12, 9, 12), Scores(2.0, 12, 3, 12)],
+        [Scores(1.5, 12, 6, 12), Scores(0.5, 12, 12, 12)],
+    )
+    train(**epochs, model_ema=True, output_dir=in_tmp)
+    rows = read_metrics(in_tmp, "epoch")
+    assert [(row["val_top1"], row["val_raw_top1"]) for row in rows] == [(75, 25), (50, 100)]
+    assert tsa.read_checkpoint(in_tmp / "best.pt")["progress"]["epoch"] == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("figure", "name"), [("val_loss", "validation"), ("val_raw_loss", "raw validation")]
+)
+def test_a_validation_loss_that_is_not_finite(
+    in_tmp, monkeypatch, no_pictures, epochs, capsys, value, figure, name
+):
+    losses = {"val_loss": 1.0, "val_raw_loss": 2.0} | {figure: value}
+    say_validations(monkeypatch, [Scores(loss, 12, 6, 12) for loss in losses.values()])
+    train(**epochs | {"epochs": 1}, model_ema=True, output_dir=in_tmp)
+    (row,) = read_metrics(in_tmp, "epoch")
+    assert {each: row[each] for each in losses} == losses | {figure: None}
+    assert f"warning: epoch 1: the {name} loss is {value}\n" in capsys.readouterr().err
 
 
 def test_a_moving_average_that_forgets_at_once_is_the_model(in_tmp, no_pictures, epochs):
@@ -838,6 +902,7 @@ def test_a_moving_average_that_forgets_at_once_is_the_model(in_tmp, no_pictures,
     own, averaged = (read_metrics(in_tmp / name, "epoch") for name in ("own", "averaged"))
     for ours, theirs in zip(own, averaged, strict=True):
         assert theirs["val_loss"] == pytest.approx(ours["val_loss"], rel=1e-5)
+        assert theirs["val_raw_loss"] == ours["val_loss"]
 
 
 # The range test
