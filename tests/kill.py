@@ -6,26 +6,36 @@ killing the process at random moments and resuming it with `--resume auto`. Comp
 average, optimizer and history of both, bit for bit; exit code 1 if anything differs:
 
     python tests/kill.py --schedule delayed --signal SIGKILL --kills 20
+
+With `--faults` the process is not killed, but meets a fault, drawn each time: a loader process that
+is killed, pictures that cannot be read, a disk that takes nothing, memory that runs out. Then only
+the ends of epochs are saved, and what the program saves by itself when it ends by an error:
+
+    python tests/kill.py --schedule delayed --faults --kills 20
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import math
+import os
 import random
 import re
+import resource
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from digits import make_digits
 
@@ -43,6 +53,7 @@ class Job:
     folder: Path
     schedule: str
     epochs: int
+    save_steps: int = 1
 
     @property
     def steps(self) -> int:
@@ -56,7 +67,7 @@ class Job:
             "--model squeezenet1_1 --subset 0.15 --image-size 32 -b 8 --accumulate 2 -j 1 "
             "--lr 0.01 --lr-scheduler cosine --lr-warmup-epochs 1 --mixup-alpha 0.2 --model-ema "
             f"--model-ema-decay 0.99 --epochs {self.epochs} --schedule {self.schedule} "
-            "--print-freq 1 --save-steps 1 --resume auto "
+            f"--print-freq 1 --save-steps {self.save_steps} --resume auto --no-tuned-malloc "
             + " ".join(f"--{option} {path}" for option, path in files.items())
         )
         self.folder.mkdir(exist_ok=True)
@@ -66,6 +77,8 @@ class Job:
                 cwd=self.folder,
                 stdout=printed,
                 stderr=subprocess.STDOUT,
+                # Each larger buffer is fetched from the system, which may refuse it.
+                env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
             )
 
     def printed(self) -> str:
@@ -106,24 +119,87 @@ def finish(job: Job, process: subprocess.Popen) -> None:
         sys.exit(f"exit code {process.returncode}:\n{job.printed()}")
 
 
-def kill(job: Job, signum: signal.Signals, steps: int, delay_s: float) -> str:
-    """Go on for so many steps and a while, and kill the process; says what it was at."""
-    since = time.time()
+def go_on(job: Job, steps: int, delay_s: float) -> subprocess.Popen:
+    """Go on for so many steps and a while."""
     process = job.start()
     while process.poll() is None and len(job.made()) < steps:
         time.sleep(0.002)
     time.sleep(delay_s)
+    return process
+
+
+def where(job: Job) -> str:
+    """Which steps the latest process made."""
+    made = job.made()
+    return f"begun after step {job.begun_at()}, ended after step {made[-1]}" if made else "starting"
+
+
+def kill(job: Job, signum: signal.Signals, steps: int, delay_s: float) -> str:
+    """Go on for so many steps and a while, and kill the process; says what it was at."""
+    since = time.time()
+    process = go_on(job, steps, delay_s)
     process.send_signal(signum)
     if process.wait() == 0:
         sys.exit("the run ended before it could be killed: fewer kills fit into its steps")
     if process.returncode not in (-signum, 128 + signum):
         sys.exit(f"{signum.name}: exit code {process.returncode}:\n{job.printed()}")
-    made = job.made()
-    text = (
-        f"begun after step {job.begun_at()}, killed after step {made[-1]}" if made else "starting"
-    )
-    text += ", in a save" if job.in_save(since) else ""
+    text = where(job) + (", in a save" if job.in_save(since) else "")
     return f"{text}: exit code {process.returncode}"
+
+
+@contextlib.contextmanager
+def killed_loader(job: Job, process: subprocess.Popen) -> Iterator[None]:
+    """As by the system when memory runs out."""
+    for child in psutil.Process(process.pid).children()[:1]:
+        child.kill()
+    yield
+
+
+@contextlib.contextmanager
+def broken_pictures(job: Job, process: subprocess.Popen) -> Iterator[None]:
+    """All of a digit; repaired once the process has ended."""
+    paths = [*job.folder.parent.glob("digits/*/3/*.png")]
+    whole = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.write_bytes(b"no picture")
+    yield
+    for path, content in zip(paths, whole, strict=True):
+        path.write_bytes(content)
+
+
+@contextlib.contextmanager
+def full_disk(job: Job, process: subprocess.Popen) -> Iterator[None]:
+    """No file can grow any more, the one that takes what is printed neither; then a signal."""
+    soft_limit(process, resource.RLIMIT_FSIZE, 0)
+    time.sleep(0.3)
+    process.terminate()
+    yield
+
+
+@contextlib.contextmanager
+def no_memory(job: Job, process: subprocess.Popen) -> Iterator[None]:
+    """No more than there is now."""
+    soft_limit(process, resource.RLIMIT_AS, psutil.Process(process.pid).memory_info().vms)
+    yield
+
+
+def soft_limit(process: subprocess.Popen, what: int, limit: int) -> None:
+    """Limit a process from now on."""
+    resource.prlimit(process.pid, what, (limit, resource.prlimit(process.pid, what)[1]))
+
+
+FAULTS = (killed_loader, broken_pictures, full_disk, no_memory)
+
+
+def harm(job: Job, fault: Callable[..., Any], steps: int, delay_s: float) -> str:
+    """Go on for so many steps and a while, and have the process meet a fault; says how it ended."""
+    process = go_on(job, steps, delay_s)
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError), fault(job, process):
+        process.wait(120)
+    if process.wait(120) == 0:
+        sys.exit("the run ended before the fault: fewer of them fit into its steps")
+    reason = job.printed().strip().splitlines()[-1].partition("error: ")[2][:90]
+    return f"{fault.__name__}, {where(job)}: exit code {process.returncode} {reason}"
 
 
 def differing(first: Any, second: Any, name: str = "") -> Iterator[str]:
@@ -143,11 +219,15 @@ def differing(first: Any, second: Any, name: str = "") -> Iterator[str]:
         yield name
 
 
-def main(schedule: str, signum: signal.Signals, kills: int, seed: int, root: Path) -> int:
-    """Run both; prints a line per kill and the verdict, returns the exit code."""
+def main(schedule: str, signum: signal.Signals | None, kills: int, seed: int, root: Path) -> int:
+    """Run both, by faults if no signal is given; prints a line per kill and the verdict, returns
+    the exit code.
+    """
     make_digits(root / "digits")
-    epochs = max(3, math.ceil(2 * kills / STEPS_IN_EPOCH))
-    whole, killed = (Job(root / name, schedule, epochs) for name in ("whole", "killed"))
+    # A fault takes some steps to be met.
+    epochs = max(3, math.ceil((2 if signum else 8) * kills / STEPS_IN_EPOCH))
+    every = 1 if signum else 10**6
+    whole, killed = (Job(root / name, schedule, epochs, every) for name in ("whole", "killed"))
     startup_s, step_s = run_unbroken(whole)
     print(
         f"{schedule}, {epochs} epochs of {STEPS_IN_EPOCH} steps: {startup_s:.1f} s to the first "
@@ -160,14 +240,19 @@ def main(schedule: str, signum: signal.Signals, kills: int, seed: int, root: Pat
         # On average a run makes half of these steps, and half a one more.
         most = 2 * (whole.steps - reached) // (kills - number + 2) - 1
         steps = draw.randint(0, max(0, most))
-        text = kill(killed, signum, steps, draw.uniform(0, step_s if steps else startup_s))
+        delay_s = draw.uniform(0, step_s if steps else startup_s)
+        if signum:
+            text = kill(killed, signum, steps, delay_s)
+        else:
+            text = harm(killed, draw.choice(FAULTS), steps, delay_s)
         in_saves += "in a save" in text
         reached = max(reached, *killed.made(), killed.begun_at())
         print(f"kill {number}: {text}", flush=True)
     finish(killed, killed.start())
     states = [torch.load(job.folder / "last.pt", weights_only=True) for job in (whole, killed)]
     found = [path for part in COMPARED for path in differing(*(s[part] for s in states), part)]
-    print(f"{kills} kills by {signum.name}, {in_saves} of them in a save: ", end="")
+    by = f"kills by {signum.name}, {in_saves} of them in a save" if signum else "faults"
+    print(f"{kills} {by}: ", end="")
     print("differs in " + ", ".join(found[:9]) if found else "equal to the unbroken run")
     return int(bool(found))
 
@@ -177,7 +262,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     choices = ("sequential", "overlap", "delayed")
     parser.add_argument("--schedule", choices=choices, default="delayed")
-    parser.add_argument("--signal", choices=("SIGKILL", "SIGTERM", "SIGINT"), default="SIGKILL")
+    parser.add_argument(
+        "--signal", choices=("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP"), default="SIGKILL"
+    )
+    parser.add_argument("--faults", action="store_true", help="faults, not signals")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -186,5 +274,5 @@ def parse_arguments() -> argparse.Namespace:
 if __name__ == "__main__":
     asked = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
-        chosen = asked.schedule, signal.Signals[asked.signal], asked.kills, asked.seed
-        sys.exit(main(*chosen, Path(folder)))
+        signum = None if asked.faults else signal.Signals[asked.signal]
+        sys.exit(main(asked.schedule, signum, asked.kills, asked.seed, Path(folder)))
