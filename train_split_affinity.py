@@ -2891,6 +2891,31 @@ def write_verified(path: Path, state: dict[str, Any]) -> None:
         raise
 
 
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file in place of what was there, which stays if not all gets to the disk. Raises
+    RunError then. Of a link, the file that it points to is replaced; a pipe or a device, such as
+    /dev/stdout, is written to as it is.
+    """
+    data = data.encode() if isinstance(data, str) else data
+    try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
+        target = path.resolve()
+        temporary = target.with_name(target.name + ".tmp")
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 def why_not_saved(error: Exception) -> str:
     """The system's reason where there is one: torch hides it behind an error of its own."""
     for cause in (error, error.__context__):
@@ -3434,10 +3459,9 @@ def new_figure(width_inches: float, height_inches: float) -> Any:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a picture in place of what was there. Raises RunError when it cannot be written."""
-    try:
-        figure.savefig(path, dpi=110)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, format=path.suffix[1:])
+    write_whole(path, picture.getvalue())
 
 
 def draw_panel(ax: Any, panel: Panel, span_s: float) -> None:
@@ -3955,14 +3979,6 @@ def append_text(path: Path, text: str, header: str = "") -> None:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in place of what was there. Raises RunError when it cannot be written."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
-
-
 def check_writable(settings: Settings) -> None:
     """Raise UserError if the log or the output folder cannot be written; leaves no trace."""
     log, output = settings.log_file, settings.output_dir
@@ -3972,11 +3988,14 @@ def check_writable(settings: Settings) -> None:
         if output:
             flag = f"--output-dir {output}"
             existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+            tempfile.TemporaryFile(dir=existing).close()  # files are replaced by new ones
             for name in (METRICS, TIMELINE, TRACE, CURVES, GRADIENTS, LAST):
                 check_appendable(output / name, existing)
         if settings.json:
             flag = f"--json {settings.json}"
             check_appendable(settings.json, settings.json.parent)
+            if settings.json.is_file():
+                tempfile.TemporaryFile(dir=settings.json.resolve().parent).close()
     except OSError as error:
         raise UserError(f"{flag}: cannot be written: {error.strerror}") from None
 
@@ -4520,7 +4539,7 @@ def check_subset(run: Run, resumed: bool) -> None:
     path = settings.output_dir / SUBSET
     chosen = {"subset": settings.subset, "seed": settings.seed, "indices": run.data.chosen}
     text = json.dumps(chosen) + "\n"
-    if resumed and path.exists() and path.read_text() != text:
+    if resumed and path.exists() and path.read_bytes() != text.encode():
         raise UserError(f"{path}: not the images that --subset {settings.subset:g} chooses now")
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)

@@ -697,6 +697,13 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
+def fill(disk):
+    """Leave a disk no room at all."""
+    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+
+
 def test_a_disk_that_fills_up(small_disk, capsys):
     """There is room for three checkpoints of 5.8 MB, and from step 5 on for two."""
     options = [*TINY, "--save-steps", "1", "--log-file", str(small_disk.parent / "logs.md")]
@@ -739,9 +746,7 @@ def test_a_disk_that_takes_nothing_at_all(small_disk, monkeypatch, capsys, argum
     def spoil(self, *args):
         if next(steps) == 3:
             if trouble == "full":
-                with contextlib.suppress(OSError), (small_disk / "filler").open("wb") as filler:
-                    while True:
-                        filler.write(bytes(4096))
+                fill(small_disk)
             else:
                 for kind in (["--bind", str(folder)], ["-o", "remount,bind,ro"]):
                     subprocess.run(["mount", *kind, str(folder)], check=True)
@@ -754,6 +759,74 @@ def test_a_disk_that_takes_nothing_at_all(small_disk, monkeypatch, capsys, argum
     reason = "No space left" if trouble == "full" else "Read-only file system"
     assert reason in capsys.readouterr().err
     assert (step_of(folder), step_of(folder, "previous.pt")) == (2, 1)
+
+
+def picture(path):
+    figure = tsa.new_figure(4, 4)
+    figure.subplots().plot(range(9))
+    tsa.save_figure(figure, path)
+
+
+WRITERS = {
+    "whole.png": picture,
+    "whole.json": lambda path: tsa.write_whole(path, "text" * 3000),
+    "appended.md": lambda path: tsa.append_text(path, "text" * 3000, "header"),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_has_whole_files_or_none(small_disk, name):
+    """What was there before stays, though its room would do for a part of the new file."""
+    (small_disk / "earlier").mkdir()
+    earlier = small_disk / "earlier" / name
+    earlier.write_text("earlier")
+    fill(small_disk)
+    for path in (small_disk / name, earlier):
+        with pytest.raises(tsa.RunError, match=f"{path}: cannot be written: No space left"):
+            WRITERS[name](path)
+    assert earlier.read_text() == "earlier"
+    left = {path.name: path.stat().st_size for path in small_disk.iterdir()}
+    assert left.pop(name, 0) == 0 if name == "appended.md" else name not in left
+    assert left.keys() == {"earlier", "filler"}
+    assert [path.name for path in earlier.parent.iterdir()] == [name]
+    (small_disk / "filler").unlink()
+    WRITERS[name](earlier)
+    assert earlier.stat().st_size > 4096
+
+
+def test_the_report_of_a_run_on_a_full_disk(small_disk, monkeypatch, capsys):
+    folder, finish = small_disk / "out", tsa.RunReport.finish
+    folder.mkdir()
+    for name in ("timeline.png", "trace.json"):
+        (folder / name).write_text("earlier")
+    monkeypatch.setattr(tsa.RunReport, "finish", lambda *args: (fill(small_disk), finish(*args)))
+    monkeypatch.setattr(tsa, "draw_timelines", lambda path, *_: picture(path))
+    options = ["--log-file", str(small_disk.parent / "logs.md"), "--output-dir", str(folder)]
+    assert tsa.main([*TINY, "--steps", "8", *options]) == 0
+    error = capsys.readouterr().err
+    for name in ("timeline.png", "trace.json"):
+        assert f"warning: {folder / name}: cannot be written: No space left on device\n" in error
+        assert (folder / name).read_text() == "earlier"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"last.pt", "metrics.jsonl", "timeline.png", "trace.json"}
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link, file = tmp_path / "c.json", tmp_path / "elsewhere/file"
+    link.symlink_to("elsewhere/file")
+    for text in ("new", "newer"):
+        tsa.write_whole(link, text)
+        assert (link.is_symlink(), file.read_text()) == (True, text)
+    assert [path.name for path in file.parent.iterdir()] == ["file"]
+
+
+def test_a_pipe_is_written_to():
+    reading, writing = os.pipe()
+    tsa.write_whole(Path(f"/dev/fd/{writing}"), "text\n")
+    assert os.read(reading, 100) == b"text\n"
+    os.close(reading)
+    os.close(writing)
 
 
 # Damaged and foreign files

@@ -1,11 +1,14 @@
 """Reports. Run: python -m pytest tests/test_reports.py"""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import math
 import multiprocessing
+import os
 import re
+import tempfile
 import threading
 
 import machines
@@ -210,6 +213,20 @@ def test_places_that_cannot_be_written(tmp_path, settings):
     ):
         tsa.check_writable(Settings(**paths))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken", "taken_too"]
+
+
+@pytest.mark.parametrize("name", ["output_dir", "json"])
+def test_files_that_could_be_written_but_not_replaced(tmp_path, monkeypatch, name):
+    def no_new_files(dir):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    pictures = "timeline.png", "curves.png", "gradients.png"
+    for file in ("metrics.jsonl", "trace.json", "last.pt", "c.json", "logs.md", *pictures):
+        (tmp_path / file).write_text("")
+    path = {"output_dir": tmp_path, "json": tmp_path / "c.json"}[name]
+    monkeypatch.setattr(tempfile, "TemporaryFile", no_new_files)
+    with pytest.raises(tsa.UserError, match=f" {path}: cannot be written: Permission denied"):
+        tsa.check_writable(Settings(log_file=tmp_path / "logs.md", **{name: path}))
 
 
 def test_checking_leaves_no_trace(tmp_path):
