@@ -4052,6 +4052,53 @@ def write_traceback(folder: Path | None, error: Exception) -> str:
     return text
 
 
+class Lossy(io.FileIO):
+    """A descriptor for output whose loss ends nothing: what the system does not take, since the
+    reader has gone or the disk is full, is dropped.
+    """
+
+    def write(self, data: Any) -> int:
+        """As the file's own, but that it never fails."""
+        with contextlib.suppress(OSError):
+            return super().write(data) or len(data)
+        return len(data)
+
+
+def lossy(stream: Any) -> io.TextIOWrapper:
+    """A stream to write to in place of the process's own, or of a missing one. Characters that its
+    encoding lacks are escaped.
+    """
+    if stream:
+        with contextlib.suppress(OSError):
+            stream.flush()
+    raw = Lossy(stream.fileno() if stream else os.devnull, "w", closefd=not stream)
+    encoding = stream.encoding if stream else None
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True
+    )
+
+
+@contextlib.contextmanager
+def lossy_output() -> Iterator[None]:
+    """Have no trouble with standard output or standard error end what is done meanwhile. Streams
+    that somebody has put in place of the process's own stay.
+
+    Descriptors 0 to 2 that are closed are opened: a checkpoint would get their numbers otherwise,
+    and in it what any library prints.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+    with contextlib.ExitStack() as stack:
+        if sys.stdout in (None, sys.__stdout__):
+            stack.enter_context(contextlib.redirect_stdout(lossy(sys.stdout)))
+        if sys.stderr in (None, sys.__stderr__):
+            stack.enter_context(contextlib.redirect_stderr(lossy(sys.stderr)))
+        yield
+
+
 def say(text: str, file: Any = None) -> None:
     """Print above the progress bar, at once: into a pipe, too, lines shall come as they arise."""
     tqdm.write(text, file=file or sys.stdout)
@@ -5523,10 +5570,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:
     return command, settings
 
 
+@lossy_output()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Everything a user can cause ends in one line."""
     for name, value in DROPPED_VARIABLES.items():
-        print(f"warning: {name}={value} is ignored: lanes place their threads", file=sys.stderr)
+        say(f"warning: {name}={value} is ignored: lanes place their threads", sys.stderr)
     try:
         folder = None
         command, settings = parse_arguments(sys.argv[1:] if argv is None else argv)
@@ -5537,11 +5585,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, KeyboardInterrupt):  # before the run looked after signals itself
             error = Stopped(signal.SIGINT)
         prefix = "" if isinstance(error, Stopped) else "error: "
-        print(f"{Path(__file__).name}: {prefix}{error}", file=sys.stderr)
+        say(f"{Path(__file__).name}: {prefix}{error}", sys.stderr)
         return error.exit_code
     except Exception as error:
         reason, where = likely_reason(error), write_traceback(folder, error)
-        print(f"{Path(__file__).name}: error: {reason}; {where}", file=sys.stderr)
+        say(f"{Path(__file__).name}: error: {reason}; {where}", sys.stderr)
         return RunError.exit_code
     return 0
 

@@ -51,6 +51,44 @@ def test_the_smallest_run(in_tmp):
     assert lines[-1]["stray_s"] == 0
 
 
+def run_in_shell(redirection, *arguments, **environment):
+    """The script behind a shell's redirection; fails with the script in spite of a pipe."""
+    command = ["bash", "-o", "pipefail", "-c", f'"$@" {redirection}', "bash", sys.executable]
+    return subprocess.run(
+        [*command, SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
+NOWHERE = ["| head -n 3", ">&-", "2>&-", "<&- >&- 2>&-", "> /dev/full 2>&1"]
+
+
+@pytest.mark.parametrize("redirection", NOWHERE)
+def test_output_that_cannot_be_written_does_not_end_a_run(in_tmp, redirection):
+    """Nor does it get into files that have the number of a closed descriptor."""
+    options = ["--steps", "3", "--print-freq", "1", "--save-steps", "1", "--output-dir", "out"]
+    done = run_in_shell(redirection, *TINY, *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    log = Path("logs.md").read_text()
+    assert "- outcome: finished after 3 of 3 steps\n" in log
+    assert "| threads seen on |" in log
+    assert log.splitlines()[-1].startswith("| update ")
+    lines = read_metrics(Path("out"))
+    assert [line["type"] for line in lines] == ["run", "step", "step", "step", "summary"]
+    for name, step in (("last.pt", 3), ("previous.pt", 2)):
+        assert tsa.read_checkpoint(Path("out", name))["progress"]["step"] == step
+    names = {"last.pt", "previous.pt", "metrics.jsonl", "timeline.png", "trace.json"}
+    assert {path.name for path in Path("out").iterdir()} == names
+
+
+def test_a_plan_that_nobody_takes(in_tmp):
+    done = run_in_shell("| true", "plan", "--model", "resnet56", "--num-classes", "3")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_plan_prints_and_writes_nothing(in_tmp, capsys):
     assert tsa.main(["plan", "--split", "even"]) == 0
     printed = capsys.readouterr().out

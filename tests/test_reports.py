@@ -1,5 +1,6 @@
 """Reports. Run: python -m pytest tests/test_reports.py"""
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -8,6 +9,7 @@ import math
 import multiprocessing
 import os
 import re
+import sys
 import tempfile
 import threading
 
@@ -702,3 +704,56 @@ def test_a_curve_that_cannot_be_written(tmp_path):
     (tmp_path / "curves.png").mkdir()
     with pytest.raises(tsa.RunError, match="curves.png: cannot be written: Is a directory"):
         tsa.draw_curves(tmp_path / "curves.png", "title", [epoch_row()])
+
+
+# Output that cannot be written
+
+
+@contextlib.contextmanager
+def piped(monkeypatch):
+    """Have a pipe as the process's own standard output; gives the descriptor to read from."""
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w", encoding="ascii") as stream, monkeypatch.context() as patch:
+        for name in ("stdout", "__stdout__"):
+            patch.setattr(sys, name, stream)
+        yield reading
+        assert sys.stdout is stream
+    with contextlib.suppress(OSError):
+        os.close(reading)
+
+
+def test_output_is_taken_as_long_as_somebody_reads_it(monkeypatch):
+    with piped(monkeypatch) as pipe:
+        sys.stdout.write("before\n")  # and still in its buffer
+        with tsa.lossy_output():
+            tsa.say("Bl\u00fcte")
+            print("printed")
+            assert os.read(pipe, 100) == b"before\nBl\\xfcte\nprinted\n"
+            os.close(pipe)
+            for _ in range(2):
+                tsa.say("lost" * 50_000)
+            print("lost", end="")
+
+
+def test_output_beyond_what_a_pipe_holds_is_lost_where_writing_does_not_wait(monkeypatch):
+    with piped(monkeypatch) as pipe, tsa.lossy_output():
+        os.set_blocking(sys.stdout.fileno(), False)
+        for _ in range(3):
+            tsa.say("text" * 50_000)
+        assert os.read(pipe, 4) == b"text"
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_missing_stream_is_made_up_for_and_missing_again_in_the_end(monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)
+    with tsa.lossy_output():
+        tsa.say("lost", getattr(sys, name))
+    assert getattr(sys, name) is None
+
+
+def test_streams_of_somebody_else_stay(capsys):
+    streams = sys.stdout, sys.stderr
+    with tsa.lossy_output():
+        assert (sys.stdout, sys.stderr) == streams
+        print("shown")
+    assert capsys.readouterr().out == "shown\n"
