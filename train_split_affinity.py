@@ -460,10 +460,19 @@ class Settings:
 # fmt: on
 
 
+def readable(text: str) -> str:
+    r"""Text that UTF-8 can hold: bytes of a file's name that Python could not decode, and has as
+    lone surrogates, become the characters that they are in UTF-8, or else escapes such as \xe9.
+    """
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def plain_settings(settings: Settings) -> dict[str, Any]:
     """Settings as JSON types."""
-    values = dataclasses.asdict(settings)
-    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+    return {
+        key: readable(str(value)) if isinstance(value, Path) else value
+        for key, value in dataclasses.asdict(settings).items()
+    }
 
 
 def check_settings(settings: Settings) -> None:
@@ -606,7 +615,7 @@ def cpus_of(cores: Iterable[Core]) -> tuple[int, ...]:
 def read_text(path: Path) -> str:
     """A small system file without its line end; empty where it is missing or unreadable."""
     try:
-        return path.read_text().strip()
+        return os.fsdecode(path.read_bytes()).strip()  # names of mounts need not be UTF-8
     except OSError:
         return ""
 
@@ -1646,7 +1655,7 @@ def folder_data(path: Path) -> ImageData:
     if val and val.classes != train.classes:
         name = sorted(set(val.classes) ^ set(train.classes))[0]
         raise UserError(f"--data-path {path}: class {name} is not in both of train and val")
-    return ImageData("folder", train, val, tuple(train.classes), 224)
+    return ImageData("folder", train, val, tuple(map(readable, train.classes)), 224)
 
 
 def open_image_folder(path: Path, root: Path) -> torchvision.datasets.ImageFolder:
@@ -3968,7 +3977,7 @@ def append_text(path: Path, text: str, header: str = "") -> None:
         with path.open("ab", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             size = os.fstat(file.fileno()).st_size
-            left = (text if size else header + text).encode()
+            left = readable(text if size else header + text).encode()
             try:
                 while left:
                     left = left[file.write(left) :]
@@ -4101,7 +4110,7 @@ def lossy_output() -> Iterator[None]:
 
 def say(text: str, file: Any = None) -> None:
     """Print above the progress bar, at once: into a pipe, too, lines shall come as they arise."""
-    tqdm.write(text, file=file or sys.stdout)
+    tqdm.write(readable(text), file=file or sys.stdout)
     (file or sys.stdout).flush()
 
 
@@ -4196,7 +4205,7 @@ class RunReport:
         """Print the summary, append it to the log, end the metrics."""
         self._bar.close()
         done = f"{self._progress.step} of {plural(self._total, 'step')}"
-        outcome = f"{outcome} after {done}"
+        outcome = readable(f"{outcome} after {done}")
         summary = self._tally.summary() if self._tally.steps else None
         tables = [*summary_lines(summary), "", phase_table(summary)] if summary else []
         say("\n".join(["", outcome, *tables]))

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import os
 import re
 import shutil
@@ -145,6 +146,79 @@ def test_a_run_over_epochs(in_tmp, photos_with_val, capsys):
     assert "step 1/12: loss " in captured.out
     assert " left in epoch 1/2, " in captured.out
     assert "finished after 12 of 12 steps" in captured.out
+
+
+@pytest.fixture
+def odd_names(photos_with_val, tmp_path):
+    """Photographs in folders with names in Latin-1 and in UTF-8, one of them broken."""
+    data = tmp_path / os.fsdecode(b"Blumen f\xfcr \xc3\xbcben")
+    for part in ("train", "val"):
+        for name, new in (("temple", b"\xc3\xbc \xe4\xb8\xad"), ("flower", b"caf\xe9")):
+            shutil.copytree(photos_with_val / part / name, data / part / os.fsdecode(new))
+    next((data / "val").glob("caf*/0001.jpg")).write_bytes(b"no picture")
+    return data
+
+
+ODD_RUNS = [], ["--resume", "auto", "--epochs", "2"], ["--test-only", "--resume", "auto"]
+
+
+def odd_arguments(data):
+    """Of a run with that data, and an output folder of such a name; half as many epochs as it can
+    be resumed to.
+    """
+    out = os.fsdecode(b"caf\xe9 \xc3\xbc")
+    options = ["--data-path", str(data), "--output-dir", out, "--max-bad-images", "1"]
+    return [*TINY, "-j", "1", "--epochs", "1", *options]
+
+
+def assert_odd_files(folder):
+    """What the runs of ODD_RUNS have to leave: text in UTF-8, JSON in ASCII."""
+    log = Path("logs.md").read_text(encoding="utf-8")
+    assert log.count("- outcome: finished after ") == 2
+    assert log.count(r", data_path ") == log.count(r"Blumen f\xfcr üben,") == 2
+    assert log.count(r", output_dir caf\xe9 ü,") == 2
+    assert re.search(r"- warning: broken image .*/Blumen f\\xfcr üben/val/caf\\xe9/0001.jpg: ", log)
+    lines = read_metrics(folder)
+    assert [line["type"] for line in lines if line["type"] != "step"] == 2 * [
+        "run",
+        "epoch",
+        "summary",
+    ]
+    assert lines[0]["settings"]["output_dir"] == r"caf\xe9 ü"
+    table = (folder / "confusion.csv").read_text(encoding="utf-8").splitlines()
+    assert table[0] == r"true class,caf\xe9,ü 中,class 2"
+    assert Image.open(folder / "confusion.png").width > 300
+
+
+@pytest.mark.filterwarnings("ignore:Glyph 20013")
+def test_names_that_are_not_utf_8(in_tmp, odd_names, capsys):
+    for more in ODD_RUNS:
+        assert tsa.main([*odd_arguments(odd_names), *more]) == 0
+    captured = capsys.readouterr()
+    assert "resumed from caf\\xe9 ü/last.pt, after step " in captured.out
+    assert "| caf\\xe9 |" in captured.out
+    assert "/Blumen f\\xfcr üben/val/caf\\xe9/0001.jpg: " in captured.err
+    (folder,) = Path().glob("caf*")
+    assert_odd_files(folder)
+
+
+def test_a_locale_that_has_only_ascii(in_tmp, odd_names):
+    code = "import json, sys; import train_split_affinity as tsa; "
+    code += "sys.exit(any(tsa.main(sys.argv[2:] + more) for more in json.loads(sys.argv[1])))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(ODD_RUNS), *odd_arguments(odd_names)],
+        capture_output=True,
+        encoding="ascii",
+        timeout=120,
+        env=os.environ
+        | {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        | {"PYTHONPATH": str(SCRIPT.parent), "PYTHONWARNINGS": "ignore"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "resumed from caf\\xe9 \\xfc/last.pt, after step " in done.stdout
+    assert "/Blumen f\\xfcr \\xfcben/val/caf\\xe9/0001.jpg: " in done.stderr
+    (folder,) = Path().glob("caf*")
+    assert_odd_files(folder)
 
 
 def test_a_run_over_epochs_says_that_nothing_is_saved(in_tmp, photos_with_val, capsys):

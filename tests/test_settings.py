@@ -512,3 +512,22 @@ def test_arguments_become_settings():
     assert settings == tsa.Settings(
         batch_size=8, split="1:2", loader_cores=(0, 1), workers=0, deterministic=True, lr=1e-3
     )
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (b"plain \\x41", r"plain \x41"),
+        ("Blüte 中 😀".encode(), "Blüte 中 😀"),
+        (b"caf\xe9", r"caf\xe9"),
+        (b"\xc3\xbc \xc3", r"ü \xc3"),
+        (b"\xed\xa0\x80", r"\xed\xa0\x80"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_name_in_any_locale_becomes_the_same_text(name, text, encoding):
+    once = tsa.readable(name.decode(encoding, "surrogateescape"))
+    assert once == tsa.readable(once) == text

@@ -164,6 +164,13 @@ def test_a_restricted_set_keeps_sockets_whole(tmp_path):
     assert groups(topology, split="2:1") == ((1, 3, 5, 7), (0, 2))
 
 
+def test_names_of_mounts_need_not_be_utf_8(tmp_path):
+    read(tmp_path, machines.SEVEN, files=machines.CGROUP_V2 | QUOTA_V2)
+    mounts = tmp_path / "proc/self/mountinfo"
+    mounts.write_bytes(b"36 24 0:31 / /caf\xe9 rw - tmpfs tmpfs rw\n" + mounts.read_bytes())
+    assert tsa.read_quota(tmp_path) == 2.5
+
+
 @pytest.mark.parametrize(
     ("quota", "forward", "backward"),
     [
