@@ -4053,7 +4053,7 @@ def likely_reason(error: Exception) -> str:
 
 def write_traceback(folder: Path | None, error: Exception) -> str:
     """Write an error's traceback into a folder, or that for temporary files; says where it is."""
-    text = "".join(traceback.format_exception(error))
+    text = readable("".join(traceback.format_exception(error)))
     for place in filter(None, (folder, Path(tempfile.gettempdir()))):
         with contextlib.suppress(RunError):
             write_whole(place / TRACEBACK, text)
