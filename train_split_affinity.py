@@ -87,13 +87,14 @@ def process_cpus() -> frozenset[int]:
     return frozenset(range(os.cpu_count() or 1))
 
 
-# These two must precede `import torch`. With one of the variables set, libgomp shrinks the main
-# thread to a single CPU as it loads, and binds every team to one list of places for the whole
-# process [pytorch 49971, 91989, 149422]; lanes place their own threads.
+# These two must precede `import torch`. With one of the first four variables set, libgomp shrinks
+# the main thread to a single CPU as it loads, and binds every team to one list of places for the
+# whole process [pytorch 49971, 91989, 149422]; lanes place their own threads. With the last one,
+# teams shrink as the machine's load grows, also in the middle of a run (see start_team).
 ALLOWED_CPUS = process_cpus()
 DROPPED_VARIABLES = {
     name: os.environ.pop(name)
-    for name in ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+    for name in ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_DYNAMIC")
     if name in os.environ
 }
 
@@ -1152,10 +1153,26 @@ def tune_allocator() -> str:
     return ""
 
 
+def start_team() -> set[int]:
+    """Have OpenMP start the calling thread's workers now, which inherit its mask; returns their
+    kernel ids. To be called before the thread's first parallel operation.
+
+    If OpenMP gives fewer threads than PyTorch asks for (OMP_THREAD_LIMIT), PyTorch asks for no more
+    than these from now on: kernels of oneDNN would spin forever at a barrier for the missing ones.
+    """
+    before, asked = set(thread_ids()), torch.get_num_threads()
+    torch.zeros(asked * 2**16).add_(1)  # PyTorch gives a thread at least 32,768 elements
+    workers = set(thread_ids()) - before
+    if before and len(workers) + 1 < asked:
+        torch.set_num_threads(len(workers) + 1)
+    return workers
+
+
 class Lane:
     """One core group and the thread that works for it, used like a device queue.
 
-    `records` collects a PhaseRecord per phase, in order.
+    `records` collects a PhaseRecord per phase, in order; `group` has as many threads as OpenMP
+    gave.
     """
 
     def __init__(self, group: Group, audit: Audit):
@@ -1202,19 +1219,15 @@ class Lane:
         return function(*args)
 
     def _start_team(self) -> None:
-        """Have OpenMP start the lane's workers now, inside the mask, and register them.
-
-        PyTorch gives a thread at least 32,768 elements, so this operation needs them all.
-        """
-        before = set(thread_ids())
-        torch.zeros(self.group.threads * 2**16).add_(1)
-        workers = set(thread_ids()) - before
-        self._audit.born_for |= dict.fromkeys({threading.get_native_id(), *workers}, self.group)
-        if thread_ids() and len(workers) + 1 != self.group.threads:
+        """Start the lane's workers, inside the mask, and register them."""
+        lane_and_workers = {threading.get_native_id(), *start_team()}
+        if (threads := torch.get_num_threads()) < self.group.threads:
             self.notes.append(
-                f"{self.group.name} lane: OpenMP started {plural(len(workers) + 1, 'thread')}, "
+                f"{self.group.name} lane: OpenMP started {plural(threads, 'thread')}, "
                 f"not {self.group.threads} (is OMP_THREAD_LIMIT set?)"
             )
+            self.group = dataclasses.replace(self.group, threads=threads)
+        self._audit.born_for |= dict.fromkeys(lane_and_workers, self.group)
 
     def _run_phase(self, phase: str, function: Callable[..., Any], args: Sequence[Any]) -> Any:
         mask = self._enter_group()
@@ -1232,7 +1245,8 @@ class Lane:
 class Lanes:
     """The two lanes of a core plan; with `--split none`, one lane under both names.
 
-    A context manager: leaving it, by an exception too, drains and ends both lanes.
+    A context manager: leaving it, by an exception too, drains and ends both lanes. `plan` has the
+    threads that OpenMP gave.
     """
 
     def __init__(self, plan: CorePlan, online: Sequence[int]):
@@ -1245,6 +1259,8 @@ class Lanes:
             self.close()
             raise
         self.forward, self.backward = self._lanes[0], self._lanes[-1]
+        groups = {"forward": self.forward.group, "backward": self.backward.group}
+        self.plan = dataclasses.replace(plan, **groups)
 
     @property
     def notes(self) -> list[str]:
@@ -4575,6 +4591,8 @@ def prepared(settings: Settings, topology: Topology, plan: CorePlan) -> Iterator
         if val:
             stack.callback(val.close)
         lanes = stack.enter_context(Lanes(plan, topology.online))
+        plan = lanes.plan
+        settings = settings_in_force(settings, topology, plan, data, note)
         counts = steps_in_epoch(settings, len(train)), planned_steps(settings, len(train))
         work = build_work(settings, lanes, *counts)
         notes = tuple(filter(None, [note, *lanes.notes]))
@@ -4688,7 +4706,7 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
             checkpoints.hold(make=True)
             run.bad.messages = progress.bad_images  # one list: what is found is saved
             check_subset(run, bool(progress.step))
-            report = RunReport(run.settings, topology, plan, progress)
+            report = RunReport(run.settings, topology, run.plan, progress)
             checkpoints.warn = report.alarm
             for text in notes:
                 say(text)
@@ -5139,7 +5157,7 @@ def lane_rounds(
             measured = tuple(itertools.islice(steps, order.warmup + order.steps))[order.warmup :]
             steps.close()
             records = [record for step in measured for record in step.records]
-            busy = lanes_busy(plan, records, sum(step.step_s for step in measured))
+            busy = lanes_busy(lanes.plan, records, sum(step.step_s for step in measured))
             alone = time_phases(lanes, work, Batches(loaded, settings.accumulate), 1)
             rates = {
                 lane.group.name: lane.call(matrix_flops, work.bf16)
@@ -5152,7 +5170,9 @@ def lane_rounds(
 
 def rounds_of(way: str, settings: Settings, topology: Topology, plan: CorePlan) -> Rounds:
     """A way to train, in its own process: None when it is ready, then a Round for each Order."""
-    if way != "plain" and settings.tuned_malloc:
+    if way == "plain":
+        start_team()
+    elif settings.tuned_malloc:
         tune_allocator()
     whole = load_steps(settings, 8)
     torch.manual_seed(settings.seed)
@@ -5583,7 +5603,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Everything a user can cause ends in one line."""
     for name, value in DROPPED_VARIABLES.items():
-        say(f"warning: {name}={value} is ignored: lanes place their threads", sys.stderr)
+        say(f"warning: {name}={value} is ignored: lanes have their own threads", sys.stderr)
     try:
         folder = None
         command, settings = parse_arguments(sys.argv[1:] if argv is None else argv)

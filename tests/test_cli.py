@@ -511,7 +511,7 @@ def test_an_interrupt_before_the_run_has_begun(in_tmp, capsys, monkeypatch):
 
 @needs_two_cpus
 def test_openmp_binding_variables_are_dropped(in_tmp):
-    environment = {"OMP_PROC_BIND": "true", "GOMP_CPU_AFFINITY": "0"}
+    environment = {"OMP_PROC_BIND": "true", "GOMP_CPU_AFFINITY": "0", "OMP_DYNAMIC": "true"}
     threads = ["--forward-threads", "2", "--backward-threads", "2"]  # so that there are teams
     done = run_script(*TINY, *threads, "--steps", "2", "--output-dir", "out", **environment)
     assert done.returncode == 0, done.stderr
@@ -522,6 +522,21 @@ def test_openmp_binding_variables_are_dropped(in_tmp):
     cpus = run["plan"]["forward"]["cpus"] + run["plan"]["backward"]["cpus"]
     assert sorted(cpus) == sorted(tsa.ALLOWED_CPUS)
     assert summary["stray_s"] == 0
+
+
+@needs_two_cpus
+def test_a_lane_uses_the_threads_that_openmp_gives(in_tmp):
+    """Kernels that counted on more would wait for them forever."""
+    threads = ["--forward-threads", "2", "--backward-threads", "2"]
+    options = [*threads, "--steps", "2", "--output-dir", "out"]
+    done = run_script(*TINY, *options, OMP_THREAD_LIMIT="1")
+    assert done.returncode == 0, done.stderr
+    (run, *_), log = read_metrics(Path("out")), Path("logs.md").read_text()
+    for lane in ("forward", "backward"):
+        assert f"warning: {lane} lane: OpenMP started 1 thread, not 2 (is OMP_" in done.stderr
+        assert run["plan"][lane]["threads"] == run["settings"][f"{lane}_threads"] == 1
+        assert re.search(rf"^- {lane} +cores [\d,-]+, 1 thread: ", log, re.MULTILINE)
+        assert re.search(rf"^\| {lane} +\|[^|]+\| +1 \|", done.stdout, re.MULTILINE)
 
 
 def test_torchrun_s_thread_count_is_overruled(in_tmp):

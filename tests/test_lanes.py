@@ -245,6 +245,19 @@ def test_a_team_that_is_too_small_is_noted(monkeypatch, two_groups):
     assert lane.notes == ["forward lane: OpenMP started 1 thread, not 2 (is OMP_THREAD_LIMIT set?)"]
 
 
+@pytest.mark.parametrize("plan", ["split_plan", "one_lane_plan"])
+def test_a_plan_in_force_has_the_threads_that_openmp_gave(monkeypatch, request, plan):
+    asked = request.getfixturevalue(plan)
+    with tsa.Lanes(asked, ()) as lanes:
+        assert lanes.plan == asked
+    monkeypatch.setattr(torch, "zeros", lambda *size: torch.ones(1))
+    with tsa.Lanes(asked, ()) as lanes:
+        assert [group.threads for group in lanes.plan.groups] == [1] * len(asked.groups)
+        assert [group.cpus for group in lanes.plan.groups] == [group.cpus for group in asked.groups]
+        assert lanes.forward.call(torch.get_num_threads) == 1
+        assert lanes.backward.call(torch.get_num_threads) == 1
+
+
 PAGE_FAULTS = """
 import resource, sys, torch
 import train_split_affinity as tsa
