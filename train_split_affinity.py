@@ -747,11 +747,20 @@ def cpu_cgroups(root: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Group:
-    """The logical CPUs (ascending) of one lane, and the number of its threads."""
+    """The logical CPUs (ascending) of one lane, the number of its threads, and on how many physical
+    cores the CPUs are.
+    """
 
     name: str
     cpus: tuple[int, ...]
     threads: int
+    cores: int = 1
+
+    def busy(self, cpu_s: float, elapsed_s: float) -> float:
+        """CPU time as a share of what the group can use: the time of its cores; with more threads
+        than cores, of as many of its logical CPUs as there are threads.
+        """
+        return cpu_s / (elapsed_s * max(self.cores, min(self.threads, len(self.cpus))))
 
     def __str__(self) -> str:
         return f"cores {format_cpu_list(self.cpus)}, {plural(self.threads, 'thread')}"
@@ -905,7 +914,7 @@ def plan_notes(topology: Topology, forward: Group, backward: Group) -> Iterator[
 def make_group(topology: Topology, name: str, cpus: Sequence[int], threads: int | None) -> Group:
     """A group of logical CPUs; by default with one thread per physical core among them."""
     cores = sum(not set(cpus).isdisjoint(core.cpus) for core in topology.cores)
-    return Group(name, tuple(cpus), threads or cores)
+    return Group(name, tuple(cpus), threads or cores, cores)
 
 
 def divide_cores(cores: Sequence[Core], split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -3281,8 +3290,8 @@ class PhaseSummary:
 class Summary:
     """A whole run. Speeds and shares leave the first `warmup_steps` out, and of a long run they
     cover the latest 2,000 steps; the rest covers all. `busy` is each lane's CPU time in its own
-    phases as a share of its cores' time; `waiting_s` CPU time of a lane's threads while the other
-    lane alone had a phase to run.
+    phases as a share of what its group can use; `waiting_s` CPU time of a lane's threads while the
+    other lane alone had a phase to run.
     """
 
     steps: int
@@ -3365,7 +3374,7 @@ class Tally:
             median_ms=1e3 * statistics.median(durations_s),
             p95_ms=1e3 * float(torch.tensor(durations_s, dtype=torch.float64).quantile(0.95)),
             share=phase_s / timed_s,
-            busy=sum(record.cpu_s for record in records) / (phase_s * len(group.cpus)),
+            busy=group.busy(sum(record.cpu_s for record in records), phase_s),
             stray_ms=1e3 * self._stray_s[phase],
             seen_on=format_cpu_list(frozenset().union(*(record.seen_on for record in records))),
             cpu_busy={cpu: min(1.0, cpu_busy_s[cpu] / phase_s) for cpu in records[0].cpu_busy_s},
@@ -3375,11 +3384,11 @@ class Tally:
 def lanes_busy(
     plan: CorePlan, records: Iterable[PhaseRecord], elapsed_s: float
 ) -> dict[str, float]:
-    """By lane, CPU time in its own phases as a share of the time of its cores."""
+    """By lane, CPU time in its own phases as a share of what its group can use."""
     used_s: Counter[str] = Counter()
     for record in records:
         used_s[record.lane] += record.cpu_s
-    return {group.name: used_s[group.name] / (elapsed_s * len(group.cpus)) for group in plan.groups}
+    return {group.name: group.busy(used_s[group.name], elapsed_s) for group in plan.groups}
 
 
 def peak_memory_bytes() -> int:
@@ -3598,9 +3607,10 @@ LOG_HEADER = """\
 
 `train_split_affinity.py` appends a section for each run: settings in force, core allocation, and
 what every phase took. Times are wall-clock, in milliseconds per optimizer step; *busy* is the CPU
-time of a phase's threads as a share of its cores' time; *stray* is CPU time, in total, of compute
-threads that may run outside the phase's cores. Where phases overlap, their shares of a step add up
-to more than 100 %. Speeds and shares of a long run are those of its latest 2,000 steps.
+time of a phase's threads as a share of the time of its physical cores (of as many hardware threads,
+where a phase has more threads than cores); *stray* is CPU time, in total, of compute threads that
+may run outside the phase's cores. Where phases overlap, their shares of a step add up to more than
+100 %. Speeds and shares of a long run are those of its latest 2,000 steps.
 
 A run over epochs also adds a line when an epoch is finished; notes are yours to add:
 
@@ -5101,8 +5111,9 @@ def load_steps(settings: Settings, count: int) -> list[Batch]:
     return [whole[number % len(whole)] for number in range(count)]
 
 
-def plain_rounds(settings: Settings, whole: Sequence[Batch]) -> Rounds:
+def plain_rounds(settings: Settings, topology: Topology, whole: Sequence[Batch]) -> Rounds:
     """A textbook loop in PyTorch's own defaults: fp32, NCHW, all cores, nothing of this program."""
+    group = make_group(topology, "all", sorted(topology.allowed), torch.get_num_threads())
     model = build_model(settings.model, settings.num_classes, settings.image_size)
     optimizer = build_optimizer(model, dataclasses.replace(settings, fused=None))
     criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
@@ -5124,8 +5135,7 @@ def plain_rounds(settings: Settings, whole: Sequence[Batch]) -> Rounds:
         ]
         measured = tuple(timed[order.warmup :])
         used_s = sum(step.main_thread_s for step in measured)
-        elapsed_s = sum(step.step_s for step in measured)
-        busy = {"all": used_s / (elapsed_s * len(process_cpus()))}
+        busy = {"all": group.busy(used_s, sum(step.step_s for step in measured))}
         order = yield Round(measured, busy, None, {}, peak_memory_bytes())
 
 
@@ -5179,7 +5189,7 @@ def rounds_of(way: str, settings: Settings, topology: Topology, plan: CorePlan) 
     # Nothing can diverge, at the same speed.
     settings = dataclasses.replace(settings, lr=0.0, lr_scheduler="constant")
     if way == "plain":
-        yield from plain_rounds(settings, whole)
+        yield from plain_rounds(settings, topology, whole)
     yield from lane_rounds(settings, topology.online, plan, whole)
 
 

@@ -3,9 +3,12 @@
 import dataclasses
 import json
 
+import machines
 import pytest
+import torch
 from conftest import needs_two_cpus
 from records import PLAN, record
+from torch import nn
 
 import train_split_affinity as tsa
 from train_split_affinity import PhaseTimes, Settings
@@ -82,6 +85,24 @@ def test_the_figures_of_a_way():
     one_lane = {"none": [make_round(1.0, rates={"all": 1000.0})], "plain": [make_round(2.0)]}
     row = tsa.compared_way("none", one_lane, settings, PLAN, flops)
     assert row.matrix_share == pytest.approx({"all": 40 * 8 / 2 / 1000})
+
+
+def test_how_busy_the_plain_loop_is_by_physical_cores(tmp_path, monkeypatch):
+    root = machines.write_machine(tmp_path, machines.SMT_FAR)
+    topology = tsa.read_topology(root, frozenset(range(8)))
+    step = tsa.StepResult(0, 1.0, 2, step_s=0.5, records=(), main_thread_s=2.0)
+    monkeypatch.setattr(tsa, "build_model", lambda *shape: nn.Linear(1, 1))
+    monkeypatch.setattr(tsa, "time_plain_step", lambda *args: step)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    rounds = tsa.plain_rounds(Settings(), topology, [()])
+    next(rounds)
+    assert rounds.send(tsa.Order(0, 2, keep_memory=True)).busy == {"all": 1.0}
+
+
+def make_rows():
+    rounds = {way: [make_round(1.0)] for way in ("plain", "none", *tsa.SCHEDULES)}
+    settings, flops = Settings(batch_size=8), {"forward": 1.0, "backward": 1.0}
+    return [tsa.compared_way(way, rounds, settings, PLAN, flops) for way in rounds]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import machines
 import pytest
 from records import PLAN, record, step, summarise
 
@@ -131,6 +132,34 @@ def test_the_summary_of_overlapping_phases():
     assert summary.busy == pytest.approx({"forward": 0.3, "backward": 0.9})
     assert summary.waiting_s == pytest.approx(0.007), "the update alone had no company"
     assert summary.main_thread_s == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores_used", "busy"),
+    [
+        (None, 2.0, 1.0),  # a thread for each core, as it is by default
+        (None, 1.0, 0.5),
+        (1, 1.0, 0.5),
+        (3, 3.0, 1.0),
+        (4, 4.0, 1.0),
+        (4, 2.0, 0.5),
+        (9, 4.0, 1.0),
+    ],
+)
+def test_a_second_hardware_thread_does_not_halve_what_is_busy(tmp_path, threads, cores_used, busy):
+    """Two groups of two cores with two hardware threads each."""
+    root = machines.write_machine(tmp_path, machines.SMT_FAR)
+    topology = tsa.read_topology(root, frozenset(range(8)))
+    settings = tsa.Settings(forward_threads=threads, backward_threads=threads)
+    plan = tsa.plan_cores(topology, settings)
+    assert [len(group.cpus) for group in plan.groups] == [4, 4]
+    records = (
+        record("forward", 0.0, 1.0, cpu_s=cores_used),
+        record("backward", 1.0, 3.0, cpu_s=3 * cores_used),
+    )
+    summary = summarise([tsa.StepResult(1, 2.0, 8, 4.0, records)], plan)
+    assert [phase.busy for phase in summary.phases] == pytest.approx([busy, busy])
+    assert summary.busy == pytest.approx({"forward": busy / 4, "backward": 3 * busy / 4})
 
 
 def test_a_lane_without_a_split_is_busy_in_all_phases():

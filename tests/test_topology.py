@@ -47,6 +47,13 @@ def test_siblings_become_one_core(tmp_path):
     assert [core.cpus for core in topology.cores] == [(0, 4), (1, 5), (2, 6), (3, 7)]
 
 
+@pytest.mark.parametrize(("split", "cores"), [("even", (2, 2)), ("1:3", (1, 3)), ("none", (4,))])
+def test_a_group_knows_its_physical_cores(tmp_path, split, cores):
+    made = plan(read(tmp_path, machines.SMT_FAR), split=split)
+    assert tuple(group.cores for group in made.groups) == cores
+    assert tuple(len(group.cpus) for group in made.groups) == tuple(2 * count for count in cores)
+
+
 def test_an_offline_sibling_is_no_part_of_its_core(tmp_path):
     rows = [row for row in machines.SMT_FAR if row[0] != 5]
     topology = read(
