@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import random
+import statistics
+from collections import Counter
 
 import machines
 import pytest
@@ -108,22 +111,67 @@ def make_rows():
 @pytest.mark.parametrize(
     ("ratios", "judgement"),
     [
-        ((0.8, 0.9, 0.9, 0.99, 1.1), "the split costs speed"),
-        ((0.8, 0.9, 0.9, 1.01, 1.1), "no difference beyond the noise"),
-        ((0.8, 0.99, 1.2, 1.2, 1.3), "no difference beyond the noise"),
-        ((0.8, 1.01, 1.2, 1.2, 1.3), "the split pays"),
+        ((0.8, 0.9, 0.9, 0.9, 0.95, 0.97, 0.99), "the split costs speed"),
+        ((0.8, 0.9, 0.9, 0.9, 0.95, 0.97, 1.02), "the split costs speed"),
+        ((0.8, 0.9, 0.9, 0.9, 0.95, 0.97, 1.04), "no difference beyond the noise"),
+        ((0.8, 0.9, 0.9, 0.9, 0.95, 1.001, 1.002), "no difference beyond the noise"),
+        ((0.8, 0.99, 1.2, 1.2, 1.2, 1.3, 1.3), "no difference beyond the noise"),
+        ((0.998, 0.999, 1.2, 1.2, 1.2, 1.3, 1.3), "no difference beyond the noise"),
+        ((0.96, 1.03, 1.2, 1.2, 1.2, 1.3, 1.3), "no difference beyond the noise"),
+        ((0.98, 1.03, 1.2, 1.2, 1.2, 1.3, 1.3), "the split pays"),
+        ((1.01, 1.03, 1.2, 1.2, 1.2, 1.3, 1.3), "the split pays"),
     ],
 )
 def test_the_verdict(ratios, judgement):
-    rounds = {way: [make_round(1.0)] for way in ("plain", "none", "sequential", "delayed")}
-    settings, flops = Settings(batch_size=8), {"forward": 1.0, "backward": 1.0}
-    rows = [tsa.compared_way(way, rounds, settings, PLAN, flops) for way in rounds]
-    rows[-1] = dataclasses.replace(rows[-1], to_none=ratios[2], to_none_rounds=ratios[::-1])
-    rows[-2] = dataclasses.replace(rows[-2], to_none=0.5)
+    rows = make_rows()
+    rows[2:4] = (dataclasses.replace(row, to_none=0.5) for row in rows[2:4])
+    rows[4] = dataclasses.replace(rows[4], to_none=ratios[3], to_none_rounds=ratios[::-1])
     text = tsa.verdict(rows)
     assert text.startswith(f"Verdict: {judgement}. The fastest schedule of the split, delayed, ")
-    assert f"at {ratios[2]:.2f} of the speed of one lane" in text
-    assert f"({ratios[0]:.2f} to {ratios[-1]:.2f} in 5 rounds)" in text
+    assert f"at {ratios[3]:.2f} of the speed of one lane" in text
+    assert f"({ratios[0]:.2f} to {ratios[-1]:.2f} in 7 rounds)" in text
+
+
+def simulate(speeds, noise, comparisons=2000):
+    """The share of each judgement among simulated comparisons.
+
+    `speeds` are the true ones of the three schedules relative to one lane. Each way's time in each
+    round has noise of its own; ratios are taken within a round, so that those of a round have one
+    lane's noise in common; and the fastest schedule is chosen afterwards, by its median.
+    """
+    dice, rows, judged = random.Random(f"{speeds} {noise}"), make_rows()[2:], Counter()
+    for _ in range(comparisons):
+        none_s = [dice.gauss(1, noise) for _ in range(tsa.ROUNDS)]
+        simulated = []
+        for row, speed in zip(rows, speeds, strict=True):
+            ratios = [speed * time_s / dice.gauss(1, noise) for time_s in none_s]
+            median = statistics.median(ratios)
+            simulated.append(dataclasses.replace(row, to_none=median, to_none_rounds=tuple(ratios)))
+        judged[tsa.verdict(simulated).split(".")[0]] += 1
+    return {text.removeprefix("Verdict: "): count / comparisons for text, count in judged.items()}
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.1])
+@pytest.mark.parametrize("speeds", [(0.5, 0.6, 1.0), (0.5, 1.0, 1.0), (1.0, 1.0, 1.0)])
+def test_a_difference_that_is_none_is_seldom_found(speeds, noise):
+    """The fastest schedule is as fast as one lane: that the split pays is as wrong as that it
+    costs speed.
+    """
+    judged = simulate(speeds, noise)
+    assert 1 - judged["no difference beyond the noise"] <= 0.05, judged
+
+
+@pytest.mark.parametrize(
+    ("speeds", "judgement"),
+    [
+        ((0.5, 0.6, 1.1), "the split pays"),
+        ((1.1, 1.1, 1.1), "the split pays"),
+        ((0.5, 0.6, 0.9), "the split costs speed"),
+        ((0.9, 0.9, 0.9), "the split costs speed"),
+    ],
+)
+def test_a_difference_of_a_tenth_is_nearly_always_found(speeds, judgement):
+    assert simulate(speeds, 0.03)[judgement] >= 0.97
 
 
 @needs_two_cpus
