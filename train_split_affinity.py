@@ -3754,27 +3754,23 @@ def draw_gradients(path: Path, title: str, history: Sequence[dict[str, Any]]) ->
 
 @dataclass(frozen=True)
 class RangeTest:
-    """Learning rates that rose from step to step, the loss at each, smoothed, and the rate at a
-    tenth of that with the lowest one.
+    """Learning rates that rose from step to step, the loss at each, smoothed, and the rate that
+    follows from them; None if they do not tell.
     """
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]
-    suggestion: float
-
-    @property
-    def is_clear(self) -> bool:
-        """Whether the loss fell by a fifth; if not, chance decides where it was lowest."""
-        return min(self.losses) <= 0.8 * self.losses[0]
+    suggestion: float | None
 
 
 def draw_range_test(path: Path, title: str, result: RangeTest) -> None:
-    """Smoothed loss by learning rate, and the suggestion."""
+    """Smoothed loss by learning rate, and the suggestion, if there is one."""
     figure = new_figure(8, 5)
     ax = figure.subplots()
     ax.plot(result.rates, result.losses, marker=".", color="#4477aa", label="loss, smoothed")
-    label = f"suggestion: {result.suggestion:.2g}"
-    ax.axvline(result.suggestion, color="#cc6677", linestyle="--", label=label)
+    if result.suggestion:
+        label = f"suggestion: {result.suggestion:.2g}"
+        ax.axvline(result.suggestion, color="#cc6677", linestyle="--", label=label)
     ax.set_xscale("log")
     ax.set_xlabel("learning rate")
     ax.set_ylabel("loss")
@@ -4505,7 +4501,7 @@ def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoint
 # ==================================================================================================
 
 SUBSET = "subset.json"
-RANGE, RANGE_STEPS, RANGE_SMOOTHING = (1e-6, 10.0), 100, 0.8
+RANGE, RANGE_STEPS = (1e-6, 10.0), 100
 
 
 def choose_precision(settings: Settings, topology: Topology) -> tuple[str, str]:
@@ -4766,9 +4762,40 @@ def test(run: Run, found: tuple[Path, dict[str, Any]] | None) -> None:
         write_confusion(run.settings.output_dir, title, confusion, classes)
 
 
+def quarter_decade(rates: Sequence[float]) -> int:
+    """In how many steps the rates, which rise by the same factor, rise by a quarter of a decade."""
+    return int(0.25 / math.log10(rates[1] / rates[0]) + 1e-6) if len(rates) > 1 else 0
+
+
+def judge_rates(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
+    """Smooth the losses of a range test, and find the rate at which the loss begins to rise for
+    good; suggested is a tenth of it. Nothing is, unless the loss has fallen clearly before.
+
+    A loss becomes the median of those up to a quarter of a decade away, however many steps these
+    are. It rises for good where it stays clearly above the lowest loss so far for a quarter of a
+    decade; what comes after that, such as a second valley, says nothing. Clear is a tenth of the
+    first loss, and more than chance: five times the usual change from one step to the next, divided
+    by the cube root of the number of losses in a median (2.6 times in 100 steps).
+    """
+    near = quarter_decade(rates)
+    windows = (losses[max(0, i - near) : i + near + 1] for i in range(len(losses)))
+    smoothed = tuple(map(statistics.median, windows))
+    changes = [abs(b - a) / (max(a, b) or 1.0) for a, b in itertools.pairwise(losses)]
+    chance = 5 * statistics.median(changes or [1.0]) / (2 * near + 1) ** (1 / 3)
+    clear = smoothed[0] * max(0.1, chance)
+    lowest = itertools.accumulate(smoothed, min)
+    rises = (i for i, low in enumerate(lowest) if min(smoothed[i : i + near + 1]) > low + clear)
+    end = next(rises, len(rates))
+    if min(smoothed[:end]) > smoothed[0] - clear:
+        return RangeTest(tuple(rates), smoothed, None)
+    edge = math.sqrt(rates[end - 1] * rates[min(end, len(rates) - 1)])
+    return RangeTest(tuple(rates), smoothed, edge / 10)
+
+
 def find_lr(run: Run) -> RangeTest:
     """Learning rate range test (Smith, arXiv 1506.01186): the rate rises from 1e-6 to 10, by the
-    same factor after each of `steps` steps (100), until the loss is four times the lowest.
+    same factor after each of `steps` steps (100), until the median loss of half a decade is four
+    times the lowest such median.
 
     The model is left as it was.
     """
@@ -4781,21 +4808,20 @@ def find_lr(run: Run) -> RangeTest:
     work.scheduler = lr_scheduler.ExponentialLR(
         work.optimizer, (high / low) ** (1 / max(1, count - 1))
     )
-    rates, losses = [], []
+    rates, losses, medians = [], [], []
     with contextlib.suppress(Diverged):  # which is what the test is looking for
         for result in itertools.islice(endless_steps(run), count):
             run.stop.check()
             rates.append(result.lr)
-            previous = losses[-1] if losses else result.loss
-            losses.append(RANGE_SMOOTHING * previous + (1 - RANGE_SMOOTHING) * result.loss)
-            say(f"lr {result.lr:.2e}: loss {result.loss:.4f}, smoothed {losses[-1]:.4f}")
-            if losses[-1] > 4 * min(losses):
+            losses.append(result.loss)
+            medians.append(statistics.median(losses[-2 * quarter_decade(rates) - 1 :]))
+            say(f"lr {result.lr:.2e}: loss {result.loss:.4f}, smoothed {medians[-1]:.4f}")
+            if medians[-1] > 4 * min(medians):
                 break
     work.model.load_state_dict(before)
     if not losses:
         raise RunError("find-lr: the loss is not finite even in the first step")
-    lowest = rates[losses.index(min(losses))]
-    return RangeTest(tuple(rates), tuple(losses), lowest / 10)
+    return judge_rates(rates, losses)
 
 
 def endless_steps(run: Run) -> Iterator[StepResult]:
@@ -4812,10 +4838,11 @@ def find_lr_and_report(settings: Settings, topology: Topology, plan: CorePlan) -
     with prepared(settings, topology, plan) as run:
         result = find_lr(run)
         tell_bad_images(run)
-        if not result.is_clear:
-            fall = f"from {result.losses[0]:.4f} to {min(result.losses):.4f} only"
-            say(f"note: the loss fell {fall}, which says little; try more --steps")
-        say(f"suggestion: --lr {result.suggestion:.2g}, a tenth of the rate with the lowest loss")
+        if result.suggestion:
+            rate = f"--lr {result.suggestion:.2g}"
+            say(f"suggestion: {rate}, a tenth of the rate up to which the loss stays low")
+        else:
+            say("no suggestion: the loss did not fall clearly before it rose; try more --steps")
         folder = run.settings.output_dir
         if folder:
             folder.mkdir(parents=True, exist_ok=True)

@@ -228,26 +228,31 @@ def test_a_run_over_epochs_says_that_nothing_is_saved(in_tmp, photos_with_val, c
     assert [path.name for path in in_tmp.iterdir()] == ["logs.md"]
 
 
-def test_find_lr(in_tmp, photos, capsys):
+def test_find_lr(in_tmp, photos, capsys, monkeypatch):
+    monkeypatch.setattr(
+        tsa, "judge_rates", lambda rates, losses: tsa.RangeTest(tuple(rates), tuple(losses), 0.0123)
+    )
     arguments = [*TINY, "--data-path", str(photos), "--steps", "12"]
     assert tsa.main(["find-lr", *arguments, "--output-dir", "out"]) == 0
     printed = capsys.readouterr().out
     assert "F forward, B backward" in printed
-    assert "lr 1.00e-06: loss " in printed
+    assert re.search(r"^lr 1\.00e-06: loss \d\.\d{4}, smoothed \d\.\d{4}$", printed, re.MULTILINE)
     *_, last = printed.splitlines()
-    assert re.fullmatch(
-        r"suggestion: --lr [\d.e-]+, a tenth of the rate with the lowest loss", last
-    )
+    assert last == "suggestion: --lr 0.012, a tenth of the rate up to which the loss stays low"
     assert sorted(path.name for path in in_tmp.rglob("*")) == ["lr.png", "out"]
     assert Image.open("out/lr.png").width > 500
 
 
-def test_find_lr_without_a_folder_writes_nothing(in_tmp, photos, capsys):
-    assert tsa.main(["find-lr", *TINY, "--data-path", str(photos), "--steps", "2"]) == 0
+def test_find_lr_suggests_nothing_rather_than_guess(in_tmp, photos, capsys):
+    arguments = ["find-lr", *TINY, "--data-path", str(photos), "--steps", "2"]
+    assert tsa.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "suggestion: --lr " in printed
-    assert " only, which says little; try more --steps\n" in printed
-    assert not list(in_tmp.iterdir())
+    assert "suggestion: --lr " not in printed
+    *_, last = printed.splitlines()
+    assert last == ("no suggestion: the loss did not fall clearly before it rose; try more --steps")
+    assert not list(in_tmp.iterdir()), "nor is anything written without a folder"
+    assert tsa.main([*arguments, "--output-dir", "out"]) == 0
+    assert Image.open("out/lr.png").width > 500
 
 
 def test_test_only(in_tmp, photos_with_val, capsys):

@@ -695,9 +695,12 @@ def test_a_range_test_without_an_explosion_is_drawn_whole(tmp_path, figures):
     assert high > 3.5
 
 
-@pytest.mark.parametrize(("lowest", "clear"), [(1.0, True), (1.6, True), (1.61, False)])
-def test_a_loss_that_hardly_falls_says_little(lowest, clear):
-    assert tsa.RangeTest((1e-6, 1e-3), (2.0, lowest), 1e-4).is_clear is clear
+def test_a_range_test_without_a_suggestion_is_drawn_without_its_line(tmp_path, figures):
+    result = tsa.RangeTest((1e-6, 1e-3, 1.0), (2.0, 1.9, 3.5), None)
+    tsa.draw_range_test(tmp_path / "lr.png", "title", result)
+    assert_picture(tmp_path / "lr.png")
+    (line,) = figures[0].axes[0].lines
+    assert line.get_label() == "loss, smoothed"
 
 
 def test_a_curve_that_cannot_be_written(tmp_path):
