@@ -131,6 +131,20 @@ def test_the_audit_sees_the_naive_way_leak(two_groups):
     assert used["stray_s"] > 0.2 * total_s, "about half of the time is the worker's"
 
 
+def test_the_audit_counts_a_thread_born_within_the_phase(lanes, split_plan):
+    """All of its time is the phase's: it has no reading from before."""
+    python = {thread.native_id for thread in threading.enumerate()}
+    mask = frozenset(split_plan.forward.cpus)
+    (worker,) = (tid for tid, cpus in masks().items() if cpus == mask and tid not in python)
+    audit = tsa.Audit(())
+    inside = audit.attribute(split_plan.forward, {}, {worker: 5_000_000})
+    assert (inside["cpu_s"], inside["stray_s"], inside["seen_on"]) == (0.005, 0, mask)
+    outside = audit.attribute(split_plan.backward, {}, {worker: 5_000_000})
+    assert (outside["cpu_s"], outside["stray_s"]) == (0, 0.005)
+    later = audit.attribute(split_plan.forward, {worker: 5_000_000}, {worker: 7_000_000})
+    assert later["cpu_s"] == 0.002
+
+
 def test_the_audit_sees_a_worker_that_was_moved_away(lanes, split_plan):
     conv, images = make_conv()
     moved = set(split_plan.backward.cpus)

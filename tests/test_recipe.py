@@ -206,6 +206,17 @@ def test_rates_stay_between_nothing_and_the_highest(scheduler, warmup, epoch_ste
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(("opt", "momentum"), [("sgd", 0.7), ("adam", 0.9), ("adamw", 0.9)])
+def test_no_scheduler_touches_the_momentum(scheduler, opt, momentum):
+    settings = Settings(lr=0.1, momentum=0.7, opt=opt, epochs=5, lr_scheduler=scheduler)
+    optimizer, course = begin(settings)
+    (group,) = optimizer.param_groups
+    for _ in range(5 * STEPS):
+        assert (group["momentum"] if opt == "sgd" else group["betas"][0]) == momentum
+        take_rates(optimizer, course, 1)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("total", [1, 2, 3, 10])
 def test_runs_of_a_few_steps(scheduler, total):
     settings = Settings(lr=0.1, lr_scheduler=scheduler)

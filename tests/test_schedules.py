@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import threading
 import weakref
 
@@ -248,14 +249,39 @@ def both_at_once(records):
     ]
 
 
-def test_overlap_runs_forward_beside_backward_inside_a_step(split_plan):
+def let_meet(monkeypatch, pairs):
+    """Have the phases of each pair wait for each other, inside: unless a schedule has both in
+    flight at once, however fast they are, it fails.
+    """
+    barriers = [threading.Barrier(2, timeout=30) for _ in pairs]
+    for phase, numbers in zip(("forward", "backward"), zip(*pairs, strict=True), strict=True):
+        waits = dict(zip(numbers, barriers, strict=True))
+        original, count = getattr(tsa.Work, phase), itertools.count()
+
+        def meeting(self, *args, original=original, count=count, waits=waits):
+            barrier = waits.get(next(count))
+            if barrier:
+                barrier.wait()
+            return original(self, *args)
+
+        monkeypatch.setattr(tsa.Work, phase, meeting)
+
+
+def test_overlap_runs_forward_beside_backward_inside_a_step(split_plan, monkeypatch):
+    pairs = [(1, 0), (2, 1), (4, 3), (5, 4)]
+    let_meet(monkeypatch, pairs)
     _, records = records_of("overlap", split_plan, 3, 2)
-    assert both_at_once(records) == [(1, 0), (2, 1), (4, 3), (5, 4)]
+    assert both_at_once(records) == pairs, "these and no others"
 
 
-def test_delayed_runs_forward_beside_backward_across_steps(split_plan):
-    _, records = records_of("delayed", split_plan, 1, 4)
-    assert both_at_once(records) == [(1, 0), (2, 1), (3, 2)]
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 4), (2, 2)])
+def test_delayed_runs_forward_beside_backward_across_steps(
+    accumulate, steps, split_plan, monkeypatch
+):
+    pairs = [(1, 0), (2, 1), (3, 2)]
+    let_meet(monkeypatch, pairs)
+    _, records = records_of("delayed", split_plan, accumulate, steps)
+    assert both_at_once(records) == pairs, "these and no others"
 
 
 @ALL_SCHEDULES
@@ -402,6 +428,21 @@ def test_a_loss_that_is_not_finite_updates_nothing(bad, schedule, split_plan):
 
 
 @ALL_SCHEDULES
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_an_infinite_loss_is_not_finite_either(bad, schedule, split_plan):
+    """The loss itself, not images that may make it a NaN."""
+    work = make_work(make_tiny_model(), 1)
+    work.loss = lambda logits, targets: logits.sum() * 0 + bad
+    before = copy.deepcopy(work.model)
+    stream = make_stream(make_batches(2, side=16))
+    with tsa.Lanes(split_plan, ()) as lanes, pytest.raises(tsa.NonFiniteLoss, match=f"^{bad}$"):
+        next(tsa.SCHEDULES[schedule](lanes, work, stream))
+    for parameter, value in zip(work.model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(parameter, value)
+        assert parameter.grad is None
+
+
+@ALL_SCHEDULES
 @pytest.mark.parametrize("phase", ["forward", "backward", "update"])
 def test_an_exception_comes_out_with_its_traceback(phase, schedule, split_plan, monkeypatch):
     calls = []
@@ -499,6 +540,20 @@ def test_what_delayed_has_begun_is_told_apart_from_what_is_done(accumulate, spli
                     assert torch.equal(work.end.weights[name], weight), "one update old"
                 running_mean = work.model.state_dict()["1.running_mean"]
                 assert not torch.equal(running_mean, work.values()["1.running_mean"])
+
+
+@ALL_SCHEDULES
+def test_a_moving_average_takes_in_nothing_of_a_step_already_begun(schedule, split_plan):
+    """One that forgets at once is the model after the step, buffers too."""
+    work = make_work(make_tiny_model(), 2)
+    work.average = tsa.MovingAverage(work.model, 0.0)
+    with tsa.Lanes(split_plan, ()) as lanes:
+        for _ in tsa.SCHEDULES[schedule](lanes, work, make_stream(make_batches(6, side=16))):
+            for name, value in work.values().items():
+                assert torch.equal(work.average.values[name], value), name
+            running_mean = work.model.state_dict()["1.running_mean"]
+            begun = not torch.equal(work.average.values["1.running_mean"], running_mean)
+            assert begun == (work.ahead is not None)
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "overlap"])
