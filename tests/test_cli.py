@@ -335,6 +335,8 @@ BAD_INPUT = [
     (["--model", "resnet5"], "--model resnet5: unknown; did you mean resnet56, resnet50"),
     (["--num-classes", "1"], "--num-classes: '1' is not a whole number from 2"),
     (["--hflip", "2"], "--hflip: '2' is not a number from 0 to 1"),
+    (["--mixup-alpha", "1e-300"], "--mixup-alpha: '1e-300' is not 0, or from 0.01 to 1000"),
+    (["--cutmix-alpha", "1e-300"], "--cutmix-alpha: '1e-300' is not 0, or from 0.01 to 1000"),
     (["--subset", "0"], "--subset: '0' is not above 0 and up to 1"),
     (["--target-top1", "101"], "--target-top1: '101' is not above 0 and up to 100"),
     (["--lr-milestones", "60,30"], "'60,30' is not a list of ascending epochs such as 30,60,80"),

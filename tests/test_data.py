@@ -22,6 +22,7 @@ from conftest import as_loaded
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.special import betainc
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
@@ -484,6 +485,20 @@ def test_both_ways_to_mix_take_turns(settings, kinds):
         if whole.all() and not flat.all():
             seen.add("pasted")
     assert seen == kinds
+
+
+@pytest.mark.parametrize("strength", ["0.01", "0.2", "1", "1000"])
+def test_shares_are_drawn_from_the_beta_distribution_at_every_strength_allowed(strength):
+    """The share of the draws below some points, by SciPy's integral; out of float32's reach torch
+    draws the mean.
+    """
+    alpha = tsa.MIXING(strength)
+    (mixup,) = tsa.mixing_transform(small(mixup_alpha=alpha)).transforms
+    torch.manual_seed(0)
+    shares = np.array([mixup.make_params([])["lam"] for _ in range(4000)])
+    points = np.array([1e-6, 0.001, 0.1, 0.49, 0.4999, 0.5001, 0.51, 0.9, 0.999])
+    below = (shares[:, None] < points).mean(0)
+    np.testing.assert_allclose(below, betainc(alpha, alpha, points), rtol=0, atol=0.03)
 
 
 def test_no_mixing_unless_asked_for():

@@ -110,6 +110,9 @@ def test_what_is_no_rate(text):
         (tsa.BELOW_1, "0", 0.0),
         (tsa.BELOW_1, "0.9999", 0.9999),
         (tsa.BELOW_1, "0.999999", 0.999999),
+        (tsa.MIXING, "0", 0.0),
+        (tsa.MIXING, "0.01", 0.01),
+        (tsa.MIXING, "1e3", 1000.0),
     ],
 )
 def test_numbers(parse, text, value):
@@ -131,6 +134,12 @@ def test_numbers(parse, text, value):
         (tsa.BELOW_1, "-0.1", "a number of 0 or more and below 1"),
         (tsa.BELOW_1, "1", "a number of 0 or more and below 1"),
         (tsa.BELOW_1, "nan", "a number of 0 or more and below 1"),
+        (tsa.MIXING, "-0.2", "0, or from 0.01 to 1000"),
+        (tsa.MIXING, "0.009", "0, or from 0.01 to 1000"),
+        (tsa.MIXING, "1e-300", "0, or from 0.01 to 1000"),
+        (tsa.MIXING, "1001", "0, or from 0.01 to 1000"),
+        (tsa.MIXING, "1e308", "0, or from 0.01 to 1000"),
+        (tsa.MIXING, "nan", "0, or from 0.01 to 1000"),
     ],
 )
 def test_what_is_no_such_number(parse, text, allowed):
