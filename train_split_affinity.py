@@ -2074,12 +2074,10 @@ class Feed:
 
 def training_feed(data: ImageData, settings: Settings, cpus: Sequence[int]) -> Feed:
     """Shuffled, augmented training images; what does not fill a batch is left out of an epoch."""
-    sizes = {image_size_in(settings, epoch) for epoch in range(1, (settings.end_ramp or 1) + 1)}
-    transforms = {size: training_transform(data, settings, size) for size in sizes}
     samples = Samples(
         data.train,
         settings.seed,
-        partial(transform_of_epoch, settings, transforms),
+        partial(transform_of_epoch, data, settings, {}),
         mixing_transform(settings),
     )
     order = EpochOrder(data.chosen, settings.batch_size, settings.seed)
@@ -2087,10 +2085,13 @@ def training_feed(data: ImageData, settings: Settings, cpus: Sequence[int]) -> F
 
 
 def transform_of_epoch(
-    settings: Settings, transforms: dict[int, v2.Transform], epoch: int
+    data: ImageData, settings: Settings, made: dict[int, v2.Transform], epoch: int
 ) -> v2.Transform:
-    """The transform to the image size of an epoch."""
-    return transforms[image_size_in(settings, epoch)]
+    """The transform to the image size of an epoch; `made` keeps those of earlier calls, by size."""
+    size = image_size_in(settings, epoch)
+    if size not in made:
+        made[size] = training_transform(data, settings, size)
+    return made[size]
 
 
 def validation_feed(data: ImageData, settings: Settings, cpus: Sequence[int]) -> Feed | None:

@@ -725,6 +725,16 @@ def test_images_grow_while_training_and_not_in_validation(with_val, workers):
             assert images.shape == (6, 3, 64, 64)
 
 
+def test_a_ramp_of_any_length_is_ready_at_once(monkeypatch):
+    calls, size_in = [], tsa.image_size_in
+    monkeypatch.setattr(tsa, "image_size_in", lambda *args: calls.append(args) or size_in(*args))
+    settings = small(min_res=32, image_size=64, end_ramp=100_000)
+    data = tsa.open_data(settings)
+    sides = [load(data, settings, epoch, stop=1)[0][0].shape[-1] for epoch in (1, 99_999, 100_000)]
+    assert sides == [32, 32, 64]
+    assert len(calls) < 100
+
+
 def test_synthetic_images_grow_too():
     settings = Settings(
         batch_size=2, workers=0, num_classes=2, epochs=2, min_res=32, max_res=64, end_ramp=2
