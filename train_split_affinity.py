@@ -142,6 +142,8 @@ except (ImportError, RuntimeError, OSError) as import_error:
 
 LARGEST_NUMBER = 2**31 - 1
 LARGEST_CPU = 2**16 - 1
+MOST_CLASSES = 10**7
+MOST_SYNTHETIC_IMAGES = 2**17  # in a step; more than any published training had
 RESIZING_STEP = 32  # pixels
 
 
@@ -168,14 +170,14 @@ class Stopped(Exception):
         self.exit_code = 128 + signum
 
 
-def whole_number(minimum: int) -> Callable[[str], int]:
-    """A parser of whole numbers from `minimum` up."""
+def whole_number(minimum: int, maximum: int = LARGEST_NUMBER) -> Callable[[str], int]:
+    """A parser of whole numbers from `minimum` to `maximum`."""
 
     def parse(text: str) -> int:
         with contextlib.suppress(ValueError):
-            if minimum <= int(text) <= LARGEST_NUMBER:
+            if minimum <= int(text) <= maximum:
                 return int(text)
-        allowed = f"a whole number from {minimum} to {LARGEST_NUMBER}"
+        allowed = f"a whole number from {minimum} to {maximum}"
         raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
 
     return parse
@@ -345,7 +347,7 @@ class Settings:
         "images with random labels, for timing only)", type=Path)
     download: bool = option(False, "let torchvision fetch CIFAR-10 into --data-path, and verify it")
     num_classes: int | None = option(None, "number of classes (default: as many as the data has; "
-        "1000 for synthetic images)", type=whole_number(2), metavar="N")
+        "1000 for synthetic images)", type=whole_number(2, MOST_CLASSES), metavar="N")
     image_size: int | None = option(None, "side of the square images in pixels (default: 32 for "
         "CIFAR-10, else 224)", type=COUNT)
     min_res: int | None = option(None, "progressive resizing: side of the training images in the "
@@ -502,6 +504,12 @@ def check_settings(settings: Settings) -> None:
         raise UserError(
             f"--subset {settings.subset:g} needs --data-path: synthetic images are made"
         )
+    images = settings.batch_size * settings.accumulate
+    if not settings.data_path and images > MOST_SYNTHETIC_IMAGES:
+        raise UserError(
+            f"--batch-size {settings.batch_size} --accumulate {settings.accumulate}: a step of "
+            f"{images} images; at most {MOST_SYNTHETIC_IMAGES} synthetic ones are allowed"
+        )
     for flag in ("early_stopping", "target_top1"):
         value = getattr(settings, flag)
         if value and not settings.epochs:
@@ -595,7 +603,8 @@ class Core:
 @dataclass(frozen=True)
 class Topology:
     """A machine as one process may use it. `quota_cpus` is the cgroup's CPU quota, if any; `bf16`
-    names the instructions that compute in bfloat16, empty where there are none.
+    names the instructions that compute in bfloat16, empty where there are none; `memory_bytes` are
+    infinite where nothing is known.
     """
 
     cpu_model: str
@@ -605,6 +614,7 @@ class Topology:
     quota_cpus: float | None
     has_affinity: bool
     bf16: str = ""
+    memory_bytes: float = math.inf
 
     @property
     def online(self) -> tuple[int, ...]:
@@ -663,6 +673,7 @@ def read_topology(root: Path = Path("/"), allowed: frozenset[int] = ALLOWED_CPUS
         quota_cpus=read_quota(root),
         has_affinity=hasattr(os, "sched_setaffinity"),
         bf16=read_bf16(root),
+        memory_bytes=read_memory(root),
     )
 
 
@@ -716,7 +727,7 @@ def read_quota(root: Path) -> float | None:
     In each directory it stands in `cpu.max` (v2) or in `cpu.cfs_quota_us` and `cpu.cfs_period_us`.
     """
     quotas = []
-    for directory in cpu_cgroups(root):
+    for directory in cgroups(root, "cpu"):
         v1 = [read_text(directory / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
         match = re.fullmatch(r"(\d+) ([1-9]\d*)", read_text(directory / "cpu.max") or " ".join(v1))
         if match:
@@ -724,8 +735,22 @@ def read_quota(root: Path) -> float | None:
     return min(quotas, default=None)
 
 
-def cpu_cgroups(root: Path) -> Iterator[Path]:
-    """Directories of the process's cgroups that can hold a CPU quota, innermost first, v1 and v2.
+def read_memory(root: Path) -> float:
+    """Bytes of memory that the process can use, swap included: all of the machine's, or what the
+    limits of its cgroups leave.
+    """
+    lines = re.findall(r"^(\w+): +(\d+) kB$", read_text(root / "proc/meminfo"), re.MULTILINE)
+    size_bytes = {name: 1024 * int(size_kib) for name, size_kib in lines}
+    limits = [size_bytes.get("MemTotal", math.inf)]
+    for directory in cgroups(root, "memory"):
+        texts = (read_text(directory / f"memory.{name}") for name in ("max", "limit_in_bytes"))
+        limits += [int(text) for text in texts if text.isdigit()]
+    return min(limits) + size_bytes.get("SwapTotal", 0)
+
+
+def cgroups(root: Path, controller: str) -> Iterator[Path]:
+    """Directories of the process's cgroups that can hold a limit of a controller (cpu, memory),
+    innermost first, v1 and v2.
 
     A mount may show only a part of the hierarchy (its root, in /proc/self/mountinfo): a container
     sees its own cgroup there, and a path outside that part cannot be looked at.
@@ -738,9 +763,9 @@ def cpu_cgroups(root: Path) -> Iterator[Path]:
         mount, _, source = line.partition(" - ")
         mount_root, mount_point = mount.split()[3:5]
         kind, _, options = source.split()[:3]
-        holds_cpu = kind == "cgroup2" or (kind == "cgroup" and "cpu" in options.split(","))
-        path = path_of.get("" if kind == "cgroup2" else "cpu")
-        if not holds_cpu or path is None:
+        has_limits = kind == "cgroup2" or (kind == "cgroup" and controller in options.split(","))
+        path = path_of.get("" if kind == "cgroup2" else controller)
+        if not has_limits or path is None:
             continue
         inside = PurePosixPath("/")
         if path.is_relative_to(mount_root):
@@ -1306,6 +1331,8 @@ class Lanes:
 # transformer, all with random weights. Knows nothing of cores.
 # ==================================================================================================
 
+LESS_MEMORY = "lower --batch-size, --image-size or --num-classes"
+
 
 class PadShortcut(nn.Module):
     """The shortcut without parameters (option A) of He et al. 2016, section 4.2: every `stride`-th
@@ -1517,10 +1544,19 @@ def build_model(name: str, num_classes: int, image_size: int) -> nn.Module:
     elif name.startswith("maxvit_"):
         options = {"input_size": (image_size, image_size)}
     try:
-        model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+        with memory_errors():
+            model = torchvision.models.get_model(
+                name, weights=None, num_classes=num_classes, **options
+            )
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f"--image-size {image_size}, {name}: {one_line(error)}") from None
     return model.train()
+
+
+def meta_model(name: str, num_classes: int, image_size: int) -> nn.Module:
+    """A classifier without memory for its weights: shapes alone."""
+    with torch.device("meta"):
+        return build_model(name, num_classes, image_size)
 
 
 def check_input_shape(model: nn.Module, name: str, batch_size: int, image_size: int) -> None:
@@ -1529,8 +1565,8 @@ def check_input_shape(model: nn.Module, name: str, batch_size: int, image_size: 
     Runs the forward pass on the meta device, which computes shapes alone.
     """
     weights = {key: value.to("meta") for key, value in model.state_dict().items()}
-    images = torch.empty(batch_size, 3, image_size, image_size, device="meta")
     try:
+        images = torch.empty(batch_size, 3, image_size, image_size, device="meta")
         torch.func.functional_call(model, weights, (images,))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(
@@ -1552,9 +1588,9 @@ class ModelFigures:
 
 def measure_model(name: str, num_classes: int, image_size: int) -> ModelFigures:
     """Count, without computing anything: the model is built and run on the meta device."""
-    with torch.device("meta"):
-        model = build_model(name, num_classes, image_size)
-        images = torch.empty(2, 3, image_size, image_size)
+    model = meta_model(name, num_classes, image_size)
+    check_input_shape(model, name, 2, image_size)
+    images = torch.empty(2, 3, image_size, image_size, device="meta")
     with FlopCounterMode(display=False) as forward:
         output = model(images)
     with FlopCounterMode(display=False) as backward:
@@ -1573,6 +1609,18 @@ def measure_model(name: str, num_classes: int, image_size: int) -> ModelFigures:
 def one_line(error: BaseException) -> str:
     """The first line of an exception's text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn an allocation that failed, in Python, torch or the system, into one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
+            raise
+        reason = one_line(error).rpartition("DefaultCPUAllocator: ")[2]
+        raise UserError(f"not enough memory: {reason}; {LESS_MEMORY}") from None
 
 
 # ==================================================================================================
@@ -4582,9 +4630,47 @@ def check_validation(settings: Settings, data: ImageData) -> None:
             raise UserError(f"{flag} needs validation images (DIR/val/<class>/*.jpg)")
 
 
+def weight_copies(settings: Settings) -> int:
+    """How often a run holds as much as the weights, at the least: themselves, their gradients, what
+    the optimizer keeps, the copies of `delayed`, the moving average.
+    """
+    if settings.test_only:
+        return 1
+    kept = {"sgd": settings.momentum > 0, "adam": 2, "adamw": 2}[settings.opt]
+    return 2 + kept + 2 * (settings.schedule == "delayed") + settings.model_ema
+
+
+def check_memory(settings: Settings, topology: Topology, images: int) -> None:
+    """Raise UserError if the machine cannot even hold the weights and, twice, `images` pixels in
+    float32: one by one and as a batch, or as a batch and in another memory format.
+    """
+    size, shape = (
+        settings.min_res or settings.image_size,
+        (settings.num_classes, settings.image_size),
+    )
+    weights = meta_model(settings.model, *shape).parameters()
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+    image_bytes = 0 if settings.test_only else images * 3 * size**2 * 4
+    needed_bytes = weight_copies(settings) * weight_bytes + 2 * image_bytes
+    if needed_bytes > topology.memory_bytes:
+        raise UserError(
+            f"{plural(images, 'image')} of {size} px, {settings.model} with {shape[0]} classes: at "
+            f"least {needed_bytes / 2**30:.1f} GiB of memory are needed, "
+            f"{topology.memory_bytes / 2**30:.1f} are there: {LESS_MEMORY}"
+        )
+
+
 @contextlib.contextmanager
 def prepared(settings: Settings, topology: Topology, plan: CorePlan) -> Iterator[Run]:
-    """Set up a run: data, loader processes, lanes, model. Raises UserError with nothing written."""
+    """A run that is set up; all that belongs to it ends with the context."""
+    with contextlib.ExitStack() as stack:
+        yield set_up(stack, settings, topology, plan)
+
+
+def set_up(
+    stack: contextlib.ExitStack, settings: Settings, topology: Topology, plan: CorePlan
+) -> Run:
+    """Data, loader processes, lanes, model. Raises UserError with nothing written."""
     check_model_name(settings.model)
     data = open_data(settings)
     check_resizing(settings, data.native_size)
@@ -4592,7 +4678,8 @@ def prepared(settings: Settings, topology: Topology, plan: CorePlan) -> Iterator
     check_writable(settings)
     note = tune_allocator() if settings.tuned_malloc else ""
     settings = settings_in_force(settings, topology, plan, data, note)
-    with contextlib.ExitStack() as stack:
+    check_memory(settings, topology, settings.batch_size)
+    with memory_errors():
         stop = stack.enter_context(StopRequest())
         stack.enter_context(coordinating(settings, plan))
         torch.manual_seed(settings.seed)
@@ -4608,7 +4695,7 @@ def prepared(settings: Settings, topology: Topology, plan: CorePlan) -> Iterator
         work = build_work(settings, lanes, *counts)
         notes = tuple(filter(None, [note, *lanes.notes]))
         bad = BadImages(settings.max_bad_images)
-        yield Run(settings, topology, plan, data, train, val, lanes, work, stop, bad, notes)
+        return Run(settings, topology, plan, data, train, val, lanes, work, stop, bad, notes)
 
 
 def wants_val(settings: Settings) -> bool:
@@ -4913,7 +5000,8 @@ def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) ->
         while True:
             value = pipe.recv()
             try:
-                result = generator.send(value)
+                with memory_errors():
+                    result = generator.send(value)
             except (UserError, RunError, StopIteration) as error:
                 result = error
             pipe.send(result)
@@ -5028,6 +5116,7 @@ def measure_scaling(
     check_model_name(settings.model)
     check_writable(settings)
     settings = measured_settings(settings, topology)
+    check_memory(settings, topology, settings.batch_size)
     say(f"split auto: measuring {settings.model} on {', '.join(map(str, counts))} cores")
     cores = usable_cores(topology)
     groups = []
@@ -5247,8 +5336,7 @@ def give_memory_back() -> None:
 def check_batches(chosen: Iterable[Settings]) -> None:
     """Raise UserError if the model cannot train on the batches of each of the settings."""
     for settings in chosen:
-        with torch.device("meta"):
-            model = build_model(settings.model, settings.num_classes, settings.image_size)
+        model = meta_model(settings.model, settings.num_classes, settings.image_size)
         check_input_shape(model, settings.model, settings.batch_size, settings.image_size)
 
 
@@ -5356,6 +5444,7 @@ def compare(settings: Settings, topology: Topology) -> list[Compared]:
         raise UserError(f"--epochs {settings.epochs}: compare takes --steps, for each way to train")
     check_model_name(settings.model)
     settings = measured_settings(settings, topology)
+    check_memory(settings, topology, settings.batch_size * settings.accumulate)
     check_writable(settings)
     chosen = {way: way_settings(settings, way) for way in WAYS}
     check_batches(chosen.values())

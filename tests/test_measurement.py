@@ -60,6 +60,13 @@ def test_an_error_elsewhere_arrives():
             next(results)
 
 
+def test_memory_that_is_missing_elsewhere_is_one_line():
+    with contextlib.closing(tsa.Elsewhere(never, broken, MemoryError())) as results:
+        assert next(results) == 1
+        with pytest.raises(tsa.UserError, match="^not enough memory: MemoryError; lower --batch"):
+            next(results)
+
+
 def test_a_process_that_dies_is_an_error():
     with contextlib.closing(tsa.Elsewhere(never, dying)) as results:
         assert next(results) == 1

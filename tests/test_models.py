@@ -401,6 +401,55 @@ def test_batches_that_a_model_cannot_train_on(name, batch, size):
         tsa.check_input_shape(model, name, batch, size)
 
 
+def test_batches_that_no_number_can_count():
+    with pytest.raises(tsa.UserError, match="--image-size 2147483647: alexnet cannot train"):
+        tsa.check_input_shape(tsa.build_model("alexnet", 3, 32), "alexnet", 2, 2**31 - 1)
+
+
+@pytest.mark.parametrize("size", [8, 2**31 - 1])
+def test_a_model_that_cannot_be_measured(size):
+    with pytest.raises(tsa.UserError, match=f"--image-size {size}: alexnet cannot train"):
+        tsa.measure_model("alexnet", 3, size)
+
+
+FAILED = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+    "tried to allocate 409600000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "MemoryError"),
+        (RuntimeError(FAILED + "\nframe #0"), FAILED.partition("DefaultCPUAllocator: ")[2]),
+        (OSError(12, "Cannot allocate memory"), "[Errno 12] Cannot allocate memory"),
+    ],
+)
+def test_memory_that_cannot_be_had_is_one_line(error, reason):
+    with pytest.raises(tsa.UserError) as caught, tsa.memory_errors():
+        raise error
+    assert str(caught.value) == (
+        f"not enough memory: {reason}; lower --batch-size, --image-size or --num-classes"
+    )
+
+
+@pytest.mark.parametrize("error", [RuntimeError("other"), OSError(28, "No space"), ValueError()])
+def test_other_errors_are_no_matter_of_memory(error):
+    with pytest.raises(type(error)) as caught, tsa.memory_errors():
+        raise error
+    assert caught.value is error
+
+
+def test_a_model_without_room_is_not_blamed_on_the_image_size(monkeypatch):
+    def no_room(*args, **options):
+        raise RuntimeError(FAILED)
+
+    monkeypatch.setattr(torchvision.models, "get_model", no_room)
+    with pytest.raises(tsa.UserError, match="^not enough memory: can't allocate memory: you tried"):
+        tsa.build_model("resnet18", 3, 32)
+
+
 @pytest.mark.parametrize("name", ["vit_b_32", "maxvit_t"])
 def test_transformers_that_cannot_grow_with_the_images(name):
     model = tsa.build_model(name, num_classes=3, image_size=224)

@@ -90,6 +90,12 @@ def test_what_is_no_count_from_a_minimum(minimum, text):
         tsa.whole_number(minimum)(text)
 
 
+def test_counts_up_to_a_maximum():
+    assert tsa.whole_number(2, 9)("9") == 9
+    with pytest.raises(argparse.ArgumentTypeError, match="'10' is not a whole number from 2 to 9"):
+        tsa.whole_number(2, 9)("10")
+
+
 @pytest.mark.parametrize("text", ["-0.1", "nan", "inf", "x", ""])
 def test_what_is_no_rate(text):
     with pytest.raises(argparse.ArgumentTypeError, match="not a number of 0 or more"):
@@ -253,6 +259,27 @@ def test_progressive_resizing_has_to_be_a_ramp(settings, message):
     ],
 )
 def test_a_course_of_the_learning_rate_has_to_be_possible(settings, message):
+    assert message_for(**settings) == message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"batch_size": 2, "accumulate": 1_000_000},
+            "--batch-size 2 --accumulate 1000000: a step of 2000000 images; at most 131072 "
+            "synthetic ones are allowed",
+        ),
+        (
+            {"batch_size": 131_073},
+            "--batch-size 131073 --accumulate 1: a step of 131073 images; at most 131072 "
+            "synthetic ones are allowed",
+        ),
+        ({"batch_size": 32, "accumulate": 4096}, None),
+        ({"batch_size": 2, "accumulate": 1_000_000, "data_path": Path("data")}, None),
+    ],
+)
+def test_steps_of_synthetic_images_have_an_end(settings, message):
     assert message_for(**settings) == message
 
 

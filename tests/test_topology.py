@@ -1,9 +1,11 @@
 """Topology and core plan, on stored machines. Run: python -m pytest tests/test_topology.py"""
 
 import itertools
+import math
 from pathlib import Path
 
 import machines
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -101,6 +103,37 @@ QUOTA_V1 = {
 )
 def test_reads_cpu_quotas(tmp_path, files, quota):
     assert read(tmp_path, machines.SEVEN, files=files).quota_cpus == quota
+
+
+MEMINFO = {
+    "proc/meminfo": "MemTotal:        4194304 kB\nMemFree:  9 kB\nSwapTotal:  1024 kB\n"
+    "HugePages_Total:       7\n"
+}
+MEMORY_V1 = "sys/fs/cgroup/memory/memory.limit_in_bytes"
+
+
+@pytest.mark.parametrize(
+    ("files", "memory_bytes"),
+    [
+        (MEMINFO, 2**32),
+        (MEMINFO | machines.CGROUP_V2 | {"sys/fs/cgroup/batch/memory.max": f"{2**30}\n"}, 2**30),
+        (MEMINFO | machines.CGROUP_V2 | {"sys/fs/cgroup/batch/memory.max": "max\n"}, 2**32),
+        (MEMINFO | machines.CGROUP_V1 | {MEMORY_V1: f"{2**31}\n"}, 2**31),
+        (MEMINFO | machines.CGROUP_V1 | {MEMORY_V1: "9223372036854771712\n"}, 2**32),
+        (MEMINFO | {"proc/self/cgroup": "0::/../outside\n"}, 2**32),
+        ({}, math.inf),
+    ],
+)
+def test_reads_memory_limits_to_which_swap_adds(tmp_path, files, memory_bytes):
+    swap_bytes = 2**20 if files else 0
+    topology = read(tmp_path, machines.SEVEN, files=files)
+    assert topology.memory_bytes == memory_bytes + swap_bytes
+
+
+def test_reads_the_memory_of_this_machine():
+    memory_bytes = tsa.read_topology().memory_bytes
+    assert psutil.Process().memory_info().rss < memory_bytes
+    assert memory_bytes <= psutil.virtual_memory().total + psutil.swap_memory().total
 
 
 # Even split

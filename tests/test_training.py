@@ -421,6 +421,85 @@ def test_the_main_thread_coordinates_on_the_loader_cores(in_tmp, monkeypatch):
     assert seen == [set(plan.forward.cpus), {last}]
 
 
+# Memory
+
+
+@pytest.mark.parametrize(
+    ("settings", "copies"),
+    [
+        ({}, 3),  # weights, gradients, momentum
+        ({"momentum": 0.0}, 2),
+        ({"opt": "adam"}, 4),
+        ({"opt": "adamw"}, 4),
+        ({"model_ema": True}, 4),
+        ({"schedule": "delayed"}, 5),
+        ({"opt": "adam", "model_ema": True, "schedule": "delayed"}, 7),
+        ({"opt": "adam", "test_only": True}, 1),
+    ],
+)
+def test_what_a_run_holds_of_the_size_of_the_weights(settings, copies):
+    assert tsa.weight_copies(Settings(**settings)) == copies
+
+
+@ALL_SCHEDULES
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.0}, {"opt": "adam", "model_ema": True}])
+def test_a_run_holds_no_less_than_is_asked_of_the_machine(one_lane_plan, schedule, settings):
+    """Counted in the tensors that a step leaves behind."""
+    settings = dataclasses.replace(
+        TINY, precision="fp32", schedule=schedule, grads_to_none=False, **settings
+    )
+    with tsa.Lanes(one_lane_plan, ()) as lanes:
+        work = tsa.build_work(settings, lanes)
+        copies = [work.copy_weights() for _ in range(2 * (schedule == "delayed"))]
+        work.backward(work.forward((torch.randn(4, 3, 32, 32), torch.zeros(4).long())))
+        work.update()
+    weights = list(work.model.parameters())
+    kept = [value for state in work.optimizer.state.values() for value in state.values()]
+    average = list(work.average.values.values()) if work.average else []
+    grads = [weight.grad for weight in weights]
+    copied = [value for copy in copies for value in copy.values()]
+    held = sum(each.nbytes for each in (*weights, *grads, *kept, *average, *copied) if each.ndim)
+    needed = tsa.weight_copies(settings) * sum(weight.nbytes for weight in weights)
+    assert needed <= held <= 1.1 * needed + 100
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed_bytes"),
+    [  # the small model has 120 parameters, and 17 for each class
+        ({}, 3 * 4 * 205 + 2 * 4 * 3 * 32 * 32 * 4),
+        ({"image_size": 64}, 3 * 4 * 205 + 2 * 4 * 3 * 64 * 64 * 4),
+        ({"image_size": 64, "min_res": 32}, 3 * 4 * 205 + 2 * 4 * 3 * 32 * 32 * 4),
+        ({"num_classes": 105}, 3 * 4 * 1905 + 2 * 4 * 3 * 32 * 32 * 4),
+        ({"test_only": True}, 4 * 205),
+    ],
+)
+def test_a_machine_without_room_for_the_least_is_told_so(settings, needed_bytes):
+    settings = dataclasses.replace(TINY, **settings)
+    topology = dataclasses.replace(tsa.read_topology(), memory_bytes=needed_bytes)
+    tsa.check_memory(settings, topology, settings.batch_size)
+    topology = dataclasses.replace(topology, memory_bytes=needed_bytes - 1)
+    with pytest.raises(tsa.UserError, match="4 images of .* px, small with .* classes: at least"):
+        tsa.check_memory(settings, topology, settings.batch_size)
+
+
+@pytest.mark.parametrize("function", ["train", "find_lr_and_report"])
+def test_nothing_is_written_where_memory_is_missing(in_tmp, monkeypatch, function):
+    settings = dataclasses.replace(TINY, output_dir=in_tmp / "out")
+    topology = tsa.read_topology()
+    plan = tsa.plan_cores(topology, settings)
+    with pytest.raises(tsa.UserError, match="at least 0.0 GiB of memory are needed, 0.0 are there"):
+        getattr(tsa, function)(settings, dataclasses.replace(topology, memory_bytes=9), plan)
+
+    def no_room(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setitem(tsa.OWN_MODELS, "small", no_room)
+    monkeypatch.setattr(tsa, "check_memory", lambda *args: None)
+    with pytest.raises(tsa.UserError, match="^not enough memory: can't allocate memory; lower"):
+        getattr(tsa, function)(settings, topology, plan)
+    assert not list(in_tmp.iterdir())
+
+
 # Epochs
 
 
