@@ -254,6 +254,12 @@ def parse_split(text: str) -> str:
     return text
 
 
+def nearest(name: str, known: Iterable[str], least: float = 0.7) -> str:
+    """What to add to a message about an unknown name: those most alike, from a ratio `least` on."""
+    near = difflib.get_close_matches(name, list(known), n=4, cutoff=least)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
 def option_text(value: Any) -> str:
     """A setting's value as it is written on the command line."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -1523,9 +1529,8 @@ def classifier_names() -> list[str]:
 def check_model_name(name: str) -> None:
     """Raise UserError, with the nearest names, for a model that does not exist."""
     if name not in classifier_names():
-        near = difflib.get_close_matches(name, classifier_names(), n=4, cutoff=0.4)
-        hint = f"did you mean {', '.join(near)}?" if near else "any torchvision classifier will do"
-        raise UserError(f"--model {name}: unknown; {hint}")
+        hint = nearest(name, classifier_names(), 0.4) or "; any torchvision classifier will do"
+        raise UserError(f"--model {name}: unknown{hint}")
 
 
 def build_model(name: str, num_classes: int, image_size: int) -> nn.Module:
@@ -1687,9 +1692,11 @@ def open_data(settings: Settings) -> ImageData:
         raise UserError(f"--num-classes {settings.num_classes}: {path} has {found} classes")
     data = dataclasses.replace(data, chosen=choose_images(data, settings))
     if len(data.chosen) < images:
-        step = f"--batch-size {settings.batch_size}"
-        step += f" --accumulate {settings.accumulate}" if settings.accumulate > 1 else ""
-        raise UserError(f"{step}: {path} has only {plural(len(data.chosen), 'image')} to train on")
+        step, remedy = f"--batch-size {settings.batch_size}", "lower -b"
+        if settings.accumulate > 1:
+            step, remedy = f"{step} --accumulate {settings.accumulate}", f"{remedy} or --accumulate"
+        count = plural(len(data.chosen), "image")
+        raise UserError(f"{step}: {path} has only {count} to train on: {remedy}")
     return data
 
 
@@ -1981,8 +1988,7 @@ class BadImages:
         for message in messages:
             new = message not in self.messages
             if len(self.messages) + new > self.allowed:
-                more = f" (more than --max-bad-images {self.allowed})" if self.allowed else ""
-                raise RunError(message + more)
+                raise RunError(f"{message} (more than --max-bad-images {self.allowed})")
             if new:
                 self.messages.append(message)
 
@@ -4852,6 +4858,8 @@ def test(run: Run, found: tuple[Path, dict[str, Any]] | None) -> None:
     if run.settings.output_dir:
         title = f"{describe_run(run.settings)}: {figures}"
         write_confusion(run.settings.output_dir, title, confusion, classes)
+    else:
+        say("note: no confusion matrix is drawn without --output-dir")
 
 
 def quarter_decade(rates: Sequence[float]) -> int:
@@ -5657,6 +5665,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise UserError(message)
 
+    def parse_args(self, *args: Any) -> argparse.Namespace:
+        """As ArgumentParser's own; for what it does not know it names the nearest options."""
+        given, unknown = self.parse_known_args(*args)
+        if unknown:
+            flag = next((text for text in unknown if text.startswith("-")), "")
+            hint = nearest(flag.partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return given
+
 
 def build_parser() -> Parser:
     """The parser of all commands' options; these and their defaults come from Settings."""
@@ -5713,7 +5730,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:
     """The command and the settings. Raises UserError for arguments that make no sense."""
     command = argv[0] if argv and not argv[0].startswith("-") else "train"
     if command not in COMMANDS:
-        raise UserError(f"unknown command {command!r} (choose from {', '.join(COMMANDS)})")
+        hint = nearest(command, COMMANDS)
+        raise UserError(f"unknown command {command!r} (choose from {', '.join(COMMANDS)}){hint}")
     options = argv[1:] if argv and argv[0] == command else argv
     parser = build_parser()
     given = parser.parse_args(options)

@@ -286,7 +286,18 @@ def test_test_only_tells_of_broken_images(in_tmp, photos_with_val, tmp_path, cap
     assert tsa.main([*arguments, *options]) == 0
     captured = capsys.readouterr()
     assert "\n11 images: loss " in captured.out
+    assert "no confusion matrix" not in captured.out
     assert f"broken image {broken}: " in captured.err
+
+
+def test_test_only_says_that_no_matrix_is_drawn_without_a_folder(in_tmp, photos_with_val, capsys):
+    arguments = [*TINY, "--data-path", str(photos_with_val)]
+    assert tsa.main([*arguments, "--steps", "1", "--output-dir", "out"]) == 0
+    before = sorted(in_tmp.rglob("*"))
+    assert tsa.main([*arguments, "--test-only", "--resume", "out/last.pt"]) == 0
+    note = "\nnote: no confusion matrix is drawn without --output-dir\n"
+    assert capsys.readouterr().out.endswith(note)
+    assert sorted(in_tmp.rglob("*")) == before
 
 
 @pytest.mark.parametrize("options", [["--test-only"], ["--epochs", "2"]])
@@ -400,8 +411,20 @@ BAD_INPUT = [
     (["compare", "-b", "1"], "--batch-size 1: overlap needs a batch that can be divided"),
     (["compare", "--model", "resnet18", "--image-size", "32", "-b", "3"], "--batch-size 1 "),
     (["trian"], "unknown command 'trian' (choose from train, plan, find-lr, compare)"),
+    (["trian"], "find-lr, compare); did you mean train?\n"),
+    (["find_lr"], "find-lr, compare); did you mean find-lr?\n"),
+    (["xyz"], "unknown command 'xyz' (choose from train, plan, find-lr, compare)\n"),
     (["--unknown"], "unrecognized arguments: --unknown"),
+    (["--xyz"], "unrecognized arguments: --xyz\n"),
     (["--batch", "4"], "unrecognized arguments: --batch 4"),
+    (["--batch", "4"], "--batch 4; did you mean --batch-size"),
+    (["--batchsize", "4"], "arguments: --batchsize 4; did you mean --batch-size?\n"),
+    (["plan", "--batchsize=4"], "arguments: --batchsize=4; did you mean --batch-size?\n"),
+    (["train", "x", "--batchsize", "4"], "x --batchsize 4; did you mean --batch-size?\n"),
+    (["--recipe", "cifar10", "--epoch", "4"], "--epoch 4; did you mean --epochs"),
+    (["--no-channel-last"], "--no-channel-last; did you mean --no-channels-last"),
+    (["photos"], "unknown command 'photos'"),
+    (["train", "photos"], "unrecognized arguments: photos\n"),
     (
         ["--model", "alexnet", "--image-size", "8", "-j", "0"],
         "alexnet cannot train on such batches",

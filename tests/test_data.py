@@ -133,8 +133,11 @@ def test_paths_that_hold_no_images(photos, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"batch_size": 13}, "--batch-size 13: .* has only 12 images"),
-        ({"batch_size": 5, "accumulate": 3}, "--batch-size 5 --accumulate 3: .* only 12 images"),
+        ({"batch_size": 13}, "--batch-size 13: .* has only 12 images to train on: lower -b$"),
+        (
+            {"batch_size": 5, "accumulate": 3},
+            "--batch-size 5 --accumulate 3: .* only 12 images .*: lower -b or --accumulate$",
+        ),
         ({"batch_size": 7, "subset": 0.5}, "--batch-size 7: .* has only 6 images to train on"),
         ({"num_classes": 1}, "--num-classes 1: .* has 2 classes"),
     ],
