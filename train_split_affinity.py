@@ -543,6 +543,14 @@ def check_resizing(settings: Settings, native_size: int = 224) -> None:
         )
 
 
+def learning_rate(settings: Settings) -> float:
+    """The highest learning rate: as asked, or by the optimizer and the images of a step."""
+    if settings.lr is not None:
+        return settings.lr
+    images = settings.batch_size * settings.accumulate
+    return 0.1 * images / 256 if settings.opt == "sgd" else 1e-3
+
+
 def check_rates(settings: Settings) -> None:
     """Raise UserError for a course of the learning rate that cannot be."""
     warmup, epochs = settings.lr_warmup_epochs, settings.epochs
@@ -555,6 +563,12 @@ def check_rates(settings: Settings) -> None:
         raise UserError(f"--lr-milestones {first},...: the first is within the warm-up of {warmup}")
     if epochs and warmup >= epochs:
         raise UserError(f"--lr-warmup-epochs {warmup}: fewer than --epochs {epochs} are allowed")
+    falls = settings.lr_scheduler in ("cosine", "warm-restarts")
+    if falls and settings.min_lr > (highest := learning_rate(settings)):
+        raise UserError(
+            f"--min-lr {settings.min_lr:g} is above the learning rate, {highest:g}: lower it, or "
+            "raise --lr"
+        )
 
 
 def check_checkpoint_options(settings: Settings) -> None:
@@ -2175,14 +2189,6 @@ VANISHING_NORM, EXPLODING_NORM = 1e-7, 1e3
 STEPS_BETWEEN_NORMS = 10
 
 
-def learning_rate(settings: Settings) -> float:
-    """The highest learning rate: as asked, or by the optimizer and the images of a step."""
-    if settings.lr is not None:
-        return settings.lr
-    images = settings.batch_size * settings.accumulate
-    return 0.1 * images / 256 if settings.opt == "sgd" else 1e-3
-
-
 def steps_in_epoch(settings: Settings, epoch_batches: int) -> int:
     """Optimizer steps of an epoch; batches that do not fill a step are left out of it."""
     return epoch_batches // settings.accumulate
@@ -2440,7 +2446,8 @@ class Work:
     They work on the model's own weights, or on a copy of them made by `copy_weights`. Together
     with `end`, that of the latest step, the weights and all that an update changes are the state
     between two steps, at any moment but within an update: then `updating` is set. `begun` becomes
-    `end` with the update, if `delayed` has begun the next step before it.
+    `end` with the update, if `delayed` has begun the next step before it. `note` says what is new
+    in a model that starts from trained weights.
     """
 
     model: nn.Module
@@ -2457,6 +2464,7 @@ class Work:
     end: StepEnd | None = None
     begun: StepEnd | None = None
     updating: bool = False
+    note: str = ""
 
     def forward(self, batch: Batch, weights: Weights | None = None) -> Batch:
         """Logits (n, classes) in float32, with the graph to go back through, and the targets.
@@ -2800,11 +2808,11 @@ def restore_state(state: dict[str, Any], work: Work, settings: Settings) -> Prog
     return progress
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
+def load_weights(path: Path, model: nn.Module) -> str:
     """Take the weights of a checkpoint, of its moving average if it has one, for a new run.
 
-    Layers of another shape (a classifier for other classes, say) stay as they are. Raises UserError
-    if no layer fits.
+    Layers of another shape (a classifier for other classes, say) stay as they are; says which, if
+    any. Raises UserError if too few layers fit.
     """
     state = read_checkpoint(path)
     saved, own = state["average"] or state["model"], model.state_dict()
@@ -2818,6 +2826,14 @@ def load_weights(path: Path, model: nn.Module) -> None:
             f"--init-from {path}: made by {state['settings']['model']}, whose weights do not fit"
         )
     model.load_state_dict(fitting, strict=False)
+    new = [
+        f"{name} ({' x '.join(map(str, value.shape))})"
+        for name, value in own.items()
+        if name not in fitting
+    ]
+    more = f" and {len(new) - 4} more" if len(new) > 4 else ""
+    listed = ", ".join(new[:4]) + more
+    return f"note: new, since {path} has none of that shape: {listed}" if new else ""
 
 
 def check_classes(path: Path, saved: dict[str, Any], classes: Sequence[str]) -> None:
@@ -4582,8 +4598,9 @@ def build_work(settings: Settings, lanes: Lanes, epoch_steps: int = 1, all_steps
     smallest = image_size_in(settings, 1)
     for size in dict.fromkeys((smallest, settings.image_size)):
         check_input_shape(model, settings.model, settings.batch_size, size)
+    note = ""
     if settings.init_from:
-        lanes.forward.call(load_weights, settings.init_from, model)
+        note = lanes.forward.call(load_weights, settings.init_from, model)
     if settings.channels_last:
         lanes.forward.call(partial(model.to, memory_format=torch.channels_last))
     optimizer = lanes.backward.call(build_optimizer, model, settings)
@@ -4602,6 +4619,7 @@ def build_work(settings: Settings, lanes: Lanes, epoch_steps: int = 1, all_steps
         build_lr_scheduler(optimizer, settings, epoch_steps, all_steps),
         average,
         GradientFlow(model) if settings.epochs else None,
+        note=note,
     )
 
 
@@ -4777,7 +4795,7 @@ def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
     found = find_resumed(settings, checkpoints)
     if not found:
         check_new(settings, checkpoints)
-        return Progress(epoch_batches=batches), []
+        return Progress(epoch_batches=batches), [run.work.note] if run.work.note else []
     path, state = found
     check_folder(path, checkpoints)
     differences = check_resumable(path, state, settings, checkpoints.data)

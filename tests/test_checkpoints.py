@@ -1285,7 +1285,9 @@ def test_a_finished_run_writes_no_checkpoint(copied, arguments):
 def test_init_from_takes_the_averaged_weights_that_fit(trained, classes):
     model = small_model(classes, 32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    tsa.load_weights(trained / "last.pt", model)
+    note = tsa.load_weights(trained / "last.pt", model)
+    since = f"note: new, since {trained / 'last.pt'} has none of that shape: "
+    assert note == (since + "6.weight (5 x 16), 6.bias (5)" if classes == 5 else "")
     average = state_of(trained)["average"]
     for name, value in model.state_dict().items():
         kept = classes == 5 and name.startswith("6.")
@@ -1295,9 +1297,27 @@ def test_init_from_takes_the_averaged_weights_that_fit(trained, classes):
 def test_init_from_without_an_average_takes_the_weights(in_tmp, train):
     train(in_tmp / "out", epochs=1, lr_warmup_epochs=0, model_ema=False)
     model = small_model(2, 32)
-    tsa.load_weights(in_tmp / "out/last.pt", model)
+    assert tsa.load_weights(in_tmp / "out/last.pt", model) == ""
     for name, value in state_of(in_tmp / "out")["model"].items():
         assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_only_some_of_many_new_layers_are_named(trained):
+    model = nn.Sequential(*small_model(2, 32), *(nn.Linear(2, 3) for _ in range(3)))
+    note = tsa.load_weights(trained / "last.pt", model)
+    assert note.endswith(": 7.weight (3 x 2), 7.bias (3), 8.weight (3 x 2), 8.bias (3) and 2 more")
+
+
+def test_a_run_says_which_layers_are_new(trained, in_tmp, arguments, capsys):
+    options = [*arguments, "--init-from", str(trained / "last.pt"), "--resume", "auto"]
+    options += output(in_tmp / "out")
+    assert tsa.main([*options, "--num-classes", "5", "--steps", "3"]) == 0
+    note = " has none of that shape: 6.weight (5 x 16), 6.bias (5)\n"
+    assert capsys.readouterr().out.count(note) == 1
+    assert tsa.main([*options, "--num-classes", "5"]) == 0
+    assert note not in capsys.readouterr().out, "nothing is new in a run that goes on"
+    assert tsa.main([*options, *output(in_tmp / "other"), "--steps", "1"]) == 0
+    assert "has none of that shape" not in capsys.readouterr().out
 
 
 def test_init_from_begins_a_new_run(trained, in_tmp, arguments):

@@ -374,6 +374,7 @@ BAD_INPUT = [
     (["--max-res", "128"], "--max-res 128 needs --min-res"),
     (["--min-res", "100", "--end-ramp", "3"], "multiples of 32 are allowed"),
     (["--lr-warmup-epochs", "3"], "--lr-warmup-epochs 3 needs --epochs"),
+    (["--recipe", "hybrid", "--lr", "1e-7"], "--min-lr 1e-06 is above the learning rate, 1e-07"),
     (["--early-stopping", "3"], "--early-stopping 3 needs --epochs"),
     (["--target-top1", "90"], "--target-top1 90 needs --epochs"),
     (["--save-steps", "3"], "--save-steps needs --output-dir"),

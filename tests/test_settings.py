@@ -244,6 +244,21 @@ def test_progressive_resizing_has_to_be_a_ramp(settings, message):
             },
             "--lr-milestones 4,...: the first is within the warm-up of 4",
         ),
+        (
+            {"lr_scheduler": "cosine", "lr": 0.01, "min_lr": 0.5},
+            "--min-lr 0.5 is above the learning rate, 0.01: lower it, or raise --lr",
+        ),
+        (
+            {"lr_scheduler": "warm-restarts", "min_lr": 0.0126},
+            "--min-lr 0.0126 is above the learning rate, 0.0125: lower it, or raise --lr",
+        ),
+        (
+            {"lr_scheduler": "cosine", "opt": "adam", "min_lr": 0.002},
+            "--min-lr 0.002 is above the learning rate, 0.001: lower it, or raise --lr",
+        ),
+        ({"lr_scheduler": "cosine", "accumulate": 2, "min_lr": 0.0126}, None),
+        ({"lr_scheduler": "cosine", "lr": 0.5, "min_lr": 0.5}, None),
+        ({"lr_scheduler": "step", "lr": 0.01, "min_lr": 0.5}, None),
         ({"lr_warmup_epochs": 5, "epochs": 6}, None),
         ({"epochs": 9, "lr_scheduler": "onecycle"}, None),
         ({"lr_warmup_epochs": 4, "epochs": 9, "lr_milestones": (4, 6)}, None),
