@@ -10,6 +10,7 @@ on them (torchvision takes no files but CIFAR-10's own, unless told otherwise as
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import pickle
 import sys
@@ -84,9 +85,9 @@ def accept(monkeypatch: Any, root: Path) -> Path:
     return root
 
 
-def main(folder: str, *arguments: str) -> int:
+def main(folder: Path, arguments: Sequence[str]) -> int:
     """Write the digits; train on them if there are arguments."""
-    root = make_cifar_digits(Path(folder))
+    root = make_cifar_digits(folder)
     if not arguments:
         return 0
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -94,8 +95,12 @@ def main(folder: str, *arguments: str) -> int:
 
     for name, value in checksums(root).items():
         setattr(CIFAR10, name, value)
-    return tsa.main([*arguments, "--data-path", folder])
+    return tsa.main([*arguments, "--data-path", str(folder)])
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="of a run to train on the digits")
+    asked = parser.parse_args()
+    sys.exit(main(asked.folder, asked.options))

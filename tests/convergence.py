@@ -9,6 +9,7 @@ a table:
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -64,5 +65,8 @@ def main(data: Path) -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        main(make_digits(Path(sys.argv[1] if len(sys.argv) > 1 else folder)))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("folder", type=Path, nargs="?", help="for the digits (default: a new one)")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        main(make_digits(asked.folder or Path(temporary)))

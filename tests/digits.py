@@ -8,7 +8,7 @@ Writes scikit-learn's 1,797 digits as PNGs of 32 pixels, every fifth into `val`,
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -28,4 +28,6 @@ def make_digits(root: Path) -> Path:
 
 
 if __name__ == "__main__":
-    make_digits(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("folder", type=Path)
+    make_digits(parser.parse_args().folder)

@@ -7,8 +7,8 @@ Crops scikit-learn's two sample images (a temple and a flower) into JPEGs of two
 
 from __future__ import annotations
 
+import argparse
 import random
-import sys
 from pathlib import Path
 
 from PIL import Image
@@ -32,4 +32,8 @@ def make_photos(root: Path, count: int, smallest: int = 128, largest: int = 400)
 
 
 if __name__ == "__main__":
-    make_photos(Path(sys.argv[1]), int(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("count", type=int)
+    asked = parser.parse_args()
+    make_photos(asked.folder, asked.count)

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY, TWO_CPUS, needs_two_cpus, read_metrics
 from PIL import Image
+from torchvision.datasets import CIFAR10
 
 import train_split_affinity as tsa
 
@@ -615,6 +617,54 @@ def test_packages_that_do_not_fit_together(in_tmp, tmp_path, package):
     assert "operator torchvision::nms does not exist" in done.stderr
     assert "a torch release needs the torchvision made for it" in done.stderr
     assert not list(in_tmp.iterdir())
+
+
+PROGRAMS = {"digits": 1797, "photos": 6, "cifar": 7}
+
+
+def run_program(monkeypatch, name, *arguments):
+    """A program that stands beside the tests; its exit code."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(Path(__file__).with_name(f"{name}.py")), run_name="__main__")
+        sys.exit(0)
+    return ended.value.code
+
+
+@pytest.mark.parametrize("name", [*PROGRAMS, "convergence", "kill"])
+def test_programs_beside_the_tests_explain_themselves(in_tmp, capsys, monkeypatch, name):
+    assert run_program(monkeypatch, name, "--help") == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"usage: {name}.py [-h] ")
+    docstring = Path(__file__).with_name(f"{name}.py").read_text().partition('"""')[2]
+    assert f"\n\n{docstring[:30]}" in captured.out
+    assert captured.err == ""
+    assert not list(in_tmp.iterdir())
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_beside_the_tests_say_what_they_lack(in_tmp, capsys, monkeypatch, name):
+    assert run_program(monkeypatch, name) == 2
+    assert "error: the following arguments are required: folder" in capsys.readouterr().err
+    assert run_program(monkeypatch, name, "--unknown") == 2
+    assert not list(in_tmp.iterdir())
+
+
+@pytest.mark.parametrize(("name", "files"), PROGRAMS.items())
+def test_programs_beside_the_tests_make_their_data(in_tmp, monkeypatch, name, files):
+    count = ["6"] if name == "photos" else []
+    assert run_program(monkeypatch, name, "data", *count) == 0
+    assert sum(path.is_file() for path in Path("data").rglob("*")) == files
+
+
+def test_digits_like_cifar10_go_to_the_program_with_its_options(in_tmp, monkeypatch):
+    commands = []
+    monkeypatch.setattr(tsa, "main", lambda arguments: commands.append(arguments) or 3)
+    for name in ("train_list", "test_list", "meta"):
+        monkeypatch.setattr(CIFAR10, name, getattr(CIFAR10, name))  # to be put back
+    options = ["--recipe", "cifar10", "--epochs", "2", "--help"]
+    assert run_program(monkeypatch, "cifar", "data", *options) == 3
+    assert commands == [[*options, "--data-path", "data"]]
 
 
 def test_readme_prints_the_commands_that_work():
