@@ -1578,6 +1578,16 @@ def meta_model(name: str, num_classes: int, image_size: int) -> nn.Module:
         return build_model(name, num_classes, image_size)
 
 
+def classifier_weights(name: str, num_classes: int, image_size: int) -> set[str]:
+    """Names of the weights whose shape depends on the number of classes."""
+    with torch.device("meta"):
+        some, more = (
+            build_model(name, count, image_size).state_dict()
+            for count in (num_classes, num_classes + 1)
+        )
+    return {weight for weight, value in some.items() if value.shape != more[weight].shape}
+
+
 def check_input_shape(model: nn.Module, name: str, batch_size: int, image_size: int) -> None:
     """Raise UserError if the model cannot train on such batches (too small for its strides, say).
 
@@ -2808,18 +2818,22 @@ def restore_state(state: dict[str, Any], work: Work, settings: Settings) -> Prog
     return progress
 
 
-def load_weights(path: Path, model: nn.Module) -> str:
+def load_weights(
+    path: Path, model: nn.Module, classes: Sequence[str] = (), classifier: Iterable[str] = ()
+) -> str:
     """Take the weights of a checkpoint, of its moving average if it has one, for a new run.
 
-    Layers of another shape (a classifier for other classes, say) stay as they are; says which, if
-    any. Raises UserError if too few layers fit.
+    Layers of another shape stay as they are, and so do those of the classifier if it was trained
+    for other classes; says which, if any. Raises UserError if too few layers fit.
     """
     state = read_checkpoint(path)
     saved, own = state["average"] or state["model"], model.state_dict()
+    trained_for = (state.get("data") or {}).get("classes", list(classes))
+    left_out = set(classifier if trained_for != list(classes) else ())
     fitting = {
         name: value
         for name, value in saved.items()
-        if name in own and own[name].shape == value.shape
+        if name in own and own[name].shape == value.shape and name not in left_out
     }
     if not fitting or len(fitting) < len(own) / 2:
         raise UserError(
@@ -2833,7 +2847,8 @@ def load_weights(path: Path, model: nn.Module) -> str:
     ]
     more = f" and {len(new) - 4} more" if len(new) > 4 else ""
     listed = ", ".join(new[:4]) + more
-    return f"note: new, since {path} has none of that shape: {listed}" if new else ""
+    reason = "knows other classes" if left_out else "has none of that shape"
+    return f"note: new, since {path} {reason}: {listed}" if new else ""
 
 
 def check_classes(path: Path, saved: dict[str, Any], classes: Sequence[str]) -> None:
@@ -4589,9 +4604,16 @@ def choose_precision(settings: Settings, topology: Topology) -> tuple[str, str]:
     return ("bf16" if topology.bf16 else "fp32"), native
 
 
-def build_work(settings: Settings, lanes: Lanes, epoch_steps: int = 1, all_steps: int = 1) -> Work:
+def build_work(
+    settings: Settings,
+    lanes: Lanes,
+    epoch_steps: int = 1,
+    all_steps: int = 1,
+    classes: Sequence[str] = (),
+) -> Work:
     """Model and optimizer, each built on the lane whose phases will use it first. The learning
-    rate runs over `all_steps` optimizer steps, of which an epoch has `epoch_steps`.
+    rate runs over `all_steps` optimizer steps, of which an epoch has `epoch_steps`; `classes` are
+    those of the data.
     """
     shape = settings.num_classes, settings.image_size
     model = lanes.forward.call(build_model, settings.model, *shape)
@@ -4600,7 +4622,8 @@ def build_work(settings: Settings, lanes: Lanes, epoch_steps: int = 1, all_steps
         check_input_shape(model, settings.model, settings.batch_size, size)
     note = ""
     if settings.init_from:
-        note = lanes.forward.call(load_weights, settings.init_from, model)
+        classifier = classifier_weights(settings.model, *shape)
+        note = lanes.forward.call(load_weights, settings.init_from, model, classes, classifier)
     if settings.channels_last:
         lanes.forward.call(partial(model.to, memory_format=torch.channels_last))
     optimizer = lanes.backward.call(build_optimizer, model, settings)
@@ -4716,7 +4739,7 @@ def set_up(
         plan = lanes.plan
         settings = settings_in_force(settings, topology, plan, data, note)
         counts = steps_in_epoch(settings, len(train)), planned_steps(settings, len(train))
-        work = build_work(settings, lanes, *counts)
+        work = build_work(settings, lanes, *counts, data.classes)
         notes = tuple(filter(None, [note, *lanes.notes]))
         bad = BadImages(settings.max_bad_images)
         return Run(settings, topology, plan, data, train, val, lanes, work, stop, bad, notes)

@@ -1320,6 +1320,21 @@ def test_a_run_says_which_layers_are_new(trained, in_tmp, arguments, capsys):
     assert "has none of that shape" not in capsys.readouterr().out
 
 
+def test_init_from_for_other_classes_leaves_the_classifier_new(
+    trained, in_tmp, arguments, renamed, capsys
+):
+    """As many of them, under other names."""
+    path = trained / "last.pt"
+    options = [*arguments, "--data-path", str(renamed), "--epochs", "1", "--lr", "0"]
+    options += ["--no-model-ema", "--init-from", str(path), *output(in_tmp / "out")]
+    assert tsa.main(options) == 0
+    note = f"note: new, since {path} knows other classes: 6.weight (2 x 16), 6.bias (2)\n"
+    assert note in capsys.readouterr().out
+    average, model = state_of(trained)["average"], state_of(in_tmp / "out")["model"]
+    assert torch.equal(model["0.weight"], average["0.weight"])
+    assert not torch.equal(model["6.weight"], average["6.weight"])
+
+
 def test_init_from_begins_a_new_run(trained, in_tmp, arguments):
     options = [*arguments, "--num-classes", "5", "--epochs", "1", "--lr", "0", "--no-model-ema"]
     options += ["--init-from", str(trained / "last.pt"), *output(in_tmp / "out")]

@@ -471,3 +471,16 @@ def test_checking_the_shape_leaves_the_model_alone(name):
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [
+        ("resnet18", {"fc.weight", "fc.bias"}),
+        ("squeezenet1_1", {"classifier.1.weight", "classifier.1.bias"}),
+        ("vit_b_32", {"heads.head.weight", "heads.head.bias"}),
+        ("hybrid-light", {"head.7.weight", "head.7.bias"}),
+    ],
+)
+def test_the_weights_of_the_classifier(model, weights):
+    assert tsa.classifier_weights(model, 7, 224) == weights
