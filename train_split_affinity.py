@@ -1580,11 +1580,9 @@ def meta_model(name: str, num_classes: int, image_size: int) -> nn.Module:
 
 def classifier_weights(name: str, num_classes: int, image_size: int) -> set[str]:
     """Names of the weights whose shape depends on the number of classes."""
-    with torch.device("meta"):
-        some, more = (
-            build_model(name, count, image_size).state_dict()
-            for count in (num_classes, num_classes + 1)
-        )
+    some, more = (
+        meta_model(name, count, image_size).state_dict() for count in (num_classes, num_classes + 1)
+    )
     return {weight for weight, value in some.items() if value.shape != more[weight].shape}
 
 
@@ -2079,7 +2077,7 @@ def child_signal_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, before)
 
 
