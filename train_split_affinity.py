@@ -3136,7 +3136,7 @@ class Mirror:
             self._filesystem.rm_file(target)
 
 
-def lock_folder(folder: Path) -> BinaryIO:
+def lock_folder(folder: Path) -> io.FileIO:
     """Take a folder for this process; closing the file gives it free.
 
     The kernel keeps the lock, so that a killed process leaves none. Processes that are forked later
@@ -3145,7 +3145,7 @@ def lock_folder(folder: Path) -> BinaryIO:
     """
     path = folder / LOCK
     while True:
-        file = path.open("ab+")
+        file = path.open("ab+", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -3155,9 +3155,9 @@ def lock_folder(folder: Path) -> BinaryIO:
                 "for its end, or choose another folder"
             ) from None
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            file.truncate(0)
-            file.write(f"{os.getpid()} on {platform.node()}".encode())
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk can hold a lock, but no text
+                file.truncate(0)
+                file.write(f"{os.getpid()} on {platform.node()}".encode())
             return file
         file.close()  # the one that had it has removed it meanwhile
 
@@ -3181,7 +3181,7 @@ class Checkpoints:
         self.data = data
         self._settings = settings
         self._saved: tuple[int, int] | None = None  # step and epoch of the newest state
-        self._lock: BinaryIO | None = None
+        self._lock: io.FileIO | None = None
         self._mirror = Mirror(settings.mirror) if settings.mirror else None
 
     def hold(self, make: bool = False) -> None:
