@@ -119,6 +119,7 @@ try:
     import psutil
     import torch
     import torchvision
+    from PIL import Image, ImageOps
     from torch import nn
     from torch.optim import lr_scheduler
     from torch.optim.lr_scheduler import LRScheduler
@@ -1670,12 +1671,35 @@ class BrokenImage(RunError):
     """A file of the data set that cannot be read as an image; the message names it."""
 
 
-def load_image(path: str) -> Any:
-    """torchvision's image reader; a file that it cannot read raises BrokenImage."""
+def load_image(path: str) -> Image.Image:
+    """A file's picture in RGB, turned as its EXIF data say; BrokenImage if it cannot be read."""
     try:
-        return torchvision.datasets.folder.default_loader(path)
+        with Image.open(path) as picture:
+            picture.load()
+            with contextlib.suppress(Exception):  # damaged EXIF data do not spoil a picture
+                ImageOps.exif_transpose(picture, in_place=True)
+            return to_rgb(picture)
     except Exception as error:  # Pillow raises many kinds, SyntaxError among them
         raise BrokenImage(f"broken image {path}: {one_line(error)}") from error
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode in RGB, transparency ignored.
+
+    Grey of more than 8 bits, which Pillow would clip, is scaled, dark and bright pictures alike:
+    whole numbers from 0 to 65535 by 1/257, floats from 0 to 1 by 255, floats from 0 to 255 not at
+    all. Only values beyond go from their own lowest to their own highest. NaN becomes black.
+    """
+    if picture.mode.startswith(("I", "F")):
+        values = v2.functional.pil_to_tensor(picture.convert("F"))
+        finite = values[values.isfinite()]
+        low, high = finite.aminmax() if len(finite) else (0, 1)
+        tops = (1, 255) if picture.mode == "F" else (65535,)
+        low, high = next(((0, top) for top in tops if low >= 0 and high <= top), (low, high))
+        values = ((values - low) * (255 / (high - low))).nan_to_num(0, 255, 0)
+        picture = v2.functional.to_pil_image(values.round().clamp(0, 255).byte())
+    picture.info.pop("transparency", None)  # which Pillow would warn of, if it is a palette's
+    return picture.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -2093,6 +2117,7 @@ class Feed:
     ):
         # torch advises no more loaders than the main thread has cores; ours share them on purpose.
         warnings.filterwarnings("ignore", "This DataLoader will create")
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # damaged EXIF data
         self._order = order
         self._loader = DataLoader(
             samples,
