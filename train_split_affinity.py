@@ -349,9 +349,10 @@ class Settings:
 
     model: str = option("resnet50", "torchvision classifier by name, or resnet56 (for small "
         "images), hybrid, hybrid-light, hybrid-heavy", opens="model and data")
-    data_path: Path | None = option(None, "image folder, PATH/train/<class>/*.jpg and PATH/val, or "
-        "PATH/<class>/*.jpg; or a folder with CIFAR-10's cifar-10-batches-py (default: synthetic "
-        "images with random labels, for timing only)", type=Path)
+    data_path: Path | None = option(None, "image folder, PATH/train/<class>/*.jpg and PATH/val "
+        "(or valid, or validation), or PATH/<class>/*.jpg; or a folder with CIFAR-10's "
+        "cifar-10-batches-py (default: synthetic images with random labels, for timing only)",
+        type=Path)
     download: bool = option(False, "let torchvision fetch CIFAR-10 into --data-path, and verify it")
     num_classes: int | None = option(None, "number of classes (default: as many as the data has; "
         "1000 for synthetic images)", type=whole_number(2, MOST_CLASSES), metavar="N")
@@ -1661,6 +1662,7 @@ def memory_errors() -> Iterator[None]:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR10_FOLDER = "cifar-10-batches-py"
+VALIDATION_FOLDERS = ("val", "valid", "validation")  # the first that exists is used
 SYNTHETIC_IMAGES, SYNTHETIC_CLASSES = 1280, 1000
 
 # Images (n, 3, size, size), and class indices (n,) or, of mixed images, probabilities (n, classes).
@@ -1706,7 +1708,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 class ImageData:
     """A data set: pictures (PIL) with class indices, to train and, if there are any, to validate.
 
-    `kind` is folder, cifar10 or synthetic; `chosen` are the indices of the pictures to train on.
+    `kind` is folder, cifar10 or synthetic; `chosen` are the indices of the pictures to train on;
+    `left_out` tells of files and folders that are not used: what each is, and its path.
     """
 
     kind: str
@@ -1717,6 +1720,7 @@ class ImageData:
     mean: Sequence[float] = IMAGENET_MEAN
     std: Sequence[float] = IMAGENET_STD
     chosen: Sequence[int] = ()
+    left_out: Sequence[tuple[str, str]] = ()
 
 
 def open_data(settings: Settings) -> ImageData:
@@ -1771,13 +1775,16 @@ def cifar10_data(path: Path, download: bool) -> ImageData:
 
 
 def folder_data(path: Path) -> ImageData:
-    """An image folder: `path/train` and `path/val`, or `path` itself, with a folder per class."""
+    """An image folder: `path/train` and perhaps `path/val`, or `path` itself, with a folder per
+    class.
+    """
     if not path.is_dir():
         reason = "is a file, not a folder" if path.exists() else "does not exist"
         raise UserError(f"--data-path {path} {reason}; give an image folder: DIR/<class>/*.jpg")
     parted = (path / "train").is_dir()
+    parts = [name for name in VALIDATION_FOLDERS if parted and (path / name).is_dir()][:1]
     train = open_image_folder(path, path / "train" if parted else path)
-    val = open_image_folder(path, path / "val") if parted and (path / "val").is_dir() else None
+    val = open_image_folder(path, path / parts[0]) if parts else None
     if len(train.classes) < 2:
         raise UserError(
             f"--data-path {path}: one class only ({train.classes[0]}); at least two are needed"
@@ -1785,13 +1792,101 @@ def folder_data(path: Path) -> ImageData:
     if val and val.classes != train.classes:
         name = sorted(set(val.classes) ^ set(train.classes))[0]
         raise UserError(f"--data-path {path}: class {name} is not in both of train and val")
-    return ImageData("folder", train, val, tuple(map(readable, train.classes)), 224)
+    left_out = [*train.left_out, *(val.left_out if val else ())]
+    if parted:
+        _, beside, _ = next(os.walk(path), ("", [], []))
+        unused = sorted(name for name in {*beside} - {"train", *parts} if name[0] != ".")
+        left_out += [("unused folder", str(path / name)) for name in unused]
+    classes = tuple(map(readable, train.classes))
+    return ImageData("folder", train, val, classes, 224, left_out=left_out)
 
 
-def open_image_folder(path: Path, root: Path) -> torchvision.datasets.ImageFolder:
+def what_is(entry: os.DirEntry, above: Sequence[Path]) -> str:
+    """Whether an entry of a folder is an image or a folder to go through, or why it is neither;
+    nothing for what needs no word. `above` are the folders that it lies in, without links.
+    """
+    link = Path(entry.path) if entry.is_symlink() else None
+    hidden, image = entry.name[0] == ".", torchvision.datasets.folder.is_image_file(entry.name)
+    if link.is_dir() if link else entry.is_dir():
+        loops = link and any(each.is_relative_to(link.resolve()) for each in above)
+        return "hidden folder" if hidden else "looping link" if loops else "folder"
+    if (hidden and not image) or entry.name in ("Thumbs.db", "desktop.ini"):
+        return ""
+    # A link into nowhere counts, as a broken image; opening a pipe could wait for ever.
+    usable = (link.is_file() or not link.exists()) if link else entry.is_file()
+    return "image" if image and usable and not hidden else "other file"
+
+
+class PictureFolder(torchvision.datasets.ImageFolder):
+    """torchvision's ImageFolder, in its order; but a class has each real file once, however many
+    links lead to it, and a link back to a folder that it lies in is not followed.
+
+    Hidden files and folders do not count. `left_out` tells what was not taken, but for litter.
+    """
+
+    def __init__(self, root: Path):
+        self.left_out: list[tuple[str, str]] = []
+        super().__init__(root, loader=load_image)
+
+    def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
+        """The class folders' names, and the indices of their classes."""
+        found = self._read(os.fspath(directory), [Path(directory).resolve()])
+        self.left_out += [("classless image", entry.path) for entry in found["image"]]
+        classes = [entry.name for entry in found["folder"]]
+        if not classes:
+            raise FileNotFoundError(f"no class folder in {directory}")
+        return classes, {name: index for index, name in enumerate(classes)}
+
+    def make_dataset(
+        self, directory: Path, class_to_idx: dict[str, int], *args: Any, **kwargs: Any
+    ) -> list[tuple[str, int]]:
+        """The paths of all images, each with the index of its class."""
+        above = [Path(directory).resolve()]
+        images = {
+            name: sorted(self._images(f"{directory}/{name}", above, set())) for name in class_to_idx
+        }
+        empty = [name for name, found in images.items() if not found]
+        if empty:
+            kinds = ", ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
+            raise FileNotFoundError(f"none of {kinds} in class {', '.join(empty)} of {directory}")
+        return [("/".join(image), class_to_idx[name]) for name in images for image in images[name]]
+
+    def _images(
+        self, folder: str, above: Sequence[Path], seen: set[str]
+    ) -> Iterator[tuple[str, str]]:
+        """The images in a folder and below it, each as (folder, name); `seen` are the files and
+        folders that the class has already, without links.
+        """
+        real = Path(folder).resolve()
+        for kind, entries in self._read(folder, [*above, real]).items():
+            for entry in entries:
+                link = entry.is_symlink()
+                target = os.path.realpath(entry.path) if link else f"{real}/{entry.name}"
+                if target in seen:
+                    self.left_out.append((f"repeated {kind}", entry.path))
+                elif kind == "image":
+                    yield folder, entry.name
+                else:
+                    yield from self._images(entry.path, [*above, real], seen)
+                seen.add(target)
+
+    def _read(self, folder: str, above: Sequence[Path]) -> dict[str, list[os.DirEntry]]:
+        """The images and the folders that lie directly in a folder, by name."""
+        found: dict[str, list[os.DirEntry]] = {"image": [], "folder": []}
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                kind = what_is(entry, above)
+                if kind in found:
+                    found[kind].append(entry)
+                elif kind:
+                    self.left_out.append((kind, entry.path))
+        return found
+
+
+def open_image_folder(path: Path, root: Path) -> PictureFolder:
     """The images below `root`, one folder per class; errors name `path`, which the user gave."""
     try:
-        return torchvision.datasets.ImageFolder(root, loader=load_image)
+        return PictureFolder(root)
     except OSError as error:
         raise UserError(f"--data-path {path}: no images: {one_line(error)}") from None
 
@@ -4066,6 +4161,26 @@ def describe_model(name: str, num_classes: int, image_size: int) -> str:
     )
 
 
+def describe_data(data: ImageData) -> list[str]:
+    """The images that were found, and what was left out, in a line each."""
+    part = f"{len(data.chosen)} of " if len(data.chosen) < len(data.train) else ""
+    classes = textwrap.shorten(", ".join(data.classes), 60, placeholder=" ...")
+    where = f" in {data.val.root}" if data.kind == "folder" and data.val else ""
+    val = f"{len(data.val)}{where} to validate with" if data.val else "none to validate with"
+    lines = [
+        f"data      {part}{plural(len(data.train), 'image')} of "
+        f"{plural(len(data.classes), 'class')} ({classes}) to train on, {val}"
+    ]
+    kinds: dict[str, list[str]] = {}
+    for kind, path in data.left_out:
+        kinds.setdefault(kind, []).append(path)
+    texts = [
+        f"{plural(len(paths), kind)} ({paths[0]}{', ...' if paths[1:] else ''})"
+        for kind, paths in kinds.items()
+    ]
+    return [*lines, *([f"left out  {', '.join(texts)}"] if texts else ())]
+
+
 def describe_run(settings: Settings) -> str:
     """What a run trains, in a line."""
     batches = f"{settings.batch_size} images"
@@ -4746,6 +4861,8 @@ def set_up(
     check_resizing(settings, data.native_size)
     check_validation(settings, data)
     check_writable(settings)
+    if settings.data_path:
+        say("\n".join(describe_data(data)))
     note = tune_allocator() if settings.tuned_malloc else ""
     settings = settings_in_force(settings, topology, plan, data, note)
     check_memory(settings, topology, settings.batch_size)
@@ -5700,6 +5817,7 @@ def print_plan_and_model(settings: Settings, topology: Topology) -> None:
     if exists:
         data = open_data(settings)
         classes, native_size = len(data.classes), data.native_size
+        say("\n".join(describe_data(data)))
     shape = settings.num_classes or classes, largest_size(settings, native_size)
     if path and not exists:
         say(f"note: {path} does not exist yet: {shape[0]} classes, {shape[1]} px taken instead")
