@@ -123,7 +123,7 @@ try:
     from torch import nn
     from torch.optim import lr_scheduler
     from torch.optim.lr_scheduler import LRScheduler
-    from torch.utils.data import DataLoader, Dataset, default_collate
+    from torch.utils.data import DataLoader, Dataset
     from torch.utils.flop_counter import FlopCounterMode
     from torchvision.models.resnet import BasicBlock
     from torchvision.transforms import v2
@@ -2028,6 +2028,23 @@ class Loaded:
     broken: tuple[str, ...] = ()
 
 
+def shared(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that another process can be handed, in a file in memory.
+
+    DataLoader's own way is a file in /dev/shm, where containers have 64 MB (Docker's default), less
+    than some batches. Without memfd_create(2), which is Linux's, the tensor itself, for that way.
+    """
+    try:
+        # os.memfd_create is missing in Pythons that were built for older systems.
+        file = ctypes.CDLL(None).memfd_create(b"batch", 0)
+        os.ftruncate(file, tensor.nbytes)
+    except (AttributeError, OSError):
+        return tensor
+    storage = torch.UntypedStorage._new_shared_fd_cpu(file, tensor.nbytes)
+    os.close(file)
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape).copy_(tensor)
+
+
 SampleKey = tuple[int, int]  # epoch and index
 
 
@@ -2049,18 +2066,22 @@ class Samples(Dataset):
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> Loaded:
         start_s = time.perf_counter()
-        samples, broken = [], []
+        samples, broken, batch = [], [], None
         with random_state_kept():
             for key in keys:
                 try:
                     samples.append(self._sample(*key))
                 except BrokenImage as error:
                     broken.append(str(error))
-            batch = default_collate(samples) if samples else None
+            if samples:
+                images, targets = zip(*samples, strict=True)
+                batch = torch.stack(images), torch.tensor(targets)
             if self._mix and batch:
                 torch.default_generator.manual_seed(derived_seed(self._seed, "mix", *keys[0]))
                 batch = tuple(self._mix(*batch))
         process = torch.utils.data.get_worker_info()
+        if process and batch:
+            batch = tuple(map(shared, batch))
         record = LoadRecord(process.id if process else -1, start_s, time.perf_counter())
         return Loaded(batch, record, tuple(broken))
 

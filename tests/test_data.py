@@ -6,6 +6,8 @@ import http.server
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -1367,3 +1369,74 @@ def test_when_and_where_batches_were_loaded(workers):
     assert [record.loader for record in records] == ([0, 1, 0, 1] if workers else [-1] * 4)
     for record in records:
         assert begin_s < record.start_s < record.end_s < time.perf_counter()
+
+
+needs_memory_files = pytest.mark.skipif(sys.platform != "linux", reason="needs memfd_create")
+
+
+@needs_memory_files
+@pytest.mark.parametrize("mixing", [{}, {"mixup_alpha": 0.2}])
+def test_loaders_hand_batches_over_without_dev_shm(mixing):
+    """By the kernel's list of what is mapped where."""
+    settings = small(workers=1, num_classes=5, **mixing)
+    data = tsa.open_data(settings)
+    with contextlib.closing(tsa.training_feed(data, settings, ALL_CPUS)) as feed:
+        batch = next(feed.batches(tsa.BadImages(), stop=1))
+        maps = Path("/proc/self/maps").read_text()
+    for tensor in batch:
+        (line,) = (each for each in maps.splitlines() if each.startswith(f"{tensor.data_ptr():x}-"))
+        assert "/memfd:" in line
+        assert "/dev/shm" not in line
+    assert_same_batches([batch], load(data, small(num_classes=5, **mixing), stop=1))
+
+
+@pytest.mark.parametrize("tensor", [torch.arange(5), torch.rand(3, 2).t(), torch.rand(2, 3, 4)])
+def test_a_shared_tensor_is_a_copy(tensor):
+    copy = tsa.shared(tensor)
+    assert (copy.dtype, copy.shape) == (tensor.dtype, tensor.shape)
+    assert torch.equal(copy, tensor)
+    copy.zero_()
+    assert tensor.any()
+
+
+class NoMemoryFiles:
+    """A C library of a system without them."""
+
+
+@pytest.mark.parametrize(
+    "library", [NoMemoryFiles(), type("", (), {"memfd_create": lambda *_: -1})()]
+)
+def test_without_memory_files_torch_shares_as_it_does(monkeypatch, library):
+    monkeypatch.setattr(tsa.ctypes, "CDLL", lambda name: library)
+    tensor = torch.arange(5)
+    assert tsa.shared(tensor) is tensor
+    settings = small(workers=1, num_classes=5)
+    assert load(tsa.open_data(settings), settings, stop=1)[0][0].shape == (4, 3, 32, 32)
+
+
+SHARES_NOTHING = 77
+
+
+def load_in_small_shm():
+    """Three batches of 48 KiB by two loaders where /dev/shm has 64 KiB, in a process with mounts of
+    its own; ends with SHARES_NOTHING if there may be none.
+    """
+    clone_newns = 0x20000  # of sched.h
+    if tsa.ctypes.CDLL(None).unshare(clone_newns):
+        os._exit(SHARES_NOTHING)
+    for options in ("--make-rprivate /", "-t tmpfs -o size=64k tmpfs /dev/shm"):
+        if subprocess.run(["mount", *options.split()], stderr=subprocess.DEVNULL).returncode:
+            os._exit(SHARES_NOTHING)
+    settings = small(num_classes=3, workers=2)
+    for images, _ in load(tsa.open_data(settings), settings, stop=3):
+        assert images.shape == (4, 3, 32, 32)
+
+
+@needs_memory_files
+def test_loading_with_64_kilobytes_of_dev_shm():
+    process = tsa.multiprocessing.get_context("fork").Process(target=load_in_small_shm)
+    process.start()
+    process.join(60)
+    if process.exitcode == SHARES_NOTHING:
+        pytest.skip("needs mount namespaces")
+    assert process.exitcode == 0
