@@ -41,6 +41,7 @@ Sections, each using only those above it:
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import csv
 import ctypes
@@ -2221,6 +2222,25 @@ def child_signal_kept() -> Iterator[None]:
             signal.signal(signal.SIGCHLD, before)
 
 
+def check_open_files(workers: int) -> None:
+    """Raise the limit of open files if loader processes could need that; UserError if it cannot be.
+
+    Without descriptors left, a loader loses a batch, and the run waits for it for ever.
+    """
+    # For each loader the main process has 3, and 2 for each of its 2 batches; a loader inherits up
+    # to 4 for each. 16 are for batches in use, a loader's own, and the run's files.
+    needed = psutil.Process().num_fds() + 16 + 8 * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < needed:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        except (ValueError, OSError):
+            raise UserError(
+                f"--workers {workers} can need {needed} open files, and {hard} are allowed: raise "
+                "ulimit -n, or load without loader processes by -j 0"
+            ) from None
+
+
 class Feed:
     """The batches of a data set, epoch after epoch, made by loader processes that live on.
 
@@ -2245,9 +2265,22 @@ class Feed:
             generator=torch.Generator().manual_seed(settings.seed),
         )
         if settings.workers:
+            check_open_files(settings.workers)
             order.begin(0, 0, 0)
+            self._start()
+
+    def _start(self) -> None:
+        """Start the loader processes: all, or none with a RunError."""
+        before = multiprocessing.active_children()
+        try:
             with child_signal_kept():
                 iter(self._loader)
+        except OSError as error:  # no more processes or semaphores
+            for process in set(multiprocessing.active_children()).difference(before):
+                process.kill()
+            atexit.register(repr, error)  # keeps torch's half-made iterator, whose end would fail
+            reason = one_line(error)
+            raise RunError(f"loader processes cannot start: {reason}; try a lower -j") from None
 
     def __len__(self) -> int:
         """Batches in an epoch."""

@@ -1,9 +1,11 @@
 """Data. Run: python -m pytest tests/test_data.py"""
 
 import contextlib
+import gc
 import hashlib
 import http.server
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -1440,3 +1442,78 @@ def test_loading_with_64_kilobytes_of_dev_shm():
     if process.exitcode == SHARES_NOTHING:
         pytest.skip("needs mount namespaces")
     assert process.exitcode == 0
+
+
+def test_too_few_open_files_are_refused_before_any_loader_starts(monkeypatch):
+    before, limits = loaders(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(tsa.resource, "getrlimit", lambda which: (20, 20))
+    settings = small(num_classes=3, workers=2)
+    error = (
+        r"^--workers 2 can need \d+ open files, and 20 are allowed: raise ulimit -n, or .* -j 0$"
+    )
+    with pytest.raises(tsa.UserError, match=error):
+        tsa.training_feed(tsa.open_data(settings), settings, ALL_CPUS)
+    assert loaders() == before
+    monkeypatch.undo()
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
+    with contextlib.closing(
+        tsa.training_feed(tsa.open_data(settings), small(num_classes=3), ALL_CPUS)
+    ):
+        pass
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_it_may(monkeypatch):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = psutil.Process().num_fds() + 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+    try:
+        tsa.check_open_files(2)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > lowest + 16
+        settings = small(num_classes=3, workers=2)
+        with contextlib.closing(
+            tsa.training_feed(tsa.open_data(settings), settings, ALL_CPUS)
+        ) as feed:
+            assert sum(len(images) for images, _ in feed.batches(tsa.BadImages(), stop=20)) == 80
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_loaders_need_no_more_open_files_than_are_asked_for(monkeypatch, workers):
+    """While batches are fetched, in the main process and in the loaders, and ten more, which torch
+    opens to see whether it can.
+    """
+    asked = []
+    monkeypatch.setattr(tsa.resource, "setrlimit", lambda which, limits: asked.append(limits[0]))
+    monkeypatch.setattr(tsa.resource, "getrlimit", lambda which: (0, 0))
+    me, most = psutil.Process(), 0
+    settings = small(num_classes=3, workers=workers, batch_size=2)
+    before = loaders()
+    with contextlib.closing(tsa.training_feed(tsa.open_data(settings), settings, ALL_CPUS)) as feed:
+        ours = [me, *(psutil.Process(pid) for pid in loaders() - before)]
+        for _ in feed.batches(tsa.BadImages(), stop=30):
+            most = max(most, *(process.num_fds() for process in ours))
+    assert most + 10 <= asked[0]
+
+
+def test_loaders_that_cannot_start_leave_none_behind(monkeypatch):
+    """The third has no process left to be."""
+    before, unraisable = loaders(), []
+    forks = iter([os.fork, os.fork])
+
+    def fork():
+        for real in forks:
+            return real()
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fork)
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    error = "^loader processes cannot start: .*Resource temporarily unavailable; try a lower -j$"
+    settings = small(num_classes=3, workers=3)
+    with pytest.raises(tsa.RunError, match=error):
+        tsa.training_feed(tsa.open_data(settings), settings, ALL_CPUS)
+    for process in tsa.multiprocessing.active_children():
+        process.join(10)
+    assert loaders() == before
+    gc.collect()
+    assert not unraisable, "torch's half-made iterator stays"
