@@ -4796,6 +4796,20 @@ def choose_precision(settings: Settings, topology: Topology) -> tuple[str, str]:
     return ("bf16" if topology.bf16 else "fp32"), native
 
 
+def starting_model(settings: Settings, classes: Sequence[str]) -> tuple[nn.Module, str]:
+    """The model that a run starts from, and what is new in it if its weights have been trained."""
+    shape, note = (settings.num_classes, settings.image_size), ""
+    model = build_model(settings.model, *shape)
+    for size in dict.fromkeys((image_size_in(settings, 1), settings.image_size)):
+        check_input_shape(model, settings.model, settings.batch_size, size)
+    if settings.init_from:
+        classifier = classifier_weights(settings.model, *shape)
+        note = load_weights(settings.init_from, model, classes, classifier)
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    return model, note
+
+
 def build_work(
     settings: Settings,
     lanes: Lanes,
@@ -4807,17 +4821,7 @@ def build_work(
     rate runs over `all_steps` optimizer steps, of which an epoch has `epoch_steps`; `classes` are
     those of the data.
     """
-    shape = settings.num_classes, settings.image_size
-    model = lanes.forward.call(build_model, settings.model, *shape)
-    smallest = image_size_in(settings, 1)
-    for size in dict.fromkeys((smallest, settings.image_size)):
-        check_input_shape(model, settings.model, settings.batch_size, size)
-    note = ""
-    if settings.init_from:
-        classifier = classifier_weights(settings.model, *shape)
-        note = lanes.forward.call(load_weights, settings.init_from, model, classes, classifier)
-    if settings.channels_last:
-        lanes.forward.call(partial(model.to, memory_format=torch.channels_last))
+    model, note = lanes.forward.call(starting_model, settings, classes)
     optimizer = lanes.backward.call(build_optimizer, model, settings)
     average = None
     if settings.model_ema:
