@@ -48,6 +48,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -1675,7 +1676,11 @@ class BrokenImage(RunError):
 
 
 def load_image(path: str) -> Image.Image:
-    """A file's picture in RGB, turned as its EXIF data say; BrokenImage if it cannot be read."""
+    """A file's picture in RGB, turned as its EXIF data say.
+
+    Raises BrokenImage if it cannot be read, unless that is for want of memory or of descriptors,
+    which says nothing of the file.
+    """
     try:
         with Image.open(path) as picture:
             picture.load()
@@ -1683,6 +1688,9 @@ def load_image(path: str) -> Image.Image:
                 ImageOps.exif_transpose(picture, in_place=True)
             return to_rgb(picture)
     except Exception as error:  # Pillow raises many kinds, SyntaxError among them
+        wanting = errno.EMFILE, errno.ENFILE, errno.ENOMEM
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in wanting:
+            raise
         raise BrokenImage(f"broken image {path}: {one_line(error)}") from error
 
 

@@ -1,6 +1,7 @@
 """Data. Run: python -m pytest tests/test_data.py"""
 
 import contextlib
+import errno
 import gc
 import hashlib
 import http.server
@@ -1182,6 +1183,22 @@ def test_broken_images_are_left_out_and_counted_once(breakable, workers):
             assert sum(len(images) for images, _ in feed.batches(bad, epoch)) == 10
     assert len(bad.messages) == 2
     assert all(any(str(path) in message for message in bad.messages) for path in paths)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), OSError(errno.EMFILE, "Too many open files"), OSError(errno.ENOMEM, "")],
+)
+def test_a_picture_that_nobody_has_room_for_is_not_broken(photos, monkeypatch, error):
+    path = next(photos.glob("train/*/*.jpg"))
+
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(tsa.Image, "open", fail)
+    with pytest.raises(type(error)) as caught:
+        tsa.load_image(str(path))
+    assert caught.value is error
 
 
 def test_broken_images_are_left_out_before_mixing(breakable):
