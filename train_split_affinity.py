@@ -1925,9 +1925,9 @@ def describe_images(data: ImageData) -> dict[str, Any]:
     """
     digest = hashlib.sha256()
     for index in data.chosen if data.kind == "folder" else ():
-        path = data.train.samples[index][0]
-        name = os.path.relpath(path, data.train.root)
-        digest.update(os.fsencode(f"{index} {name} {Path(path).stat().st_size}\n"))
+        path = Path(data.train.samples[index][0])
+        size = path.stat().st_size if path.exists() else 0  # a link into nowhere, say
+        digest.update(os.fsencode(f"{index} {os.path.relpath(path, data.train.root)} {size}\n"))
     return {
         "classes": list(data.classes),
         "images": len(data.chosen),

@@ -24,7 +24,7 @@ import pytest
 import torch
 import torchvision
 from cifar import CIFAR10, DIGITS, FOLDER, accept, make_cifar, make_cifar_digits
-from conftest import as_loaded
+from conftest import TINY, as_loaded
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -275,6 +275,14 @@ def test_a_link_into_nowhere_is_a_broken_image(tmp_path):
         with pytest.raises(tsa.RunError, match=f"^broken image {root / name}: "):
             load(tsa.open_data(settings), settings)
         (root / name).unlink()
+
+
+def test_a_run_goes_on_without_the_image_of_a_link_into_nowhere(tmp_path, in_tmp, capsys):
+    root = folder_of(tmp_path, "data/a/1.png", "data/a/2.png", "data/b/1.png") / "data"
+    (root / "a/gone.png").symlink_to("nowhere")
+    options = [*TINY, "--data-path", str(root), "--output-dir", "out", "--epochs", "1", "-b", "4"]
+    assert tsa.main([*options, "--max-bad-images", "1"]) == 0
+    assert f"broken image {root}/a/gone.png: " in capsys.readouterr().err
 
 
 def test_what_is_no_picture_is_left_out_and_named(tmp_path):
