@@ -553,7 +553,7 @@ def test_a_moving_average_takes_in_nothing_of_a_step_already_begun(schedule, spl
                 assert torch.equal(work.average.values[name], value), name
             running_mean = work.model.state_dict()["1.running_mean"]
             begun = not torch.equal(work.average.values["1.running_mean"], running_mean)
-            assert begun == (work.ahead is not None)
+            assert begun == (work.end.weights is not None)
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "overlap"])
