@@ -2317,17 +2317,19 @@ class Feed:
 
     def close(self) -> None:
         """End the loader processes, as DataLoader does once nothing refers to it any more. If one
-        has died, with a lock of their queues perhaps, the others are not asked but killed.
+        has died, with a lock of their queues perhaps, or memory lacks to tell them, they are killed:
+        they ignore SIGTERM, by which the interpreter would end them, and would wait for them.
         """
         iterator = getattr(self._loader, "_iterator", None)
-        if iterator is None:
+        if iterator is None or iterator._shutdown:
             return
-        if not iterator._shutdown and not all(each.is_alive() for each in iterator._workers):
-            iterator._shutdown = True
-            for each in iterator._workers:
-                each.kill()
-                each.join()
-        iterator._shutdown_workers()
+        with contextlib.suppress(RuntimeError, OSError, MemoryError):
+            if all(each.is_alive() for each in iterator._workers):
+                iterator._shutdown_workers()
+        iterator._shutdown = True
+        for each in iterator._workers:
+            each.kill()
+            each.join()
 
 
 def training_feed(data: ImageData, settings: Settings, cpus: Sequence[int]) -> Feed:

@@ -198,8 +198,8 @@ def harm(job: Job, fault: Callable[..., Any], steps: int, delay_s: float) -> str
         process.wait(120)
     if process.wait(120) == 0:
         sys.exit("the run ended before the fault: fewer of them fit into its steps")
-    reason = job.printed().strip().splitlines()[-1].partition("error: ")[2][:90]
-    return f"{fault.__name__}, {where(job)}: exit code {process.returncode} {reason}"
+    reason = job.printed().strip().splitlines()[-1].rpartition("error: ")[2][:90]
+    return f"{fault.__name__}, {where(job)}: exit code {process.returncode}, {reason}"
 
 
 def differing(first: Any, second: Any, name: str = "") -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import gc
 import hashlib
 import http.server
@@ -1353,6 +1354,20 @@ def test_a_loader_that_was_killed_is_told_where_a_batch_is_asked_for():
             list(batches)
         os.kill(stopped, signal.SIGSTOP)
     assert loaders() == before, "the one that cannot end by itself too"
+
+
+def test_loaders_that_cannot_be_told_to_end_are_killed(monkeypatch):
+    """They ignore SIGTERM: the interpreter would wait for them at its exit."""
+    before = loaders()
+    with whereabouts(2) as feed:
+        error = RuntimeError("can't start new thread")
+        iterator = feed._loader._iterator
+        monkeypatch.setattr(iterator, "_shutdown_workers", functools.partial(raise_, error))
+    assert loaders() == before
+
+
+def raise_(error):
+    raise error
 
 
 def test_a_feed_may_be_closed_twice():
