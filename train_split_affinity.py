@@ -2317,8 +2317,8 @@ class Feed:
 
     def close(self) -> None:
         """End the loader processes, as DataLoader does once nothing refers to it any more. If one
-        has died, with a lock of their queues perhaps, or memory lacks to tell them, they are killed:
-        they ignore SIGTERM, by which the interpreter would end them, and would wait for them.
+        has died, with a lock of their queues perhaps, or there is no memory to tell them, they are
+        killed: the interpreter would end them by SIGTERM, which they ignore, and wait for ever.
         """
         iterator = getattr(self._loader, "_iterator", None)
         if iterator is None or iterator._shutdown:
@@ -4348,6 +4348,11 @@ LIKELY_REASONS = (
         "a smaller --batch-size",
     ),
     (r"Too many open files", "too many open files: raise `ulimit -n`, or try fewer loaders (-j)"),
+    (
+        r"can't start new thread",
+        "no room for another thread: raise the limits of memory (ulimit -v) and of processes (-u), "
+        "or try fewer loaders (-j)",
+    ),
 )
 
 

@@ -178,8 +178,12 @@ def full_disk(job: Job, process: subprocess.Popen) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_memory(job: Job, process: subprocess.Popen) -> Iterator[None]:
-    """No more than there is now."""
-    soft_limit(process, resource.RLIMIT_AS, psutil.Process(process.pid).memory_info().vms)
+    """No more than there is between two steps."""
+    least = math.inf
+    for _ in range(40):
+        least = min(least, psutil.Process(process.pid).memory_info().vms)
+        time.sleep(0.005)
+    soft_limit(process, resource.RLIMIT_AS, least - 2**20)
     yield
 
 

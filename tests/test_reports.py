@@ -326,6 +326,7 @@ MEMORY = "out of memory: try a smaller --batch-size (with more --accumulate), or
         ),
         (tsa.LoaderDied(17, -7), "shared memory (/dev/shm) is full: enlarge it (docker run --shm"),
         (OSError(24, "Too many open files"), "too many open files: raise `ulimit -n`, or try"),
+        (RuntimeError("can't start new thread"), "no room for another thread: raise the limits"),
         (
             RuntimeError(FROM_A_LOADER.format("KeyError", "KeyError: 'x'\n")),
             "an error that was not foreseen: RuntimeError: KeyError: 'x'",
