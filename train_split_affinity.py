@@ -2316,20 +2316,21 @@ class Feed:
             raise
 
     def close(self) -> None:
-        """End the loader processes, as DataLoader does once nothing refers to it any more. If one
-        has died, with a lock of their queues perhaps, or there is no memory to tell them, they are
-        killed: the interpreter would end them by SIGTERM, which they ignore, and wait for ever.
+        """Kill the loader processes, which have nothing to lose. DataLoader would tell them to end
+        by threads and locks, which a process without memory cannot have, or a dead one may hold; and
+        for those left over the interpreter would wait for ever, since they ignore SIGTERM.
         """
         iterator = getattr(self._loader, "_iterator", None)
         if iterator is None or iterator._shutdown:
             return
-        with contextlib.suppress(RuntimeError, OSError, MemoryError):
-            if all(each.is_alive() for each in iterator._workers):
-                iterator._shutdown_workers()
-        iterator._shutdown = True
-        for each in iterator._workers:
-            each.kill()
-            each.join()
+        iterator._shutdown, iterator._worker_pids_set = True, False
+        torch.utils.data._utils.signal_handling._remove_worker_pids(id(iterator))
+        for process in iterator._workers:
+            process.kill()
+            process.join()
+        for indices in iterator._index_queues:
+            indices.cancel_join_thread()
+            indices.close()
 
 
 def training_feed(data: ImageData, settings: Settings, cpus: Sequence[int]) -> Feed:

@@ -8,8 +8,9 @@ average, optimizer and history of both, bit for bit; exit code 1 if anything dif
     python tests/kill.py --schedule delayed --signal SIGKILL --kills 20
 
 With `--faults` the process is not killed, but meets a fault, drawn each time: a loader process that
-is killed, pictures that cannot be read, a disk that takes nothing, memory that runs out. Then only
-the ends of epochs are saved, and what the program saves by itself when it ends by an error:
+is killed, pictures that cannot be read, a disk that takes nothing, a limit of memory, an allocation
+that is refused within a phase. Then only the ends of epochs are saved, and what the program saves
+by itself when it ends by an error:
 
     python tests/kill.py --schedule delayed --faults --kills 20
 """
@@ -20,7 +21,6 @@ import argparse
 import contextlib
 import itertools
 import math
-import os
 import random
 import re
 import resource
@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,25 +60,23 @@ class Job:
         """Optimizer steps of the whole run."""
         return self.epochs * STEPS_IN_EPOCH
 
-    def start(self) -> subprocess.Popen:
+    def start(self, program: Sequence[str] = (str(SCRIPT),)) -> subprocess.Popen:
         """The process; what it prints goes to a file, since its loaders outlive it for a while."""
         files = {"data-path": "../digits", "output-dir": ".", "log-file": "logs.md"}
         options = (
             "--model squeezenet1_1 --subset 0.15 --image-size 32 -b 8 --accumulate 2 -j 1 "
             "--lr 0.01 --lr-scheduler cosine --lr-warmup-epochs 1 --mixup-alpha 0.2 --model-ema "
             f"--model-ema-decay 0.99 --epochs {self.epochs} --schedule {self.schedule} "
-            f"--print-freq 1 --save-steps {self.save_steps} --resume auto --no-tuned-malloc "
+            f"--print-freq 1 --save-steps {self.save_steps} --resume auto "
             + " ".join(f"--{option} {path}" for option, path in files.items())
         )
         self.folder.mkdir(exist_ok=True)
         with (self.folder / "printed.txt").open("w") as printed:
             return subprocess.Popen(
-                [sys.executable, SCRIPT, *options.split()],
+                [sys.executable, *program, *options.split()],
                 cwd=self.folder,
                 stdout=printed,
                 stderr=subprocess.STDOUT,
-                # Each larger buffer is fetched from the system, which may refuse it.
-                env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
             )
 
     def printed(self) -> str:
@@ -147,61 +145,89 @@ def kill(job: Job, signum: signal.Signals, steps: int, delay_s: float) -> str:
     return f"{text}: exit code {process.returncode}"
 
 
-@contextlib.contextmanager
-def killed_loader(job: Job, process: subprocess.Popen) -> Iterator[None]:
+def killed_loader(job: Job, steps: int, delay_s: float, draw: random.Random) -> subprocess.Popen:
     """As by the system when memory runs out."""
-    for child in psutil.Process(process.pid).children()[:1]:
-        child.kill()
-    yield
+    process = go_on(job, steps, delay_s)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children()[:1]:
+            child.kill()
+    process.wait(120)
+    return process
 
 
-@contextlib.contextmanager
-def broken_pictures(job: Job, process: subprocess.Popen) -> Iterator[None]:
+def broken_pictures(job: Job, steps: int, delay_s: float, draw: random.Random) -> subprocess.Popen:
     """All of a digit; repaired once the process has ended."""
+    process = go_on(job, steps, delay_s)
     paths = [*job.folder.parent.glob("digits/*/3/*.png")]
     whole = [path.read_bytes() for path in paths]
     for path in paths:
         path.write_bytes(b"no picture")
-    yield
+    process.wait(120)
     for path, content in zip(paths, whole, strict=True):
         path.write_bytes(content)
+    return process
 
 
-@contextlib.contextmanager
-def full_disk(job: Job, process: subprocess.Popen) -> Iterator[None]:
+def full_disk(job: Job, steps: int, delay_s: float, draw: random.Random) -> subprocess.Popen:
     """No file can grow any more, the one that takes what is printed neither; then a signal."""
-    soft_limit(process, resource.RLIMIT_FSIZE, 0)
-    time.sleep(0.3)
+    return limited(go_on(job, steps, delay_s), resource.RLIMIT_FSIZE, 0)
+
+
+def no_memory(job: Job, steps: int, delay_s: float, draw: random.Random) -> subprocess.Popen:
+    """No more than there is, which may do for a while, until a signal."""
+    return limited(go_on(job, steps, delay_s), resource.RLIMIT_AS, 2**20)
+
+
+def limited(process: subprocess.Popen, what: int, limit: int) -> subprocess.Popen:
+    """Limit a process from now on, and end it soon."""
+    with contextlib.suppress(ProcessLookupError):
+        resource.prlimit(process.pid, what, (limit, resource.prlimit(process.pid, what)[1]))
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(0.3)
     process.terminate()
-    yield
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    process.terminate()  # Python may wait for a thread that could not begin
+    process.wait(120)
+    return process
 
 
-@contextlib.contextmanager
-def no_memory(job: Job, process: subprocess.Popen) -> Iterator[None]:
-    """No more than there is between two steps."""
-    least = math.inf
-    for _ in range(40):
-        least = min(least, psutil.Process(process.pid).memory_info().vms)
-        time.sleep(0.005)
-    soft_limit(process, resource.RLIMIT_AS, least - 2**20)
-    yield
+def refused_memory(job: Job, steps: int, delay_s: float, draw: random.Random) -> subprocess.Popen:
+    """In one call of a phase; a step has two micro-batches."""
+    phase, most = draw.choice(
+        (("forward", 2), ("backward", 2), ("update", 1), ("step_end", 1), ("evaluate", 40))
+    )
+    call = most * steps + draw.randint(1, most)
+    process = job.start((__file__, "refusing", phase, str(call)))
+    process.wait(120)
+    return process
 
 
-def soft_limit(process: subprocess.Popen, what: int, limit: int) -> None:
-    """Limit a process from now on."""
-    resource.prlimit(process.pid, what, (limit, resource.prlimit(process.pid, what)[1]))
+def run_refusing(phase: str, call: str, *options: str) -> int:
+    """The program, but that a call of a phase, counted from 1, asks for more than any memory."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    import train_split_affinity as tsa
+
+    real, count = getattr(tsa.Work, phase), itertools.count(1)
+
+    def refused(*args: Any) -> Any:
+        if next(count) == int(call):
+            torch.empty(2**60, dtype=torch.uint8)
+        return real(*args)
+
+    setattr(tsa.Work, phase, refused)
+    return tsa.main(options)
 
 
-FAULTS = (killed_loader, broken_pictures, full_disk, no_memory)
+FAULTS = (killed_loader, broken_pictures, full_disk, no_memory, refused_memory)
 
 
-def harm(job: Job, fault: Callable[..., Any], steps: int, delay_s: float) -> str:
+def harm(job: Job, draw: random.Random, steps: int, delay_s: float) -> str:
     """Go on for so many steps and a while, and have the process meet a fault; says how it ended."""
-    process = go_on(job, steps, delay_s)
-    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError), fault(job, process):
-        process.wait(120)
-    if process.wait(120) == 0:
-        sys.exit("the run ended before the fault: fewer of them fit into its steps")
+    fault = draw.choice(FAULTS)
+    process = fault(job, steps, delay_s, draw)
+    if process.returncode == 0:
+        sys.exit(f"{fault.__name__} came too late: fewer faults fit into the run's steps")
     reason = job.printed().strip().splitlines()[-1].rpartition("error: ")[2][:90]
     return f"{fault.__name__}, {where(job)}: exit code {process.returncode}, {reason}"
 
@@ -248,7 +274,7 @@ def main(schedule: str, signum: signal.Signals | None, kills: int, seed: int, ro
         if signum:
             text = kill(killed, signum, steps, delay_s)
         else:
-            text = harm(killed, draw.choice(FAULTS), steps, delay_s)
+            text = harm(killed, draw, steps, delay_s)
         in_saves += "in a save" in text
         reached = max(reached, *killed.made(), killed.begun_at())
         print(f"kill {number}: {text}", flush=True)
@@ -276,6 +302,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["refusing"]:
+        sys.exit(run_refusing(*sys.argv[2:]))
     asked = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
         signum = None if asked.faults else signal.Signals[asked.signal]

@@ -1356,13 +1356,12 @@ def test_a_loader_that_was_killed_is_told_where_a_batch_is_asked_for():
     assert loaders() == before, "the one that cannot end by itself too"
 
 
-def test_loaders_that_cannot_be_told_to_end_are_killed(monkeypatch):
-    """They ignore SIGTERM: the interpreter would wait for them at its exit."""
+def test_a_feed_is_closed_without_another_thread(monkeypatch):
+    """For which there may be no memory."""
     before = loaders()
-    with whereabouts(2) as feed:
+    with whereabouts(2):
         error = RuntimeError("can't start new thread")
-        iterator = feed._loader._iterator
-        monkeypatch.setattr(iterator, "_shutdown_workers", functools.partial(raise_, error))
+        monkeypatch.setattr(threading.Thread, "start", functools.partial(raise_, error))
     assert loaders() == before
 
 
