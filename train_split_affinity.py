@@ -2317,8 +2317,8 @@ class Feed:
 
     def close(self) -> None:
         """Kill the loader processes, which have nothing to lose. DataLoader would tell them to end
-        by threads and locks, which a process without memory cannot have, or a dead one may hold; and
-        for those left over the interpreter would wait for ever, since they ignore SIGTERM.
+        by threads and locks, which a process without memory cannot have, or a dead one may hold;
+        and for those left over the interpreter would wait for ever, since they ignore SIGTERM.
         """
         iterator = getattr(self._loader, "_iterator", None)
         if iterator is None or iterator._shutdown:
