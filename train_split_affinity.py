@@ -4991,7 +4991,8 @@ def find_resumed(
 def fitting(path: Path, settings: Settings) -> Iterator[None]:
     """Turn the error for a state of other shapes, or with other contents, into one line."""
     try:
-        yield
+        with memory_errors():
+            yield
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         what = f"--model {settings.model} --image-size {settings.image_size}"
         raise UserError(f"{path} does not fit {what}: {one_line(error)}") from None

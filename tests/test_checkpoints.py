@@ -994,6 +994,12 @@ def test_a_state_that_fits_no_optimizer_is_one_line(copied, capsys, arguments):
     assert error.count("\n") == 1
 
 
+def test_a_state_that_memory_cannot_hold_does_not_misfit(copied, capsys, arguments, monkeypatch):
+    fail_at(monkeypatch, tsa.Work, "step_end", 1, NO_MEMORY)
+    assert tsa.main([*arguments, *output(copied), "--resume", "auto"]) == 2
+    assert "error: not enough memory: can't allocate memory: " in capsys.readouterr().err
+
+
 def test_checkpoints_from_before_the_data_was_saved(copied, arguments, trained):
     path = copied / "last.pt"
     content = changed_state(path.read_bytes(), lambda state: state.pop("data"))
