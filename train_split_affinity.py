@@ -4086,8 +4086,8 @@ def draw_confusion(path: Path, title: str, matrix: torch.Tensor, classes: Sequen
     image = ax.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=ax, label="share of the true class", shrink=0.8)
     if count <= CLASSES_TO_SHOW:
-        ax.set_xticks(range(count), classes, rotation=90)
-        ax.set_yticks(range(count), classes)
+        ax.set_xticks(range(count), classes, rotation=90, parse_math=False)
+        ax.set_yticks(range(count), classes, parse_math=False)
         for row, column in matrix.nonzero().tolist():
             colour = "white" if shares[row, column] > 0.6 else "black"
             text = str(matrix[row, column].item())

@@ -607,6 +607,11 @@ def test_a_confusion_matrix_drawn(tmp_path, figures):
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("predicted class", "true class")
 
 
+def test_names_of_classes_are_no_formulas(tmp_path):
+    tsa.draw_confusion(tmp_path / "c.png", "", torch.eye(2, dtype=torch.long), ["$x_$", "$^2$"])
+    assert (tmp_path / "c.png").stat().st_size > 1000
+
+
 def test_a_confusion_matrix_of_many_classes_has_no_room_for_numbers(tmp_path, figures):
     names = [f"class {number}" for number in range(100)]
     tsa.draw_confusion(tmp_path / "confusion.png", "title", torch.eye(100).long(), names)
