@@ -50,6 +50,7 @@ import datetime
 import difflib
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -74,7 +75,7 @@ import time
 import traceback
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -809,6 +810,11 @@ class Group:
     threads: int
     cores: int = 1
 
+    @functools.cached_property
+    def cpu_set(self) -> frozenset[int]:
+        """The logical CPUs, made once: every thread of every phase is compared with them."""
+        return frozenset(self.cpus)
+
     def busy(self, cpu_s: float, elapsed_s: float) -> float:
         """CPU time as a share of what the group can use: the time of its cores; with more threads
         than cores, of as many of its logical CPUs as there are threads.
@@ -1044,8 +1050,10 @@ def fullest_subset(sizes: Sequence[int], limit: int) -> tuple[int, ...]:
 # much CPU time each thread of the process has used, and who was allowed to run where.
 # ==================================================================================================
 
+LOOK_SHARE = 0.01  # of a lane's time may go into looking closely
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class PhaseRecord:
     """What one phase did. Times are seconds; start and end are of time.perf_counter.
 
@@ -1055,8 +1063,9 @@ class PhaseRecord:
     milliseconds before it sleeps), `python_s` by the main thread and the interpreter's helper
     threads. What two phases see at the same time, stray time above all, counts in each.
 
-    `mask` is the affinity mask in force, `seen_on` where the group's threads were last seen, and
-    `cpu_busy_s` how long each logical CPU was busy with anything at all.
+    `mask` is the affinity mask in force; `audit_s` went into all this before and after the phase.
+    In phases that the audit had a closer look at (see Lane), `seen_on` is where the group's threads
+    were last seen, and `cpu_busy_s` how long each logical CPU was busy with anything at all.
     """
 
     phase: str
@@ -1070,6 +1079,7 @@ class PhaseRecord:
     other_lane_s: float
     python_s: float
     seen_on: frozenset[int]
+    audit_s: float = 0.0
 
     @property
     def duration_s(self) -> float:
@@ -1149,6 +1159,14 @@ def cpu_busy_s() -> list[float]:
     ]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What each thread has used so far and, for a closer look, how long each CPU was busy."""
+
+    threads_ns: dict[int, int]
+    cpus_s: list[float] | None
+
+
 class Audit:
     """Shares CPU time out among phases; `born_for` tells the group that a lane's thread is of."""
 
@@ -1156,8 +1174,19 @@ class Audit:
         self.online = online
         self.born_for: dict[int, Group] = {}  # by thread id
 
+    def begin(self, look: bool) -> Reading:
+        """The reading before a phase. A closer look takes some milliseconds on a large machine."""
+        cpus_s = cpu_busy_s() if look else None
+        return Reading(thread_clocks_ns(), cpus_s)
+
+    def end(self, group: Group, before: Reading) -> dict[str, Any]:
+        """The fields of a PhaseRecord from a reading before the phase, and one now, after it."""
+        threads_ns, look = thread_clocks_ns(), before.cpus_s is not None
+        busy = self.busy_between(before.cpus_s, cpu_busy_s()) if look else {}
+        return self.attribute(group, before.threads_ns, threads_ns, look) | {"cpu_busy_s": busy}
+
     def attribute(
-        self, group: Group, before_ns: dict[int, int], after_ns: dict[int, int]
+        self, group: Group, before_ns: dict[int, int], after_ns: dict[int, int], look: bool = True
     ) -> dict[str, Any]:
         """Share the CPU time between two readings out over the fields of a PhaseRecord."""
         totals = Counter()
@@ -1168,9 +1197,9 @@ class Audit:
             if used_s <= 0:
                 continue
             try:
-                mask = frozenset(os.sched_getaffinity(tid)) if tid else frozenset(group.cpus)
+                mask = os.sched_getaffinity(tid) if tid else group.cpu_set
                 role = thread_role(mask, group, self.born_for.get(tid), tid in python)
-                if role == "cpu_s" and tid:
+                if role == "cpu_s" and tid and look:
                     seen_on.add(last_cpu(tid))
             except (OSError, IndexError):  # the thread ended just now: nobody can tell where it ran
                 role = "stray_s"
@@ -1186,17 +1215,17 @@ class Audit:
         return dict(zip(self.online, (after - before for before, after in pairs), strict=True))
 
 
-def thread_role(mask: frozenset[int], group: Group, born_for: Group | None, is_python: bool) -> str:
+def thread_role(mask: Set[int], group: Group, born_for: Group | None, is_python: bool) -> str:
     """The PhaseRecord field to which a thread's CPU time belongs, during a phase of `group`.
 
     A thread born for the other lane is that lane's own business only inside that lane's group;
     threads of the interpreter coordinate and never compute; any other must be inside `group`.
     """
     if born_for and born_for.name != group.name:
-        return "other_lane_s" if mask <= set(born_for.cpus) else "stray_s"
+        return "other_lane_s" if mask <= born_for.cpu_set else "stray_s"
     if is_python:
         return "python_s"
-    return "cpu_s" if mask <= set(group.cpus) else "stray_s"
+    return "cpu_s" if mask <= group.cpu_set else "stray_s"
 
 
 def tune_allocator() -> str:
@@ -1234,7 +1263,9 @@ class Lane:
     """One core group and the thread that works for it, used like a device queue.
 
     `records` collects a PhaseRecord per phase, in order; `group` has as many threads as OpenMP
-    gave.
+    gave. Where each thread was last seen, and how busy each CPU was, takes a system call per thread
+    and one that goes through all CPUs: so close a look is taken at each kind of phase as often as
+    it costs LOOK_SHARE of the time, which is every time unless phases are short or cores many.
     """
 
     def __init__(self, group: Group, audit: Audit):
@@ -1242,6 +1273,7 @@ class Lane:
         self.records: list[PhaseRecord] = []
         self.notes: list[str] = []
         self._audit = audit
+        self._look_at_s: dict[str, float] = {}  # by phase: when to look closely again
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"{group.name} lane")
         try:
             with confined_to(group.cpus):  # a thread inherits the mask: not a moment elsewhere
@@ -1272,6 +1304,8 @@ class Lane:
         The thread count is set only when it differs, since the call clears oneDNN's cache.
         """
         mask = confine_thread(self.group.cpus)
+        if mask == self.group.cpu_set:
+            mask = self.group.cpu_set  # one object for all records
         if torch.get_num_threads() != self.group.threads:
             torch.set_num_threads(self.group.threads)
         return mask
@@ -1292,15 +1326,20 @@ class Lane:
         self._audit.born_for |= dict.fromkeys(lane_and_workers, self.group)
 
     def _run_phase(self, phase: str, function: Callable[..., Any], args: Sequence[Any]) -> Any:
+        called_s = time.perf_counter()
         mask = self._enter_group()
-        cpus_before, threads_before = cpu_busy_s(), thread_clocks_ns()
+        look = called_s >= self._look_at_s.get(phase, 0.0)
+        before = self._audit.begin(look)
         start_s = time.perf_counter()
         result = function(*args)
         end_s = time.perf_counter()
-        threads_after, cpus_after = thread_clocks_ns(), cpu_busy_s()
-        used = self._audit.attribute(self.group, threads_before, threads_after)
-        busy = self._audit.busy_between(cpus_before, cpus_after)
-        self.records.append(PhaseRecord(phase, self.group.name, start_s, end_s, mask, busy, **used))
+        used = self._audit.end(self.group, before)
+        now_s = time.perf_counter()
+        audit_s = (start_s - called_s) + (now_s - end_s)
+        if look:
+            self._look_at_s[phase] = now_s + audit_s / LOOK_SHARE
+        record = PhaseRecord(phase, self.group.name, start_s, end_s, mask, **used, audit_s=audit_s)
+        self.records.append(record)
         return result
 
 
@@ -3489,6 +3528,7 @@ class Checkpoints:
 
 PHASES = ("forward", "backward", "update", "refresh")
 LATEST_STEPS = 2000
+STEPS_TO_DRAW = 3
 
 
 @dataclass(frozen=True)
@@ -3544,7 +3584,8 @@ def running_alone(records: Sequence[PhaseRecord]) -> Iterator[PhaseRecord]:
 @dataclass(frozen=True)
 class PhaseSummary:
     """One phase of a run. Durations are per optimizer step; `stray_ms` is the total over all steps.
-    `share` of the step and `busy` are fractions; so is `cpu_busy`, by logical CPU.
+    `share` of the step and `busy` are fractions; so is `cpu_busy`, by logical CPU, which like
+    `seen_on` covers all phases that the audit looked at closely.
     """
 
     phase: str
@@ -3564,7 +3605,8 @@ class Summary:
     """A whole run. Speeds and shares leave the first `warmup_steps` out, and of a long run they
     cover the latest 2,000 steps; the rest covers all. `busy` is each lane's CPU time in its own
     phases as a share of what its group can use; `waiting_s` CPU time of a lane's threads while the
-    other lane alone had a phase to run.
+    other lane alone had a phase to run. The audit takes `audit_ms` a phase, and `audit_share` of a
+    step.
     """
 
     steps: int
@@ -3578,6 +3620,8 @@ class Summary:
     stray_s: float
     waiting_s: float
     main_thread_s: float
+    audit_ms: float
+    audit_share: float
     loss_first: float
     loss_last: float
     peak_memory_bytes: int
@@ -3585,7 +3629,8 @@ class Summary:
 
 class Tally:
     """What the summary needs of a run, in bounded memory: totals over all steps, and the latest
-    steps themselves.
+    steps themselves. Figures by CPU, 12 KB a phase with 128 CPUs, are added up at once, and kept
+    whole only for the steps that a picture can show.
     """
 
     def __init__(self, plan: CorePlan):
@@ -3593,7 +3638,10 @@ class Tally:
         self.latest: deque[StepResult] = deque(maxlen=LATEST_STEPS)
         self._plan = plan
         self._loss_first = math.nan
-        self._stray_s: Counter[str] = Counter()  # by phase
+        self._stray_s: Counter[str] = Counter()  # by phase, as the three that follow
+        self._cpu_busy_s: dict[str, Counter[int]] = {phase: Counter() for phase in PHASES}
+        self._looked_at_s: Counter[str] = Counter()
+        self._seen_on: dict[str, set[int]] = {phase: set() for phase in PHASES}
         self._waiting_s = self._main_thread_s = 0.0
 
     def add(self, step: StepResult) -> None:
@@ -3606,7 +3654,18 @@ class Tally:
         self._main_thread_s += step.main_thread_s
         self._waiting_s += sum(record.other_lane_s for record in running_alone(step.records))
         for record in step.records:
-            self._stray_s[record.phase] += record.stray_s
+            self._add_phase(record)
+        if len(self.latest) > STEPS_TO_DRAW:
+            old = self.latest[-1 - STEPS_TO_DRAW]
+            slim = (dataclasses.replace(record, cpu_busy_s={}) for record in old.records)
+            self.latest[-1 - STEPS_TO_DRAW] = dataclasses.replace(old, records=tuple(slim))
+
+    def _add_phase(self, record: PhaseRecord) -> None:
+        self._stray_s[record.phase] += record.stray_s
+        self._seen_on[record.phase] |= record.seen_on
+        if record.cpu_busy_s:
+            self._looked_at_s[record.phase] += record.duration_s
+            self._cpu_busy_s[record.phase].update(record.cpu_busy_s)
 
     def summary(self) -> Summary:
         """The figures so far, after one step at the least."""
@@ -3614,6 +3673,7 @@ class Tally:
         timed = [step for step in self.latest if step.step >= self._first + warmup]
         timed_s = sum(step.step_s for step in timed)
         records = [record for step in timed for record in step.records]
+        audit_s = sum(record.audit_s for record in records)
         seen = [phase for phase in PHASES if any(record.phase == phase for record in records)]
         return Summary(
             steps=self.steps,
@@ -3627,6 +3687,8 @@ class Tally:
             stray_s=self._stray_s.total(),
             waiting_s=self._waiting_s,
             main_thread_s=self._main_thread_s,
+            audit_ms=1e3 * audit_s / max(1, len(records)),
+            audit_share=audit_s / timed_s,
             loss_first=self._loss_first,
             loss_last=self.latest[-1].loss,
             peak_memory_bytes=peak_memory_bytes(),
@@ -3639,7 +3701,7 @@ class Tally:
         durations_s = [step.total("duration_s", phase) for step in timed]
         phase_s = sum(durations_s)
         records = [record for step in timed for record in step.records if record.phase == phase]
-        cpu_busy_s = sum((Counter(record.cpu_busy_s) for record in records), Counter())
+        cpu_busy_s, looked_at_s = self._cpu_busy_s[phase], self._looked_at_s[phase]
         return PhaseSummary(
             phase=phase,
             cores=format_cpu_list(group.cpus),
@@ -3649,8 +3711,8 @@ class Tally:
             share=phase_s / timed_s,
             busy=group.busy(sum(record.cpu_s for record in records), phase_s),
             stray_ms=1e3 * self._stray_s[phase],
-            seen_on=format_cpu_list(frozenset().union(*(record.seen_on for record in records))),
-            cpu_busy={cpu: min(1.0, cpu_busy_s[cpu] / phase_s) for cpu in records[0].cpu_busy_s},
+            seen_on=format_cpu_list(self._seen_on[phase]),
+            cpu_busy={cpu: min(1.0, busy_s / looked_at_s) for cpu, busy_s in cpu_busy_s.items()},
         )
 
 
@@ -3704,7 +3766,7 @@ class Panel:
 def steps_to_draw(steps: Sequence[StepResult]) -> Sequence[StepResult]:
     """The latest steps, as many as a picture can show: three at most, one at the least."""
     count = 1
-    while count < min(3, len(steps)):
+    while count < min(STEPS_TO_DRAW, len(steps)):
         if sum(len(step.records) for step in steps[-count - 1 :]) > PHASES_TO_DRAW:
             break
         count += 1
@@ -3807,10 +3869,10 @@ def draw_panel(ax: Any, panel: Panel, span_s: float) -> None:
 def busy_share(record: PhaseRecord, group: Group, cpu: int) -> float:
     """The share of a phase during which one of its group's CPUs was busy.
 
-    A phase too short for the kernel's times by CPU has the mean of all CPUs of its group, from its
-    threads' own clocks.
+    A phase too short for the kernel's times by CPU, or without them, has the mean of all CPUs of
+    its group, from its threads' own clocks.
     """
-    if record.duration_s < SHORT_PHASE_S:
+    if record.duration_s < SHORT_PHASE_S or not record.cpu_busy_s:
         return min(1.0, record.cpu_s / (record.duration_s * len(group.cpus)))
     return min(1.0, record.cpu_busy_s.get(cpu, 0.0) / record.duration_s)
 
@@ -3956,6 +4018,8 @@ def summary_lines(summary: Summary) -> list[str]:
         f"busy over whole steps: {busy}; CPU time beside that: "
         f"main thread {summary.main_thread_s:.2f} s"
         + (f", waiting threads of the other lane {waiting_s:.2f} s" if waiting_s >= 0.005 else ""),
+        f"the audit of where threads ran took {summary.audit_ms:.2f} ms a phase, "
+        f"{summary.audit_share:.1%} of a step",
     ]
 
 

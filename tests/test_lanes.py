@@ -131,11 +131,21 @@ def test_the_audit_sees_the_naive_way_leak(two_groups):
     assert used["stray_s"] > 0.2 * total_s, "about half of the time is the worker's"
 
 
-def test_the_audit_counts_a_thread_born_within_the_phase(lanes, split_plan):
-    """All of its time is the phase's: it has no reading from before."""
+@pytest.fixture
+def forward_worker(request, split_plan):
+    """The one OpenMP worker of the forward lane; teams of earlier tests may live on."""
+    before = set(tsa.thread_ids())
+    request.getfixturevalue("lanes")
     python = {thread.native_id for thread in threading.enumerate()}
     mask = frozenset(split_plan.forward.cpus)
-    (worker,) = (tid for tid, cpus in masks().items() if cpus == mask and tid not in python)
+    born = set(tsa.thread_ids()) - before - python
+    (worker,) = (tid for tid in born if masks()[tid] == mask)
+    return worker
+
+
+def test_the_audit_counts_a_thread_born_within_the_phase(forward_worker, split_plan):
+    """All of its time is the phase's: it has no reading from before."""
+    worker, mask = forward_worker, frozenset(split_plan.forward.cpus)
     audit = tsa.Audit(())
     inside = audit.attribute(split_plan.forward, {}, {worker: 5_000_000})
     assert (inside["cpu_s"], inside["stray_s"], inside["seen_on"]) == (0.005, 0, mask)
