@@ -4044,8 +4044,6 @@ def draw_curves(path: Path, title: str, history: Sequence[dict[str, Any]]) -> No
     """Losses, accuracies and learning rate by epoch, one above the other; what only some epochs
     have is drawn for those.
     """
-    from matplotlib.ticker import MaxNLocator
-
     epochs = [row["epoch"] for row in history]
     figure = new_figure(8, 8)
     losses, accuracies, rates = figure.subplots(3, sharex=True, height_ratios=(3, 3, 2))
@@ -4060,18 +4058,13 @@ def draw_curves(path: Path, title: str, history: Sequence[dict[str, Any]]) -> No
     rates.plot(epochs, [row["lr"] for row in history], color="#228833", marker=".")
     losses.set_ylabel("loss")
     accuracies.set_ylabel("right answers, %")
-    rates.set_ylabel("learning rate")
-    rates.set_ylim(bottom=0)
-    rates.set_xlabel("epoch")
-    rates.xaxis.set_major_locator(MaxNLocator(integer=True))
-    finish_axes(figure, title)
-    save_figure(figure, path)
+    rates.set(ylabel="learning rate", ylim=(0, None))
+    save_axes(figure, path, title, "epoch")
 
 
 def draw_gradients(path: Path, title: str, history: Sequence[dict[str, Any]]) -> None:
     """The norm of the gradients of each layer group, by epoch."""
     from matplotlib import colormaps
-    from matplotlib.ticker import MaxNLocator
 
     figure = new_figure(8, 5)
     ax = figure.subplots()
@@ -4080,13 +4073,9 @@ def draw_gradients(path: Path, title: str, history: Sequence[dict[str, Any]]) ->
         norms = [row["gradient_norms"].get(group) or math.nan for row in history]
         colour = colormaps["viridis"](0.9 * number / max(1, len(groups) - 1))
         ax.plot(epochs, norms, marker=".", color=colour, label=group)
-    ax.set_yscale("log")
-    ax.set_ylabel("norm of the gradients, mean over an epoch")
-    ax.set_xlabel("epoch")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(yscale="log", ylabel="norm of the gradients, mean over an epoch")
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    finish_axes(figure, title)
-    save_figure(figure, path)
+    save_axes(figure, path, title, "epoch")
 
 
 @dataclass(frozen=True)
@@ -4108,23 +4097,25 @@ def draw_range_test(path: Path, title: str, result: RangeTest) -> None:
     if result.suggestion:
         label = f"suggestion: {result.suggestion:.2g}"
         ax.axvline(result.suggestion, color="#cc6677", linestyle="--", label=label)
-    ax.set_xscale("log")
-    ax.set_xlabel("learning rate")
-    ax.set_ylabel("loss")
+    ax.set(xscale="log", ylabel="loss")
     if max(result.losses) > 2 * result.losses[0]:  # where it explodes is of no interest
         ax.set_ylim(0.9 * min(result.losses), 2 * result.losses[0])
     ax.legend(frameon=False)
-    finish_axes(figure, title)
-    save_figure(figure, path)
+    save_axes(figure, path, title, "learning rate")
 
 
-def finish_axes(figure: Any, title: str) -> None:
-    """The title, and a light frame and grid for all axes of a figure."""
+def save_axes(figure: Any, path: Path, title: str, x_label: str) -> None:
+    """Write a picture whose axes share the x axis, with its title and a light frame and grid."""
+    from matplotlib.ticker import MaxNLocator
+
     figure.suptitle(title, fontsize=10)
+    figure.axes[-1].set_xlabel(x_label)
+    if x_label == "epoch":
+        figure.axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for ax in figure.axes:
         ax.grid(alpha=0.3)
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
+        ax.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
 
 
 # Images by (true class, predicted class), of the pairs that occur: with the 21,841 classes of
