@@ -4914,21 +4914,15 @@ def build_work(
 
 
 def settings_in_force(
-    settings: Settings, topology: Topology, plan: CorePlan, data: ImageData, note: str
+    settings: Settings, topology: Topology, data: ImageData, **others: Any
 ) -> Settings:
-    """The settings with everything decided that they leave open; `note` says why the allocator
-    could not be tuned, if so.
-    """
+    """The settings with classes, image size and precision decided, and with the `others`."""
     return dataclasses.replace(
         settings,
         num_classes=settings.num_classes or len(data.classes),
         image_size=largest_size(settings, data.native_size),
-        lr=learning_rate(settings),
-        forward_threads=plan.forward.threads,
-        backward_threads=plan.backward.threads,
-        loader_cores=plan.loader_cpus,
         precision=choose_precision(settings, topology)[0],
-        tuned_malloc=settings.tuned_malloc and not note,
+        **others,
     )
 
 
@@ -4993,7 +4987,8 @@ def set_up(
     if settings.data_path:
         say("\n".join(describe_data(data)))
     note = tune_allocator() if settings.tuned_malloc else ""
-    settings = settings_in_force(settings, topology, plan, data, note)
+    rate, tuned = learning_rate(settings), settings.tuned_malloc and not note
+    settings = settings_in_force(settings, topology, data, lr=rate, tuned_malloc=tuned)
     check_memory(settings, topology, settings.batch_size)
     with memory_errors():
         stop = stack.enter_context(StopRequest())
@@ -5006,7 +5001,12 @@ def set_up(
             stack.callback(val.close)
         lanes = stack.enter_context(Lanes(plan, topology.online))
         plan = lanes.plan
-        settings = settings_in_force(settings, topology, plan, data, note)
+        settings = dataclasses.replace(
+            settings,
+            forward_threads=plan.forward.threads,
+            backward_threads=plan.backward.threads,
+            loader_cores=plan.loader_cpus,
+        )
         counts = steps_in_epoch(settings, len(train)), planned_steps(settings, len(train))
         work = build_work(settings, lanes, *counts, data.classes)
         notes = tuple(filter(None, [note, *lanes.notes]))
@@ -5342,25 +5342,17 @@ def time_phases(lanes: Lanes, work: Work, batches: Batches, steps: int) -> Phase
 
 
 def plan_for(settings: Settings, topology: Topology) -> CorePlan:
-    """The core plan; with `--split auto` it is measured first, in some seconds.
-
-    Chosen is the split with the smallest bound of the schedule (see step_bound_s).
-    """
+    """The core plan; with `--split auto` it is measured first, in some seconds."""
     if settings.split != "auto":
         return plan_cores(topology, settings)
     check_core_options(topology, settings)
-    cores = len(usable_cores(topology))
-    if cores <= 2:
-        reason, forward, measured = "is the only choice", 1, {}
-    else:
+    forward, reason, measured = 1, "is the only choice", {}
+    if (cores := len(usable_cores(topology))) > 2:
         measured = measure_scaling(settings, topology, core_counts(cores))
-        bounds_s = split_bounds_s(settings.schedule, settings.accumulate, measured, cores)
-        forward = min(bounds_s, key=bounds_s.__getitem__)
-        reason = explain_choice(settings, measured, bounds_s, forward, cores)
+        forward, reason = choose_split(settings, measured, cores)
     split = f"{forward}:{max(1, cores - forward)}"
     plan = plan_cores(topology, dataclasses.replace(settings, split=split))
-    note = f"split auto: with {plural(cores, 'core')} {split} {reason}"
-    notes = (*plan.notes, note)
+    notes = (*plan.notes, f"split auto: with {plural(cores, 'core')} {split} {reason}")
     return dataclasses.replace(plan, split=f"auto, {split}", notes=notes, measured=measured)
 
 
@@ -5388,44 +5380,32 @@ def times_on(measured: dict[int, PhaseTimes], cores: int) -> PhaseTimes:
     below = max(count for count in measured if count <= cores)
     above = min(count for count in measured if count >= cores)
     part = math.log(cores / below) / math.log(above / below) if above > below else 0.0
-    pairs = zip(
-        dataclasses.astuple(measured[below]), dataclasses.astuple(measured[above]), strict=True
-    )
-    return PhaseTimes(*(low_s ** (1 - part) * high_s**part for low_s, high_s in pairs))
+    few, many = (dataclasses.astuple(measured[count]) for count in (below, above))
+    pairs = zip(few, many, strict=True)
+    return PhaseTimes(*(few_s ** (1 - part) * many_s**part for few_s, many_s in pairs))
 
 
-def explain_choice(
-    settings: Settings,
-    measured: dict[int, PhaseTimes],
-    bounds_s: dict[int, float],
-    forward: int,
-    cores: int,
-) -> str:
-    """Why a split was chosen, in words."""
-    even_s = bounds_s[cores // 2]
+def choose_split(
+    settings: Settings, measured: dict[int, PhaseTimes], cores: int
+) -> tuple[int, str]:
+    """How many forward cores give the smallest bound (see step_bound_s), and why, in words."""
+    bounds_s = split_bounds_s(settings.schedule, settings.accumulate, measured, cores)
+    forward, even = min(bounds_s, key=bounds_s.__getitem__), cores // 2
     times = "; ".join(
         f"{count}: {times.forward_s:.3f} and {times.backward_s:.3f} s"
         for count, times in measured.items()
     )
-    return (
+    return forward, (
         f"has the smallest bound of a {settings.schedule} step, {bounds_s[forward]:.3f} s "
-        f"({cores // 2}:{cores - cores // 2} has {even_s:.3f} s); forward and backward of a batch "
+        f"({even}:{cores - even} has {bounds_s[even]:.3f} s); forward and backward of a batch "
         f"by cores: {times}"
     )
 
 
 def measured_settings(settings: Settings, topology: Topology) -> Settings:
-    """The settings with what measuring needs decided: classes, image size, precision."""
-    data = open_data(settings)
-    return dataclasses.replace(
-        settings,
-        num_classes=settings.num_classes or len(data.classes),
-        image_size=largest_size(settings, data.native_size),
-        precision=choose_precision(settings, topology)[0],
-        epochs=None,
-        min_res=None,
-        init_from=None,
-    )
+    """The settings for measuring: without epochs, growing images and trained weights."""
+    left_out = {"epochs": None, "min_res": None, "init_from": None}
+    return settings_in_force(settings, topology, open_data(settings), **left_out)
 
 
 def measure_scaling(
@@ -5458,8 +5438,7 @@ def time_groups(
     if settings.tuned_malloc:
         tune_allocator()
     size = (settings.batch_size, 3, settings.image_size, settings.image_size)
-    batch = torch.randn(size), torch.randint(settings.num_classes, size[:1])
-    loaded = [Loaded(batch)]
+    loaded = [Loaded((torch.randn(size), torch.randint(settings.num_classes, size[:1])))]
     settings = dataclasses.replace(settings, accumulate=1, lr=0.0, lr_scheduler="constant")
     for group in groups:
         plan = CorePlan("none", group, group, group.cpus)

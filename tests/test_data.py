@@ -1142,9 +1142,8 @@ def test_synthetic_images_grow_too():
     settings = Settings(
         batch_size=2, workers=0, num_classes=2, epochs=2, min_res=32, max_res=64, end_ramp=2
     )
-    data, topology = tsa.open_data(settings), tsa.read_topology()
-    plan = tsa.plan_cores(topology, settings)
-    settings = tsa.settings_in_force(settings, topology, plan, data, "")
+    data = tsa.open_data(settings)
+    settings = tsa.settings_in_force(settings, tsa.read_topology(), data)
     sides = [load(data, settings, epoch, stop=1)[0][0].shape[-1] for epoch in (1, 2)]
     assert sides == [32, 64]
 
