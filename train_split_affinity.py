@@ -80,6 +80,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 
@@ -5470,6 +5471,7 @@ class Order:
 
 
 Rounds = Generator["Round | None", Order, None]
+ByLane = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -5480,9 +5482,9 @@ class Round:
     """
 
     steps: tuple[StepResult, ...]
-    busy: dict[str, float]
+    busy: ByLane
     alone: PhaseTimes | None
-    matrix_flops: dict[str, float]
+    matrix_flops: ByLane
     peak_memory_bytes: int
 
     @property
@@ -5631,15 +5633,7 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def check_batches(chosen: Iterable[Settings]) -> None:
-    """Raise UserError if the model cannot train on the batches of each of the settings."""
-    for settings in chosen:
-        model = meta_model(settings.model, settings.num_classes, settings.image_size)
-        check_input_shape(model, settings.model, settings.batch_size, settings.image_size)
-
-
-@dataclass(frozen=True)
-class Compared:
+class Compared(SimpleNamespace):
     """One way to train in a comparison: medians over the rounds; ranges are (lowest, highest).
 
     Ratios are taken within a round. `bound_share` is the bound's share of the step's time, `gflops`
@@ -5648,25 +5642,8 @@ class Compared:
     during its phases for a lane of two.
     """
 
-    way: str
-    cores: str
-    batches: str
-    images_per_s: float
-    images_per_s_range: tuple[float, float]
-    to_none: float
-    to_none_rounds: tuple[float, ...]
-    to_plain: float
-    bound_images_per_s: float | None
-    bound_share: float | None
-    busy: dict[str, float]
-    peak_memory_bytes: int
-    gflops: float
-    matrix_share: dict[str, float]
-    matrix_gflops: dict[str, float]
-    stray_s: float
 
-
-def matrix_share(lane: str, each: Round, images: int, flops: dict[str, float]) -> float:
+def matrix_share(lane: str, each: Round, images: int, flops: ByLane) -> float:
     """The rate of a lane's convolutions and matrix products, relative to `matrix_flops`."""
     if lane in flops:
         achieved_flops = flops[lane] * images / each.phase_s(lane)
@@ -5675,25 +5652,19 @@ def matrix_share(lane: str, each: Round, images: int, flops: dict[str, float]) -
     return achieved_flops / each.matrix_flops[lane]
 
 
-def against_bound(
-    rounds: Sequence[Round], settings: Settings
-) -> tuple[float, float] | tuple[None, None]:
+def against_bound(rounds: Sequence[Round], settings: Settings) -> dict[str, float | None]:
     """The bound in images a second, and its share of the step's time, medians; plain has none."""
     if not rounds[0].alone:
-        return None, None
+        return {"bound_images_per_s": None, "bound_share": None}
     schedule, accumulate = settings.schedule, settings.accumulate
     bounds_s = [step_bound_s(schedule, each.alone, accumulate) for each in rounds]
     shares = [bound_s / each.step_s for bound_s, each in zip(bounds_s, rounds, strict=True)]
-    images = settings.batch_size * accumulate
-    return images / statistics.median(bounds_s), statistics.median(shares)
+    speed = settings.batch_size * accumulate / statistics.median(bounds_s)
+    return {"bound_images_per_s": speed, "bound_share": statistics.median(shares)}
 
 
 def compared_way(
-    way: str,
-    rounds: dict[str, list[Round]],
-    settings: Settings,
-    plan: CorePlan,
-    flops: dict[str, float],
+    way: str, rounds: dict[str, list[Round]], settings: Settings, plan: CorePlan, flops: ByLane
 ) -> Compared:
     """The figures of one way to train."""
     own, images = rounds[way], settings.batch_size * settings.accumulate
@@ -5702,7 +5673,6 @@ def compared_way(
         [other.step_s / each.step_s for other, each in zip(rounds[name], own, strict=True)]
         for name in ("none", "plain")
     )
-    bound_images_per_s, bound_share = against_bound(own, settings)
     lanes = own[0].matrix_flops
     return Compared(
         way=way,
@@ -5713,8 +5683,7 @@ def compared_way(
         to_none=statistics.median(to_none),
         to_none_rounds=tuple(to_none),
         to_plain=statistics.median(to_plain),
-        bound_images_per_s=bound_images_per_s,
-        bound_share=bound_share,
+        **against_bound(own, settings),
         busy={name: statistics.median(each.busy[name] for each in own) for name in own[0].busy},
         peak_memory_bytes=max(each.peak_memory_bytes for each in own),
         gflops=sum(flops.values()) * statistics.median(speeds) / 1e9,
@@ -5735,8 +5704,7 @@ def compare(settings: Settings, topology: Topology) -> list[Compared]:
     Each way has a process of its own, and at least `settings.steps` measured steps (default: 14).
     """
     if settings.split == "none" or settings.schedule != "sequential":
-        asked = f"--schedule {settings.schedule}"
-        asked = "--split none" if settings.split == "none" else asked
+        asked = "--split none" if settings.split == "none" else f"--schedule {settings.schedule}"
         raise UserError(f"{asked}: compare runs every schedule beside --split none by itself")
     if settings.epochs and not settings.recipe:
         raise UserError(f"--epochs {settings.epochs}: compare takes --steps, for each way to train")
@@ -5745,11 +5713,14 @@ def compare(settings: Settings, topology: Topology) -> list[Compared]:
     check_memory(settings, topology, settings.batch_size * settings.accumulate)
     check_writable(settings)
     chosen = {way: way_settings(settings, way) for way in WAYS}
-    check_batches(chosen.values())
+    shape = settings.model, settings.num_classes, settings.image_size
+    model = meta_model(*shape)
+    for each in chosen.values():
+        check_input_shape(model, settings.model, each.batch_size, settings.image_size)
     plans = {way: plan_for(chosen[way], topology) for way in WAYS}
     for note in dict.fromkeys(note for plan in plans.values() for note in plan.notes):
         say(f"note: {note}")
-    flops = measure_model(settings.model, settings.num_classes, settings.image_size).flops
+    flops = measure_model(*shape).flops
     rounds = run_rounds(chosen, plans, topology)
     compared = [compared_way(way, rounds, chosen[way], plans[way], flops) for way in WAYS]
     say("\n".join(["", *comparison_lines(settings, compared), "", verdict(compared)]))
@@ -5805,14 +5776,8 @@ def comparison_lines(settings: Settings, compared: Sequence[Compared]) -> list[s
         ratios = [f"{row.to_none:.2f}", f"{row.to_plain:.2f}"]
         speed = f"{row.images_per_s:.2f}"
         speeds.append([row.way, speed, f"{low:.2f} to {high:.2f}", *ratios, *bound])
-        busy, share, rate = (
-            " + ".join(pattern.format(value) for value in values.values()) or "-"
-            for pattern, values in (
-                ("{:.0%}", row.busy),
-                ("{:.0%}", row.matrix_share),
-                ("{:.0f}", row.matrix_gflops),
-            )
-        )
+        busy, share = lanes_text(row.busy, "{:.0%}"), lanes_text(row.matrix_share, "{:.0%}")
+        rate = lanes_text(row.matrix_gflops, "{:.0f}")
         memory, stray = f"{row.peak_memory_bytes / 2**30:.2f}", f"{1e3 * row.stray_s:.1f}"
         figures = [busy, memory, f"{row.gflops:.0f}", rate, share, stray]
         work.append([row.way, row.cores, row.batches, *figures])
@@ -5826,6 +5791,11 @@ def comparison_lines(settings: Settings, compared: Sequence[Compared]) -> list[s
         "",
         markdown_table(work_header.split(","), work),
     ]
+
+
+def lanes_text(figures: ByLane, pattern: str) -> str:
+    """A figure of each lane, in one cell of a table."""
+    return " + ".join(map(pattern.format, figures.values())) or "-"
 
 
 def judge_rounds(ratios: Iterable[float]) -> str:
@@ -5853,10 +5823,7 @@ def verdict(compared: Sequence[Compared]) -> str:
 
 
 def comparison_json(
-    settings: Settings,
-    topology: Topology,
-    plans: dict[str, CorePlan],
-    compared: Sequence[Compared],
+    settings: Settings, topology: Topology, plans: dict[str, CorePlan], compared: Sequence[Compared]
 ) -> str:
     """A comparison for programs."""
     figures = {
@@ -5864,7 +5831,7 @@ def comparison_json(
         "versions": versions(),
         "settings": plain_settings(settings),
         "plans": {way: dataclasses.asdict(plan) for way, plan in plans.items()},
-        "ways": [dataclasses.asdict(row) for row in compared],
+        "ways": [vars(row) for row in compared],
         "verdict": verdict(compared),
     }
     return json.dumps(figures, indent=1, allow_nan=False) + "\n"
