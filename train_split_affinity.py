@@ -5270,7 +5270,7 @@ def find_lr_and_report(settings: Settings, topology: Topology, plan: CorePlan) -
 # ==================================================================================================
 
 
-class Elsewhere:
+class Elsewhere(Iterator[Any]):
     """A generator that runs in a process of its own: the one that `function(*args)` makes.
 
     `check_stop` is called while waiting, and may raise. Close it, since the process ignores
@@ -5284,9 +5284,6 @@ class Elsewhere:
         self._process = context.Process(target=serve, args=(theirs, function, args), daemon=True)
         self._process.start()
         theirs.close()
-
-    def __iter__(self) -> Elsewhere:
-        return self
 
     def __next__(self) -> Any:
         return self.send(None)
@@ -5419,10 +5416,8 @@ def measure_scaling(
     check_memory(settings, topology, settings.batch_size)
     say(f"split auto: measuring {settings.model} on {', '.join(map(str, counts))} cores")
     cores = usable_cores(topology)
-    groups = []
-    for count in counts:
-        cpus = divide_cores(cores, f"{count}:{len(cores) - count}")[0]
-        groups.append(make_group(topology, "all", cpus, None))
+    parts = [divide_cores(cores, f"{count}:{len(cores) - count}")[0] for count in counts]
+    groups = [make_group(topology, "all", cpus, None) for cpus in parts]
     with StopRequest() as stop:
         measuring = Elsewhere(stop.check, time_groups, settings, topology.online, groups)
         with contextlib.closing(measuring):
@@ -5471,7 +5466,7 @@ class Order:
 
 
 Rounds = Generator["Round | None", Order, None]
-ByLane = dict[str, float]
+ByLane = dict[str, float]  # a figure of each lane, by the lane's name
 
 
 @dataclass(frozen=True)
@@ -5634,7 +5629,8 @@ def give_memory_back() -> None:
 
 
 class Compared(SimpleNamespace):
-    """One way to train in a comparison: medians over the rounds; ranges are (lowest, highest).
+    """One way to train, as `compared_way` gives it: medians over the rounds; ranges are (lowest,
+    highest).
 
     Ratios are taken within a round. `bound_share` is the bound's share of the step's time, `gflops`
     of the whole machine; `matrix_share`, by lane, is the rate of convolutions and matrix products
@@ -5740,7 +5736,9 @@ def run_rounds(
     A round that warms the ways up is left out. It shows whether the memory of all of them fits at
     once; if not, each has to give it back after a round, and to fetch it again before the next.
     """
-    steps = -(-(chosen["none"].steps or 2 * ROUNDS) // ROUNDS)
+    none = chosen["none"]
+    steps = -(-(none.steps or 2 * ROUNDS) // ROUNDS)
+    images = none.batch_size * none.accumulate  # of a step, the same for all ways
     rounds: dict[str, list[Round]] = {way: [] for way in WAYS}
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
@@ -5757,11 +5755,8 @@ def run_rounds(
             warmup = 1 if keep and number > 1 else 3
             for way in WAYS:
                 rounds[way].append(running[way].send(Order(warmup, steps, keep)))
-            speeds = ", ".join(
-                f"{way} {chosen[way].batch_size * chosen[way].accumulate / each[-1].step_s:.2f}"
-                for way, each in rounds.items()
-            )
-            say(f"round {number}/{ROUNDS}, images/s: {speeds}")
+            speeds = (f"{way} {images / each[-1].step_s:.2f}" for way, each in rounds.items())
+            say(f"round {number}/{ROUNDS}, images/s: {', '.join(speeds)}")
     return rounds
 
 
@@ -5850,8 +5845,7 @@ def draw_comparison(
         if row.way in SCHEDULES:
             title = f"{row.way}: {row.images_per_s:.1f} images/s, {row.batches} images a step"
             panels.append(Panel(title, plans[row.way], rounds[row.way][-1].steps))
-    span_s = min(panel.span_s for panel in panels)
-    draw_timelines(path, describe_run(settings), panels, span_s)
+    draw_timelines(path, describe_run(settings), panels, min(panel.span_s for panel in panels))
 
 
 # ==================================================================================================
