@@ -4989,7 +4989,9 @@ def set_up(
         say("\n".join(describe_data(data)))
     note = tune_allocator() if settings.tuned_malloc else ""
     rate, tuned = learning_rate(settings), settings.tuned_malloc and not note
-    settings = settings_in_force(settings, topology, data, lr=rate, tuned_malloc=tuned)
+    settings = settings_in_force(
+        settings, topology, data, lr=rate, loader_cores=plan.loader_cpus, tuned_malloc=tuned
+    )
     check_memory(settings, topology, settings.batch_size)
     with memory_errors():
         stop = stack.enter_context(StopRequest())
@@ -5003,10 +5005,7 @@ def set_up(
         lanes = stack.enter_context(Lanes(plan, topology.online))
         plan = lanes.plan
         settings = dataclasses.replace(
-            settings,
-            forward_threads=plan.forward.threads,
-            backward_threads=plan.backward.threads,
-            loader_cores=plan.loader_cpus,
+            settings, forward_threads=plan.forward.threads, backward_threads=plan.backward.threads
         )
         counts = steps_in_epoch(settings, len(train)), planned_steps(settings, len(train))
         work = build_work(settings, lanes, *counts, data.classes)
