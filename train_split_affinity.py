@@ -75,7 +75,7 @@ import time
 import traceback
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -1140,11 +1140,16 @@ def last_cpu(tid: int) -> int:
     return int(stat.rpartition(")")[2].split()[36])
 
 
-def thread_clocks_ns() -> dict[int, int]:
+def thread_clocks_ns(known: Collection[int] = ()) -> dict[int, int]:
     """CPU time so far of each thread; without /proc, the process's own clock stands for all.
 
-    A thread that is born and ends between two readings goes unseen; PyTorch starts none such.
+    `known` are the threads of an earlier reading, which spare listing them if they are as many as
+    there are, and none of them has ended. A thread that is born and ends between two readings goes
+    unseen; PyTorch starts none such.
     """
+    with contextlib.suppress(OSError):
+        if known and Path("/proc/self/task").stat().st_nlink == 2 + len(known):
+            return {tid: thread_cpu_ns(tid) for tid in known}
     clocks = {}
     for tid in thread_ids():
         with contextlib.suppress(OSError):  # ended since it was listed
@@ -1174,15 +1179,17 @@ class Audit:
     def __init__(self, online: Sequence[int]):
         self.online = online
         self.born_for: dict[int, Group] = {}  # by thread id
+        self._known: dict[int, int] = {}  # the latest reading
 
     def begin(self, look: bool) -> Reading:
         """The reading before a phase. A closer look takes some milliseconds on a large machine."""
         cpus_s = cpu_busy_s() if look else None
-        return Reading(thread_clocks_ns(), cpus_s)
+        return Reading(thread_clocks_ns(self._known), cpus_s)
 
     def end(self, group: Group, before: Reading) -> dict[str, Any]:
         """The fields of a PhaseRecord from a reading before the phase, and one now, after it."""
-        threads_ns, look = thread_clocks_ns(), before.cpus_s is not None
+        self._known = threads_ns = thread_clocks_ns(before.threads_ns)
+        look = before.cpus_s is not None
         busy = self.busy_between(before.cpus_s, cpu_busy_s()) if look else {}
         return self.attribute(group, before.threads_ns, threads_ns, look) | {"cpu_busy_s": busy}
 
@@ -2443,10 +2450,10 @@ def planned_steps(settings: Settings, epoch_batches: int) -> int:
 
 
 def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """SGD with momentum, Adam or AdamW over all parameters; with `skip_decay_1d`, those with one
-    dimension have a group of their own, without weight decay.
+    """SGD with momentum, Adam or AdamW over all parameters that are not frozen; with
+    `skip_decay_1d`, those with one dimension have a group of their own, without weight decay.
     """
-    weights = list(model.parameters())
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     groups: list[dict[str, Any]] = [{"params": weights}]
     if settings.skip_decay_1d:
         flat = [weight for weight in weights if weight.ndim <= 1]
@@ -2559,18 +2566,18 @@ class GradientFlow:
     """
 
     def __init__(self, model: nn.Module):
-        self._groups = layer_groups(name for name, _ in model.named_parameters())
+        trained = (name for name, weight in model.named_parameters() if weight.requires_grad)
+        self._groups = layer_groups(trained)
         self._sums: Counter[str] = Counter()
         self._measured = self._steps = 0
 
-    def measure(self, model: nn.Module) -> dict[str, float]:
+    def measure(self, weights: Weights) -> dict[str, float]:
         """The norms of a step that is about to be made, if it is one to look at."""
         if self._steps % STEPS_BETWEEN_NORMS:
             return {}
-        gradients = {name: weight.grad for name, weight in model.named_parameters()}
         norms = {}
         for group, names in self._groups.items():
-            present = [gradients[name] for name in names if gradients[name] is not None]
+            present = [weights[name].grad for name in names if weights[name].grad is not None]
             norms[group] = nn.utils.get_total_norm(present).item()
         return norms
 
@@ -2673,31 +2680,29 @@ class StepEnd:
 
 
 @dataclass
-class Work:
-    """The phases of an optimizer step over `accumulate` micro-batches.
+class Network:
+    """A model and how it computes: everything but the update of its weights.
 
-    They work on the model's own weights, or on a copy of them made by `copy_weights`. Together
-    with `end`, that of the latest step, the weights and all that an update changes are the state
-    between two steps, at any moment but within an update: then `updating` is set. `begun` becomes
-    `end` with the update, if `delayed` has begun the next step before it. `note` says what is new
-    in a model that starts from trained weights.
+    The phases work on the model's own weights, or on a copy of those that are trained, made by
+    `copy_weights`; frozen weights have no copies. A loss counts as one of `accumulate` in a step.
+    `note` says what is new in a model that starts from trained weights.
+
+    `trained` are the model's own trained weights by name, `buffers` what its forward passes change,
+    `state` all of its values. They are to be asked for here, not from the model: while a forward
+    pass on a copy runs, that has the copy in place of its own (see torch.func.functional_call).
     """
 
     model: nn.Module
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    optimizer: torch.optim.Optimizer
     accumulate: int = 1
     bf16: bool = False
     channels_last: bool = False
-    grads_to_none: bool = True
-    clip_grad_norm: float = 0.0
-    scheduler: LRScheduler | None = None
-    average: MovingAverage | None = None
-    flow: GradientFlow | None = None
-    end: StepEnd | None = None
-    begun: StepEnd | None = None
-    updating: bool = False
     note: str = ""
+
+    def __post_init__(self):
+        weights, self.state = dict(self.model.named_parameters()), self.model.state_dict()
+        self.trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
+        self.buffers = {name: self.state[name] for name in self.state if name not in weights}
 
     def forward(self, batch: Batch, weights: Weights | None = None) -> Batch:
         """Logits (n, classes) in float32, with the graph to go back through, and the targets.
@@ -2724,44 +2729,79 @@ class Work:
         (loss / self.accumulate).backward()  # for CPU tensors this runs in the calling thread
         return score(value, *output)
 
-    def update(self, weights: Weights | None = None) -> None:
+    def step_end(self, weights: Weights | None = None) -> StepEnd:
+        """The end of a step, which is now, of all that the next one changes before its update."""
+        buffers = {name: value.clone() for name, value in self.buffers.items()}
+        return StepEnd(buffers, torch.get_rng_state(), weights)
+
+    def copy_weights(self, begun: Weights | None = None) -> Weights:
+        """A copy of the weights to run phases with; of those of a step already begun, if a run goes
+        on there.
+        """
+        now = self.trained | (begun or {})
+        return {name: value.detach().clone().requires_grad_() for name, value in now.items()}
+
+    def refresh(self, weights: Weights) -> StepEnd:
+        """Bring a copy up to the model's own weights: the next step begins here, with it."""
+        with torch.no_grad():
+            for name, weight in self.trained.items():
+                weights[name].copy_(weight)
+        return self.step_end(weights)
+
+
+@dataclass
+class Work:
+    """The update of a network's weights, and what a run needs to go on between two steps.
+
+    Together with `end`, that of the latest step, the weights and all that an update changes are the
+    state between two steps, at any moment but within an update: then `updating` is set.
+    """
+
+    network: Network
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler | None = None
+    average: MovingAverage | None = None
+    flow: GradientFlow | None = None
+    clip_grad_norm: float = 0.0
+    grads_to_none: bool = True
+    end: StepEnd | None = None
+    updating: bool = False
+
+    def update(
+        self,
+        weights: Weights | None = None,
+        begun: StepEnd | None = None,
+        after: Future | None = None,
+    ) -> None:
         """The optimizer step, on the model's own weights, with the gradients that went to
         `weights`, and what belongs to it: gradient norms, clipping, the learning rate of the next
         step, the moving average; clears the gradients.
+
+        `begun` is the end of this step if `delayed` has begun the next one. Does nothing if the
+        phase `after` which it was queued has failed.
         """
-        for name, parameter in self.model.named_parameters() if weights else ():
-            parameter.grad = weights[name].grad
-        norms = self.flow.measure(self.model) if self.flow else {}
+        if after and after.exception():
+            return
+        trained = self.network.trained
+        for name, copy in (weights or {}).items():
+            trained[name].grad = copy.grad
+        norms = self.flow.measure(trained) if self.flow else {}
         if self.clip_grad_norm:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
-        end = self.begun or self.step_end()  # what needs memory comes first: it may fail
+            nn.utils.clip_grad_norm_(trained.values(), self.clip_grad_norm)
+        end = begun or self.network.step_end()  # what needs memory comes first: it may fail
         self.updating = True
         self.optimizer.step()
         if self.scheduler:
             self.scheduler.step()
         if self.flow:
             self.flow.add(norms)
-        self.end, self.begun = end, None
+        self.end = end
         if self.average:
             self.average.update(self.values())
         self.updating = False
         self.optimizer.zero_grad(set_to_none=self.grads_to_none)
         for copy in weights.values() if weights and self.grads_to_none else ():
             copy.grad = None
-
-    def step_end(self, weights: Weights | None = None) -> StepEnd:
-        """The end of a step, which is now, of all that the next one changes before its update."""
-        parameters = dict(self.model.named_parameters())
-        buffers = {
-            name: value.clone()
-            for name, value in self.model.state_dict().items()
-            if name not in parameters
-        }
-        return StepEnd(buffers, torch.get_rng_state(), weights)
-
-    def values(self) -> Weights:
-        """The model's state as of the last step: what a step already begun has changed left out."""
-        return self.model.state_dict() | (self.end.buffers if self.end else {})
 
     def evaluate(self, batch: Batch) -> tuple[list[Scores], torch.Tensor]:
         """The scores of a batch, first of the moving average if there is one, last of the model's
@@ -2770,30 +2810,14 @@ class Work:
         """
         averaged = [self.average.values] if self.average else []
         with torch.inference_mode():
-            outputs = [self.forward(batch, weights) for weights in (*averaged, None)]
+            outputs = [self.network.forward(batch, weights) for weights in (*averaged, None)]
             losses = [nn.functional.cross_entropy(*output).item() for output in outputs]
             scores = [score(loss, *output) for loss, output in zip(losses, outputs, strict=True)]
             return scores, outputs[0][0].argmax(1)
 
-    def copy_weights(self) -> Weights:
-        """A copy of the model's weights to run phases with; of those of a step already begun, if a
-        run goes on there.
-        """
-        begun = (self.end and self.end.weights) or {}
-        return {
-            name: begun.get(name, parameter)
-            .detach()
-            .clone()
-            .requires_grad_(parameter.requires_grad)
-            for name, parameter in self.model.named_parameters()
-        }
-
-    def refresh(self, weights: Weights) -> None:
-        """Bring a copy up to the model's own weights: the next step begins with it."""
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                weights[name].copy_(parameter)
-        self.begun = self.step_end(weights)
+    def values(self) -> Weights:
+        """The model's state as of the last step: what a step already begun has changed left out."""
+        return self.network.state | (self.end.buffers if self.end else {})
 
 
 Steps = Iterator[list[Scores]]
@@ -2805,11 +2829,12 @@ def sequential(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     The next batch is fetched while the backward group works, since the loader's home, the forward
     group, is idle then.
     """
+    network = work.network
     while batches.left:
         scores = []
-        for _ in range(work.accumulate):
-            output = lanes.forward.run("forward", work.forward, next(batches))
-            backward = lanes.backward.submit("backward", work.backward, output)
+        for _ in range(network.accumulate):
+            output = lanes.forward.run("forward", network.forward, next(batches))
+            backward = lanes.backward.submit("backward", network.backward, output)
             del output  # the graph shall die with the backward phase
             batches.prefetch()
             scores.append(backward.result())
@@ -2823,14 +2848,15 @@ def overlap(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     Computes what `sequential` computes, bit for bit with equal thread counts: no weight changes
     within a step, and BatchNorm's statistics are touched in the same order.
     """
+    network = work.network
     while batches.left:
         scores = []
-        output = lanes.forward.run("forward", work.forward, next(batches))
-        for ahead in reversed(range(work.accumulate)):
-            backward = lanes.backward.submit("backward", work.backward, output)
+        output = lanes.forward.run("forward", network.forward, next(batches))
+        for ahead in reversed(range(network.accumulate)):
+            backward = lanes.backward.submit("backward", network.backward, output)
             del output
             if ahead:
-                output = lanes.forward.run("forward", work.forward, next(batches))
+                output = lanes.forward.run("forward", network.forward, next(batches))
             batches.prefetch()
             scores.append(backward.result())
         lanes.backward.run("update", work.update)
@@ -2844,27 +2870,37 @@ def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     w(t+1) = w(t) - lr * gradient(w(t-1)). Two copies of the weights take turns: one step goes
     forward and back on the same copy, while the forward lane refreshes the other copy, whose own
     step has been applied, and begins the next step on it. The optimizer alone writes the model's
-    weights, never while a copy is refreshed; the forward lane alone writes the buffers.
+    weights: its update is queued behind the step's last backward phase, and never before the
+    refresh is done. The forward lane alone writes the buffers.
 
     The pipeline is empty when the batches have run out: an epoch begins with the weights of today.
     """
-    weights, other = (lanes.forward.call(work.copy_weights) for _ in range(2))
-    output = lanes.forward.run("forward", work.forward, next(batches), weights)
+    network, begun = work.network, work.end and work.end.weights
+    weights, other = (lanes.forward.call(network.copy_weights, begun) for _ in range(2))
+    output = lanes.forward.run("forward", network.forward, next(batches), weights)
     while output:
-        scores = []
-        for left in reversed(range(work.accumulate)):
-            backward = lanes.backward.submit("backward", work.backward, output)
+        scores, error = [], None
+        for left in reversed(range(network.accumulate)):
+            backward = lanes.backward.submit("backward", network.backward, output)
             output = None
-            if batches.left and not left:
-                lanes.forward.run("refresh", work.refresh, other)
-            if batches.left:
-                ahead = weights if left else other
-                output = lanes.forward.run("forward", work.forward, next(batches), ahead)
-            batches.prefetch()
+            if not left:
+                end = lanes.forward.run("refresh", network.refresh, other) if batches.left else None
+                update = lanes.backward.submit("update", work.update, weights, end, backward)
+            try:
+                if batches.left:
+                    ahead = weights if left else other
+                    output = lanes.forward.run("forward", network.forward, next(batches), ahead)
+                batches.prefetch()
+            except Exception as failure:
+                if left:
+                    raise
+                error = failure  # of the next step: this one comes to its end
             scores.append(backward.result())
-        lanes.backward.run("update", work.update, weights)
+        update.result()
         weights, other = other, weights
         yield scores
+        if error:
+            raise error
 
 
 SCHEDULES = {"sequential": sequential, "overlap": overlap, "delayed": delayed}
@@ -2993,7 +3029,7 @@ def make_state(
     """
     if work.updating:
         raise BadCheckpoint("an error broke off the update of the weights")
-    end = work.end or work.step_end()
+    end = work.end or work.network.step_end()
     return {
         "format": CHECKPOINT_FORMAT,
         "model": work.values(),
@@ -3018,7 +3054,7 @@ def restore_state(state: dict[str, Any], work: Work, settings: Settings) -> Prog
     """
     own = [dict(group, params=None) for group in work.optimizer.param_groups]
     progress = Progress(**state["progress"])
-    work.model.load_state_dict(state["model"])
+    work.network.model.load_state_dict(state["model"])
     work.optimizer.load_state_dict(state["optimizer"])
     ours, saved = plain_settings(settings), state["settings"]
     if all(saved.get(name) == ours[name] for name in RATE_SETTINGS):
@@ -3037,7 +3073,7 @@ def restore_state(state: dict[str, Any], work: Work, settings: Settings) -> Prog
     if work.flow and state["flow"]:
         work.flow.restore(state["flow"])
     torch.set_rng_state(state["random_state"])
-    work.end = work.step_end(state["ahead"] if settings.schedule == "delayed" else None)
+    work.end = work.network.step_end(state["ahead"] if settings.schedule == "delayed" else None)
     return progress
 
 
@@ -4738,7 +4774,7 @@ def evaluate(
     """
     batches = run.val.batches(run.bad)
     scores: list[list[Scores]] = []
-    run.work.model.eval()
+    run.work.network.model.eval()
     try:
         for batch in batches:
             run.stop.check()
@@ -4747,7 +4783,7 @@ def evaluate(
             if confusion is not None:
                 confusion.update(zip(batch[1].tolist(), predicted.tolist(), strict=True))
     finally:
-        run.work.model.train()
+        run.work.network.model.train()
         records = run.lanes.take_records()
     if report:
         report.check_placement(records)
@@ -4898,19 +4934,22 @@ def build_work(
     average = None
     if settings.model_ema:
         average = lanes.backward.call(MovingAverage, model, settings.model_ema_decay)
-    return Work(
+    network = Network(
         model,
         nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),
-        optimizer,
         settings.accumulate,
-        settings.precision == "bf16",
-        settings.channels_last,
-        settings.grads_to_none,
-        settings.clip_grad_norm,
+        bf16=settings.precision == "bf16",
+        channels_last=settings.channels_last,
+        note=note,
+    )
+    return Work(
+        network,
+        optimizer,
         build_lr_scheduler(optimizer, settings, epoch_steps, all_steps),
         average,
         GradientFlow(model) if settings.epochs else None,
-        note=note,
+        settings.clip_grad_norm,
+        settings.grads_to_none,
     )
 
 
@@ -5088,7 +5127,7 @@ def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
     found = find_resumed(settings, checkpoints)
     if not found:
         check_new(settings, checkpoints)
-        return Progress(epoch_batches=batches), [run.work.note] if run.work.note else []
+        return Progress(epoch_batches=batches), list(filter(None, [run.work.network.note]))
     path, state = found
     check_folder(path, checkpoints)
     differences = check_resumable(path, state, settings, checkpoints.data)
@@ -5115,7 +5154,7 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
         with contextlib.closing(checkpoints):
             if run.settings.test_only:
                 test(run, find_resumed(run.settings, checkpoints))
-                return run.work.model
+                return run.work.network.model
             checkpoints.hold()  # the loaders, which would share the lock, have been started
             progress, notes = resume(run, checkpoints)
             checkpoints.hold(make=True)
@@ -5130,7 +5169,7 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
             if run.settings.epochs and not run.settings.output_dir:
                 report.warn("unsaved", "nothing will be saved without --output-dir")
             fit(run, progress, report, checkpoints)
-    return run.work.model
+    return run.work.network.model
 
 
 def tell_bad_images(run: Run) -> None:
@@ -5152,9 +5191,10 @@ def test(run: Run, found: tuple[Path, dict[str, Any]] | None) -> None:
             raise UserError(f"--{name.replace('_', '-')} {ours}: {path} has {saved}")
     check_classes(path, state, run.data.classes)
     with fitting(path, run.settings):
-        run.work.model.load_state_dict(state["average"] or state["model"])
-        run.work.average = MovingAverage(run.work.model, 0.0) if state["average"] else None
-        run.work.model.load_state_dict(state["model"])
+        model = run.work.network.model
+        model.load_state_dict(state["average"] or state["model"])
+        run.work.average = MovingAverage(model, 0.0) if state["average"] else None
+        model.load_state_dict(state["model"])
     say(f"{path}: epoch {state['progress']['epoch']}, step {state['progress']['step']}")
     confusion = Confusion()
     results = evaluate(run, confusion=confusion)
@@ -5211,7 +5251,8 @@ def find_lr(run: Run) -> RangeTest:
     The model is left as it was.
     """
     settings, work = run.settings, run.work
-    before = {name: value.clone() for name, value in work.model.state_dict().items()}
+    model = work.network.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     count = settings.steps or RANGE_STEPS
     low, high = RANGE
     for group in work.optimizer.param_groups:
@@ -5229,7 +5270,7 @@ def find_lr(run: Run) -> RangeTest:
             say(f"lr {result.lr:.2e}: loss {result.loss:.4f}, smoothed {medians[-1]:.4f}")
             if medians[-1] > 4 * min(medians):
                 break
-    work.model.load_state_dict(before)
+    model.load_state_dict(before)
     if not losses:
         raise RunError("find-lr: the loss is not finite even in the first step")
     return judge_rates(rates, losses)
@@ -5328,8 +5369,8 @@ def time_phases(lanes: Lanes, work: Work, batches: Batches, steps: int) -> Phase
     lanes.take_records()
     for _ in itertools.islice(sequential(lanes, work, batches), steps):
         pass
-    lanes.forward.run("refresh", work.refresh, lanes.forward.call(work.copy_weights))
-    work.begun = None
+    network = work.network
+    lanes.forward.run("refresh", network.refresh, lanes.forward.call(network.copy_weights))
     durations_s: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for record in lanes.take_records():
         durations_s[record.phase].append(record.duration_s)
@@ -5585,7 +5626,7 @@ def lane_rounds(
             busy = lanes_busy(lanes.plan, records, sum(step.step_s for step in measured))
             alone = time_phases(lanes, work, Batches(loaded, settings.accumulate), 1)
             rates = {
-                lane.group.name: lane.call(matrix_flops, work.bf16)
+                lane.group.name: lane.call(matrix_flops, work.network.bf16)
                 for lane in dict.fromkeys((lanes.forward, lanes.backward))
             }
             if not order.keep_memory:

@@ -405,7 +405,7 @@ def test_weights_that_are_no_numbers_do_not_take_the_place_of_good_ones(tmp_path
     checkpoints.save(tiny_work(), Progress(step=1))
     for step, value in ((2, math.inf), (3, math.nan)):
         work = tiny_work()
-        work.model.bias.data[1] = value
+        work.network.model.bias.data[1] = value
         checkpoints.save(work, Progress(step=step))
         assert "last.pt: not saved: bias holds values that are infinite or no" in warnings.pop()
     assert step_of(tmp_path) == 1
@@ -503,9 +503,13 @@ def kill_at(patch, operation):
         patch.setattr(os, name, mortal(getattr(os, name)))
 
 
+def work_on(model):
+    network = tsa.Network(model, nn.CrossEntropyLoss())
+    return tsa.Work(network, torch.optim.SGD(model.parameters(), 0.1))
+
+
 def tiny_work():
-    model = nn.Linear(3, 2)
-    return tsa.Work(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.1))
+    return work_on(nn.Linear(3, 2))
 
 
 def save_epochs(checkpoints, progress, top1):
@@ -728,8 +732,7 @@ def test_a_full_disk_is_called_full(small_disk):
     """torch's own message, of a larger file, is of unexpected positions."""
     (small_disk / "filler").write_bytes(bytes(20_000_000))
     warnings = []
-    model = nn.Linear(2000, 1000)
-    work = tsa.Work(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.1))
+    work = work_on(nn.Linear(2000, 1000))
     Checkpoints(Settings(output_dir=small_disk), warnings.append).save(work, Progress(step=1))
     assert len(warnings) == 1
     assert "No space left on device" in warnings[0]

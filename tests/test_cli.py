@@ -517,8 +517,8 @@ def test_an_error_that_nobody_foresaw(in_tmp, tmp_path, monkeypatch, capsys, err
             raise error
         return backward(self, output)
 
-    backward, calls = tsa.Work.backward, itertools.count(1)
-    monkeypatch.setattr(tsa.Work, "backward", fail)
+    backward, calls = tsa.Network.backward, itertools.count(1)
+    monkeypatch.setattr(tsa.Network, "backward", fail)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     options = ["--output-dir", "out"] if folder else []
     assert tsa.main([*TINY, "--steps", "5", *options]) == 1

@@ -311,7 +311,7 @@ def test_a_hybrid_overfits_one_batch(name, plan):
     model = build(name, 4)
     batch = torch.randn(4, 3, 32, 32), torch.arange(4)
     settings = tsa.Settings(opt="adam", lr=3e-4, weight_decay=0.0)
-    work = tsa.Work(model, nn.CrossEntropyLoss(), tsa.build_optimizer(model, settings))
+    work = tsa.Work(tsa.Network(model, nn.CrossEntropyLoss()), tsa.build_optimizer(model, settings))
     with tsa.Lanes(plan, ()) as lanes:
         *_, (scores,) = tsa.sequential(lanes, work, tsa.Batches(as_loaded([batch]), 12))
     assert scores.loss < 0.3
@@ -322,7 +322,9 @@ def train_one_step(schedule, plan, model):
     """The losses of a step of two batches."""
     torch.manual_seed(1)
     batches = [(torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,))) for _ in range(2)]
-    work = tsa.Work(model, nn.CrossEntropyLoss(), torch.optim.SGD(model.parameters(), 0.05), 2)
+    work = tsa.Work(
+        tsa.Network(model, nn.CrossEntropyLoss(), 2), torch.optim.SGD(model.parameters(), 0.05)
+    )
     with tsa.Lanes(plan, ()) as lanes:
         (scores,) = tsa.SCHEDULES[schedule](lanes, work, tsa.Batches(as_loaded(batches), 2))
     return [each.loss for each in scores]

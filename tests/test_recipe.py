@@ -416,7 +416,7 @@ def watch(flow, model, *gradients):
     """One step, with the gradients of the parameters in their order."""
     for weight, gradient in zip(model.parameters(), gradients, strict=True):
         weight.grad = None if gradient is None else torch.full_like(weight, gradient)
-    flow.add(flow.measure(model))
+    flow.add(flow.measure(dict(model.named_parameters())))
 
 
 def test_gradient_norms_of_each_layer_group():
@@ -501,9 +501,9 @@ def build_work(one_lane_plan):
 
 def update(work):
     """One update with a gradient of norm 5; how the two weights that have one change."""
-    for weight in work.model.parameters():
+    for weight in work.network.model.parameters():
         weight.grad = torch.zeros_like(weight)
-    bias = work.model.classifier[1].bias
+    bias = work.network.model.classifier[1].bias
     bias.grad[:2] = torch.tensor([3.0, 4.0])
     before = bias.detach().clone()
     work.update()
@@ -519,7 +519,7 @@ def update(work):
 )
 def test_label_smoothing_reaches_the_gradients(build_work, smoothing, loss, gradient):
     logits = torch.tensor([[2.0, 0.0, 0.0]], requires_grad=True)
-    scores = build_work(label_smoothing=smoothing).backward((logits, torch.tensor([0])))
+    scores = build_work(label_smoothing=smoothing).network.backward((logits, torch.tensor([0])))
     assert scores.loss == pytest.approx(loss, abs=1e-5)
     assert logits.grad[0].tolist() == pytest.approx(gradient, abs=1e-5)
 

@@ -47,7 +47,9 @@ def make_tiny_model():
 
 def make_work(model, accumulate, **switches):
     optimizer = torch.optim.SGD(model.parameters(), **LR)
-    return tsa.Work(model, nn.CrossEntropyLoss(), optimizer, accumulate, **switches)
+    parts = {name: switches.pop(name) for name in ("bf16", "channels_last") if name in switches}
+    network = tsa.Network(model, nn.CrossEntropyLoss(), accumulate, **parts)
+    return tsa.Work(network, optimizer, **switches)
 
 
 def make_stream(batches):
@@ -164,7 +166,7 @@ def test_an_epoch_begins_with_the_weights_of_today(split_plan):
     with tsa.Lanes(with_threads(split_plan, 1), ()) as lanes:
         for epoch in (batches[:3], batches[3:]):
             losses += [scores.loss for (scores,) in tsa.delayed(lanes, work, make_stream(epoch))]
-            assert work.begun is None and work.end.weights is None
+            assert work.end.weights is None
     assert losses == expected
     assert_same_state(model, reference)
 
@@ -233,7 +235,7 @@ def test_sequential_alternates_strictly(split_plan):
     ]
     for earlier, later in zip(records, records[1:], strict=False):
         assert earlier.end_s <= later.start_s
-    assert all(parameter.grad is None for parameter in work.model.parameters())
+    assert all(parameter.grad is None for parameter in work.network.model.parameters())
 
 
 def both_at_once(records):
@@ -256,7 +258,7 @@ def let_meet(monkeypatch, pairs):
     barriers = [threading.Barrier(2, timeout=30) for _ in pairs]
     for phase, numbers in zip(("forward", "backward"), zip(*pairs, strict=True), strict=True):
         waits = dict(zip(numbers, barriers, strict=True))
-        original, count = getattr(tsa.Work, phase), itertools.count()
+        original, count = getattr(tsa.Network, phase), itertools.count()
 
         def meeting(self, *args, original=original, count=count, waits=waits):
             barrier = waits.get(next(count))
@@ -264,7 +266,7 @@ def let_meet(monkeypatch, pairs):
                 barrier.wait()
             return original(self, *args)
 
-        monkeypatch.setattr(tsa.Work, phase, meeting)
+        monkeypatch.setattr(tsa.Network, phase, meeting)
 
 
 def test_overlap_runs_forward_beside_backward_inside_a_step(split_plan, monkeypatch):
@@ -298,22 +300,29 @@ def test_no_work_strays(schedule, split_plan):
 class Script:
     """Stands for lanes, work and batches, and writes down what a schedule asks of them."""
 
+    end = None
+
     def __init__(self, accumulate, left):
         self.accumulate, self.left = accumulate, left
         self.lines = []
-        self.forward = self.backward = self.update = self.refresh = self
+        self.network = self.forward = self.backward = self.update = self.refresh = self
         self.loaded = self.copies = 0
 
-    def copy_weights(self):
+    def __str__(self):
+        return "backward"  # the only phase that another is queued behind
+
+    def copy_weights(self, begun):
+        assert begun is None
         self.copies += 1
         return "ab"[self.copies - 1]
 
-    def call(self, function):
-        return function()
+    def call(self, function, *args):
+        return function(*args)
 
     def run(self, phase, function, *args):
         self.lines.append(" ".join([phase, *map(str, args)]))
-        return f"output of {args[0]}" if args else None
+        made = "end before" if phase == "refresh" else "output of"
+        return f"{made} {args[0]}" if args else None
 
     def submit(self, phase, function, *args):
         self.lines.append(" ".join(["begin", phase, *map(str, args)]))
@@ -363,10 +372,11 @@ SCRIPTS = {
         "wait",
         "begin backward output of batch 2",
         "refresh b",
+        "begin update a end before b backward",
         "forward batch 3 b",
         "prefetch",
         "wait",
-        "update a",
+        "wait",
     ],
 }
 
@@ -386,14 +396,14 @@ def test_delayed_ends_with_the_batches():
         "forward batch 1 a",
         "begin backward output of batch 1",
         "refresh b",
+        "begin update a end before b backward",
         "forward batch 2 b",
-        "update a",
         "begin backward output of batch 2",
         "refresh a",
+        "begin update b end before a backward",
         "forward batch 3 a",
-        "update b",
         "begin backward output of batch 3",
-        "update a",
+        "begin update a None backward",
     ]
 
 
@@ -432,12 +442,12 @@ def test_a_loss_that_is_not_finite_updates_nothing(bad, schedule, split_plan):
 def test_an_infinite_loss_is_not_finite_either(bad, schedule, split_plan):
     """The loss itself, not images that may make it a NaN."""
     work = make_work(make_tiny_model(), 1)
-    work.loss = lambda logits, targets: logits.sum() * 0 + bad
-    before = copy.deepcopy(work.model)
+    work.network.loss = lambda logits, targets: logits.sum() * 0 + bad
+    before = copy.deepcopy(work.network.model)
     stream = make_stream(make_batches(2, side=16))
     with tsa.Lanes(split_plan, ()) as lanes, pytest.raises(tsa.NonFiniteLoss, match=f"^{bad}$"):
         next(tsa.SCHEDULES[schedule](lanes, work, stream))
-    for parameter, value in zip(work.model.parameters(), before.parameters(), strict=True):
+    for parameter, value in zip(work.network.model.parameters(), before.parameters(), strict=True):
         assert torch.equal(parameter, value)
         assert parameter.grad is None
 
@@ -446,7 +456,8 @@ def test_an_infinite_loss_is_not_finite_either(bad, schedule, split_plan):
 @pytest.mark.parametrize("phase", ["forward", "backward", "update"])
 def test_an_exception_comes_out_with_its_traceback(phase, schedule, split_plan, monkeypatch):
     calls = []
-    original = getattr(tsa.Work, phase)
+    kind = tsa.Work if phase == "update" else tsa.Network
+    original = getattr(kind, phase)
 
     def broken(self, *args):
         calls.append(phase)
@@ -454,7 +465,7 @@ def test_an_exception_comes_out_with_its_traceback(phase, schedule, split_plan, 
             raise ArithmeticError("inside the phase")
         return original(self, *args)
 
-    monkeypatch.setattr(tsa.Work, phase, broken)
+    monkeypatch.setattr(kind, phase, broken)
     with pytest.raises(ArithmeticError, match="inside the phase") as caught:
         train_through_lanes(split_plan, make_tiny_model(), make_batches(8), 2, schedule)
     assert caught.traceback[-1].frame.code.name == "broken"
@@ -474,7 +485,7 @@ def make_linear():
 
 def make_update(model, **parts):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    return tsa.Work(model, nn.CrossEntropyLoss(), optimizer, **parts), optimizer
+    return tsa.Work(tsa.Network(model, nn.CrossEntropyLoss()), optimizer, **parts), optimizer
 
 
 def test_an_update_measures_clips_steps_and_then_looks_ahead():
@@ -494,16 +505,16 @@ def test_an_update_measures_clips_steps_and_then_looks_ahead():
 def test_an_update_without_any_of_that():
     work, _ = make_update(make_linear())
     work.update()
-    assert work.model.weight.tolist() == [[-3.0, -4.0]]
+    assert work.network.model.weight.tolist() == [[-3.0, -4.0]]
 
 
 @pytest.mark.parametrize("grads_to_none", [True, False])
 def test_an_update_with_the_gradients_of_a_copy(grads_to_none):
     work, _ = make_update(make_linear(), grads_to_none=grads_to_none)
-    copied = work.copy_weights()
+    copied = work.network.copy_weights()
     copied["weight"].grad = torch.tensor([[1.0, 2.0]])
     work.update(copied)
-    assert work.model.weight.tolist() == [[-1.0, -2.0]]
+    assert work.network.model.weight.tolist() == [[-1.0, -2.0]]
     assert copied["weight"].tolist() == [[0.0, 0.0]]
     left = copied["weight"].grad
     assert left is None if grads_to_none else left.tolist() == [[0.0, 0.0]]
@@ -512,7 +523,7 @@ def test_an_update_with_the_gradients_of_a_copy(grads_to_none):
 def test_clipping_leaves_short_gradients_alone():
     work, _ = make_update(make_linear(), clip_grad_norm=5.1)
     work.update()
-    assert work.model.weight.tolist() == [[-3.0, -4.0]]
+    assert work.network.model.weight.tolist() == [[-3.0, -4.0]]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -538,7 +549,7 @@ def test_what_delayed_has_begun_is_told_apart_from_what_is_done(accumulate, spli
                 assert torch.equal(work.end.random_state, random_state)
                 for name, weight in done[step - 1][0].named_parameters():
                     assert torch.equal(work.end.weights[name], weight), "one update old"
-                running_mean = work.model.state_dict()["1.running_mean"]
+                running_mean = work.network.model.state_dict()["1.running_mean"]
                 assert not torch.equal(running_mean, work.values()["1.running_mean"])
 
 
@@ -546,12 +557,12 @@ def test_what_delayed_has_begun_is_told_apart_from_what_is_done(accumulate, spli
 def test_a_moving_average_takes_in_nothing_of_a_step_already_begun(schedule, split_plan):
     """One that forgets at once is the model after the step, buffers too."""
     work = make_work(make_tiny_model(), 2)
-    work.average = tsa.MovingAverage(work.model, 0.0)
+    work.average = tsa.MovingAverage(work.network.model, 0.0)
     with tsa.Lanes(split_plan, ()) as lanes:
         for _ in tsa.SCHEDULES[schedule](lanes, work, make_stream(make_batches(6, side=16))):
             for name, value in work.values().items():
                 assert torch.equal(work.average.values[name], value), name
-            running_mean = work.model.state_dict()["1.running_mean"]
+            running_mean = work.network.model.state_dict()["1.running_mean"]
             begun = not torch.equal(work.average.values["1.running_mean"], running_mean)
             assert begun == (work.end.weights is not None)
 
@@ -561,8 +572,8 @@ def test_other_schedules_begin_nothing(schedule, split_plan):
     work = make_work(make_tiny_model(), 2)
     with tsa.Lanes(split_plan, ()) as lanes:
         for _ in tsa.SCHEDULES[schedule](lanes, work, make_stream(make_batches(4, side=16))):
-            assert work.begun is None and work.end.weights is None
-            for name, value in work.model.state_dict().items():
+            assert work.end.weights is None
+            for name, value in work.network.model.state_dict().items():
                 assert torch.equal(work.values()[name], value)
 
 
@@ -620,17 +631,17 @@ def test_the_figures_of_scores():
 def make_evaluated(**parts):
     """A model with all that an evaluation could change, and a batch."""
     work = make_work(make_tiny_model(), 1, **parts)
-    work.model.eval()
+    work.network.model.eval()
     return work, make_batches(1, side=16)[0]
 
 
 def test_an_evaluation_changes_nothing():
     work, (images, targets) = make_evaluated()
-    before, random_state = copy.deepcopy(work.model), torch.get_rng_state()
+    before, random_state = copy.deepcopy(work.network.model), torch.get_rng_state()
     (scores,), predicted = work.evaluate((images, targets))
-    assert_same_state(work.model, before)
+    assert_same_state(work.network.model, before)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(weight.grad is None for weight in work.model.parameters())
+    assert all(weight.grad is None for weight in work.network.model.parameters())
     assert work.evaluate((images, targets))[0] == [scores]
     with torch.no_grad():
         logits = before(images)
@@ -643,7 +654,7 @@ def test_an_evaluation_is_of_the_moving_average_if_there_is_one():
     """And of the model's own weights beside it."""
     work, batch = make_evaluated()
     (own,), _ = work.evaluate(batch)
-    work.average = tsa.MovingAverage(work.model, 0.9)
+    work.average = tsa.MovingAverage(work.network.model, 0.9)
     assert work.evaluate(batch)[0] == [own, own]
     work.average.values["9.weight"].zero_()
     work.average.values["9.bias"].copy_(torch.arange(10.0))
@@ -658,7 +669,7 @@ def test_an_evaluation_is_of_the_moving_average_if_there_is_one():
 def test_an_evaluation_uses_the_buffers_of_the_moving_average():
     work, batch = make_evaluated()
     (own,), _ = work.evaluate(batch)
-    work.average = tsa.MovingAverage(work.model, 0.9)
+    work.average = tsa.MovingAverage(work.network.model, 0.9)
     work.average.values["4.running_var"].fill_(100.0)
     (scores, raw), _ = work.evaluate(batch)
     assert scores.loss != own.loss
@@ -669,7 +680,7 @@ def test_an_evaluation_measures_plain_cross_entropy():
     """Not the loss that is trained, which may be smoothed."""
     work, batch = make_evaluated()
     plain, _ = work.evaluate(batch)
-    work.loss = nn.CrossEntropyLoss(label_smoothing=0.5)
+    work.network.loss = nn.CrossEntropyLoss(label_smoothing=0.5)
     assert work.evaluate(batch)[0] == plain
 
 

@@ -301,18 +301,18 @@ def test_the_switches_reach_the_work(one_lane_plan):
     assert (on.bf16, on.channels_last, on.grads_to_none) == (True, True, True)
     assert (off.bf16, off.channels_last, off.grads_to_none) == (False, False, False)
     for work, last in ((on, True), (off, False)):
-        weight = work.model.layer1[0].conv1.weight
+        weight = work.network.model.layer1[0].conv1.weight
         assert weight.is_contiguous(memory_format=torch.channels_last) == last
         assert bool(work.optimizer.param_groups[0]["fused"]) == last
     images = torch.randn(4, 3, 32, 32)
     seen = []
     for work in (on, off):
-        work.model.conv1.register_forward_hook(
+        work.network.model.conv1.register_forward_hook(
             lambda module, args, output: seen.append(
                 (output.dtype, args[0].is_contiguous(memory_format=torch.channels_last))
             )
         )
-        logits, _ = work.forward((images, None))
+        logits, _ = work.network.forward((images, None))
         assert logits.dtype == torch.float32
     assert seen == [(torch.bfloat16, True), (torch.float32, False)]
 
@@ -392,13 +392,13 @@ def test_dropout_and_loading_in_the_main_thread_do_not_race(in_tmp, photos):
 @needs_two_cpus
 def test_threads_that_stray_are_shown(in_tmp, monkeypatch, capsys):
     """The naive way inside the real program: lanes that share one thread, moved about."""
-    forward = tsa.Work.forward
+    forward = tsa.Network.forward
 
     def pull_out_of_group(self, batch):
         os.sched_setaffinity(0, tsa.ALLOWED_CPUS)  # inside the phase, after the mask was checked
         return forward(self, batch)
 
-    monkeypatch.setattr(tsa.Work, "forward", pull_out_of_group)
+    monkeypatch.setattr(tsa.Network, "forward", pull_out_of_group)
     train(model="resnet18", output_dir=in_tmp)
     captured = capsys.readouterr()
     assert captured.err.count("warning: forward: ") == 1, "once, not at every step"
@@ -451,10 +451,12 @@ def test_a_run_holds_no_less_than_is_asked_of_the_machine(one_lane_plan, schedul
     )
     with tsa.Lanes(one_lane_plan, ()) as lanes:
         work = tsa.build_work(settings, lanes)
-        copies = [work.copy_weights() for _ in range(2 * (schedule == "delayed"))]
-        work.backward(work.forward((torch.randn(4, 3, 32, 32), torch.zeros(4).long())))
+        copies = [work.network.copy_weights() for _ in range(2 * (schedule == "delayed"))]
+        work.network.backward(
+            work.network.forward((torch.randn(4, 3, 32, 32), torch.zeros(4).long()))
+        )
         work.update()
-    weights = list(work.model.parameters())
+    weights = list(work.network.model.parameters())
     kept = [value for state in work.optimizer.state.values() for value in state.values()]
     average = list(work.average.values.values()) if work.average else []
     grads = [weight.grad for weight in weights]
@@ -615,7 +617,7 @@ def test_an_evaluation_weighs_images_and_not_batches(in_tmp, epochs):
         confusion = tsa.Confusion()
         (result,) = tsa.evaluate(run, confusion=confusion)
         with torch.inference_mode():
-            logits = run.work.model.eval()(images)
+            logits = run.work.network.model.eval()(images)
         assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
     found = logits.argmax(1)
     assert (result.images, result.top5) == (12, 12)
@@ -994,9 +996,9 @@ def test_a_range_test_leaves_the_model_and_the_disk_alone(in_tmp, epochs, schedu
     asked = {"split": "even", "schedule": schedule, "accumulate": 2, "batch_size": 2, "steps": 8}
     settings = dataclasses.replace(TINY, **epochs | asked)
     with with_plan(tsa.prepared, settings) as run:
-        before = copy.deepcopy(run.work.model)
+        before = copy.deepcopy(run.work.network.model)
         result = tsa.find_lr(run)
-        for name, value in run.work.model.state_dict().items():
+        for name, value in run.work.network.model.state_dict().items():
             assert torch.equal(value, before.state_dict()[name]), name
     assert result.rates[:3] == pytest.approx((1e-6, 1e-5, 1e-4))
     assert len(result.losses) == len(result.rates) <= 8
