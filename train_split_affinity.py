@@ -80,7 +80,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 
@@ -5668,15 +5667,32 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-class Compared(SimpleNamespace):
-    """One way to train, as `compared_way` gives it: medians over the rounds; ranges are (lowest,
-    highest).
+@dataclass(frozen=True)
+class Compared:
+    """One way to train in a comparison: medians over the rounds; ranges are (lowest, highest).
 
     Ratios are taken within a round. `bound_share` is the bound's share of the step's time, `gflops`
     of the whole machine; `matrix_share`, by lane, is the rate of convolutions and matrix products
     as a share of the lane's rate in large matrix products: over whole steps for a single lane,
     during its phases for a lane of two.
     """
+
+    way: str
+    cores: str
+    batches: str
+    images_per_s: float
+    images_per_s_range: tuple[float, float]
+    to_none: float
+    to_none_rounds: tuple[float, ...]
+    to_plain: float
+    bound_images_per_s: float | None
+    bound_share: float | None
+    busy: ByLane
+    peak_memory_bytes: int
+    gflops: float
+    matrix_share: ByLane
+    matrix_gflops: ByLane
+    stray_s: float
 
 
 def matrix_share(lane: str, each: Round, images: int, flops: ByLane) -> float:
@@ -5866,7 +5882,7 @@ def comparison_json(
         "versions": versions(),
         "settings": plain_settings(settings),
         "plans": {way: dataclasses.asdict(plan) for way, plan in plans.items()},
-        "ways": [vars(row) for row in compared],
+        "ways": [dataclasses.asdict(row) for row in compared],
         "verdict": verdict(compared),
     }
     return json.dumps(figures, indent=1, allow_nan=False) + "\n"

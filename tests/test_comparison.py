@@ -1,5 +1,6 @@
 """Comparison. Run: python -m pytest tests/test_comparison.py"""
 
+import dataclasses
 import json
 import random
 import statistics
@@ -107,10 +108,6 @@ def make_rows():
     return [tsa.compared_way(way, rounds, settings, PLAN, flops) for way in rounds]
 
 
-def changed(row, **figures):
-    return tsa.Compared(**vars(row) | figures)
-
-
 @pytest.mark.parametrize(
     ("ratios", "judgement"),
     [
@@ -127,8 +124,8 @@ def changed(row, **figures):
 )
 def test_the_verdict(ratios, judgement):
     rows = make_rows()
-    rows[2:4] = (changed(row, to_none=0.5) for row in rows[2:4])
-    rows[4] = changed(rows[4], to_none=ratios[3], to_none_rounds=ratios[::-1])
+    rows[2:4] = (dataclasses.replace(row, to_none=0.5) for row in rows[2:4])
+    rows[4] = dataclasses.replace(rows[4], to_none=ratios[3], to_none_rounds=ratios[::-1])
     text = tsa.verdict(rows)
     assert text.startswith(f"Verdict: {judgement}. The fastest schedule of the split, delayed, ")
     assert f"at {ratios[3]:.2f} of the speed of one lane" in text
@@ -149,7 +146,7 @@ def simulate(speeds, noise, comparisons=2000):
         for row, speed in zip(rows, speeds, strict=True):
             ratios = [speed * time_s / dice.gauss(1, noise) for time_s in none_s]
             median = statistics.median(ratios)
-            simulated.append(changed(row, to_none=median, to_none_rounds=tuple(ratios)))
+            simulated.append(dataclasses.replace(row, to_none=median, to_none_rounds=tuple(ratios)))
         judged[tsa.verdict(simulated).split(".")[0]] += 1
     return {text.removeprefix("Verdict: "): count / comparisons for text, count in judged.items()}
 
