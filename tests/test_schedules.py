@@ -286,6 +286,116 @@ def test_delayed_runs_forward_beside_backward_across_steps(
     assert both_at_once(records) == pairs, "these and no others"
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_delayed_updates_beside_the_next_forward_phase(accumulate, split_plan, monkeypatch):
+    """The forward lane may be the slower one: an update that waited for it would add its time."""
+    barriers = [threading.Barrier(2, timeout=30) for _ in range(3)]
+    forward, update = tsa.Network.forward, tsa.Work.update
+    forwards, updates = itertools.count(), itertools.count()
+
+    def meeting_forward(self, *args):
+        step, micro_batch = divmod(next(forwards), accumulate)
+        if step and not micro_batch:
+            barriers[step - 1].wait()
+        return forward(self, *args)
+
+    def meeting_update(self, *args):
+        if (step := next(updates)) < 3:
+            barriers[step].wait()
+        return update(self, *args)
+
+    monkeypatch.setattr(tsa.Network, "forward", meeting_forward)
+    monkeypatch.setattr(tsa.Work, "update", meeting_update)
+    records_of("delayed", split_plan, accumulate, 4)
+    assert next(updates) == 4
+
+
+def test_delayed_never_updates_beside_a_refresh(split_plan):
+    _, records = records_of("delayed", split_plan, 1, 6)
+    refreshes, updates = (
+        [record for record in records if record.phase == phase] for phase in ("refresh", "update")
+    )
+    assert (len(refreshes), len(updates)) == (5, 6)
+    for refresh, update in itertools.product(refreshes, updates):
+        assert refresh.end_s <= update.start_s or update.end_s <= refresh.start_s
+
+
+def test_a_queued_update_does_nothing_after_a_backward_phase_that_failed(split_plan):
+    work = make_work(make_tiny_model(), 1)
+    batches = make_batches(3, side=16)
+    before, losses = None, itertools.count()
+
+    def loss(*output):
+        if next(losses) == 1:
+            raise ArithmeticError("inside the loss")
+        return nn.functional.cross_entropy(*output)
+
+    work.network.loss = loss
+    with tsa.Lanes(split_plan, ()) as lanes, pytest.raises(ArithmeticError):
+        for _ in tsa.delayed(lanes, work, make_stream(batches)):
+            assert before is None, "one step"
+            before, end = copy.deepcopy(work.values()), work.end
+    assert work.end is end
+    for name, value in work.values().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_of_delayed_is_given_out_before_an_error_of_the_next_one(accumulate, split_plan):
+    """What stands then is what an unbroken run has after that step."""
+
+    class Breaking(tsa.Batches):
+        def __next__(self):
+            if self.left == accumulate:
+                raise tsa.RunError("no more images")
+            return super().__next__()
+
+    batches = make_batches(3 * accumulate, side=16)
+    whole, broken = (make_work(make_tiny_model(), accumulate) for _ in range(2))
+    expected = []
+    torch.manual_seed(3)
+    with tsa.Lanes(split_plan, ()) as lanes:
+        for _ in tsa.delayed(lanes, whole, make_stream(batches)):
+            expected.append((copy.deepcopy(whole.values()), whole.end))
+    torch.manual_seed(3)
+    steps = 0
+    with tsa.Lanes(split_plan, ()) as lanes, pytest.raises(tsa.RunError, match="no more images"):
+        for _ in tsa.delayed(lanes, broken, Breaking(as_loaded(batches), len(batches))):
+            steps += 1
+    assert steps == 2
+    values, end = expected[1]
+    for name, value in broken.values().items():
+        assert torch.equal(value, values[name]), name
+    assert torch.equal(broken.end.random_state, end.random_state)
+    assert not broken.updating
+
+
+@ALL_SCHEDULES
+def test_frozen_weights_stay_and_have_no_copies(schedule, split_plan):
+    model = make_tiny_model()
+    for weight in (*model[0].parameters(), *model[1].parameters()):
+        weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    settings = tsa.Settings(lr=0.1)
+    work = tsa.Work(
+        tsa.Network(model, nn.CrossEntropyLoss()),
+        tsa.build_optimizer(model, settings),
+        flow=tsa.GradientFlow(model),
+    )
+    frozen = {"0.weight", "0.bias", "1.weight", "1.bias"}
+    with tsa.Lanes(split_plan, ()) as lanes:
+        for _ in tsa.SCHEDULES[schedule](lanes, work, make_stream(make_batches(4, side=16))):
+            copied = work.end.weights or {}
+            assert not copied or copied.keys() == work.network.trained.keys()
+    changed = {
+        name for name, value in work.values().items() if not torch.equal(value, before[name])
+    }
+    assert changed.isdisjoint(frozen), "BatchNorm's statistics move, its weights do not"
+    assert changed >= {"3.weight", "9.weight", "1.running_mean"}
+    assert len(work.optimizer.state) == len(work.network.trained) == 6
+    assert all(norm > 0 for norm in work.flow.take().values()), "no warning of vanishing gradients"
+
+
 @ALL_SCHEDULES
 def test_no_work_strays(schedule, split_plan):
     _, records = records_of(schedule, split_plan, 2, 2)

@@ -1,0 +1,81 @@
+"""How near each schedule comes to its bound, with phases that only wait.
+
+    python tests/bound.py
+
+Phases of known length show what a schedule itself loses, whatever the machine computes: each line
+has the mean time of an optimizer step and the bound (see step_bound_s in train_split_affinity.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import train_split_affinity as tsa  # noqa: E402
+
+# Milliseconds of forward, backward, update and refresh: in turn each lane is the slower one.
+TIMES_MS = ((100, 50, 30, 5), (50, 100, 30, 5), (50, 50, 30, 5))
+
+
+class Stub:
+    """Stands for work and its network: phases that take a given time and compute nothing."""
+
+    end = None
+
+    def __init__(self, times: tsa.PhaseTimes, accumulate: int):
+        self.network, self.times, self.accumulate = self, times, accumulate
+
+    def forward(self, batch, weights=None):
+        time.sleep(self.times.forward_s)
+        return batch
+
+    def backward(self, output):
+        time.sleep(self.times.backward_s)
+        return tsa.Scores(0.0, 1, 0, 0)
+
+    def update(self, *args):
+        time.sleep(self.times.update_s)
+
+    def copy_weights(self, begun=None):
+        return {}
+
+    def refresh(self, weights):
+        time.sleep(self.times.refresh_s)
+
+
+def step_s(lanes: tsa.Lanes, schedule: str, stub: Stub, steps: int) -> float:
+    """Mean seconds of a step, but for the first and the last, which fill and drain a pipeline."""
+    batch = torch.zeros(1), torch.zeros(1)
+    batches = tsa.Batches([tsa.Loaded(batch)], stub.accumulate * (steps + 2))
+    ends_s = [time.perf_counter() for _ in tsa.SCHEDULES[schedule](lanes, stub, batches)]
+    return (ends_s[-2] - ends_s[0]) / steps
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=20, help="steps of each line (default: 20)")
+    given = parser.parse_args()
+    cpus = sorted(tsa.ALLOWED_CPUS)
+    groups = tsa.Group("forward", (cpus[0],), 1), tsa.Group("backward", (cpus[-1],), 1)
+    print("forward/backward/update/refresh ms, micro-batches: step, bound, of bound")
+    with tsa.Lanes(tsa.CorePlan("even", *groups, groups[0].cpus), ()) as lanes:
+        for schedule in tsa.SCHEDULES:
+            for times_ms in TIMES_MS:
+                times = tsa.PhaseTimes(*(time_ms / 1e3 for time_ms in times_ms))
+                for accumulate in (1, 2, 4):
+                    bound_s = tsa.step_bound_s(schedule, times, accumulate)
+                    took_s = step_s(lanes, schedule, Stub(times, accumulate), given.steps)
+                    print(
+                        f"{schedule:10} {'/'.join(map(str, times_ms)):13} {accumulate}: "
+                        f"{1e3 * took_s:6.1f} {1e3 * bound_s:6.1f} {bound_s / took_s:6.1%}"
+                    )
+
+
+if __name__ == "__main__":
+    main()
