@@ -1,6 +1,7 @@
 """Checkpoints and resuming. Run: python -m pytest tests/test_checkpoints.py"""
 
 import contextlib
+import copy
 import csv
 import dataclasses
 import errno
@@ -118,15 +119,16 @@ def output(folder):
 
 
 def interrupt(monkeypatch, method, calls, signum=signal.SIGTERM):
-    """Signal this process in those calls of a method of Work, counted from 1 over all runs."""
-    real, count = getattr(tsa.Work, method), itertools.count(1)
+    """Signal this process in those calls of a phase's method, counted from 1 over all runs."""
+    kind = tsa.Work if hasattr(tsa.Work, method) else tsa.Network
+    real, count = getattr(kind, method), itertools.count(1)
 
     def interrupted(self, *args):
         if next(count) in calls:
             os.kill(os.getpid(), signum)
         return real(self, *args)
 
-    monkeypatch.setattr(tsa.Work, method, interrupted)
+    monkeypatch.setattr(kind, method, interrupted)
 
 
 def differences(first, second):
@@ -1844,3 +1846,56 @@ def test_a_recipe_that_needs_weights_does_not_start_without(in_tmp, arguments, c
     text = f"starts from trained weights, and {in_tmp / 'out'} has none: give --init-from PATH"
     assert text in capsys.readouterr().err
     assert not list(in_tmp.iterdir())
+
+
+# Checkpoints of an earlier version, made on an AMD EPYC (Zen 5) with torch 2.15 by this program as
+# it was at 6,036 lines: after step 7 of 20, in the middle of the first epoch, and at the end.
+
+EARLIER = Path(__file__).parent / "checkpoints"
+EARLIER_OPTIONS = (
+    "--model small --image-size 32 --num-classes 3 -b 64 --accumulate 2 -j 0 --epochs 2 --lr 0.1 "
+    "--lr-scheduler cosine --mixup-alpha 0.4 --model-ema --clip-grad-norm 1 --seed 3 "
+    "--precision fp32 --forward-threads 1 --backward-threads 1 --no-fused --schedule"
+).split()
+
+
+def go_on_from_earlier(schedule):
+    options = ["--resume", str(EARLIER / f"{schedule}.pt"), "--output-dir", "out"]
+    assert tsa.main([*EARLIER_OPTIONS, schedule, *options]) == 0
+    return tsa.read_checkpoint(Path("out/last.pt"))
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("schedule", list(tsa.SCHEDULES))
+def test_a_checkpoint_of_an_earlier_version_goes_on(schedule, in_tmp):
+    """To the same numbers: to the bit with the kind of CPU and the versions that computed them."""
+    ours, theirs = go_on_from_earlier(schedule), tsa.read_checkpoint(EARLIER / f"{schedule}-end.pt")
+    assert ours["progress"]["step"] == theirs["progress"]["step"] == 20
+    for part in ("model", "average"):
+        for name, value in theirs[part].items():
+            torch.testing.assert_close(ours[part][name], value, rtol=1e-3, atol=1e-5)
+    assert torch.equal(ours["random_state"], theirs["random_state"])
+    made_here = all(
+        ours["versions"][name] == theirs["versions"][name] for name in ("torch", "torchvision")
+    )
+    if made_here and tsa.read_topology().cpu_model == "AMD EPYC":
+        assert differences(ours, theirs) == []
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("schedule", list(tsa.SCHEDULES))
+def test_a_checkpoint_of_an_earlier_version_is_restored_to_the_bit(schedule, in_tmp, monkeypatch):
+    states, restore = [], tsa.restore_state
+
+    def restored(state, work, settings):
+        progress = restore(state, work, settings)
+        made = tsa.make_state(settings, work, progress, state["data"])
+        states.append(copy.deepcopy([state, made]))
+        return progress
+
+    monkeypatch.setattr(tsa, "restore_state", restored)
+    go_on_from_earlier(schedule)
+    ((saved, made),) = states
+    assert saved["progress"]["step"] == 7
+    assert (saved["ahead"] is None) == (schedule != "delayed")
+    assert differences(saved, made) == []
