@@ -292,17 +292,25 @@ METAVARS = {
 }
 
 
-def option(default: Any, help: str, *short: str, opens: str = "", **argument: Any) -> Any:
+def option(
+    default: Any, help: str, *short: str, opens: str = "", on_resume: str = "told", **argument: Any
+) -> Any:
     """A field of Settings: its default, its help, and what else argparse needs to know.
 
     The help of a switch that is on by default says what `--no-...` does. `short` are further flags,
-    `opens` names the help group that starts with this option, and `argument` goes to
-    `add_argument` (type, choices, metavar).
+    `opens` names the help group that starts with this option, `on_resume` is what becomes of
+    another value when a run is resumed, and `argument` goes to `add_argument` (type, choices,
+    metavar).
     """
-    if argument.get("type") in METAVARS:
-        argument.setdefault("metavar", METAVARS[argument["type"]])
-    metadata = {"help": help, "short": short, "opens": opens, "argument": argument}
-    return field(default=default, metadata=metadata)
+    argument = {"metavar": METAVARS.get(argument.get("type")), **argument}
+    own = {"help": help, "short": short, "opens": opens, "on_resume": on_resume}
+    return field(default=default, metadata={**own, "argument": argument})
+
+
+# Another value for a run that is resumed is told, since its numbers will differ, unless it is free,
+# having no influence on them. Fixed are those settings without which the saved state makes no
+# sense; a rate is told too, and makes the optimizer and the course of its learning rate anew.
+free, fixed, rate = (partial(option, on_resume=kind) for kind in ("free", "fixed", "rate"))
 
 
 # Each recipe is a set of defaults. Its steps have 256 images where the rates are those of papers
@@ -350,14 +358,14 @@ def recipe_defaults(name: str) -> dict[str, Any]:
 class Settings:
     """What the user can choose. Derived values live elsewhere (see CorePlan), never here."""
 
-    model: str = option("resnet50", "torchvision classifier by name, or resnet56 (for small "
+    model: str = fixed("resnet50", "torchvision classifier by name, or resnet56 (for small "
         "images), hybrid, hybrid-light, hybrid-heavy", opens="model and data")
-    data_path: Path | None = option(None, "image folder, PATH/train/<class>/*.jpg and PATH/val "
+    data_path: Path | None = free(None, "image folder, PATH/train/<class>/*.jpg and PATH/val "
         "(or valid, or validation), or PATH/<class>/*.jpg; or a folder with CIFAR-10's "
         "cifar-10-batches-py (default: synthetic images with random labels, for timing only)",
         type=Path)
-    download: bool = option(False, "let torchvision fetch CIFAR-10 into --data-path, and verify it")
-    num_classes: int | None = option(None, "number of classes (default: as many as the data has; "
+    download: bool = free(False, "let torchvision fetch CIFAR-10 into --data-path, and verify it")
+    num_classes: int | None = fixed(None, "number of classes (default: as many as the data has; "
         "1000 for synthetic images)", type=whole_number(2, MOST_CLASSES), metavar="N")
     image_size: int | None = option(None, "side of the square images in pixels (default: 32 for "
         "CIFAR-10, else 224)", type=COUNT)
@@ -366,11 +374,11 @@ class Settings:
     max_res: int | None = option(None, "side of the training images from --end-ramp on (default: "
         "--image-size)", type=COUNT)
     end_ramp: int | None = option(None, "epoch in which --max-res is reached", type=COUNT)
-    subset: float = option(1.0, "part of the training images to use, the same of each class; the "
+    subset: float = fixed(1.0, "part of the training images to use, the same of each class; the "
         "choice is kept in the output folder", type=PART)
-    max_bad_images: int = option(0, "broken images to skip before the run stops; a batch without "
+    max_bad_images: int = free(0, "broken images to skip before the run stops; a batch without "
         "any whole image always stops it", type=COUNT_FROM_0)
-    workers: int = option(2, "loader processes, as many again for validation; 0 loads in the main "
+    workers: int = free(2, "loader processes, as many again for validation; 0 loads in the main "
         "thread", "-j", type=COUNT_FROM_0)
 
     min_scale: float = option(0.08, "smallest part of a picture's area that a training crop may "
@@ -385,61 +393,60 @@ class Settings:
     cutmix_alpha: float = option(0.0, "strength of CutMix; 0: off; with both, one is drawn for "
         "each batch", type=MIXING)
 
-    recipe: str | None = option(None, "a set of defaults, which every other option overrides (see "
+    recipe: str | None = free(None, "a set of defaults, which every other option overrides (see "
         "below)", opens="training", choices=tuple(RECIPES))
-    batch_size: int = option(32, "images per batch", "-b", type=COUNT)
-    accumulate: int = option(1, "batches per optimizer step", type=COUNT)
-    steps: int | None = option(None, "optimizer steps after which to stop (default: 50 without "
+    batch_size: int = fixed(32, "images per batch", "-b", type=COUNT)
+    accumulate: int = fixed(1, "batches per optimizer step", type=COUNT)
+    steps: int | None = rate(None, "optimizer steps after which to stop (default: 50 without "
         "--epochs)", type=COUNT)
-    epochs: int | None = option(None, "passes over the data to train, with a validation after each",
+    epochs: int | None = rate(None, "passes over the data to train, with a validation after each",
         type=COUNT)
-    opt: str = option("sgd", "optimizer", choices=("sgd", "adam", "adamw"))
-    lr: float | None = option(None, "learning rate, the highest one (default: SGD 0.1 for 256 "
+    opt: str = fixed("sgd", "optimizer", choices=("sgd", "adam", "adamw"))
+    lr: float | None = rate(None, "learning rate, the highest one (default: SGD 0.1 for 256 "
         "images a step, and in proportion; Adam and AdamW 0.001)", type=NOT_NEGATIVE)
-    momentum: float = option(0.9, "momentum of SGD", type=SHARE)
-    weight_decay: float = option(1e-4, "weight decay", type=NOT_NEGATIVE)
-    skip_decay_1d: bool = option(False, "no weight decay for parameters with one dimension, such "
+    momentum: float = rate(0.9, "momentum of SGD", type=SHARE)
+    weight_decay: float = rate(1e-4, "weight decay", type=NOT_NEGATIVE)
+    skip_decay_1d: bool = fixed(False, "no weight decay for parameters with one dimension, such "
         "as biases")
-    lr_scheduler: str = option("constant", "course of the learning rate", choices=("constant",
+    lr_scheduler: str = fixed("constant", "course of the learning rate", choices=("constant",
         "cosine", "step", "multistep", "onecycle", "warm-restarts"))
-    lr_warmup_epochs: int = option(0, "epochs of linear warm-up from a hundredth of the rate",
+    lr_warmup_epochs: int = rate(0, "epochs of linear warm-up from a hundredth of the rate",
         type=COUNT_FROM_0)
-    lr_step_epochs: int = option(30, "step: epochs between two reductions", type=COUNT)
-    lr_milestones: tuple[int, ...] = option((30, 60, 80), "multistep: epochs with a reduction",
+    lr_step_epochs: int = rate(30, "step: epochs between two reductions", type=COUNT)
+    lr_milestones: tuple[int, ...] = rate((30, 60, 80), "multistep: epochs with a reduction",
         type=parse_milestones, metavar="LIST")
-    lr_gamma: float = option(0.1, "step and multistep: factor of a reduction", type=PART)
-    lr_restart_epochs: int = option(10, "warm-restarts: epochs of the first cosine; each further "
+    lr_gamma: float = rate(0.1, "step and multistep: factor of a reduction", type=PART)
+    lr_restart_epochs: int = rate(10, "warm-restarts: epochs of the first cosine; each further "
         "one is twice as long", type=COUNT)
-    min_lr: float = option(0.0, "cosine and warm-restarts: lowest rate", type=NOT_NEGATIVE)
+    min_lr: float = rate(0.0, "cosine and warm-restarts: lowest rate", type=NOT_NEGATIVE)
     label_smoothing: float = option(0.0, "label smoothing", type=SHARE)
     clip_grad_norm: float = option(0.0, "largest norm of all gradients; 0: not clipped",
         type=NOT_NEGATIVE)
-    model_ema: bool = option(False, "keep an exponential moving average of the weights: best.pt "
+    model_ema: bool = fixed(False, "keep an exponential moving average of the weights: best.pt "
         "and reasons to stop go by it, the raw weights are validated beside it")
     model_ema_decay: float = option(0.9999, "decay of that average per optimizer step; after t "
         "steps it is at most (1 + t) / (10 + t)", type=BELOW_1)
-    early_stopping: int | None = option(None, "stop after so many epochs without a better top-1",
+    early_stopping: int | None = free(None, "stop after so many epochs without a better top-1",
         type=COUNT, metavar="EPOCHS")
-    target_top1: float | None = option(None, "stop once two validations in a row reach this top-1",
+    target_top1: float | None = free(None, "stop once two validations in a row reach this top-1",
         type=PERCENT)
     seed: int = option(0, "seed of weights, data order and augmentation", type=COUNT_FROM_0)
     deterministic: bool = option(False, "refuse operations without a deterministic implementation")
 
-    resume: Path | None = option(None, "checkpoint to go on from, exactly; auto: the newest good "
+    resume: Path | None = free(None, "checkpoint to go on from, exactly; auto: the newest good "
         "one in --output-dir, if any", opens="checkpoints", type=Path, metavar="PATH|auto")
-    init_from: Path | None = option(None, "checkpoint to take the weights from, for a new run; "
-        "with --resume auto it counts if there is nothing to go on from",
-        type=Path)
-    test_only: bool = option(False, "evaluate the checkpoint of --resume, train nothing")
-    save_steps: int | None = option(None, "optimizer steps between two saves (default: after each "
+    init_from: Path | None = free(None, "checkpoint to take the weights from, for a new run; "
+        "with --resume auto it counts if there is nothing to go on from", type=Path)
+    test_only: bool = free(False, "evaluate the checkpoint of --resume, train nothing")
+    save_steps: int | None = free(None, "optimizer steps between two saves (default: after each "
         "epoch only)", type=COUNT)
-    save_freq: int | None = option(None, "epochs between two checkpoints that are kept for good "
+    save_freq: int | None = free(None, "epochs between two checkpoints that are kept for good "
         "(default: none)", type=COUNT)
-    keep_best: int = option(3, "checkpoints to keep, best top-1 first", type=COUNT)
-    mirror: str | None = option(None, "address to copy checkpoints to, in the background: any that "
+    keep_best: int = free(3, "checkpoints to keep, best top-1 first", type=COUNT)
+    mirror: str | None = free(None, "address to copy checkpoints to, in the background: any that "
         "fsspec knows (s3:// with s3fs installed)", metavar="URL")
 
-    split: str = option("even", "how cores are divided: even, forward:backward such as 1:2, auto "
+    split: str = free("even", "how cores are divided: even, forward:backward such as 1:2, auto "
         "(measured, for the shortest step) or none (one lane over all cores)", opens="cores",
         type=parse_split, metavar="even|F:B|auto|none")
     schedule: str = option("sequential", "how the phases of a step are laid over the lanes: "
@@ -447,11 +454,11 @@ class Settings:
         "beside backward, with the same numbers (needs --accumulate 2 or more); delayed overlaps "
         "across steps too, with weights one update old",
         choices=("sequential", "overlap", "delayed"))
-    forward_cores: tuple[int, ...] | None = option(None,
+    forward_cores: tuple[int, ...] | None = free(None,
         "logical CPUs of the forward group, such as 0-3,8-11 or 0-15:2", type=parse_cpu_list)
-    backward_cores: tuple[int, ...] | None = option(None, "logical CPUs of the backward group",
+    backward_cores: tuple[int, ...] | None = free(None, "logical CPUs of the backward group",
         type=parse_cpu_list)
-    loader_cores: tuple[int, ...] | None = option(None, "logical CPUs of the main thread and the "
+    loader_cores: tuple[int, ...] | None = free(None, "logical CPUs of the main thread and the "
         "loader processes (default: those of the forward group)", type=parse_cpu_list)
     forward_threads: int | None = option(None,
         "threads of the forward lane (default: one per core)", type=COUNT)
@@ -462,18 +469,18 @@ class Settings:
         "autocast; auto: bf16 where the CPU computes it natively, else fp32", opens="speed",
         choices=("auto", "fp32", "bf16"))
     channels_last: bool = option(True, "keep images and weights in the default memory format, NCHW")
-    fused: bool = option(True, "update the weights tensor by tensor, not in a fused kernel")
-    tuned_malloc: bool = option(True, "leave glibc's allocator as it is; by default it keeps the "
+    fused: bool = rate(True, "update the weights tensor by tensor, not in a fused kernel")
+    tuned_malloc: bool = free(True, "leave glibc's allocator as it is; by default it keeps the "
         "memory of a step for the next one")
     flush_denormals: bool = option(True, "compute with denormal numbers, not with 0 in their place")
-    grads_to_none: bool = option(True, "set gradients to zero after an update, not to None")
+    grads_to_none: bool = free(True, "set gradients to zero after an update, not to None")
 
-    log_file: Path = option(Path("logs.md"), "Markdown file to which a run appends its section",
+    log_file: Path = free(Path("logs.md"), "Markdown file to which a run appends its section",
         opens="reports", type=Path)
-    output_dir: Path | None = option(None, "folder for checkpoints, metrics.jsonl and pictures "
+    output_dir: Path | None = free(None, "folder for checkpoints, metrics.jsonl and pictures "
         "(default: not written)", type=Path)
-    print_freq: int = option(10, "steps between two lines of figures", type=COUNT)
-    json: Path | None = option(None, "file for the figures of compare (default: not written)",
+    print_freq: int = free(10, "steps between two lines of figures", type=COUNT)
+    json: Path | None = free(None, "file for the figures of compare (default: not written)",
         type=Path)
 # fmt: on
 
@@ -2935,25 +2942,8 @@ KEPT = re.compile(r"(best|epoch)-(\d{4,})\.pt")
 LOCK = ".lock"
 UPLOAD_ATTEMPTS, LAST_UPLOADS_S = 3, 60
 
-# Settings that may change when a run is resumed, since they have no influence on its numbers...
-FREE_ON_RESUME = set(
-    """log_file output_dir print_freq json resume init_from test_only download save_steps save_freq
-    keep_best mirror workers loader_cores max_bad_images early_stopping target_top1 recipe data_path
-    tuned_malloc grads_to_none split forward_cores backward_cores""".split()
-)
-# ... and those without which the saved state makes no sense. All others are listed if they differ.
-FIXED_ON_RESUME = set(
-    """model num_classes batch_size accumulate subset opt skip_decay_1d lr_scheduler
-    model_ema""".split()
-)
-
-
-# Those that make the optimizer and the course of its learning rate.
-RATE_SETTINGS = set(
-    """lr momentum weight_decay fused epochs steps lr_warmup_epochs lr_step_epochs lr_milestones
-    lr_gamma lr_restart_epochs min_lr""".split()
-)
-
+# What becomes of another value of each setting when a run is resumed: see `option`.
+ON_RESUME = {each.name: each.metadata["on_resume"] for each in dataclasses.fields(Settings)}
 
 STATE_FIELDS = set(
     """format model average optimizer scheduler flow ahead random_state progress settings versions
@@ -3056,7 +3046,7 @@ def restore_state(state: dict[str, Any], work: Work, settings: Settings) -> Prog
     work.network.model.load_state_dict(state["model"])
     work.optimizer.load_state_dict(state["optimizer"])
     ours, saved = plain_settings(settings), state["settings"]
-    if all(saved.get(name) == ours[name] for name in RATE_SETTINGS):
+    if all(saved.get(name) == ours[name] for name in ours if ON_RESUME[name] == "rate"):
         work.scheduler.load_state_dict(state["scheduler"])
     else:
         for group, values in zip(work.optimizer.param_groups, own, strict=True):
@@ -3127,10 +3117,10 @@ def check_resumable(
     differences = []
     for name, value in plain_settings(settings).items():
         before = saved["settings"].get(name)
-        if name in FREE_ON_RESUME or before == value:
+        if ON_RESUME[name] == "free" or before == value:
             continue
         flag = f"--{name.replace('_', '-')}"
-        if name in FIXED_ON_RESUME:
+        if ON_RESUME[name] == "fixed":
             raise UserError(
                 f"{flag} {value}: {path} has {before}; --init-from takes its weights alone"
             )
