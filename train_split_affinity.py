@@ -500,59 +500,51 @@ def plain_settings(settings: Settings) -> dict[str, Any]:
     }
 
 
-def check_settings(settings: Settings) -> None:
-    """Raise UserError for options that contradict each other, whatever the machine."""
-    asked = f"--schedule {settings.schedule}"
+def contradictions(command: str, settings: Settings) -> Iterator[str]:
+    """What is wrong with options that contradict each other or a command, whatever the machine."""
+    asked = f"--schedule {settings.schedule} has nothing to overlap with"
     if settings.split == "none" and settings.schedule != "sequential":
-        raise UserError(
-            f"{asked} has nothing to overlap with --split none, which has one lane: choose another "
-            "--split, or --schedule sequential"
+        yield (
+            f"{asked} --split none, which has one lane: choose another --split, or --schedule "
+            "sequential"
         )
     if settings.schedule == "overlap" and settings.accumulate == 1:
-        raise UserError(
-            f"{asked} has nothing to overlap with --accumulate 1: raise --accumulate to 2 or more, "
-            "or use --schedule delayed"
-        )
-    check_resizing(settings)
-    check_rates(settings)
-    check_checkpoint_options(settings)
+        yield f"{asked} --accumulate 1: raise --accumulate to 2 or more, or use --schedule delayed"
+    yield from resizing_contradictions(settings)
+    yield from rate_contradictions(settings)
+    yield from checkpoint_contradictions(settings)
     if settings.download and not settings.data_path:
-        raise UserError("--download needs --data-path, the folder to put CIFAR-10 into")
+        yield "--download needs --data-path, the folder to put CIFAR-10 into"
     if settings.subset < 1 and not settings.data_path:
-        raise UserError(
-            f"--subset {settings.subset:g} needs --data-path: synthetic images are made"
-        )
+        yield f"--subset {settings.subset:g} needs --data-path: synthetic images are made"
     images = settings.batch_size * settings.accumulate
     if not settings.data_path and images > MOST_SYNTHETIC_IMAGES:
-        raise UserError(
+        yield (
             f"--batch-size {settings.batch_size} --accumulate {settings.accumulate}: a step of "
             f"{images} images; at most {MOST_SYNTHETIC_IMAGES} synthetic ones are allowed"
         )
-    for flag in ("early_stopping", "target_top1"):
-        value = getattr(settings, flag)
-        if value and not settings.epochs:
-            raise UserError(f"--{flag.replace('_', '-')} {value:g} needs --epochs")
+    if settings.early_stopping and not settings.epochs:
+        yield f"--early-stopping {settings.early_stopping:g} needs --epochs"
+    if settings.target_top1 and not settings.epochs:
+        yield f"--target-top1 {settings.target_top1:g} needs --epochs"
+    yield from command_contradictions(command, settings)
 
 
-def check_resizing(settings: Settings, native_size: int = 224) -> None:
-    """Raise UserError for a progressive resizing that is no ramp; without an end of its own it goes
-    up to the data's native size.
+def resizing_contradictions(settings: Settings, native_size: int = 224) -> Iterator[str]:
+    """Why a progressive resizing is no ramp; without an end of its own it goes up to the data's
+    native size.
     """
-    low, high, end = settings.min_res, settings.max_res, settings.end_ramp
-    if (low is None) != (end is None):
-        raise UserError("--min-res and --end-ramp belong together: give both")
+    low, high, size = settings.min_res, settings.max_res, settings.image_size
+    if (low is None) != (settings.end_ramp is None):
+        yield "--min-res and --end-ramp belong together: give both"
     if high and not low:
-        raise UserError(f"--max-res {high} needs --min-res, where the ramp begins")
-    high = high or settings.image_size or native_size
-    if low and (low % RESIZING_STEP or high % RESIZING_STEP or low > high):
-        raise UserError(
-            f"--min-res {low} --max-res {high}: multiples of {RESIZING_STEP} are allowed, the "
-            "smaller one first"
-        )
-    if settings.max_res and settings.image_size and settings.max_res != settings.image_size:
-        raise UserError(
-            f"--image-size {settings.image_size} --max-res {settings.max_res}: give one of them"
-        )
+        yield f"--max-res {high} needs --min-res, where the ramp begins"
+    end = high or size or native_size
+    if low and (low % RESIZING_STEP or end % RESIZING_STEP or low > end):
+        allowed = f"multiples of {RESIZING_STEP} are allowed, the smaller one first"
+        yield f"--min-res {low} --max-res {end}: {allowed}"
+    if high and size and high != size:
+        yield f"--image-size {size} --max-res {high}: give one of them"
 
 
 def learning_rate(settings: Settings) -> float:
@@ -563,50 +555,49 @@ def learning_rate(settings: Settings) -> float:
     return 0.1 * images / 256 if settings.opt == "sgd" else 1e-3
 
 
-def check_rates(settings: Settings) -> None:
-    """Raise UserError for a course of the learning rate that cannot be."""
+def rate_contradictions(settings: Settings) -> Iterator[str]:
+    """Why a course of the learning rate cannot be."""
     warmup, epochs = settings.lr_warmup_epochs, settings.epochs
     if warmup and not epochs:
-        raise UserError(f"--lr-warmup-epochs {warmup} needs --epochs")
+        yield f"--lr-warmup-epochs {warmup} needs --epochs"
     if warmup and settings.lr_scheduler == "onecycle":
-        raise UserError(f"--lr-warmup-epochs {warmup}: onecycle has a warm-up of its own")
+        yield f"--lr-warmup-epochs {warmup}: onecycle has a warm-up of its own"
     first = settings.lr_milestones[0]
     if settings.lr_scheduler == "multistep" and warmup >= first:
-        raise UserError(f"--lr-milestones {first},...: the first is within the warm-up of {warmup}")
+        yield f"--lr-milestones {first},...: the first is within the warm-up of {warmup}"
     if epochs and warmup >= epochs:
-        raise UserError(f"--lr-warmup-epochs {warmup}: fewer than --epochs {epochs} are allowed")
-    falls = settings.lr_scheduler in ("cosine", "warm-restarts")
-    if falls and settings.min_lr > (highest := learning_rate(settings)):
-        raise UserError(
-            f"--min-lr {settings.min_lr:g} is above the learning rate, {highest:g}: lower it, or "
-            "raise --lr"
-        )
+        yield f"--lr-warmup-epochs {warmup}: fewer than --epochs {epochs} are allowed"
+    low, high = settings.min_lr, learning_rate(settings)
+    if settings.lr_scheduler in ("cosine", "warm-restarts") and low > high:
+        yield f"--min-lr {low:g} is above the learning rate, {high:g}: lower it, or raise --lr"
 
 
-def check_checkpoint_options(settings: Settings) -> None:
-    """Raise UserError for checkpoint options that lack something or contradict each other."""
-    folder_options = {
+def checkpoint_contradictions(settings: Settings) -> Iterator[str]:
+    """What checkpoint options lack, or contradict each other in."""
+    from_newest = settings.resume == Path("auto")
+    needs_folder = {
         "--save-steps": settings.save_steps,
         "--mirror": settings.mirror,
-        "--resume auto": settings.resume == Path("auto"),
+        "--resume auto": from_newest,
     }
-    for flag, value in folder_options.items():
+    for flag, value in needs_folder.items():
         if value and not settings.output_dir:
-            raise UserError(f"{flag} needs --output-dir, where checkpoints are")
-    if settings.init_from and settings.resume not in (None, Path("auto")):
-        raise UserError(
-            f"--resume {settings.resume} and --init-from {settings.init_from}: give one"
-        )
+            yield f"{flag} needs --output-dir, where checkpoints are"
+    if settings.init_from and settings.resume and not from_newest:
+        yield f"--resume {settings.resume} and --init-from {settings.init_from}: give one"
     if settings.test_only and not settings.resume:
-        raise UserError("--test-only needs --resume, the checkpoint to evaluate")
+        yield "--test-only needs --resume, the checkpoint to evaluate"
 
 
-def check_start(settings: Settings) -> None:
-    """Raise UserError if a recipe that starts from trained weights has none to train on with."""
-    if settings.recipe in FROM_CHECKPOINT and not (settings.resume or settings.init_from):
-        raise UserError(
-            f"--recipe {settings.recipe} starts from trained weights: give --init-from PATH"
-        )
+def command_contradictions(command: str, settings: Settings) -> Iterator[str]:
+    """What a command lacks, and options that are for another one."""
+    has_weights = settings.resume or settings.init_from
+    if command == "train" and settings.recipe in FROM_CHECKPOINT and not has_weights:
+        yield f"--recipe {settings.recipe} starts from trained weights: give --init-from PATH"
+    if settings.json and command != "compare":
+        yield f"--json {settings.json} is for compare, not for {command}"
+    if settings.resume and command != "train":
+        yield f"--resume {settings.resume} is for train, not for {command}"
 
 
 # ==================================================================================================
@@ -5010,7 +5001,8 @@ def set_up(
     """Data, loader processes, lanes, model. Raises UserError with nothing written."""
     check_model_name(settings.model)
     data = open_data(settings)
-    check_resizing(settings, data.native_size)
+    for message in resizing_contradictions(settings, data.native_size):
+        raise UserError(message)
     check_validation(settings, data)
     check_writable(settings)
     if settings.data_path:
@@ -6037,15 +6029,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:
         parser.set_defaults(**recipe_defaults(given.recipe))
         given = parser.parse_args(options)
     settings = Settings(**vars(given))
-    check_settings(settings)
-    if command == "train":
-        check_start(settings)
-    for flag, value, owner in (
-        ("--json", settings.json, "compare"),
-        ("--resume", settings.resume, "train"),
-    ):
-        if value and command != owner:
-            raise UserError(f"{flag} {value} is for {owner}, not for {command}")
+    for message in contradictions(command, settings):
+        raise UserError(message)
     return command, settings
 
 
