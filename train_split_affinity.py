@@ -5737,6 +5737,7 @@ def compare(settings: Settings, topology: Topology) -> list[Compared]:
 
     Each way has a process of its own, and at least `settings.steps` measured steps (default: 14).
     """
+    say(describe_topology(topology))
     if settings.split == "none" or settings.schedule != "sequential":
         asked = "--split none" if settings.split == "none" else f"--schedule {settings.schedule}"
         raise UserError(f"{asked}: compare runs every schedule beside --split none by itself")
@@ -5906,19 +5907,8 @@ def print_plan(settings: Settings, topology: Topology) -> CorePlan:
     return plan
 
 
-def print_plan_and_train(settings: Settings, topology: Topology) -> None:
-    """The `train` command."""
-    train(settings, topology, print_plan(settings, topology))
-
-
-def print_plan_and_find_lr(settings: Settings, topology: Topology) -> None:
-    """The `find-lr` command."""
-    find_lr_and_report(settings, topology, print_plan(settings, topology))
-
-
-def print_plan_and_model(settings: Settings, topology: Topology) -> None:
-    """The `plan` command."""
-    print_plan(settings, topology)
+def print_model(settings: Settings, topology: Topology, plan: CorePlan) -> None:
+    """What `plan` shows beside the cores: the data, if there are any, and the model."""
     check_model_name(settings.model)
     path, classes, native_size = settings.data_path, SYNTHETIC_CLASSES, 224
     exists = path and path.exists()
@@ -5932,18 +5922,12 @@ def print_plan_and_model(settings: Settings, topology: Topology) -> None:
     say(describe_model(settings.model, *shape))
 
 
-def print_machine_and_compare(settings: Settings, topology: Topology) -> None:
-    """The `compare` command."""
-    say(describe_topology(topology))
-    compare(settings, topology)
-
-
 COMMANDS = {
-    "train": (print_plan_and_train, "train a model (the default)"),
-    "plan": (print_plan_and_model, "show the cores, how they would be divided, and the model"),
-    "find-lr": (print_plan_and_find_lr, "try learning rates, from low to high, and suggest one"),
+    "train": (train, "train a model (the default)"),
+    "plan": (print_model, "show the cores, how they would be divided, and the model"),
+    "find-lr": (find_lr_and_report, "try learning rates, from low to high, and suggest one"),
     "compare": (
-        print_machine_and_compare,
+        compare,
         "train in all ways, in turn: a plain loop, one lane, and every schedule of the split",
     ),
 }
@@ -6018,11 +6002,10 @@ def add_option(parser: Parser, group: Any, setting: dataclasses.Field) -> Any:
 
 def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:
     """The command and the settings. Raises UserError for arguments that make no sense."""
-    command = argv[0] if argv and not argv[0].startswith("-") else "train"
+    command, *options = argv if argv and not argv[0].startswith("-") else ["train", *argv]
     if command not in COMMANDS:
         hint = nearest(command, COMMANDS)
         raise UserError(f"unknown command {command!r} (choose from {', '.join(COMMANDS)}){hint}")
-    options = argv[1:] if argv and argv[0] == command else argv
     parser = build_parser()
     given = parser.parse_args(options)
     if given.recipe:
@@ -6044,7 +6027,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, settings = parse_arguments(sys.argv[1:] if argv is None else argv)
         folder = settings.output_dir
         topology = read_topology()
-        COMMANDS[command][0](settings, topology)
+        run = COMMANDS[command][0]
+        plan = () if run is compare else (print_plan(settings, topology),)
+        run(settings, topology, *plan)
     except (UserError, RunError, Stopped, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):  # before the run looked after signals itself
             error = Stopped(signal.SIGINT)
