@@ -174,29 +174,24 @@ class Stopped(Exception):
         self.exit_code = 128 + signum
 
 
-def whole_number(minimum: int, maximum: int = LARGEST_NUMBER) -> Callable[[str], int]:
-    """A parser of whole numbers from `minimum` to `maximum`."""
-
-    def parse(text: str) -> int:
-        with contextlib.suppress(ValueError):
-            if minimum <= int(text) <= maximum:
-                return int(text)
-        allowed = f"a whole number from {minimum} to {maximum}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
-
-    return parse
-
-
-def number(allowed: str, is_allowed: Callable[[float], bool]) -> Callable[[str], float]:
+def number(
+    allowed: str, is_allowed: Callable[[float], bool], kind: type = float
+) -> Callable[[str], Any]:
     """A parser of those numbers that pass `is_allowed`; `allowed` says which these are."""
 
-    def parse(text: str) -> float:
+    def parse(text: str) -> Any:
         with contextlib.suppress(ValueError):
-            if is_allowed(float(text)):
-                return float(text)
+            if is_allowed(kind(text)):
+                return kind(text)
         raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
 
     return parse
+
+
+def whole_number(minimum: int, maximum: int = LARGEST_NUMBER) -> Callable[[str], int]:
+    """A parser of whole numbers from `minimum` to `maximum`."""
+    allowed = f"a whole number from {minimum} to {maximum}"
+    return number(allowed, lambda value: minimum <= value <= maximum, int)
 
 
 def parse_milestones(text: str) -> tuple[int, ...]:
@@ -902,17 +897,16 @@ def check_core_options(topology: Topology, settings: Settings) -> None:
         raise UserError(f"{asked}: {system} cannot keep threads on cores; only --split none works")
     for flag, cpus in given.items():
         check_cpus(topology, flag, cpus)
-    pair = given.keys() - {"--loader-cores"}
-    if len(pair) == 1:
-        (flag,) = pair
-        missing = "--forward-cores" if flag == "--backward-cores" else "--backward-cores"
-        raise UserError(f"{flag} {format_cpu_list(given[flag])} needs {missing} beside it")
-    if pair and settings.split != "even":
+    for flag, other in itertools.permutations(("--forward-cores", "--backward-cores")):
+        if flag in given and other not in given:
+            raise UserError(f"{flag} {format_cpu_list(given[flag])} needs {other} beside it")
+    forward, backward = settings.forward_cores, settings.backward_cores
+    if forward and settings.split != "even":
         raise UserError(f"--split {settings.split} contradicts --forward-cores: give one of them")
-    if pair and (both := set(settings.forward_cores) & set(settings.backward_cores)):
+    if forward and (both := set(forward) & set(backward)):
         raise UserError(
-            f"--forward-cores {format_cpu_list(settings.forward_cores)} and --backward-cores "
-            f"{format_cpu_list(settings.backward_cores)} overlap in {format_cpu_list(both)}"
+            f"--forward-cores {format_cpu_list(forward)} and --backward-cores "
+            f"{format_cpu_list(backward)} overlap in {format_cpu_list(both)}"
         )
     threads = settings.forward_threads or settings.backward_threads
     if settings.split == "auto" and threads:
