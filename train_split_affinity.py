@@ -287,24 +287,21 @@ METAVARS = {
 }
 
 
-def option(
-    default: Any, help: str, *short: str, opens: str = "", on_resume: str = "told", **argument: Any
-) -> Any:
+def option(default: Any, help: str, *short: str, on_resume: str = "told", **argument: Any) -> Any:
     """A field of Settings: its default, its help, and what else argparse needs to know.
 
     The help of a switch that is on by default says what `--no-...` does. `short` are further flags,
-    `opens` names the help group that starts with this option, `on_resume` is what becomes of
-    another value when a run is resumed, and `argument` goes to `add_argument` (type, choices,
-    metavar).
+    `on_resume` is what becomes of another value when a run is resumed, and `argument` goes to
+    `add_argument` (type, choices, metavar).
     """
     argument = {"metavar": METAVARS.get(argument.get("type")), **argument}
-    own = {"help": help, "short": short, "opens": opens, "on_resume": on_resume}
-    return field(default=default, metadata={**own, "argument": argument})
+    metadata = {"help": help, "short": short, "on_resume": on_resume, "argument": argument}
+    return field(default=default, metadata=metadata)
 
 
-# Another value for a run that is resumed is told, since its numbers will differ, unless it is free,
-# having no influence on them. Fixed are those settings without which the saved state makes no
-# sense; a rate is told too, and makes the optimizer and the course of its learning rate anew.
+# What becomes of another value when a run is resumed: it is told, since the numbers will differ;
+# free, since they will not; or fixed, and refused, since the saved state makes no sense with it. A
+# rate is told too: the optimizer and the course of its learning rate are then made anew.
 free, fixed, rate = (partial(option, on_resume=kind) for kind in ("free", "fixed", "rate"))
 
 
@@ -348,13 +345,14 @@ def recipe_defaults(name: str) -> dict[str, Any]:
     return {"output_dir": Path("out") / name, **RECIPES[name]}
 
 
+# Settings, in the groups of --help. A group's docstring is its title there.
 # fmt: off
 @dataclass(frozen=True)
-class Settings:
-    """What the user can choose. Derived values live elsewhere (see CorePlan), never here."""
+class DataSettings:
+    """model and data"""
 
     model: str = fixed("resnet50", "torchvision classifier by name, or resnet56 (for small "
-        "images), hybrid, hybrid-light, hybrid-heavy", opens="model and data")
+        "images), hybrid, hybrid-light, hybrid-heavy")
     data_path: Path | None = free(None, "image folder, PATH/train/<class>/*.jpg and PATH/val "
         "(or valid, or validation), or PATH/<class>/*.jpg; or a folder with CIFAR-10's "
         "cifar-10-batches-py (default: synthetic images with random labels, for timing only)",
@@ -376,8 +374,13 @@ class Settings:
     workers: int = free(2, "loader processes, as many again for validation; 0 loads in the main "
         "thread", "-j", type=COUNT_FROM_0)
 
+
+@dataclass(frozen=True)
+class AugmentationSettings:
+    """augmentation"""
+
     min_scale: float = option(0.08, "smallest part of a picture's area that a training crop may "
-        "show; not for CIFAR-10, which is padded by 4 and cropped", opens="augmentation", type=PART)
+        "show; not for CIFAR-10, which is padded by 4 and cropped", type=PART)
     hflip: float = option(0.5, "probability of a horizontal flip", type=SHARE)
     color_jitter: float = option(0.0, "strength of random brightness, contrast and saturation",
         type=NOT_NEGATIVE)
@@ -388,8 +391,13 @@ class Settings:
     cutmix_alpha: float = option(0.0, "strength of CutMix; 0: off; with both, one is drawn for "
         "each batch", type=MIXING)
 
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """training"""
+
     recipe: str | None = free(None, "a set of defaults, which every other option overrides (see "
-        "below)", opens="training", choices=tuple(RECIPES))
+        "below)", choices=tuple(RECIPES))
     batch_size: int = fixed(32, "images per batch", "-b", type=COUNT)
     accumulate: int = fixed(1, "batches per optimizer step", type=COUNT)
     steps: int | None = rate(None, "optimizer steps after which to stop (default: 50 without "
@@ -428,8 +436,13 @@ class Settings:
     seed: int = option(0, "seed of weights, data order and augmentation", type=COUNT_FROM_0)
     deterministic: bool = option(False, "refuse operations without a deterministic implementation")
 
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """checkpoints"""
+
     resume: Path | None = free(None, "checkpoint to go on from, exactly; auto: the newest good "
-        "one in --output-dir, if any", opens="checkpoints", type=Path, metavar="PATH|auto")
+        "one in --output-dir, if any", type=Path, metavar="PATH|auto")
     init_from: Path | None = free(None, "checkpoint to take the weights from, for a new run; "
         "with --resume auto it counts if there is nothing to go on from", type=Path)
     test_only: bool = free(False, "evaluate the checkpoint of --resume, train nothing")
@@ -441,8 +454,13 @@ class Settings:
     mirror: str | None = free(None, "address to copy checkpoints to, in the background: any that "
         "fsspec knows (s3:// with s3fs installed)", metavar="URL")
 
+
+@dataclass(frozen=True)
+class CoreSettings:
+    """cores"""
+
     split: str = free("even", "how cores are divided: even, forward:backward such as 1:2, auto "
-        "(measured, for the shortest step) or none (one lane over all cores)", opens="cores",
+        "(measured, for the shortest step) or none (one lane over all cores)",
         type=parse_split, metavar="even|F:B|auto|none")
     schedule: str = option("sequential", "how the phases of a step are laid over the lanes: "
         "sequential alternates strictly; overlap runs the forward pass of a step's next batch "
@@ -460,8 +478,13 @@ class Settings:
     backward_threads: int | None = option(None,
         "threads of the backward lane (default: one per core)", type=COUNT)
 
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """speed"""
+
     precision: str = option("auto", "bf16: convolutions and matrix products in bfloat16 by "
-        "autocast; auto: bf16 where the CPU computes it natively, else fp32", opens="speed",
+        "autocast; auto: bf16 where the CPU computes it natively, else fp32",
         choices=("auto", "fp32", "bf16"))
     channels_last: bool = option(True, "keep images and weights in the default memory format, NCHW")
     fused: bool = rate(True, "update the weights tensor by tensor, not in a fused kernel")
@@ -470,13 +493,27 @@ class Settings:
     flush_denormals: bool = option(True, "compute with denormal numbers, not with 0 in their place")
     grads_to_none: bool = free(True, "set gradients to zero after an update, not to None")
 
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """reports"""
+
     log_file: Path = free(Path("logs.md"), "Markdown file to which a run appends its section",
-        opens="reports", type=Path)
+        type=Path)
     output_dir: Path | None = free(None, "folder for checkpoints, metrics.jsonl and pictures "
         "(default: not written)", type=Path)
     print_freq: int = free(10, "steps between two lines of figures", type=COUNT)
     json: Path | None = free(None, "file for the figures of compare (default: not written)",
         type=Path)
+
+
+@dataclass(frozen=True)
+class Settings(ReportSettings, SpeedSettings, CoreSettings, CheckpointSettings, TrainingSettings,
+               AugmentationSettings, DataSettings):
+    """What the user can choose. Derived values live elsewhere (see CorePlan), never here.
+
+    The groups stand in reverse, since a dataclass has the fields of its last base first.
+    """
 # fmt: on
 
 
@@ -525,7 +562,7 @@ def contradictions(command: str, settings: Settings) -> Iterator[str]:
     yield from command_contradictions(command, settings)
 
 
-def resizing_contradictions(settings: Settings, native_size: int = 224) -> Iterator[str]:
+def resizing_contradictions(settings: DataSettings, native_size: int = 224) -> Iterator[str]:
     """Why a progressive resizing is no ramp; without an end of its own it goes up to the data's
     native size.
     """
@@ -542,7 +579,7 @@ def resizing_contradictions(settings: Settings, native_size: int = 224) -> Itera
         yield f"--image-size {size} --max-res {high}: give one of them"
 
 
-def learning_rate(settings: Settings) -> float:
+def learning_rate(settings: TrainingSettings) -> float:
     """The highest learning rate: as asked, or by the optimizer and the images of a step."""
     if settings.lr is not None:
         return settings.lr
@@ -550,7 +587,7 @@ def learning_rate(settings: Settings) -> float:
     return 0.1 * images / 256 if settings.opt == "sgd" else 1e-3
 
 
-def rate_contradictions(settings: Settings) -> Iterator[str]:
+def rate_contradictions(settings: TrainingSettings) -> Iterator[str]:
     """Why a course of the learning rate cannot be."""
     warmup, epochs = settings.lr_warmup_epochs, settings.epochs
     if warmup and not epochs:
@@ -856,7 +893,7 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
 
 
-def plan_cores(topology: Topology, settings: Settings) -> CorePlan:
+def plan_cores(topology: Topology, settings: CoreSettings) -> CorePlan:
     """Decide which logical CPUs each group gets. Pure; raises UserError for what cannot be.
 
     Without lists the cores are shared out in the ratio of `--split`, rounded to whole physical
@@ -883,7 +920,7 @@ def plan_cores(topology: Topology, settings: Settings) -> CorePlan:
     )
 
 
-def check_core_options(topology: Topology, settings: Settings) -> None:
+def check_core_options(topology: Topology, settings: CoreSettings) -> None:
     """Raise UserError for core options that contradict each other, the machine or the system."""
     lists = {
         "--forward-cores": settings.forward_cores,
@@ -1973,12 +2010,12 @@ def describe_images(data: ImageData) -> dict[str, Any]:
     }
 
 
-def largest_size(settings: Settings, native: int) -> int:
+def largest_size(settings: DataSettings, native: int) -> int:
     """The side of the images in pixels, at the end of progressive resizing if there is any."""
     return settings.max_res or settings.image_size or native
 
 
-def image_size_in(settings: Settings, epoch: int) -> int:
+def image_size_in(settings: DataSettings, epoch: int) -> int:
     """The side of the training images in an epoch (from 1): a linear ramp in steps of 32 pixels."""
     low, high = settings.min_res, settings.image_size
     if low is None or epoch >= settings.end_ramp:
@@ -2420,18 +2457,18 @@ VANISHING_NORM, EXPLODING_NORM = 1e-7, 1e3
 STEPS_BETWEEN_NORMS = 10
 
 
-def steps_in_epoch(settings: Settings, epoch_batches: int) -> int:
+def steps_in_epoch(settings: TrainingSettings, epoch_batches: int) -> int:
     """Optimizer steps of an epoch; batches that do not fill a step are left out of it."""
     return epoch_batches // settings.accumulate
 
 
-def total_steps(settings: Settings, epoch_batches: int) -> int:
+def total_steps(settings: TrainingSettings, epoch_batches: int) -> int:
     """Optimizer steps of the whole run: as asked, or as the epochs hold; 50 by default."""
     planned = planned_steps(settings, epoch_batches)
     return min(settings.steps or planned, planned)
 
 
-def planned_steps(settings: Settings, epoch_batches: int) -> int:
+def planned_steps(settings: TrainingSettings, epoch_batches: int) -> int:
     """Optimizer steps over which the learning rate runs: of all epochs, even if `--steps` ends
     the run before; without epochs those of the run.
     """
@@ -2466,7 +2503,7 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
 
 
 def build_lr_scheduler(
-    optimizer: torch.optim.Optimizer, settings: Settings, epoch_steps: int, all_steps: int
+    optimizer: torch.optim.Optimizer, settings: TrainingSettings, epoch_steps: int, all_steps: int
 ) -> LRScheduler:
     """The course of the learning rate, to be stepped after every optimizer step.
 
@@ -2482,7 +2519,7 @@ def build_lr_scheduler(
 
 
 def main_scheduler(
-    optimizer: torch.optim.Optimizer, settings: Settings, epoch_steps: int, steps: int
+    optimizer: torch.optim.Optimizer, settings: TrainingSettings, epoch_steps: int, steps: int
 ) -> LRScheduler:
     """The course of the learning rate over the `steps` optimizer steps after a warm-up."""
     lowest, factor = settings.min_lr, settings.lr_gamma
@@ -5955,9 +5992,10 @@ def build_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    group = parser
-    for setting in dataclasses.fields(Settings):
-        group = add_option(parser, group, setting)
+    for group in reversed(Settings.__bases__):
+        help_group = parser.add_argument_group(group.__doc__)
+        for setting in dataclasses.fields(group):
+            add_option(help_group, setting)
     return parser
 
 
@@ -5974,11 +6012,9 @@ def list_recipes() -> str:
     return "\n".join(lines)
 
 
-def add_option(parser: Parser, group: Any, setting: dataclasses.Field) -> Any:
-    """Add one field of Settings to its help group, opening the group if it is the first there."""
+def add_option(help_group: Any, setting: dataclasses.Field) -> None:
+    """Add one field of Settings to its help group."""
     meta = setting.metadata
-    if meta["opens"]:
-        group = parser.add_argument_group(meta["opens"])
     text = meta["help"]
     flag = "--" + setting.name.replace("_", "-")
     if setting.default is False:
@@ -5990,8 +6026,7 @@ def add_option(parser: Parser, group: Any, setting: dataclasses.Field) -> Any:
     else:
         kind = {"default": setting.default, **meta["argument"]}
         text += "" if setting.default is None else f" (default: {option_text(setting.default)})"
-    group.add_argument(*meta["short"], flag, dest=setting.name, help=text, **kind)
-    return group
+    help_group.add_argument(*meta["short"], flag, dest=setting.name, help=text, **kind)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:

@@ -1,6 +1,7 @@
 """Settings and their parsers. Run: python -m pytest tests/test_settings.py"""
 
 import argparse
+import ast
 import dataclasses
 from pathlib import Path
 
@@ -172,6 +173,60 @@ def test_milestones_come_back_as_they_are_written(epochs):
 def test_what_are_no_milestones(text):
     with pytest.raises(argparse.ArgumentTypeError, match="list of ascending epochs such as"):
         tsa.parse_milestones(text)
+
+
+# Groups of settings
+
+
+def test_the_order_of_settings_in_help_and_in_files():
+    names = """
+    model data_path download num_classes image_size min_res max_res end_ramp subset max_bad_images
+    workers min_scale hflip color_jitter auto_augment random_erase mixup_alpha cutmix_alpha recipe
+    batch_size accumulate steps epochs opt lr momentum weight_decay skip_decay_1d lr_scheduler
+    lr_warmup_epochs lr_step_epochs lr_milestones lr_gamma lr_restart_epochs min_lr label_smoothing
+    clip_grad_norm model_ema model_ema_decay early_stopping target_top1 seed deterministic resume
+    init_from test_only save_steps save_freq keep_best mirror split schedule forward_cores
+    backward_cores loader_cores forward_threads backward_threads precision channels_last fused
+    tuned_malloc flush_denormals grads_to_none log_file output_dir print_freq json
+    """
+    assert [setting.name for setting in dataclasses.fields(tsa.Settings)] == names.split()
+
+
+def test_a_function_that_needs_one_group_takes_it_alone():
+    cores = tuple(tsa.Core(0, 0, 0, cpu, (cpu,)) for cpu in range(3))
+    machine = tsa.Topology("test", cores, frozenset(), frozenset(range(3)), None, True)
+    plan = tsa.plan_cores(machine, tsa.CoreSettings(split="1:2"))
+    assert (plan.forward.cpus, plan.backward.cpus) == ((0,), (1, 2))
+    ramp = tsa.DataSettings(min_res=64, image_size=128, end_ramp=3)
+    assert [tsa.image_size_in(ramp, epoch) for epoch in (1, 2, 3)] == [64, 96, 128]
+    assert tsa.largest_size(tsa.DataSettings(), 32) == 32
+    assert tsa.learning_rate(tsa.TrainingSettings(batch_size=128)) == 0.05
+    assert tsa.total_steps(tsa.TrainingSettings(epochs=2, accumulate=4), 10) == 4
+
+
+def test_a_function_that_takes_one_group_uses_no_other():
+    """It reads settings of that group, and passes it on only to functions that take it too."""
+    names_of = {
+        group.__name__: {setting.name for setting in dataclasses.fields(group)}
+        for group in tsa.Settings.__bases__
+    }
+    takers = {
+        (function.name, ast.unparse(argument.annotation)): (function, argument.arg)
+        for function in ast.walk(ast.parse(Path(tsa.__file__).read_text()))
+        if isinstance(function, ast.FunctionDef)
+        for argument in function.args.args
+        if argument.annotation and ast.unparse(argument.annotation) in names_of
+    }
+    assert {group for _, group in takers} >= {"DataSettings", "TrainingSettings", "CoreSettings"}
+    for (name, group), (function, parameter) in takers.items():
+        for node in ast.walk(function):
+            for child in ast.iter_child_nodes(node):
+                if not isinstance(child, ast.Name) or child.id != parameter:
+                    continue
+                if isinstance(node, ast.Call):
+                    assert (ast.unparse(node.func), group) in takers, name
+                else:
+                    assert node.attr in names_of[group], name
 
 
 # Options that contradict each other
