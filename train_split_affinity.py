@@ -43,6 +43,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import contextlib
+import copy
 import csv
 import ctypes
 import dataclasses
@@ -883,9 +884,9 @@ class CorePlan:
         """The groups that get a lane."""
         return (self.forward,) if self.forward is self.backward else (self.forward, self.backward)
 
-    def group_of(self, phase: str) -> Group:
-        """The group that runs a phase."""
-        return self.backward if phase in ("backward", "update") else self.forward
+    def group(self, lane: str) -> Group:
+        """The group of a lane."""
+        return self.forward if lane == self.forward.name else self.backward
 
 
 def plural(count: int, noun: str) -> str:
@@ -2481,7 +2482,7 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
     """SGD with momentum, Adam or AdamW over all parameters that are not frozen; with
     `skip_decay_1d`, those with one dimension have a group of their own, without weight decay.
     """
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    weights = list(trained(model).values())
     groups: list[dict[str, Any]] = [{"params": weights}]
     if settings.skip_decay_1d:
         flat = [weight for weight in weights if weight.ndim <= 1]
@@ -2544,8 +2545,23 @@ def main_scheduler(
     return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
 
 
+def trained(model: nn.Module) -> Weights:
+    """The weights that are trained, by name: all that are not frozen."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def with_tensors(model: nn.Module, tensors: Weights) -> nn.Module:
+    """A copy of a model with other tensors, by the names of its state_dict, in place of some of its
+    own; all others belong to both. To be run while the model runs, unlike torch's functional_call,
+    which puts the others into the model itself for a while.
+    """
+    own = model.state_dict(keep_vars=True)
+    return copy.deepcopy(model, {id(own[name]): tensors.get(name, own[name]) for name in own})
+
+
 class MovingAverage:
-    """An exponential moving average of weights and buffers, one step after each optimizer step.
+    """An exponential moving average of weights and buffers, one step after each optimizer step;
+    `model` computes with them.
 
     Averages with torch's own function; what is no floating-point number (a count) is copied. The
     decay begins with 0.1 and rises to `decay` with the number of `updates` made, as that of
@@ -2555,6 +2571,7 @@ class MovingAverage:
 
     def __init__(self, model: nn.Module, decay: float):
         self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.model = with_tensors(model, self.values).eval()
         self.updates = 0
         self._decay = decay
 
@@ -2594,8 +2611,7 @@ class GradientFlow:
     """
 
     def __init__(self, model: nn.Module):
-        trained = (name for name, weight in model.named_parameters() if weight.requires_grad)
-        self._groups = layer_groups(trained)
+        self._groups = layer_groups(trained(model))
         self._sums: Counter[str] = Counter()
         self._measured = self._steps = 0
 
@@ -2711,13 +2727,9 @@ class StepEnd:
 class Network:
     """A model and how it computes: everything but the update of its weights.
 
-    The phases work on the model's own weights, or on a copy of those that are trained, made by
-    `copy_weights`; frozen weights have no copies. A loss counts as one of `accumulate` in a step.
-    `note` says what is new in a model that starts from trained weights.
-
-    `trained` are the model's own trained weights by name, `buffers` what its forward passes change,
-    `state` all of its values. They are to be asked for here, not from the model: while a forward
-    pass on a copy runs, that has the copy in place of its own (see torch.func.functional_call).
+    The phases work on the model itself, or on a copy of it, made by `copy`, which has weights of
+    its own; frozen weights and the buffers belong to both. A loss counts as one of `accumulate` in
+    a step. `note` says what is new in a model that starts from trained weights.
     """
 
     model: nn.Module
@@ -2727,25 +2739,13 @@ class Network:
     channels_last: bool = False
     note: str = ""
 
-    def __post_init__(self):
-        weights, self.state = dict(self.model.named_parameters()), self.model.state_dict()
-        self.trained = {name: weight for name, weight in weights.items() if weight.requires_grad}
-        self.buffers = {name: self.state[name] for name in self.state if name not in weights}
-
-    def forward(self, batch: Batch, weights: Weights | None = None) -> Batch:
-        """Logits (n, classes) in float32, with the graph to go back through, and the targets.
-
-        Buffers, such as BatchNorm's running statistics, are the model's own, unless `weights` has
-        some.
-        """
+    def forward(self, batch: Batch, model: nn.Module | None = None) -> Batch:
+        """Logits (n, classes) in float32, with the graph to go back through, and the targets."""
         images, targets = batch
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            if weights is None:
-                logits = self.model(images)
-            else:
-                logits = torch.func.functional_call(self.model, weights, (images,))
+            logits = (model or self.model)(images)
         return logits.float(), targets
 
     def backward(self, output: Batch) -> Scores:
@@ -2757,24 +2757,28 @@ class Network:
         (loss / self.accumulate).backward()  # for CPU tensors this runs in the calling thread
         return score(value, *output)
 
-    def step_end(self, weights: Weights | None = None) -> StepEnd:
-        """The end of a step, which is now, of all that the next one changes before its update."""
-        buffers = {name: value.clone() for name, value in self.buffers.items()}
-        return StepEnd(buffers, torch.get_rng_state(), weights)
-
-    def copy_weights(self, begun: Weights | None = None) -> Weights:
-        """A copy of the weights to run phases with; of those of a step already begun, if a run goes
-        on there.
+    def copy(self, begun: Weights | None = None) -> nn.Module:
+        """A copy of the model to run phases with; with the weights of a step already begun, if a
+        run goes on there.
         """
-        now = self.trained | (begun or {})
-        return {name: value.detach().clone().requires_grad_() for name, value in now.items()}
+        now = trained(self.model) | (begun or {})
+        own = {name: nn.Parameter(weight.detach().clone()) for name, weight in now.items()}
+        return with_tensors(self.model, own)
 
-    def refresh(self, weights: Weights) -> StepEnd:
+    def refresh(self, copied: nn.Module) -> StepEnd:
         """Bring a copy up to the model's own weights: the next step begins here, with it."""
+        weights = trained(self.model)
         with torch.no_grad():
-            for name, weight in self.trained.items():
-                weights[name].copy_(weight)
-        return self.step_end(weights)
+            for name, weight in trained(copied).items():
+                weight.copy_(weights[name])
+        return self.step_end(copied)
+
+    def step_end(self, copied: nn.Module | None = None) -> StepEnd:
+        """The end of a step, which is now, of all that the next one changes before its update."""
+        weights = dict(self.model.named_parameters())
+        state = self.model.state_dict()
+        buffers = {name: state[name].clone() for name in state if name not in weights}
+        return StepEnd(buffers, torch.get_rng_state(), copied and trained(copied))
 
 
 @dataclass
@@ -2797,25 +2801,25 @@ class Work:
 
     def update(
         self,
-        weights: Weights | None = None,
+        copied: nn.Module | None = None,
         begun: StepEnd | None = None,
         after: Future | None = None,
     ) -> None:
-        """The optimizer step, on the model's own weights, with the gradients that went to
-        `weights`, and what belongs to it: gradient norms, clipping, the learning rate of the next
-        step, the moving average; clears the gradients.
+        """The optimizer step, on the model's own weights, with their gradients or those of a copy,
+        and what belongs to it: gradient norms, clipping, the learning rate of the next step, the
+        moving average; clears the gradients.
 
         `begun` is the end of this step if `delayed` has begun the next one. Does nothing if the
         phase `after` which it was queued has failed.
         """
         if after and after.exception():
             return
-        trained = self.network.trained
-        for name, copy in (weights or {}).items():
-            trained[name].grad = copy.grad
-        norms = self.flow.measure(trained) if self.flow else {}
+        weights = trained(self.network.model)
+        for name, weight in trained(copied).items() if copied else ():
+            weights[name].grad = weight.grad
+        norms = self.flow.measure(weights) if self.flow else {}
         if self.clip_grad_norm:
-            nn.utils.clip_grad_norm_(trained.values(), self.clip_grad_norm)
+            nn.utils.clip_grad_norm_(weights.values(), self.clip_grad_norm)
         end = begun or self.network.step_end()  # what needs memory comes first: it may fail
         self.updating = True
         self.optimizer.step()
@@ -2828,24 +2832,24 @@ class Work:
             self.average.update(self.values())
         self.updating = False
         self.optimizer.zero_grad(set_to_none=self.grads_to_none)
-        for copy in weights.values() if weights and self.grads_to_none else ():
-            copy.grad = None
+        if copied and self.grads_to_none:
+            copied.zero_grad()
 
     def evaluate(self, batch: Batch) -> tuple[list[Scores], torch.Tensor]:
         """The scores of a batch, first of the moving average if there is one, last of the model's
         own weights, and the classes (n,) that the first predicts; the model has to be in evaluation
         mode.
         """
-        averaged = [self.average.values] if self.average else []
+        models = [self.average.model] if self.average else []
         with torch.inference_mode():
-            outputs = [self.network.forward(batch, weights) for weights in (*averaged, None)]
+            outputs = [self.network.forward(batch, model) for model in (*models, None)]
             losses = [nn.functional.cross_entropy(*output).item() for output in outputs]
             scores = [score(loss, *output) for loss, output in zip(losses, outputs, strict=True)]
             return scores, outputs[0][0].argmax(1)
 
     def values(self) -> Weights:
         """The model's state as of the last step: what a step already begun has changed left out."""
-        return self.network.state | (self.end.buffers if self.end else {})
+        return self.network.model.state_dict() | (self.end.buffers if self.end else {})
 
 
 Steps = Iterator[list[Scores]]
@@ -2895,17 +2899,17 @@ def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     """As `overlap`, and across steps too: the forward lane is always one micro-batch ahead.
 
     PipeDream-2BW (arXiv 2006.09503): the gradients of a step are those of weights one update old,
-    w(t+1) = w(t) - lr * gradient(w(t-1)). Two copies of the weights take turns: one step goes
-    forward and back on the same copy, while the forward lane refreshes the other copy, whose own
-    step has been applied, and begins the next step on it. The optimizer alone writes the model's
-    weights: its update is queued behind the step's last backward phase, and never before the
-    refresh is done. The forward lane alone writes the buffers.
+    w(t+1) = w(t) - lr * gradient(w(t-1)). Two copies of the model take turns: one step goes forward
+    and back on the same copy, while the forward lane refreshes the other copy, whose own step has
+    been applied, and begins the next step on it. The optimizer alone writes the model's weights:
+    the update is queued behind the last backward phase, once the refresh is done. The forward lane
+    alone writes the buffers.
 
     The pipeline is empty when the batches have run out: an epoch begins with the weights of today.
     """
     network, begun = work.network, work.end and work.end.weights
-    weights, other = (lanes.forward.call(network.copy_weights, begun) for _ in range(2))
-    output = lanes.forward.run("forward", network.forward, next(batches), weights)
+    model, other = (lanes.forward.call(network.copy, begun) for _ in range(2))
+    output = lanes.forward.run("forward", network.forward, next(batches), model)
     while output:
         scores, error = [], None
         for left in reversed(range(network.accumulate)):
@@ -2913,11 +2917,11 @@ def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
             output = None
             if not left:
                 end = lanes.forward.run("refresh", network.refresh, other) if batches.left else None
-                update = lanes.backward.submit("update", work.update, weights, end, backward)
+                update = lanes.backward.submit("update", work.update, model, end, backward)
+                model, other = other, model
             try:
                 if batches.left:
-                    ahead = weights if left else other
-                    output = lanes.forward.run("forward", network.forward, next(batches), ahead)
+                    output = lanes.forward.run("forward", network.forward, next(batches), model)
                 batches.prefetch()
             except Exception as failure:
                 if left:
@@ -2925,7 +2929,6 @@ def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
                 error = failure  # of the next step: this one comes to its end
             scores.append(backward.result())
         update.result()
-        weights, other = other, weights
         yield scores
         if error:
             raise error
@@ -3745,10 +3748,10 @@ class Tally:
     def _summarise_phase(
         self, phase: str, timed: Sequence[StepResult], timed_s: float
     ) -> PhaseSummary:
-        group = self._plan.group_of(phase)
         durations_s = [step.total("duration_s", phase) for step in timed]
         phase_s = sum(durations_s)
         records = [record for step in timed for record in step.records if record.phase == phase]
+        group = self._plan.group(records[0].lane)
         cpu_busy_s, looked_at_s = self._cpu_busy_s[phase], self._looked_at_s[phase]
         return PhaseSummary(
             phase=phase,
@@ -4003,7 +4006,7 @@ epoch | train_loss | train_top1 | train_top5 | val_loss | val_top1 | val_top5 | 
 
 def placement_warnings(record: PhaseRecord, plan: CorePlan) -> Iterator[str]:
     """What a phase's record shows to be wrong with the placement of threads."""
-    group = plan.group_of(record.phase)
+    group = plan.group(record.lane)
     cores = format_cpu_list(group.cpus)
     if record.mask != frozenset(group.cpus):
         allowed = format_cpu_list(record.mask)
@@ -4667,6 +4670,8 @@ class RunReport:
 # The loop over steps and epochs, validation, and reasons to stop. Knows nothing of flags.
 # ==================================================================================================
 
+VALIDATED_AHEAD = 3  # batches that are with the lanes, or wait there
+
 
 class StopRequest:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a request that `check` raises as Stopped:
@@ -4776,23 +4781,46 @@ class Run:
     notes: tuple[str, ...]
 
 
+def validated(run: Run) -> Iterator[tuple[list[Scores], torch.Tensor, torch.Tensor]]:
+    """For each batch of the validation images its scores, the predicted classes and the true ones.
+
+    The lanes share the batches out one by one, in proportion to their threads. Raises Stopped
+    between two batches.
+    """
+    taken = dict.fromkeys((run.lanes.forward, run.lanes.backward), 0)
+    waiting: deque[tuple[Future, torch.Tensor]] = deque()
+    try:
+        for batch in run.val.batches(run.bad):
+            run.stop.check()
+            lane = min(taken, key=lambda lane: (taken[lane] + 1) / lane.group.threads)
+            taken[lane] += 1
+            waiting.append((lane.submit("validate", run.work.evaluate, batch), batch[1]))
+            if len(waiting) > VALIDATED_AHEAD:
+                future, targets = waiting.popleft()
+                yield *future.result(), targets
+        while waiting:
+            future, targets = waiting.popleft()
+            yield *future.result(), targets
+    finally:  # after an error too, no phase shall run on
+        for future, _ in waiting:
+            if not future.cancel():
+                future.exception()  # waits
+
+
 def evaluate(
     run: Run, report: RunReport | None = None, confusion: Confusion | None = None
 ) -> list[Scores]:
-    """Go through the validation images on the forward lane: the scores of the moving average, if
-    there is one, then those of the model's own weights. `confusion` takes in what the first of them
-    takes images for. Raises Stopped between two batches.
+    """Go through the validation images: the scores of the moving average, if there is one, then
+    those of the model's own weights. `confusion` takes in what the first of them takes images for.
     """
-    batches = run.val.batches(run.bad)
     scores: list[list[Scores]] = []
     run.work.network.model.eval()
     try:
-        for batch in batches:
-            run.stop.check()
-            result, predicted = run.lanes.forward.run("validate", run.work.evaluate, batch)
-            scores.append(result)
-            if confusion is not None:
-                confusion.update(zip(batch[1].tolist(), predicted.tolist(), strict=True))
+        with contextlib.closing(validated(run)) as batches:
+            for result, predicted, targets in batches:
+                scores.append(result)
+                if confusion is not None:
+                    confusion.update(zip(targets.tolist(), predicted.tolist(), strict=True))
     finally:
         run.work.network.model.train()
         records = run.lanes.take_records()
@@ -5382,7 +5410,7 @@ def time_phases(lanes: Lanes, work: Work, batches: Batches, steps: int) -> Phase
     for _ in itertools.islice(sequential(lanes, work, batches), steps):
         pass
     network = work.network
-    lanes.forward.run("refresh", network.refresh, lanes.forward.call(network.copy_weights))
+    lanes.forward.run("refresh", network.refresh, lanes.forward.call(network.copy))
     durations_s: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for record in lanes.take_records():
         durations_s[record.phase].append(record.duration_s)

@@ -386,13 +386,13 @@ def test_frozen_weights_stay_and_have_no_copies(schedule, split_plan):
     with tsa.Lanes(split_plan, ()) as lanes:
         for _ in tsa.SCHEDULES[schedule](lanes, work, make_stream(make_batches(4, side=16))):
             copied = work.end.weights or {}
-            assert not copied or copied.keys() == work.network.trained.keys()
+            assert not copied or copied.keys() == tsa.trained(model).keys()
     changed = {
         name for name, value in work.values().items() if not torch.equal(value, before[name])
     }
     assert changed.isdisjoint(frozen), "BatchNorm's statistics move, its weights do not"
     assert changed >= {"3.weight", "9.weight", "1.running_mean"}
-    assert len(work.optimizer.state) == len(work.network.trained) == 6
+    assert len(work.optimizer.state) == len(tsa.trained(model)) == 6
     assert all(norm > 0 for norm in work.flow.take().values()), "no warning of vanishing gradients"
 
 
@@ -421,7 +421,7 @@ class Script:
     def __str__(self):
         return "backward"  # the only phase that another is queued behind
 
-    def copy_weights(self, begun):
+    def copy(self, begun):
         assert begun is None
         self.copies += 1
         return "ab"[self.copies - 1]
@@ -621,12 +621,12 @@ def test_an_update_without_any_of_that():
 @pytest.mark.parametrize("grads_to_none", [True, False])
 def test_an_update_with_the_gradients_of_a_copy(grads_to_none):
     work, _ = make_update(make_linear(), grads_to_none=grads_to_none)
-    copied = work.network.copy_weights()
-    copied["weight"].grad = torch.tensor([[1.0, 2.0]])
+    copied = work.network.copy()
+    copied.weight.grad = torch.tensor([[1.0, 2.0]])
     work.update(copied)
     assert work.network.model.weight.tolist() == [[-1.0, -2.0]]
-    assert copied["weight"].tolist() == [[0.0, 0.0]]
-    left = copied["weight"].grad
+    assert copied.weight.tolist() == [[0.0, 0.0]]
+    left = copied.weight.grad
     assert left is None if grads_to_none else left.tolist() == [[0.0, 0.0]]
 
 

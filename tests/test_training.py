@@ -451,7 +451,7 @@ def test_a_run_holds_no_less_than_is_asked_of_the_machine(one_lane_plan, schedul
     )
     with tsa.Lanes(one_lane_plan, ()) as lanes:
         work = tsa.build_work(settings, lanes)
-        copies = [work.network.copy_weights() for _ in range(2 * (schedule == "delayed"))]
+        copies = [work.network.copy() for _ in range(2 * (schedule == "delayed"))]
         work.network.backward(
             work.network.forward((torch.randn(4, 3, 32, 32), torch.zeros(4).long()))
         )
@@ -460,7 +460,7 @@ def test_a_run_holds_no_less_than_is_asked_of_the_machine(one_lane_plan, schedul
     kept = [value for state in work.optimizer.state.values() for value in state.values()]
     average = list(work.average.values.values()) if work.average else []
     grads = [weight.grad for weight in weights]
-    copied = [value for copy in copies for value in copy.values()]
+    copied = [value for copy in copies for value in copy.parameters()]
     held = sum(each.nbytes for each in (*weights, *grads, *kept, *average, *copied) if each.ndim)
     needed = tsa.weight_copies(settings) * sum(weight.nbytes for weight in weights)
     assert needed <= held <= 1.1 * needed + 100
