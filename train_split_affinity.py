@@ -1839,20 +1839,17 @@ def synthetic_data(settings: Settings) -> ImageData:
     """Random images with random labels: for timing only."""
     classes = settings.num_classes or SYNTHETIC_CLASSES
     side = largest_size(settings, 224)
+    shape = 3, side, side
     images = max(SYNTHETIC_IMAGES, settings.batch_size * settings.accumulate)
-    train = torchvision.datasets.FakeData(
-        images, (3, side, side), classes, random_offset=settings.seed
-    )
+    train = torchvision.datasets.FakeData(images, shape, classes, random_offset=settings.seed)
     return ImageData("synthetic", train, None, tuple(map(str, range(classes))), 224)
 
 
 def cifar10_data(path: Path, download: bool) -> ImageData:
     """CIFAR-10 in its own format for Python, read and verified by torchvision."""
+    read = partial(torchvision.datasets.CIFAR10, path, download=download)
     try:
-        train, val = (
-            torchvision.datasets.CIFAR10(path, train=part, download=download)
-            for part in (True, False)
-        )
+        train, val = read(train=True), read(train=False)
     except Exception as error:  # of the network, of the disk, of pickle, or a checksum's
         reason = one_line(error).replace("download=True", "--download")
         raise UserError(f"--data-path {path}: no CIFAR-10: {reason}") from None
@@ -1871,9 +1868,8 @@ def folder_data(path: Path) -> ImageData:
     train = open_image_folder(path, path / "train" if parted else path)
     val = open_image_folder(path, path / parts[0]) if parts else None
     if len(train.classes) < 2:
-        raise UserError(
-            f"--data-path {path}: one class only ({train.classes[0]}); at least two are needed"
-        )
+        only = f"one class only ({train.classes[0]})"
+        raise UserError(f"--data-path {path}: {only}; at least two are needed")
     if val and val.classes != train.classes:
         name = sorted(set(val.classes) ^ set(train.classes))[0]
         raise UserError(f"--data-path {path}: class {name} is not in both of train and val")
@@ -2033,21 +2029,15 @@ def to_tensor(data: ImageData) -> list[Any]:
 def training_transform(data: ImageData, settings: Settings, size: int) -> v2.Transform:
     """The augmentation of one picture, to a tensor (3, size, size)."""
     if data.kind == "synthetic":
-        resize = [] if size == settings.image_size else [v2.Resize((size, size))]
-        return v2.Compose([*resize, *to_tensor(data)])
+        return v2.Compose([v2.Resize((size, size)), *to_tensor(data)])
     steps: list[Any] = [v2.RandomResizedCrop(size, (settings.min_scale, 1), antialias=True)]
     if data.kind == "cifar10":
         steps = [v2.RandomCrop(32, padding=4), v2.Resize(size)]
     steps.append(v2.RandomHorizontalFlip(settings.hflip))
-    policies = torchvision.transforms.AutoAugmentPolicy
-    policy = policies.CIFAR10 if data.kind == "cifar10" else policies.IMAGENET
-    automatic = {
-        "ra": v2.RandAugment,
-        "ta": v2.TrivialAugmentWide,
-        "aa": partial(v2.AutoAugment, policy),
-    }
+    policy = v2.AutoAugmentPolicy("cifar10" if data.kind == "cifar10" else "imagenet")
+    auto = {"ra": v2.RandAugment(), "ta": v2.TrivialAugmentWide(), "aa": v2.AutoAugment(policy)}
     if settings.auto_augment != "none":
-        steps.append(automatic[settings.auto_augment]())
+        steps.append(auto[settings.auto_augment])
     if settings.color_jitter:
         steps.append(v2.ColorJitter(*3 * (settings.color_jitter,)))
     return v2.Compose([*steps, *to_tensor(data), v2.RandomErasing(settings.random_erase)])
@@ -2061,12 +2051,9 @@ def validation_transform(data: ImageData, size: int) -> v2.Transform:
 
 def mixing_transform(settings: Settings) -> v2.Transform | None:
     """mixup (arXiv 1710.09412) and CutMix (1905.04899) of whole batches, if asked for."""
+    kinds = (v2.MixUp, settings.mixup_alpha), (v2.CutMix, settings.cutmix_alpha)
     count = settings.num_classes
-    mixes = []
-    if settings.mixup_alpha:
-        mixes.append(v2.MixUp(alpha=settings.mixup_alpha, num_classes=count))
-    if settings.cutmix_alpha:
-        mixes.append(v2.CutMix(alpha=settings.cutmix_alpha, num_classes=count))
+    mixes = [mix(alpha=alpha, num_classes=count) for mix, alpha in kinds if alpha]
     return v2.RandomChoice(mixes) if mixes else None
 
 
@@ -2074,18 +2061,6 @@ def derived_seed(*parts: object) -> int:
     """A seed of 63 bits that depends on all parts, the same on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Leave torch's global generator as it was: without loader processes, the model's dropout uses
-    the same one.
-    """
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
 
 
 @dataclass(frozen=True)
@@ -2136,7 +2111,8 @@ SampleKey = tuple[int, int]  # epoch and index
 class Samples(Dataset):
     """Whole batches of a data set's pictures, by their keys, through the transform of the epoch.
 
-    torch's global generator is seeded for every sample: torchvision's transforms draw from it.
+    torch's global generator is seeded for every sample, since torchvision's transforms draw from
+    it, and then put back: without loader processes, the model's dropout uses the same one.
     """
 
     def __init__(
@@ -2149,13 +2125,14 @@ class Samples(Dataset):
         self._pictures, self._seed, self._mix = pictures, seed, mix
         self._transform_in = transform_in
 
-    def __getitems__(self, keys: Sequence[SampleKey]) -> Loaded:
+    def __getitem__(self, keys: Sequence[SampleKey]) -> Loaded:
         start_s = time.perf_counter()
         samples, broken, batch = [], [], None
-        with random_state_kept():
+        transform = self._transform_in(keys[0][0])  # a batch is of one epoch
+        with torch.random.fork_rng(devices=()):
             for key in keys:
                 try:
-                    samples.append(self._sample(*key))
+                    samples.append(self._sample(*key, transform))
                 except BrokenImage as error:
                     broken.append(str(error))
             if samples:
@@ -2170,14 +2147,14 @@ class Samples(Dataset):
         record = LoadRecord(process.id if process else -1, start_s, time.perf_counter())
         return Loaded(batch, record, tuple(broken))
 
-    def _sample(self, epoch: int, index: int) -> tuple[torch.Tensor, int]:
+    def _sample(self, epoch: int, index: int, transform: v2.Transform) -> tuple[torch.Tensor, int]:
         torch.default_generator.manual_seed(derived_seed(self._seed, epoch, index))
         picture, target = self._pictures[index]
-        return self._transform_in(epoch)(picture), int(target)
+        return transform(picture), int(target)
 
 
 class EpochOrder:
-    """The batches of one epoch, as lists of keys: a batch sampler. `begin` chooses the epoch.
+    """The batches of one epoch, as lists of keys: a sampler. `begin` chooses the epoch.
 
     Shuffled by seed and epoch if there is a seed; else in order, with the last batch incomplete.
     """
@@ -2216,11 +2193,6 @@ def start_loader(cpus: Sequence[int], worker: int) -> None:
     if mask != set(cpus):
         asked, given = format_cpu_list(cpus), format_cpu_list(mask)
         raise RuntimeError(f"loader {worker}: cores {asked} asked for, {given} given")
-
-
-def as_loaded(loaded: Loaded) -> Loaded:
-    """Stands where DataLoader would make a batch of samples: it is one already."""
-    return loaded
 
 
 class BadImages:
@@ -2319,10 +2291,9 @@ def check_open_files(workers: int) -> None:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
         except (ValueError, OSError):
-            raise UserError(
-                f"--workers {workers} can need {needed} open files, and {hard} are allowed: raise "
-                "ulimit -n, or load without loader processes by -j 0"
-            ) from None
+            reason = f"--workers {workers} can need {needed} open files, and {hard} are allowed"
+            remedy = "raise ulimit -n, or load without loader processes by -j 0"
+            raise UserError(f"{reason}: {remedy}") from None
 
 
 class Feed:
@@ -2341,10 +2312,10 @@ class Feed:
         self._order = order
         self._loader = DataLoader(
             samples,
-            batch_sampler=order,
+            batch_size=None,  # a sample is a whole batch already
+            sampler=order,
             num_workers=settings.workers,
             persistent_workers=settings.workers > 0,
-            collate_fn=as_loaded,
             worker_init_fn=partial(start_loader, tuple(cpus)),
             generator=torch.Generator().manual_seed(settings.seed),
         )
@@ -2411,24 +2382,15 @@ class Feed:
 
 def training_feed(data: ImageData, settings: Settings, cpus: Sequence[int]) -> Feed:
     """Shuffled, augmented training images; what does not fill a batch is left out of an epoch."""
-    samples = Samples(
-        data.train,
-        settings.seed,
-        partial(transform_of_epoch, data, settings, {}),
-        mixing_transform(settings),
-    )
+    transform_in, mix = partial(transform_of_epoch, data, settings), mixing_transform(settings)
+    samples = Samples(data.train, settings.seed, transform_in, mix)
     order = EpochOrder(data.chosen, settings.batch_size, settings.seed)
     return Feed(samples, order, settings, cpus)
 
 
-def transform_of_epoch(
-    data: ImageData, settings: Settings, made: dict[int, v2.Transform], epoch: int
-) -> v2.Transform:
-    """The transform to the image size of an epoch; `made` keeps those of earlier calls, by size."""
-    size = image_size_in(settings, epoch)
-    if size not in made:
-        made[size] = training_transform(data, settings, size)
-    return made[size]
+def transform_of_epoch(data: ImageData, settings: Settings, epoch: int) -> v2.Transform:
+    """The augmentation of one picture, to the image size of an epoch."""
+    return training_transform(data, settings, image_size_in(settings, epoch))
 
 
 def validation_feed(data: ImageData, settings: Settings, cpus: Sequence[int]) -> Feed | None:

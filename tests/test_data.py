@@ -845,7 +845,7 @@ def mixed_batches(epochs, **settings):
     unchanged = v2.Identity()
     samples = tsa.Samples(Flat(), 0, lambda epoch: unchanged, tsa.mixing_transform(chosen))
     keys = [[(epoch, index) for index in range(6)] for epoch in range(epochs)]
-    return [samples.__getitems__(batch).batch for batch in keys]
+    return [samples[batch].batch for batch in keys]
 
 
 MIXES = pytest.mark.parametrize(
@@ -955,7 +955,7 @@ def test_samples_differ_by_epoch_and_by_seed(photos, changed):
     for each in (given, given, given | changed):
         transformation = tsa.training_transform(data, settings, 32)
         samples = tsa.Samples(data.train, each["seed"], lambda epoch, found=transformation: found)
-        images.append(samples.__getitems__([(each["epoch"], 5)]).batch[0])
+        images.append(samples[[(each["epoch"], 5)]].batch[0])
     assert torch.equal(images[0], images[1])
     assert not torch.equal(images[0], images[2])
 
