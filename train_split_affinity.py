@@ -2448,21 +2448,15 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
     groups: list[dict[str, Any]] = [{"params": weights}]
     if settings.skip_decay_1d:
         flat = [weight for weight in weights if weight.ndim <= 1]
-        groups = [
-            {"params": [weight for weight in weights if weight.ndim > 1]},
-            {"params": flat, "weight_decay": 0.0},
-        ]
+        others = [weight for weight in weights if weight.ndim > 1]
+        groups = [{"params": others}, {"params": flat, "weight_decay": 0.0}]
     kinds = {
         "sgd": partial(torch.optim.SGD, momentum=settings.momentum),
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
     }
-    return kinds[settings.opt](
-        groups,
-        lr=learning_rate(settings),
-        weight_decay=settings.weight_decay,
-        fused=settings.fused,
-    )
+    lr, decay = learning_rate(settings), settings.weight_decay
+    return kinds[settings.opt](groups, lr=lr, weight_decay=decay, fused=settings.fused)
 
 
 def build_lr_scheduler(
@@ -2591,8 +2585,7 @@ class GradientFlow:
         """Take in the norms of a step that has been made."""
         self._steps += 1
         self._measured += bool(norms)
-        for group, norm in norms.items():
-            self._sums[group] += norm
+        self._sums.update(norms)  # which adds, in a Counter
 
     def take(self) -> dict[str, float]:
         """The mean norm of each layer group since the last call; empty if none was measured. What
