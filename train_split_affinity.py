@@ -130,6 +130,7 @@ try:
     from torch.utils.data import DataLoader, Dataset
     from torch.utils.flop_counter import FlopCounterMode
     from torchvision.models.resnet import BasicBlock
+    from torchvision.ops import Conv2dNormActivation
     from torchvision.transforms import v2
     from tqdm import tqdm
 except (ImportError, RuntimeError, OSError) as import_error:
@@ -1451,13 +1452,10 @@ class PadShortcut(nn.Module):
 
 
 def init_convolutions(model: nn.Module) -> None:
-    """Convolutions by He et al. 2015 (fan-out), batch normalisation 1 and 0, as in torchvision."""
+    """Convolutions by He et al. 2015 (fan-out), as in torchvision."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
 
 
 class SmallResNet(nn.Module):
@@ -1470,9 +1468,7 @@ class SmallResNet(nn.Module):
 
     def __init__(self, num_classes: int, blocks: int = 9):
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
-        )
+        self.stem = Conv2dNormActivation(3, 16, kernel_size=3)
         self.stage1 = self._stage(16, 16, 1, blocks)
         self.stage2 = self._stage(16, 32, 2, blocks)
         self.stage3 = self._stage(32, 64, 2, blocks)
@@ -1522,14 +1518,9 @@ class TokenEncoder(nn.Module):
         self.project = nn.Conv2d(channels, width, 1)
         positions = torch.empty(1, width, grid, grid)
         self.positions = nn.Parameter(nn.init.trunc_normal_(positions, std=0.02))
-        self.blocks = nn.Sequential(
-            *(
-                nn.TransformerEncoderLayer(
-                    width, 8, 4 * width, dropout=0.1, activation="gelu", batch_first=True
-                )
-                for _ in range(blocks)
-            )
-        )
+        options = {"dropout": 0.1, "activation": "gelu", "batch_first": True}
+        layers = (nn.TransformerEncoderLayer(width, 8, 4 * width, **options) for _ in range(blocks))
+        self.blocks = nn.Sequential(*layers)
 
     def forward(self, features: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         """Features (n, channels, h, w) and embeddings (n, width) to tokens (n, h * w, width)."""
@@ -1569,9 +1560,7 @@ class Hybrid(nn.Module):
         super().__init__()
         last = channels[-1]
         self.stem = nn.Sequential(
-            nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False),
-            nn.BatchNorm2d(channels[0]),
-            nn.ReLU(inplace=True),
+            *Conv2dNormActivation(3, channels[0], kernel_size=7, stride=2),
             nn.MaxPool2d(3, stride=2, padding=1),
         )
         self.stages = nn.Sequential(*(self._block(*pair) for pair in itertools.pairwise(channels)))
@@ -1594,9 +1583,7 @@ class Hybrid(nn.Module):
 
     @staticmethod
     def _block(channels_in: int, channels: int) -> nn.Module:
-        projection = nn.Sequential(
-            nn.Conv2d(channels_in, channels, 1, stride=2, bias=False), nn.BatchNorm2d(channels)
-        )
+        projection = Conv2dNormActivation(channels_in, channels, 1, 2, activation_layer=None)
         return BasicBlock(channels_in, channels, 2, projection)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -1634,7 +1621,7 @@ def build_model(name: str, num_classes: int, image_size: int) -> nn.Module:
     which the papers use to train without batch normalisation, are left out.
     """
     if name in OWN_MODELS:
-        return OWN_MODELS[name](num_classes, image_size).train()
+        return OWN_MODELS[name](num_classes, image_size)
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}
@@ -1644,12 +1631,9 @@ def build_model(name: str, num_classes: int, image_size: int) -> nn.Module:
         options = {"input_size": (image_size, image_size)}
     try:
         with memory_errors():
-            model = torchvision.models.get_model(
-                name, weights=None, num_classes=num_classes, **options
-            )
+            return torchvision.models.get_model(name, num_classes=num_classes, **options)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f"--image-size {image_size}, {name}: {one_line(error)}") from None
-    return model.train()
 
 
 def meta_model(name: str, num_classes: int, image_size: int) -> nn.Module:
@@ -1676,10 +1660,9 @@ def check_input_shape(model: nn.Module, name: str, batch_size: int, image_size: 
         images = torch.empty(batch_size, 3, image_size, image_size, device="meta")
         torch.func.functional_call(model, weights, (images,))
     except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"--batch-size {batch_size} --image-size {image_size}: {name} cannot train on such "
-            f"batches: {one_line(error)}"
-        ) from None
+        asked = f"--batch-size {batch_size} --image-size {image_size}"
+        reason = f"{name} cannot train on such batches: {one_line(error)}"
+        raise UserError(f"{asked}: {reason}") from None
 
 
 @dataclass(frozen=True)
@@ -1702,15 +1685,11 @@ def measure_model(name: str, num_classes: int, image_size: int) -> ModelFigures:
         output = model(images)
     with FlopCounterMode(display=False) as backward:
         output.sum().backward()
-    tensors = (*model.parameters(), *model.buffers())
-    return ModelFigures(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-        flops={
-            "forward": forward.get_total_flops() / len(images),
-            "backward": backward.get_total_flops() / len(images),
-        },
-    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    flops = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
+    flops = {phase: count / len(images) for phase, count in flops.items()}
+    return ModelFigures(parameters, weight_bytes, flops)
 
 
 def one_line(error: BaseException) -> str:
