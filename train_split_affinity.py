@@ -275,18 +275,9 @@ PERCENT = number("above 0 and up to 100", lambda value: 0 < value <= 100)
 # Below 0.01 torch draws the mean too often, as both of its gamma variates underflow to 0 (a quarter
 # of all draws for 0.001), above 1000 next to nothing else.
 MIXING = number("0, or from 0.01 to 1000", lambda value: value == 0 or 0.01 <= value <= 1000)
-METAVARS = {
-    COUNT: "N",
-    COUNT_FROM_0: "N",
-    NOT_NEGATIVE: "X",
-    BELOW_1: "X",
-    SHARE: "P",
-    PART: "X",
-    PERCENT: "PERCENT",
-    MIXING: "X",
-    parse_cpu_list: "LIST",
-    Path: "PATH",
-}
+# What --help calls the value of an option, by its type; X if nothing is said.
+METAVARS = {None: None, COUNT: "N", COUNT_FROM_0: "N", SHARE: "P", PERCENT: "PERCENT"}
+METAVARS |= {parse_cpu_list: "LIST", Path: "PATH"}
 
 
 def option(default: Any, help: str, *short: str, on_resume: str = "told", **argument: Any) -> Any:
@@ -296,7 +287,7 @@ def option(default: Any, help: str, *short: str, on_resume: str = "told", **argu
     `on_resume` is what becomes of another value when a run is resumed, and `argument` goes to
     `add_argument` (type, choices, metavar).
     """
-    argument = {"metavar": METAVARS.get(argument.get("type")), **argument}
+    argument = {"metavar": METAVARS.get(argument.get("type"), "X"), **argument}
     metadata = {"help": help, "short": short, "on_resume": on_resume, "argument": argument}
     return field(default=default, metadata=metadata)
 
@@ -538,10 +529,8 @@ def contradictions(command: str, settings: Settings) -> Iterator[str]:
     """What is wrong with options that contradict each other or a command, whatever the machine."""
     asked = f"--schedule {settings.schedule} has nothing to overlap with"
     if settings.split == "none" and settings.schedule != "sequential":
-        yield (
-            f"{asked} --split none, which has one lane: choose another --split, or --schedule "
-            "sequential"
-        )
+        remedy = "choose another --split, or --schedule sequential"
+        yield f"{asked} --split none, which has one lane: {remedy}"
     if settings.schedule == "overlap" and settings.accumulate == 1:
         yield f"{asked} --accumulate 1: raise --accumulate to 2 or more, or use --schedule delayed"
     yield from resizing_contradictions(settings)
@@ -553,10 +542,9 @@ def contradictions(command: str, settings: Settings) -> Iterator[str]:
         yield f"--subset {settings.subset:g} needs --data-path: synthetic images are made"
     images = settings.batch_size * settings.accumulate
     if not settings.data_path and images > MOST_SYNTHETIC_IMAGES:
-        yield (
-            f"--batch-size {settings.batch_size} --accumulate {settings.accumulate}: a step of "
-            f"{images} images; at most {MOST_SYNTHETIC_IMAGES} synthetic ones are allowed"
-        )
+        asked = f"--batch-size {settings.batch_size} --accumulate {settings.accumulate}"
+        allowed = f"at most {MOST_SYNTHETIC_IMAGES} synthetic ones are allowed"
+        yield f"{asked}: a step of {images} images; {allowed}"
     if settings.early_stopping and not settings.epochs:
         yield f"--early-stopping {settings.early_stopping:g} needs --epochs"
     if settings.target_top1 and not settings.epochs:
@@ -745,14 +733,10 @@ def read_core(directory: Path, cpu: int, online: Sequence[int], node: int, capac
         for cache in directory.glob("cache/index*")
         if read_text(cache / "level") == "3"
     ]
-    return Core(
-        package=read_number(topology / "physical_package_id", 0),
-        node=node,
-        l3=min(itertools.chain(*sharing_l3), default=-1),
-        core_id=read_number(topology / "core_id", cpus[0]),
-        cpus=cpus,
-        capacity=capacity,
-    )
+    l3 = min(itertools.chain(*sharing_l3), default=-1)
+    package = read_number(topology / "physical_package_id", 0)
+    core_id = read_number(topology / "core_id", cpus[0])
+    return Core(package, node, l3, core_id, cpus, capacity)
 
 
 def read_capacities(root: Path, online: Sequence[int]) -> dict[int, int]:
@@ -913,13 +897,9 @@ def plan_cores(topology: Topology, settings: CoreSettings) -> CorePlan:
             cpus = divide_cores(usable, settings.split.replace("even", "1:1"))
         forward = make_group(topology, "forward", cpus[0], settings.forward_threads)
         backward = make_group(topology, "backward", cpus[1], settings.backward_threads)
-    return CorePlan(
-        "lists" if settings.forward_cores else settings.split,
-        forward,
-        backward,
-        settings.loader_cores or forward.cpus,
-        tuple(plan_notes(topology, forward, backward)),
-    )
+    split = "lists" if settings.forward_cores else settings.split
+    notes = tuple(plan_notes(topology, forward, backward))
+    return CorePlan(split, forward, backward, settings.loader_cores or forward.cpus, notes)
 
 
 def check_core_options(topology: Topology, settings: CoreSettings) -> None:
@@ -943,10 +923,8 @@ def check_core_options(topology: Topology, settings: CoreSettings) -> None:
     if forward and settings.split != "even":
         raise UserError(f"--split {settings.split} contradicts --forward-cores: give one of them")
     if forward and (both := set(forward) & set(backward)):
-        raise UserError(
-            f"--forward-cores {format_cpu_list(forward)} and --backward-cores "
-            f"{format_cpu_list(backward)} overlap in {format_cpu_list(both)}"
-        )
+        first, other, twice = map(format_cpu_list, (forward, backward, both))
+        raise UserError(f"--forward-cores {first} and --backward-cores {other} overlap in {twice}")
     threads = settings.forward_threads or settings.backward_threads
     if settings.split == "auto" and threads:
         raise UserError(f"--split auto chooses the thread counts itself: {threads} cannot be given")
@@ -961,10 +939,8 @@ def check_cpus(topology: Topology, flag: str, cpus: Sequence[int]) -> None:
             reason = "not allowed for this process"
         else:
             reason = "offline" if cpu in topology.offline else "not in this machine"
-        allowed = format_cpu_list(topology.allowed)
-        raise UserError(
-            f"{flag} {format_cpu_list(cpus)}: CPU {cpu} is {reason} (allowed: {allowed})"
-        )
+        asked, allowed = format_cpu_list(cpus), format_cpu_list(topology.allowed)
+        raise UserError(f"{flag} {asked}: CPU {cpu} is {reason} (allowed: {allowed})")
 
 
 def usable_cores(topology: Topology) -> list[Core]:
@@ -992,10 +968,9 @@ def plan_notes(topology: Topology, forward: Group, backward: Group) -> Iterator[
         yield "one core: both groups share it, nothing is separated"
     for core in topology.cores if forward.cpus != backward.cpus else ():
         if set(core.cpus) & set(forward.cpus) and set(core.cpus) & set(backward.cpus):
-            yield (
-                f"core {core.core_id} of socket {core.package} (CPUs {format_cpu_list(core.cpus)}) "
-                "is in both groups, by different hardware threads"
-            )
+            name = f"core {core.core_id} of socket {core.package}"
+            cpus = f"CPUs {format_cpu_list(core.cpus)}"
+            yield f"{name} ({cpus}) is in both groups, by different hardware threads"
     for group in dict.fromkeys((forward, backward)):
         if group.threads > len(group.cpus):
             yield f"{group.name}: {group.threads} threads on {plural(len(group.cpus), 'CPU')}"
