@@ -2466,7 +2466,8 @@ def with_tensors(model: nn.Module, tensors: Weights) -> nn.Module:
     which puts the others into the model itself for a while.
     """
     own = model.state_dict(keep_vars=True)
-    return copy.deepcopy(model, {id(own[name]): tensors.get(name, own[name]) for name in own})
+    kept = {id(tensor): tensor for tensor in own.values()}
+    return copy.deepcopy(model, kept | {id(own[name]): tensors[name] for name in tensors})
 
 
 class MovingAverage:
@@ -2581,6 +2582,28 @@ def gradient_warnings(norms: dict[str, float]) -> Iterator[str]:
 # ==================================================================================================
 
 
+class Ranks:
+    """The processes that train one model together: here a single one. Whatever depends on there
+    being several asks this class, of which rank 0 alone writes and shows.
+    """
+
+    rank, size = 0, 1
+
+    def mean_(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Have each tensor be its mean over the ranks, in place: gradients, before an update."""
+
+    def sum(self, counts: Sequence[float]) -> Sequence[float]:
+        """Each count added up over the ranks."""
+        return counts
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag of any rank is set: a stop is a stop for all, after the same step."""
+        return flag
+
+
+ONE_PROCESS = Ranks()
+
+
 class NonFiniteLoss(Exception):
     """The loss of a micro-batch is infinite or not a number; nothing was updated."""
 
@@ -2609,15 +2632,16 @@ def score(loss: float, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
     return Scores(loss, len(labels), int(best[:, 0].sum()), int(best.sum()))
 
 
-def pool(scores: Sequence[Scores]) -> Scores:
-    """The scores of some batches together."""
-    images = sum(each.images for each in scores)
-    return Scores(
-        loss=sum(each.loss * each.images for each in scores) / images,
-        images=images,
-        top1=sum(each.top1 for each in scores),
-        top5=sum(each.top5 for each in scores),
+def pool(scores: Sequence[Scores], ranks: Ranks = ONE_PROCESS) -> Scores:
+    """The scores of some batches together, and of those of other ranks."""
+    totals = (
+        sum(each.loss * each.images for each in scores),
+        sum(each.images for each in scores),
+        sum(each.top1 for each in scores),
+        sum(each.top5 for each in scores),
     )
+    loss_sum, images, top1, top5 = ranks.sum(totals)
+    return Scores(loss_sum / images, images, top1, top5)
 
 
 @dataclass(frozen=True)
@@ -2680,14 +2704,14 @@ class Network:
         with torch.no_grad():
             for name, weight in trained(copied).items():
                 weight.copy_(weights[name])
-        return self.step_end(copied)
+        return self.step_end(trained(copied))
 
-    def step_end(self, copied: nn.Module | None = None) -> StepEnd:
+    def step_end(self, begun: Weights | None = None) -> StepEnd:
         """The end of a step, which is now, of all that the next one changes before its update."""
         weights = dict(self.model.named_parameters())
         state = self.model.state_dict()
         buffers = {name: state[name].clone() for name in state if name not in weights}
-        return StepEnd(buffers, torch.get_rng_state(), copied and trained(copied))
+        return StepEnd(buffers, torch.get_rng_state(), begun)
 
 
 @dataclass
@@ -2705,6 +2729,7 @@ class Work:
     flow: GradientFlow | None = None
     clip_grad_norm: float = 0.0
     grads_to_none: bool = True
+    ranks: Ranks = ONE_PROCESS
     end: StepEnd | None = None
     updating: bool = False
 
@@ -2715,8 +2740,8 @@ class Work:
         after: Future | None = None,
     ) -> None:
         """The optimizer step, on the model's own weights, with their gradients or those of a copy,
-        and what belongs to it: gradient norms, clipping, the learning rate of the next step, the
-        moving average; clears the gradients.
+        and what belongs to it: the mean over ranks, gradient norms, clipping, the learning rate of
+        the next step, the moving average; clears the gradients.
 
         `begun` is the end of this step if `delayed` has begun the next one. Does nothing if the
         phase `after` which it was queued has failed.
@@ -2726,6 +2751,7 @@ class Work:
         weights = trained(self.network.model)
         for name, weight in trained(copied).items() if copied else ():
             weights[name].grad = weight.grad
+        self.ranks.mean_([weight.grad for weight in weights.values() if weight.grad is not None])
         norms = self.flow.measure(weights) if self.flow else {}
         if self.clip_grad_norm:
             nn.utils.clip_grad_norm_(weights.values(), self.clip_grad_norm)
@@ -4595,10 +4621,10 @@ class StopRequest:
         self._signum: int | None = None
         self._previous: dict[int, Any] = {}
 
-    def check(self) -> None:
-        """Raise Stopped if a signal has come."""
-        if self._signum is not None:
-            raise Stopped(self._signum)
+    def check(self, ranks: Ranks = ONE_PROCESS) -> None:
+        """Raise Stopped if a signal has come, to any of the ranks."""
+        if ranks.any(self._signum is not None):
+            raise Stopped(self._signum or signal.SIGTERM)
 
     def _handle(self, signum: int, frame: object) -> None:
         self._signum = signum
@@ -4658,7 +4684,7 @@ def run_schedule(
             raise Diverged(f"step {step}: the loss is {error}; try a lower --lr") from None
         if scores is None:
             return
-        pooled = pool(scores)
+        pooled = pool(scores, work.ranks)
         yield StepResult(
             step=step,
             loss=pooled.loss,
@@ -4698,18 +4724,18 @@ def validated(run: Run) -> Iterator[tuple[list[Scores], torch.Tensor, torch.Tens
     """
     taken = dict.fromkeys((run.lanes.forward, run.lanes.backward), 0)
     waiting: deque[tuple[Future, torch.Tensor]] = deque()
+    batches = run.val.batches(run.bad)
     try:
-        for batch in run.val.batches(run.bad):
+        while batches.left or waiting:
             run.stop.check()
-            lane = min(taken, key=lambda lane: (taken[lane] + 1) / lane.group.threads)
-            taken[lane] += 1
-            waiting.append((lane.submit("validate", run.work.evaluate, batch), batch[1]))
-            if len(waiting) > VALIDATED_AHEAD:
+            if batches.left and len(waiting) <= VALIDATED_AHEAD:
+                batch = next(batches)
+                lane = min(taken, key=lambda lane: (taken[lane] + 1) / lane.group.threads)
+                taken[lane] += 1
+                waiting.append((lane.submit("validate", run.work.evaluate, batch), batch[1]))
+            else:
                 future, targets = waiting.popleft()
                 yield *future.result(), targets
-        while waiting:
-            future, targets = waiting.popleft()
-            yield *future.result(), targets
     finally:  # after an error too, no phase shall run on
         for future, _ in waiting:
             if not future.cancel():
@@ -4735,7 +4761,7 @@ def evaluate(
         records = run.lanes.take_records()
     if report:
         report.check_placement(records)
-    return [pool(each) for each in zip(*scores, strict=True)]
+    return [pool(each, run.work.ranks) for each in zip(*scores, strict=True)]
 
 
 def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
@@ -4814,7 +4840,7 @@ def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoint
             for result in train_epoch(run, progress):
                 report.step(result)
                 report.bad_images(run.bad)
-                run.stop.check()
+                run.stop.check(run.work.ranks)
                 if settings.save_steps and result.step % settings.save_steps == 0:
                     save()
             if epoch_done(settings, progress):
@@ -4823,7 +4849,7 @@ def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoint
                 else:
                     progress.begin_epoch()
             save()
-            run.stop.check()
+            run.stop.check(run.work.ranks)
     except Exception as error:
         run.lanes.close()  # what still runs there ends first
         if not isinstance(error, Diverged):

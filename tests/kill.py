@@ -208,14 +208,15 @@ def run_refusing(phase: str, call: str, *options: str) -> int:
     sys.path.insert(0, str(SCRIPT.parent))
     import train_split_affinity as tsa
 
-    real, count = getattr(tsa.Work, phase), itertools.count(1)
+    kind = tsa.Work if hasattr(tsa.Work, phase) else tsa.Network
+    real, count = getattr(kind, phase), itertools.count(1)
 
     def refused(*args: Any) -> Any:
         if next(count) == int(call):
             torch.empty(2**60, dtype=torch.uint8)
         return real(*args)
 
-    setattr(tsa.Work, phase, refused)
+    setattr(kind, phase, refused)
     return tsa.main(options)
 
 

@@ -303,12 +303,12 @@ NO_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 
 @pytest.mark.parametrize(
     ("owner", "name", "share", "step"),
     [
-        (tsa.Work, "forward", 0.5, 2),
-        (tsa.Work, "backward", 0.5, 2),
-        (tsa.Work, "backward", 1, 5),
+        (tsa.Network, "forward", 0.5, 2),
+        (tsa.Network, "backward", 0.5, 2),
+        (tsa.Network, "backward", 1, 5),
         (tsa.Work, "update", 1, 4),
         (nn.utils, "clip_grad_norm_", 1, 1),
-        (tsa.Work, "step_end", 1, 2),
+        (tsa.Network, "step_end", 1, 2),
         (tsa.Work, "evaluate", 1, 3),
         (tsa.Batches, "__next__", 0.5, 3),
     ],
@@ -349,7 +349,7 @@ def test_an_update_that_is_broken_off_is_not_saved(in_tmp, monkeypatch, capsys, 
 
 def test_an_error_in_the_first_step_leaves_no_checkpoint(in_tmp, monkeypatch, train):
     """A new run is the same."""
-    fail_at(monkeypatch, tsa.Work, "backward", 1, NO_MEMORY)
+    fail_at(monkeypatch, tsa.Network, "backward", 1, NO_MEMORY)
     with pytest.raises(RuntimeError, match="can't allocate"):
         train(in_tmp / "out")
     assert not list((in_tmp / "out").glob("*.pt*"))
@@ -364,7 +364,7 @@ def test_an_error_right_after_a_run_was_resumed(in_tmp, monkeypatch, train, sett
     with pytest.raises(tsa.Stopped):
         train(in_tmp / "first", **settings)
     with monkeypatch.context() as patch:
-        fail_at(patch, tsa.Work, "backward", 1, NO_MEMORY)
+        fail_at(patch, tsa.Network, "backward", 1, NO_MEMORY)
         with pytest.raises(RuntimeError, match="can't allocate"):
             train(in_tmp / "parts", resume=in_tmp / "first/last.pt", **settings)
     assert differences(state_of(in_tmp / "parts"), state_of(in_tmp / "first")) == []
@@ -1000,7 +1000,7 @@ def test_a_state_that_fits_no_optimizer_is_one_line(copied, capsys, arguments):
 
 
 def test_a_state_that_memory_cannot_hold_does_not_misfit(copied, capsys, arguments, monkeypatch):
-    fail_at(monkeypatch, tsa.Work, "step_end", 1, NO_MEMORY)
+    fail_at(monkeypatch, tsa.Network, "step_end", 1, NO_MEMORY)
     assert tsa.main([*arguments, *output(copied), "--resume", "auto"]) == 2
     assert "error: not enough memory: can't allocate memory: " in capsys.readouterr().err
 

@@ -155,6 +155,58 @@ def test_the_audit_counts_a_thread_born_within_the_phase(forward_worker, split_p
     assert later["cpu_s"] == 0.002
 
 
+@pytest.mark.parametrize(
+    ("share", "looks"), [(1e9, [True] * 6), (1e-9, [True, True] + [False] * 4)]
+)
+def test_the_audit_looks_closely_as_often_as_it_may_cost(share, looks, lanes, monkeypatch):
+    """At each kind of phase by itself, so that a short one is not always passed over."""
+    monkeypatch.setattr(tsa, "LOOK_SHARE", share)
+    for phase in ("backward", "update") * 3:
+        lanes.backward.run(phase, convolve, *make_conv(), 1)
+    records = lanes.take_records()
+    assert [bool(record.cpu_busy_s) for record in records] == looks
+    assert [bool(record.seen_on) for record in records] == looks
+    for record in records:
+        assert record.cpu_s > 0
+        assert record.mask is lanes.backward.group.cpu_set, "one for all"
+        assert record.audit_s > 0
+
+
+def test_clocks_of_known_threads_are_those_of_all(monkeypatch):
+    """Threads are listed again if one has come or gone, or one for another."""
+    listed, listing = [], tsa.thread_ids
+    monkeypatch.setattr(tsa, "thread_ids", lambda: (listed.append(1), listing())[1])
+
+    def start():
+        leave = threading.Event()
+        thread = threading.Thread(target=leave.wait)
+        thread.start()
+        return thread, leave
+
+    def end(thread, leave):
+        leave.set()
+        thread.join()
+        while thread.native_id in listing():  # the kernel's thread may outlive Python's
+            time.sleep(0.001)
+
+    first = start()
+    known = tsa.thread_clocks_ns()
+    assert tsa.thread_clocks_ns(known).keys() == known.keys() == set(listing())
+    assert len(listed) == 1
+    second = start()
+    more = tsa.thread_clocks_ns(known)
+    assert more.keys() - known.keys() == {second[0].native_id}
+    end(*second)
+    third = start()
+    replaced = tsa.thread_clocks_ns(more)
+    assert second[0].native_id not in replaced
+    assert third[0].native_id in replaced
+    end(*third)
+    assert tsa.thread_clocks_ns(replaced).keys() == known.keys()
+    assert len(listed) == 4
+    end(*first)
+
+
 def test_the_audit_sees_a_worker_that_was_moved_away(lanes, split_plan):
     conv, images = make_conv()
     moved = set(split_plan.backward.cpus)

@@ -170,3 +170,27 @@ def test_a_lane_without_a_split_is_busy_in_all_phases():
         for one in (record("forward", 0, 0.3, cpu_s=0.9), record("backward", 0.3, 0.3, cpu_s=0.6))
     ]
     assert tsa.lanes_busy(plan, records, 1.0) == pytest.approx({"all": 0.5})
+
+
+def test_figures_by_cpu_are_summed_up_and_kept_for_a_picture_only():
+    tally = tsa.Tally(PLAN)
+    for number in range(1, 8):
+        busy = {0: 0.0, 1: 0.01 * number, 2: 0.02} if number % 2 else {}
+        tally.add(step(number, backward_s=0.1, cpu_busy_s=busy, seen_on=frozenset({number % 3})))
+    kept = [any(record.cpu_busy_s for record in result.records) for result in tally.latest]
+    assert kept == [False] * 4 + [True] * 3
+    (backward,) = (each for each in tally.summary().phases if each.phase == "backward")
+    # Looked at were both phases, of 0.05 s, of steps 1, 3, 5 and 7.
+    assert backward.cpu_busy == pytest.approx({0: 0.0, 1: 0.32 / 0.4, 2: 0.16 / 0.4})
+    assert backward.seen_on == "0-2"
+
+
+def test_the_audit_s_own_cost():
+    tally = tsa.Tally(PLAN)
+    for number in range(1, 6):  # two are warm-up
+        tally.add(step(number, step_s=0.5, audit_s=0.005))
+    summary = tally.summary()
+    assert summary.audit_ms == pytest.approx(1e3 * 2 * 0.005 / 5), "two phases of five have it"
+    assert summary.audit_share == pytest.approx(2 * 0.005 / 0.5)
+    line = "the audit of where threads ran took 2.00 ms a phase, 2.0% of a step"
+    assert tsa.summary_lines(summary)[-1] == line

@@ -13,12 +13,15 @@ import shutil
 import signal
 import statistics
 import threading
+from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cifar import accept, make_cifar_digits
-from conftest import needs_two_cpus, read_metrics, small_model
+from conftest import as_loaded, needs_two_cpus, read_metrics, small_model
 from torch import nn
 
 import train_split_affinity as tsa
@@ -184,14 +187,15 @@ def test_a_broken_image_stops_the_run(in_tmp, photos, tmp_path):
 
 def interrupt(monkeypatch, method, call, signum=signal.SIGTERM):
     """Send this process one signal, in a call of a method of Work, counted from 1."""
-    original, count = getattr(tsa.Work, method), itertools.count(1)
+    kind = tsa.Work if hasattr(tsa.Work, method) else tsa.Network
+    original, count = getattr(kind, method), itertools.count(1)
 
     def interrupted(self, *args):
         if next(count) == call:
             os.kill(os.getpid(), signum)
         return original(self, *args)
 
-    monkeypatch.setattr(tsa.Work, method, interrupted)
+    monkeypatch.setattr(kind, method, interrupted)
 
 
 def state_of(folder):
@@ -246,8 +250,8 @@ def test_a_signal_ends_a_validation_between_two_batches(in_tmp, monkeypatch, no_
         tsa.Work, "evaluate", lambda self, batch: (calls.append(1), evaluate(self, batch))[1]
     )
     with pytest.raises(tsa.Stopped):
-        train(**epochs, output_dir=in_tmp)
-    assert len(calls) == 2
+        train(**epochs | {"batch_size": 1, "accumulate": 4}, output_dir=in_tmp)
+    assert 2 <= len(calls) <= 2 + tsa.VALIDATED_AHEAD + 1 < 12
     assert not read_metrics(in_tmp, "epoch")
     assert read_metrics(in_tmp)[-1]["outcome"] == "stopped by SIGTERM after 3 of 6 steps"
 
@@ -298,8 +302,8 @@ def test_the_switches_reach_the_work(one_lane_plan):
         on = tsa.build_work(settings, lanes)
         switched_off = {"channels_last": False, "fused": False, "grads_to_none": False}
         off = tsa.build_work(dataclasses.replace(settings, precision="fp32", **switched_off), lanes)
-    assert (on.bf16, on.channels_last, on.grads_to_none) == (True, True, True)
-    assert (off.bf16, off.channels_last, off.grads_to_none) == (False, False, False)
+    assert (on.network.bf16, on.network.channels_last, on.grads_to_none) == (True, True, True)
+    assert (off.network.bf16, off.network.channels_last, off.grads_to_none) == (False, False, False)
     for work, last in ((on, True), (off, False)):
         weight = work.network.model.layer1[0].conv1.weight
         assert weight.is_contiguous(memory_format=torch.channels_last) == last
@@ -645,8 +649,8 @@ def test_the_memory_of_a_validation_does_not_grow_with_the_square_of_the_classes
 
 @needs_two_cpus
 @pytest.mark.parametrize("model_ema", [False, True])
-def test_validation_runs_on_the_forward_group(in_tmp, monkeypatch, epochs, model_ema):
-    """In one pass over the images, with and without a moving average."""
+def test_validation_runs_on_both_groups(in_tmp, monkeypatch, epochs, model_ema):
+    """In one pass over the images, with and without a moving average, batch by batch in turn."""
     seen = []
     evaluate = tsa.Work.evaluate
     monkeypatch.setattr(
@@ -656,7 +660,43 @@ def test_validation_runs_on_the_forward_group(in_tmp, monkeypatch, epochs, model
     )
     train(**epochs | {"split": "even", "model_ema": model_ema})
     plan = tsa.plan_cores(tsa.read_topology(), TINY)
-    assert seen == [frozenset(plan.forward.cpus)] * 6
+    forward, backward = (frozenset(group.cpus) for group in plan.groups)
+    assert Counter(seen) == {forward: 4, backward: 2}, "three batches in each of two epochs"
+
+
+class Recorder:
+    """Stands for a lane that does at once what it is asked for, and writes down that it did."""
+
+    def __init__(self, name, threads, done):
+        self.name, self.done = name, done
+        self.group = tsa.Group(name, (0,), threads)
+
+    def submit(self, phase, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        self.done.append(self.name)
+        return future
+
+
+@pytest.mark.parametrize(
+    ("threads", "order"), [((1, 1), "fbfbfbfb"), ((1, 3), "bbfbbbfb"), ((2, 1), "ffbffbff")]
+)
+def test_groups_share_the_batches_of_a_validation_out_by_their_threads(threads, order):
+    """Always in the same way, since the number of threads can change the last bits."""
+    done = []
+    forward, backward = (Recorder(name, n, done) for name, n in zip("fb", threads, strict=True))
+    stand = SimpleNamespace
+    batches = tsa.Batches(as_loaded([(None, number) for number in range(8)]), 8)
+    run = stand(
+        lanes=stand(forward=forward, backward=backward),
+        val=stand(batches=lambda bad: batches),
+        bad=None,
+        stop=tsa.StopRequest(),
+        work=stand(evaluate=lambda batch: (None, batch[1])),
+    )
+    results = list(tsa.validated(run))
+    assert results == [(None, number, number) for number in range(8)], "in order"
+    assert "".join(done) == order
 
 
 def test_a_validation_changes_nothing_of_what_is_trained(in_tmp, epochs, photos):
