@@ -3751,12 +3751,9 @@ class Panel:
 
 def steps_to_draw(steps: Sequence[StepResult]) -> Sequence[StepResult]:
     """The latest steps, as many as a picture can show: three at most, one at the least."""
-    count = 1
-    while count < min(STEPS_TO_DRAW, len(steps)):
-        if sum(len(step.records) for step in steps[-count - 1 :]) > PHASES_TO_DRAW:
-            break
-        count += 1
-    return steps[-count:]
+    phases = itertools.accumulate(len(step.records) for step in reversed(steps))
+    count = sum(so_far <= PHASES_TO_DRAW for so_far in phases)
+    return steps[-max(1, min(STEPS_TO_DRAW, count)) :]
 
 
 def number_batches(records: Sequence[PhaseRecord]) -> list[int | None]:
@@ -3822,27 +3819,20 @@ def save_figure(figure: Any, path: Path) -> None:
 def draw_panel(ax: Any, panel: Panel, span_s: float) -> None:
     """Draw one panel on its axes; what lies outside the span is cut off."""
     records, labels = panel.records, []
-    zero_s, numbers = records[0].start_s, number_batches(records)
+    numbers = number_batches(records)
     for group in panel.plan.groups:
-        own = [
-            (record, number)
-            for record, number in zip(records, numbers, strict=True)
-            if record.lane == group.name
-        ]
         row = len(labels)
-        labels.append(f"{group.name} lane")
+        labels += [f"{group.name} lane", *(f"core {cpu}" for cpu in group.cpus)]
         ax.broken_barh([(0, span_s)], (row - 0.45, 0.9), color=IDLE_COLOUR)
-        for record, number in own:
-            start_s = record.start_s - zero_s
-            bar, colour = (start_s, record.duration_s), COLOURS[record.phase]
-            ax.broken_barh([bar], (row - 0.45, 0.9), color=colour, edgecolor="white", linewidth=0.6)
-            middle_s = start_s + record.duration_s / 2
-            if number and record.duration_s > 0.015 * span_s and middle_s < span_s:
-                ax.text(middle_s, row, str(number), ha="center", va="center", color="white")
-        for row, cpu in enumerate(group.cpus, start=len(labels)):
-            labels.append(f"core {cpu}")
-            shares = [busy_share(record, group, cpu) for record, _ in own]
-            draw_cpu(ax, row, [record for record, _ in own], shares, zero_s, span_s)
+        for cpu_row in range(row + 1, len(labels)):
+            ax.broken_barh([(0, span_s)], (cpu_row - 0.35, 0.7), color=IDLE_COLOUR)
+        for record, number in zip(records, numbers, strict=True):
+            if record.lane == group.name:
+                bar = (record.start_s - records[0].start_s, record.duration_s)
+                draw_phase(ax, row, bar, record, group)
+                middle_s = bar[0] + bar[1] / 2
+                if number and bar[1] > 0.015 * span_s and middle_s < span_s:
+                    ax.text(middle_s, row, str(number), ha="center", va="center", color="white")
     ax.set_yticks(range(len(labels)), labels, fontsize=8 if len(labels) <= 12 else 5)
     ax.set_ylim(len(labels) - 0.5, -0.5)
     ax.set_xlim(0, span_s)
@@ -3863,19 +3853,17 @@ def busy_share(record: PhaseRecord, group: Group, cpu: int) -> float:
     return min(1.0, record.cpu_busy_s.get(cpu, 0.0) / record.duration_s)
 
 
-def draw_cpu(
-    ax: Any,
-    row: int,
-    records: Sequence[PhaseRecord],
-    shares: Sequence[float],
-    zero_s: float,
-    span_s: float,
+def draw_phase(
+    ax: Any, row: int, bar: tuple[float, float], record: PhaseRecord, group: Group
 ) -> None:
-    """Draw how busy a logical CPU was in each of its lane's phases."""
-    ax.broken_barh([(0, span_s)], (row - 0.35, 0.7), color=IDLE_COLOUR)
-    for record, share in zip(records, shares, strict=True):
-        bar = (record.start_s - zero_s, record.duration_s)
-        ax.broken_barh([bar], (row + 0.35, -0.7 * share), color=COLOURS[record.phase], alpha=0.6)
+    """Draw a phase in its lane's row, and below that how busy each logical CPU was; a bar is a
+    start and a duration in seconds.
+    """
+    colour = COLOURS[record.phase]
+    ax.broken_barh([bar], (row - 0.45, 0.9), color=colour, edgecolor="white", linewidth=0.6)
+    for cpu_row, cpu in enumerate(group.cpus, start=row + 1):
+        height = -0.7 * busy_share(record, group, cpu)
+        ax.broken_barh([bar], (cpu_row + 0.35, height), color=colour, alpha=0.6)
 
 
 def trace_events(plan: CorePlan, steps: Sequence[StepResult]) -> dict[str, Any]:
@@ -3883,27 +3871,25 @@ def trace_events(plan: CorePlan, steps: Sequence[StepResult]) -> dict[str, Any]:
 
     A batch is shown only once a step has taken it, so the last ones that were loaded are missing.
     """
-    lanes = [group.name for group in plan.groups]
     loads = [load for step in steps for load in step.loads]
     records = [record for step in steps for record in step.records]
-    rows = {f"{lane} lane": number for number, lane in enumerate(lanes)}
+    names: dict[str | int, str] = {group.name: f"{group.name} lane" for group in plan.groups}
     for loader in sorted({load.loader for load in loads}):
-        rows["main thread" if loader < 0 else f"loader {loader}"] = len(rows)
+        names[loader] = "main thread" if loader < 0 else f"loader {loader}"
+    rows = {key: number for number, key in enumerate(names)}
     zero_s = min(span.start_s for span in (*records, *loads))
     events = [
-        {"name": "thread_name", "ph": "M", "pid": 0, "tid": number, "args": {"name": name}}
-        for name, number in rows.items()
+        {"name": "thread_name", "ph": "M", "pid": 0, "tid": rows[key], "args": {"name": name}}
+        for key, name in names.items()
     ]
     for span in (*records, *loads):
         if isinstance(span, PhaseRecord):
-            name, row = span.phase, f"{span.lane} lane"
-            args = {"cpu_s": span.cpu_s, "stray_s": span.stray_s}
-            args["cores"] = format_cpu_list(span.mask)
+            name, key, cores = span.phase, span.lane, format_cpu_list(span.mask)
+            args = {"cpu_s": span.cpu_s, "stray_s": span.stray_s, "cores": cores}
         else:
-            name, args = "load", {}
-            row = "main thread" if span.loader < 0 else f"loader {span.loader}"
+            name, key, args = "load", span.loader, {}
         place = {"ts": 1e6 * (span.start_s - zero_s), "dur": 1e6 * (span.end_s - span.start_s)}
-        events.append({"name": name, "ph": "X", "pid": 0, "tid": rows[row], **place, "args": args})
+        events.append({"name": name, "ph": "X", "pid": 0, "tid": rows[key], **place, "args": args})
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
@@ -4018,11 +4004,8 @@ def epoch_line(row: dict[str, Any], names: Sequence[str] = EPOCH_FIELDS) -> str:
     """A finished epoch, as logs.md has it; `-` for what was not measured."""
     cells = [f"epoch: {row['epoch']}"]
     for name in names:
-        value = row[name]
-        text = (
-            "-" if value is None else f"{value:.3f}" if name.endswith("loss") else f"{value:.1f}%"
-        )
-        cells.append(f"{name}: {text}")
+        form = "{:.3f}" if name.endswith("loss") else "{:.1f}%"
+        cells.append(f"{name}: {'-' if row[name] is None else form.format(row[name])}")
     return "  ".join([*cells, f"timestamp: {row['timestamp']}"])
 
 
@@ -4133,8 +4116,7 @@ def draw_confusion(path: Path, title: str, matrix: torch.Tensor, classes: Sequen
             colour = "white" if shares[row, column] > 0.6 else "black"
             text = str(matrix[row, column].item())
             ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    ax.set_xlabel("predicted class")
-    ax.set_ylabel("true class")
+    ax.set(xlabel="predicted class", ylabel="true class")
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
 
@@ -4180,14 +4162,11 @@ def class_lines(confusion: Confusion, classes: Sequence[str]) -> list[str]:
     totals: Counter[int] = Counter()
     for (true, _), images in confusion.items():
         totals[true] += images
-    right = {true: confusion[true, true] for true in totals}
-    found = [
-        (right[true] / total, classes[true], right[true], total) for true, total in totals.items()
-    ]
-    rows = [
-        (name, f"{part:.1%}", str(hits), str(total))
-        for part, name, hits, total in sorted(found)[:CLASSES_TO_SHOW]
-    ]
+    found = []
+    for true, total in totals.items():
+        right = confusion[true, true]
+        found.append((right / total, classes[true], f"{right / total:.1%}", str(right), str(total)))
+    rows = [cells for _, *cells in sorted(found)[:CLASSES_TO_SHOW]]
     lines = [markdown_table(("class", "right", "images right", "images"), rows)]
     if len(found) > CLASSES_TO_SHOW:
         lines.append(f"(the worst {CLASSES_TO_SHOW} of {len(found)} classes)")
