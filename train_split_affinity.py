@@ -4454,6 +4454,11 @@ def say(text: str, file: Any = None) -> None:
     (file or sys.stdout).flush()
 
 
+def warn(text: str) -> None:
+    """Print a warning on standard error."""
+    say(f"warning: {text}", sys.stderr)
+
+
 class RunReport:
     """Everything that one run shows and writes while it goes on, and when it ends.
 
@@ -4481,12 +4486,12 @@ class RunReport:
         """Show a warning on the screen, the first of its kind, and keep it for the log."""
         if kind not in self._warnings:
             self._warnings[kind] = text
-            say(f"warning: {text}", sys.stderr)
+            warn(text)
 
     def alarm(self, text: str) -> None:
         """Show a warning every time that it arises, and keep it for the log."""
         self._warnings[text] = text
-        say(f"warning: {text}", sys.stderr)
+        warn(text)
 
     def check_placement(self, records: Iterable[PhaseRecord]) -> None:
         """Warn of threads that were not where they belong."""
@@ -4887,23 +4892,13 @@ def build_work(
     average = None
     if settings.model_ema:
         average = lanes.backward.call(MovingAverage, model, settings.model_ema_decay)
-    network = Network(
-        model,
-        nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),
-        settings.accumulate,
-        bf16=settings.precision == "bf16",
-        channels_last=settings.channels_last,
-        note=note,
-    )
-    return Work(
-        network,
-        optimizer,
-        build_lr_scheduler(optimizer, settings, epoch_steps, all_steps),
-        average,
-        GradientFlow(model) if settings.epochs else None,
-        settings.clip_grad_norm,
-        settings.grads_to_none,
-    )
+    loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+    bf16 = settings.precision == "bf16"
+    network = Network(model, loss, settings.accumulate, bf16, settings.channels_last, note)
+    scheduler = build_lr_scheduler(optimizer, settings, epoch_steps, all_steps)
+    flow = GradientFlow(model) if settings.epochs else None
+    clip_grad_norm, grads_to_none = settings.clip_grad_norm, settings.grads_to_none
+    return Work(network, optimizer, scheduler, average, flow, clip_grad_norm, grads_to_none)
 
 
 def settings_in_force(
@@ -4945,17 +4940,14 @@ def check_memory(settings: Settings, topology: Topology, images: int) -> None:
     """Raise UserError if the machine cannot even hold the weights and, twice, `images` pixels in
     float32: one by one and as a batch, or as a batch and in another memory format.
     """
-    size, shape = (
-        settings.min_res or settings.image_size,
-        (settings.num_classes, settings.image_size),
-    )
-    weights = meta_model(settings.model, *shape).parameters()
+    size, classes = settings.min_res or settings.image_size, settings.num_classes
+    weights = meta_model(settings.model, classes, settings.image_size).parameters()
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
     image_bytes = 0 if settings.test_only else images * 3 * size**2 * 4
     needed_bytes = weight_copies(settings) * weight_bytes + 2 * image_bytes
     if needed_bytes > topology.memory_bytes:
         raise UserError(
-            f"{plural(images, 'image')} of {size} px, {settings.model} with {shape[0]} classes: at "
+            f"{plural(images, 'image')} of {size} px, {settings.model} with {classes} classes: at "
             f"least {needed_bytes / 2**30:.1f} GiB of memory are needed, "
             f"{topology.memory_bytes / 2**30:.1f} are there: {LESS_MEMORY}"
         )
@@ -4963,15 +4955,9 @@ def check_memory(settings: Settings, topology: Topology, images: int) -> None:
 
 @contextlib.contextmanager
 def prepared(settings: Settings, topology: Topology, plan: CorePlan) -> Iterator[Run]:
-    """A run that is set up; all that belongs to it ends with the context."""
-    with contextlib.ExitStack() as stack:
-        yield set_up(stack, settings, topology, plan)
-
-
-def set_up(
-    stack: contextlib.ExitStack, settings: Settings, topology: Topology, plan: CorePlan
-) -> Run:
-    """Data, loader processes, lanes, model. Raises UserError with nothing written."""
+    """A run that is set up; all that belongs to it ends with the context. Raises UserError with
+    nothing written.
+    """
     check_model_name(settings.model)
     data = open_data(settings)
     for message in resizing_contradictions(settings, data.native_size):
@@ -4986,30 +4972,39 @@ def set_up(
         settings, topology, data, lr=rate, loader_cores=plan.loader_cpus, tuned_malloc=tuned
     )
     check_memory(settings, topology, settings.batch_size)
-    with memory_errors():
-        stop = stack.enter_context(StopRequest())
-        stack.enter_context(coordinating(settings, plan))
-        torch.manual_seed(settings.seed)
-        train = training_feed(data, settings, plan.loader_cpus)
-        stack.callback(train.close)
-        val = validation_feed(data, settings, plan.loader_cpus) if wants_val(settings) else None
-        if val:
-            stack.callback(val.close)
-        lanes = stack.enter_context(Lanes(plan, topology.online))
-        plan = lanes.plan
-        settings = dataclasses.replace(
-            settings, forward_threads=plan.forward.threads, backward_threads=plan.backward.threads
-        )
-        counts = steps_in_epoch(settings, len(train)), planned_steps(settings, len(train))
-        work = build_work(settings, lanes, *counts, data.classes)
-        notes = tuple(filter(None, [note, *lanes.notes]))
-        bad = BadImages(settings.max_bad_images)
-        return Run(settings, topology, plan, data, train, val, lanes, work, stop, bad, notes)
+    with contextlib.ExitStack() as stack:
+        yield set_up(stack, settings, topology, plan, data, note)
 
 
-def wants_val(settings: Settings) -> bool:
-    """Whether a run looks at validation images at all."""
-    return bool(settings.epochs or settings.test_only)
+@memory_errors()
+def set_up(
+    stack: contextlib.ExitStack,
+    settings: Settings,
+    topology: Topology,
+    plan: CorePlan,
+    data: ImageData,
+    note: str,
+) -> Run:
+    """Loader processes, lanes and model, which end with the stack; `note` is the first to tell."""
+    stop = stack.enter_context(StopRequest())
+    stack.enter_context(coordinating(settings, plan))
+    torch.manual_seed(settings.seed)
+    train = training_feed(data, settings, plan.loader_cpus)
+    stack.callback(train.close)
+    validates = settings.epochs or settings.test_only
+    val = validation_feed(data, settings, plan.loader_cpus) if validates else None
+    if val:
+        stack.callback(val.close)
+    lanes = stack.enter_context(Lanes(plan, topology.online))
+    plan = lanes.plan
+    settings = dataclasses.replace(
+        settings, forward_threads=plan.forward.threads, backward_threads=plan.backward.threads
+    )
+    counts = steps_in_epoch(settings, len(train)), planned_steps(settings, len(train))
+    work = build_work(settings, lanes, *counts, data.classes)
+    notes = tuple(filter(None, [note, *lanes.notes]))
+    bad = BadImages(settings.max_bad_images)
+    return Run(settings, topology, plan, data, train, val, lanes, work, stop, bad, notes)
 
 
 def check_subset(run: Run, resumed: bool) -> None:
@@ -5022,7 +5017,6 @@ def check_subset(run: Run, resumed: bool) -> None:
     text = json.dumps(chosen) + "\n"
     if resumed and path.exists() and path.read_bytes() != text.encode():
         raise UserError(f"{path}: not the images that --subset {settings.subset:g} chooses now")
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
     write_whole(path, text)
 
 
@@ -5062,35 +5056,30 @@ def check_new(settings: Settings, checkpoints: Checkpoints) -> None:
         )
 
 
-def check_folder(path: Path, checkpoints: Checkpoints) -> None:
-    """Raise UserError if going on from a checkpoint would take the place of another run."""
-    folder = checkpoints.folder
-    if checkpoints.exist() and path.resolve().parent != folder.resolve():
-        raise UserError(
-            f"--resume {path}: --output-dir {folder} has the checkpoints of another run: go on "
-            "with that by --resume auto, or choose another folder"
-        )
-
-
 def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
     """Where the run stands, its state restored if `--resume` asks for that, and what to say of it.
 
     Raises UserError for a checkpoint that is not good, or of another kind of run.
     """
-    settings, batches = run.settings, len(run.train)
+    settings, folder, batches = run.settings, checkpoints.folder, len(run.train)
     found = find_resumed(settings, checkpoints)
     if not found:
         check_new(settings, checkpoints)
         return Progress(epoch_batches=batches), list(filter(None, [run.work.network.note]))
     path, state = found
-    check_folder(path, checkpoints)
+    inside = folder and path.resolve().parent == folder.resolve()
+    if checkpoints.exist() and not inside:
+        raise UserError(
+            f"--resume {path}: --output-dir {folder} has the checkpoints of another run: go on "
+            "with that by --resume auto, or choose another folder"
+        )
     differences = check_resumable(path, state, settings, checkpoints.data)
     before = state["progress"]["epoch_batches"]
     if before != batches:
         raise UserError(f"{path}: made with {before} batches an epoch, not {batches}")
     with fitting(path, settings):
         progress = run.lanes.backward.call(restore_state, state, run.work, settings)
-    if checkpoints.folder and path.resolve().parent == checkpoints.folder.resolve():
+    if inside:
         checkpoints.keep(path, progress)
     notes = [f"resumed from {path}, after step {progress.step}"]
     if differences:
@@ -5102,9 +5091,7 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
     """A whole run; returns the trained model. Raises UserError before anything is written."""
     with prepared(settings, topology, plan) as run:
         data = None if run.settings.test_only else describe_images(run.data)
-        checkpoints = Checkpoints(
-            run.settings, lambda text: say(f"warning: {text}", sys.stderr), data
-        )
+        checkpoints = Checkpoints(run.settings, warn, data)
         with contextlib.closing(checkpoints):
             if run.settings.test_only:
                 test(run, find_resumed(run.settings, checkpoints))
@@ -5124,12 +5111,6 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
                 report.warn("unsaved", "nothing will be saved without --output-dir")
             fit(run, progress, report, checkpoints)
     return run.work.network.model
-
-
-def tell_bad_images(run: Run) -> None:
-    """Name the broken images that were left out."""
-    for text in run.bad.messages:
-        say(f"warning: {text}: left out", sys.stderr)
 
 
 def test(run: Run, found: tuple[Path, dict[str, Any]] | None) -> None:
@@ -5152,7 +5133,8 @@ def test(run: Run, found: tuple[Path, dict[str, Any]] | None) -> None:
     say(f"{path}: epoch {state['progress']['epoch']}, step {state['progress']['step']}")
     confusion = Confusion()
     results = evaluate(run, confusion=confusion)
-    tell_bad_images(run)
+    for text in run.bad.messages:
+        warn(f"{text}: left out")
     classes = [*run.data.classes]
     classes += [f"class {number}" for number in range(len(classes), run.settings.num_classes)]
     text = "loss {loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %"
@@ -5211,9 +5193,8 @@ def find_lr(run: Run) -> RangeTest:
     low, high = RANGE
     for group in work.optimizer.param_groups:
         group["lr"] = group["initial_lr"] = low
-    work.scheduler = lr_scheduler.ExponentialLR(
-        work.optimizer, (high / low) ** (1 / max(1, count - 1))
-    )
+    factor = (high / low) ** (1 / max(1, count - 1))
+    work.scheduler = lr_scheduler.ExponentialLR(work.optimizer, factor)
     rates, losses, medians = [], [], []
     with contextlib.suppress(Diverged):  # which is what the test is looking for
         for result in itertools.islice(endless_steps(run), count):
@@ -5243,14 +5224,14 @@ def find_lr_and_report(settings: Settings, topology: Topology, plan: CorePlan) -
     settings = dataclasses.replace(settings, epochs=None, lr_warmup_epochs=0, model_ema=False)
     with prepared(settings, topology, plan) as run:
         result = find_lr(run)
-        tell_bad_images(run)
+        for text in run.bad.messages:
+            warn(f"{text}: left out")
         if result.suggestion:
             rate = f"--lr {result.suggestion:.2g}"
             say(f"suggestion: {rate}, a tenth of the rate up to which the loss stays low")
         else:
             say("no suggestion: the loss did not fall clearly before it rose; try more --steps")
-        folder = run.settings.output_dir
-        if folder:
+        if folder := run.settings.output_dir:
             folder.mkdir(parents=True, exist_ok=True)
             draw_range_test(folder / RANGE_PLOT, describe_run(run.settings), result)
     return result
@@ -5328,9 +5309,8 @@ def time_phases(lanes: Lanes, work: Work, batches: Batches, steps: int) -> Phase
     durations_s: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for record in lanes.take_records():
         durations_s[record.phase].append(record.duration_s)
-    return PhaseTimes(
-        **{f"{name}_s": statistics.median(each) for name, each in durations_s.items()}
-    )
+    medians_s = {f"{name}_s": statistics.median(each) for name, each in durations_s.items()}
+    return PhaseTimes(**medians_s)
 
 
 def plan_for(settings: Settings, topology: Topology) -> CorePlan:
@@ -5870,12 +5850,8 @@ def print_plan(settings: Settings, topology: Topology) -> CorePlan:
     """What `plan` shows of the cores, and the head of every run."""
     plan = plan_for(settings, topology)
     precision, reason = choose_precision(settings, topology)
-    lines = [
-        describe_topology(topology),
-        draw_plan(topology, plan),
-        *describe_plan(plan, settings),
-        f"precision {precision}: {reason}",
-    ]
+    machine = describe_topology(topology), draw_plan(topology, plan)
+    lines = (*machine, *describe_plan(plan, settings), f"precision {precision}: {reason}")
     say("\n".join(lines))
     return plan
 
@@ -5992,7 +5968,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Everything a user can cause ends in one line."""
     for name, value in DROPPED_VARIABLES.items():
-        say(f"warning: {name}={value} is ignored: lanes have their own threads", sys.stderr)
+        warn(f"{name}={value} is ignored: lanes have their own threads")
     try:
         folder = None
         command, settings = parse_arguments(sys.argv[1:] if argv is None else argv)
