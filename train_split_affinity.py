@@ -81,7 +81,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 
 def process_cpus() -> frozenset[int]:
@@ -2905,6 +2905,7 @@ UPLOAD_ATTEMPTS, LAST_UPLOADS_S = 3, 60
 # What becomes of another value of each setting when a run is resumed: see `option`.
 ON_RESUME = {each.name: each.metadata["on_resume"] for each in dataclasses.fields(Settings)}
 
+State = dict[str, Any]  # what a checkpoint holds, or its part on the data: plain types, tensors
 STATE_FIELDS = set(
     """format model average optimizer scheduler flow ahead random_state progress settings versions
     data""".split()
@@ -2971,8 +2972,8 @@ def versions() -> dict[str, str]:
 
 
 def make_state(
-    settings: Settings, work: Work, progress: Progress, data: dict[str, Any] | None = None
-) -> dict[str, Any]:
+    settings: Settings, work: Work, progress: Progress, data: State | None = None
+) -> State:
     """Everything needed to go on from the end of the latest optimizer step, in plain types and
     tensors. Raises BadCheckpoint if an update was broken off.
     """
@@ -2995,7 +2996,7 @@ def make_state(
     }
 
 
-def restore_state(state: dict[str, Any], work: Work, settings: Settings) -> Progress:
+def restore_state(state: State, work: Work, settings: Settings) -> Progress:
     """Put a run's objects, made as for a new run, into a saved state; says where the run stands.
 
     Rates that are not those of the saved run hold from here on: the learning rate goes on at the
@@ -3059,7 +3060,7 @@ def load_weights(
     return f"note: new, since {path} {reason}: {listed}" if new else ""
 
 
-def check_classes(path: Path, saved: dict[str, Any], classes: Sequence[str]) -> None:
+def check_classes(path: Path, saved: State, classes: Sequence[str]) -> None:
     """Raise UserError if a checkpoint's classes are not those of the data."""
     before = saved["data"]["classes"] if saved.get("data") else list(classes)
     for number, pair in enumerate(itertools.zip_longest(before, classes)):
@@ -3069,7 +3070,7 @@ def check_classes(path: Path, saved: dict[str, Any], classes: Sequence[str]) -> 
 
 
 def check_resumable(
-    path: Path, saved: dict[str, Any], settings: Settings, data: dict[str, Any] | None = None
+    path: Path, saved: State, settings: Settings, data: State | None = None
 ) -> list[str]:
     """Settings, versions and images in which a run differs from the one that is resumed, so that
     it will not give the same numbers. Raises UserError for a difference that makes no sense.
@@ -3107,21 +3108,17 @@ def seal(digest: Any) -> bytes:
     return SEAL + digest.hexdigest().encode() + b"\n"
 
 
-class Digested:
-    """A file for torch.save to write to; `digest` is the SHA-256 of what was written."""
+class Digested(io.BufferedWriter):
+    """A file to write; `digest` is the SHA-256 of what was written."""
 
-    def __init__(self, file: BinaryIO):
-        self._file = file
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "w"))
         self.digest = hashlib.sha256()
 
     def write(self, data: Any) -> int:
-        """Take in what the file takes in."""
-        self.digest.update(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
         """As the file's own."""
-        self._file.flush()
+        self.digest.update(data)
+        return super().write(data)
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -3144,16 +3141,7 @@ def verify_checkpoint(path: Path) -> None:
         raise BadCheckpoint(f"{path}: damaged: its SHA-256 is not the one that it ends with")
 
 
-def is_whole(path: Path) -> bool:
-    """Whether there is a checkpoint, and it is undamaged."""
-    try:
-        verify_checkpoint(path)
-    except BadCheckpoint:
-        return False
-    return True
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path) -> State:
     """A saved state, verified. Raises BadCheckpoint."""
     verify_checkpoint(path)
     try:
@@ -3187,14 +3175,10 @@ def fault_of_state(state: Any) -> str:
             return f"{what}{missing[0]} is missing"
         if unknown := sorted(map(str, found.keys() - names)):
             return f"{what}{unknown[0]} is unknown to this version"
-    if name := not_finite(state["model"]):
-        return f"{name} holds values that are infinite or no numbers: the run had diverged"
+    for name, value in state["model"].items():
+        if not value.isfinite().all():
+            return f"{name} holds values that are infinite or no numbers: the run had diverged"
     return ""
-
-
-def not_finite(values: Weights) -> str:
-    """The name of a tensor with values that are infinite or not numbers; empty if there is none."""
-    return next((name for name, value in values.items() if not value.isfinite().all()), "")
 
 
 def flush_folder(folder: Path) -> None:
@@ -3206,15 +3190,14 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_verified(path: Path, state: dict[str, Any]) -> None:
+def write_verified(path: Path, state: State) -> None:
     """Write a state to disk and read it back. Raises OSError, RuntimeError (torch's, for a full
     disk) or BadCheckpoint, and leaves nothing behind then.
     """
     try:
-        with path.open("wb") as file:
-            written = Digested(file)
-            torch.save(state, written)
-            file.write(seal(written.digest))
+        with Digested(path) as file:
+            torch.save(state, file)
+            file.write(seal(file.digest))
             file.flush()
             os.fsync(file.fileno())
         verify_checkpoint(path)
@@ -3380,12 +3363,7 @@ class Checkpoints:
     once; the other names are links to the same file.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        warn: Callable[[str], None],
-        data: dict[str, Any] | None = None,
-    ):
+    def __init__(self, settings: Settings, warn: Callable[[str], None], data: State | None = None):
         self.folder = settings.output_dir
         self.warn = warn
         self.data = data
@@ -3419,7 +3397,8 @@ class Checkpoints:
             if fault := fault_of_state(state):
                 raise BadCheckpoint(fault)
             write_verified(temporary, state)
-            if is_whole(last):  # a damaged one must not take the place of a good previous.pt
+            with contextlib.suppress(BadCheckpoint):
+                verify_checkpoint(last)  # a damaged one must not replace a good previous.pt
                 last.replace(self.folder / PREVIOUS)
             temporary.replace(last)
             flush_folder(self.folder)
@@ -3460,7 +3439,7 @@ class Checkpoints:
             if (self.folder / name).exists():
                 self._mirror.copy(self.folder / name)
 
-    def newest_good(self) -> tuple[Path, dict[str, Any]] | None:
+    def newest_good(self) -> tuple[Path, State] | None:
         """The newest state that is whole; None if there has never been one. Names damaged files.
 
         Raises BadCheckpoint if there are files, but none of them is good.
@@ -5020,9 +4999,7 @@ def check_subset(run: Run, resumed: bool) -> None:
     write_whole(path, text)
 
 
-def find_resumed(
-    settings: Settings, checkpoints: Checkpoints
-) -> tuple[Path, dict[str, Any]] | None:
+def find_resumed(settings: Settings, checkpoints: Checkpoints) -> tuple[Path, State] | None:
     """The state that `--resume` asks for, if it does; auto may find that there is none yet."""
     if settings.resume == Path("auto"):
         return checkpoints.newest_good()
@@ -5113,7 +5090,7 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
     return run.work.network.model
 
 
-def test(run: Run, found: tuple[Path, dict[str, Any]] | None) -> None:
+def test(run: Run, found: tuple[Path, State] | None) -> None:
     """Evaluate a checkpoint, first its moving average if it has one: print the figures, and write
     the confusion matrix.
     """
