@@ -4871,13 +4871,23 @@ def build_work(
     average = None
     if settings.model_ema:
         average = lanes.backward.call(MovingAverage, model, settings.model_ema_decay)
-    loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
-    bf16 = settings.precision == "bf16"
-    network = Network(model, loss, settings.accumulate, bf16, settings.channels_last, note)
-    scheduler = build_lr_scheduler(optimizer, settings, epoch_steps, all_steps)
-    flow = GradientFlow(model) if settings.epochs else None
-    clip_grad_norm, grads_to_none = settings.clip_grad_norm, settings.grads_to_none
-    return Work(network, optimizer, scheduler, average, flow, clip_grad_norm, grads_to_none)
+    network = Network(
+        model,
+        nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),
+        settings.accumulate,
+        bf16=settings.precision == "bf16",
+        channels_last=settings.channels_last,
+        note=note,
+    )
+    return Work(
+        network,
+        optimizer,
+        scheduler=build_lr_scheduler(optimizer, settings, epoch_steps, all_steps),
+        average=average,
+        flow=GradientFlow(model) if settings.epochs else None,
+        clip_grad_norm=settings.clip_grad_norm,
+        grads_to_none=settings.grads_to_none,
+    )
 
 
 def settings_in_force(
