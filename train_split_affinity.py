@@ -1056,7 +1056,10 @@ def fullest_subset(sizes: Sequence[int], limit: int) -> tuple[int, ...]:
 # much CPU time each thread of the process has used, and who was allowed to run where.
 # ==================================================================================================
 
-LOOK_SHARE = 0.01  # of a lane's time may go into looking closely
+# One object each for all records without a closer look, of which a long run has many.
+UNKNOWN: dict[int, float] = {}
+NOWHERE: frozenset[int] = frozenset()
+LOOK_SHARE = 0.01  # of the time may go into looking closely at each kind of phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -1154,7 +1157,7 @@ def thread_clocks_ns(known: Collection[int] = ()) -> dict[int, int]:
     """
     with contextlib.suppress(OSError):
         if known and Path("/proc/self/task").stat().st_nlink == 2 + len(known):
-            return {tid: thread_cpu_ns(tid) for tid in known}
+            return dict(zip(known, map(thread_cpu_ns, known), strict=True))
     clocks = {}
     for tid in thread_ids():
         with contextlib.suppress(OSError):  # ended since it was listed
@@ -1195,7 +1198,7 @@ class Audit:
         """The fields of a PhaseRecord from a reading before the phase, and one now, after it."""
         self._known = threads_ns = thread_clocks_ns(before.threads_ns)
         look = before.cpus_s is not None
-        busy = self.busy_between(before.cpus_s, cpu_busy_s()) if look else {}
+        busy = self.busy_between(before.cpus_s, cpu_busy_s()) if look else UNKNOWN
         return self.attribute(group, before.threads_ns, threads_ns, look) | {"cpu_busy_s": busy}
 
     def attribute(
@@ -1218,7 +1221,8 @@ class Audit:
                 role = "stray_s"
             totals[role] += used_s
         roles = ("cpu_s", "stray_s", "other_lane_s", "python_s")
-        return {role: totals[role] for role in roles} | {"seen_on": frozenset(seen_on)}
+        used = {role: totals[role] for role in roles}
+        return used | {"seen_on": frozenset(seen_on) if look else NOWHERE}
 
     def busy_between(self, before_s: list[float], after_s: list[float]) -> dict[int, float]:
         """Busy seconds of each logical CPU; empty where the system hides some of them."""
@@ -2833,12 +2837,11 @@ def overlap(lanes: Lanes, work: Work, batches: Batches) -> Steps:
 def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     """As `overlap`, and across steps too: the forward lane is always one micro-batch ahead.
 
-    PipeDream-2BW (arXiv 2006.09503): the gradients of a step are those of weights one update old,
-    w(t+1) = w(t) - lr * gradient(w(t-1)). Two copies of the model take turns: one step goes forward
-    and back on the same copy, while the forward lane refreshes the other copy, whose own step has
-    been applied, and begins the next step on it. The optimizer alone writes the model's weights:
-    the update is queued behind the last backward phase, once the refresh is done. The forward lane
-    alone writes the buffers.
+    PipeDream-2BW (arXiv 2006.09503): gradients are those of weights one update old,
+    w(t+1) = w(t) - lr * gradient(w(t-1)). Two copies of the model take turns: while a step goes
+    forward and back on one, the forward lane refreshes the other, whose own step has been applied,
+    and begins the next step on it. The optimizer alone writes the model's weights, behind the last
+    backward phase and never beside the refresh; the forward lane alone writes the buffers.
 
     The pipeline is empty when the batches have run out: an epoch begins with the weights of today.
     """
@@ -3622,8 +3625,13 @@ class Tally:
             self._add_phase(record)
         if len(self.latest) > STEPS_TO_DRAW:
             old = self.latest[-1 - STEPS_TO_DRAW]
-            slim = (dataclasses.replace(record, cpu_busy_s={}) for record in old.records)
-            self.latest[-1 - STEPS_TO_DRAW] = dataclasses.replace(old, records=tuple(slim))
+            slim = tuple(
+                dataclasses.replace(record, cpu_busy_s=UNKNOWN, seen_on=NOWHERE)
+                if record.seen_on or record.cpu_busy_s
+                else record
+                for record in old.records
+            )
+            self.latest[-1 - STEPS_TO_DRAW] = dataclasses.replace(old, records=slim)
 
     def _add_phase(self, record: PhaseRecord) -> None:
         self._stray_s[record.phase] += record.stray_s

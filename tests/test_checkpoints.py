@@ -119,8 +119,9 @@ def output(folder):
 
 
 def interrupt(monkeypatch, method, calls, signum=signal.SIGTERM):
-    """Signal this process in those calls of a phase's method, counted from 1 over all runs."""
-    kind = tsa.Work if hasattr(tsa.Work, method) else tsa.Network
+    """Signal this process in those calls of a method, counted from 1 over all runs."""
+    kinds = tsa.Network, tsa.Work, tsa.RunReport
+    kind = next(kind for kind in kinds if hasattr(kind, method))
     real, count = getattr(kind, method), itertools.count(1)
 
     def interrupted(self, *args):
@@ -215,11 +216,11 @@ def test_stopped_after_the_very_last_step(in_tmp, monkeypatch, train):
 @needs_two_cpus
 @pytest.mark.parametrize("settings", [{}, DELAYED], ids=["sequential", "delayed"])
 @pytest.mark.parametrize(
-    ("batch", "epochs"), [(1, 0), (3, 1)], ids=["in the validation", "between two epochs"]
+    ("method", "epochs"), [("evaluate", 0), ("epoch", 1)], ids=["in it", "between two epochs"]
 )
-def test_stopped_around_a_validation(in_tmp, monkeypatch, train, settings, batch, epochs):
+def test_stopped_around_a_validation(in_tmp, monkeypatch, train, settings, method, epochs):
     train(in_tmp / "whole", **settings)
-    interrupt(monkeypatch, "evaluate", [batch])
+    interrupt(monkeypatch, method, [1])
     with pytest.raises(tsa.Stopped):
         train(in_tmp / "parts", **settings)
     progress = state_of(in_tmp / "parts")["progress"]
