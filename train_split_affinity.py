@@ -2743,12 +2743,10 @@ class Work:
         begun: StepEnd | None = None,
         after: Future | None = None,
     ) -> None:
-        """The optimizer step, on the model's own weights, with their gradients or those of a copy,
-        and what belongs to it: the mean over ranks, gradient norms, clipping, the learning rate of
-        the next step, the moving average; clears the gradients.
-
-        `begun` is the end of this step if `delayed` has begun the next one. Does nothing if the
-        phase `after` which it was queued has failed.
+        """The optimizer step, with the gradients of the model or of a copy, and what belongs to it:
+        mean over ranks, norms, clipping, learning rate of the next step, moving average; clears the
+        gradients. `begun` is the end of this step if `delayed` has begun the next one. Does nothing
+        if the phase `after` which it was queued has failed.
         """
         if after and after.exception():
             return
@@ -2837,11 +2835,11 @@ def overlap(lanes: Lanes, work: Work, batches: Batches) -> Steps:
 def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     """As `overlap`, and across steps too: the forward lane is always one micro-batch ahead.
 
-    PipeDream-2BW (arXiv 2006.09503): gradients are those of weights one update old,
-    w(t+1) = w(t) - lr * gradient(w(t-1)). Two copies of the model take turns: while a step goes
-    forward and back on one, the forward lane refreshes the other, whose own step has been applied,
-    and begins the next step on it. The optimizer alone writes the model's weights, behind the last
-    backward phase and never beside the refresh; the forward lane alone writes the buffers.
+    PipeDream-2BW (arXiv 2006.09503): w(t+1) = w(t) - lr * gradient(w(t-1)). Two copies of the model
+    take turns: while a step goes forward and back on one, the forward lane refreshes the other,
+    whose own step has been applied, and begins the next step on it. The optimizer alone writes the
+    model's weights, behind the last backward phase and never beside the refresh; the forward lane
+    alone writes the buffers.
 
     The pipeline is empty when the batches have run out: an epoch begins with the weights of today.
     """
