@@ -2839,9 +2839,8 @@ def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     take turns: while a step goes forward and back on one, the forward lane refreshes the other,
     whose own step has been applied, and begins the next step on it. The optimizer alone writes the
     model's weights, behind the last backward phase and never beside the refresh; the forward lane
-    alone writes the buffers.
-
-    The pipeline is empty when the batches have run out: an epoch begins with the weights of today.
+    alone writes the buffers. The pipeline is empty when the batches have run out: an epoch begins
+    with the weights of today.
     """
     network, begun = work.network, work.end and work.end.weights
     model, other = (lanes.forward.call(network.copy, begun) for _ in range(2))
