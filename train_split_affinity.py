@@ -58,7 +58,7 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import pickle
 import platform
@@ -2286,6 +2286,9 @@ class Feed:
         """Start the loader processes: all, or none with a RunError."""
         before = multiprocessing.active_children()
         try:
+            # Batches are handed over through sockets in a temporary folder: let that be this
+            # process's, which goes with it. Loaders are killed, and their own would stay.
+            multiprocessing.util.get_temp_dir()
             with child_signal_kept():
                 iter(self._loader)
         except OSError as error:  # no more processes or semaphores

@@ -54,6 +54,15 @@ def test_the_smallest_run(in_tmp):
     assert lines[-1]["stray_s"] == 0
 
 
+def test_a_run_with_loaders_leaves_nothing_among_temporary_files(in_tmp, tmp_path_factory):
+    """The sockets of loaders that are killed at the end, for example."""
+    temporary = tmp_path_factory.mktemp("t")
+    options = [*TINY, "--steps", "4", "-j", "2"]
+    done = run_script(*options, TMPDIR=str(temporary), TORCHINDUCTOR_CACHE_DIR=str(in_tmp / "c"))
+    assert done.returncode == 0, done.stderr
+    assert list(temporary.iterdir()) == []
+
+
 def run_in_shell(redirection, *arguments, **environment):
     """The script behind a shell's redirection; fails with the script in spite of a pipe."""
     command = ["bash", "-o", "pipefail", "-c", f'"$@" {redirection}', "bash", sys.executable]
