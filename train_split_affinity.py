@@ -20,7 +20,7 @@ during a phase by compute threads that may run outside the phase's group.
 
 Sections, each using only those above it:
 
-    1  Settings                every option once; the errors a user can meet
+    1  Settings and options    every option once, --help; the errors a user can meet
     2  Topology and core plan  what the machine has, and which cores each group gets
     3  Lanes                   threads that stay on their cores, and the audit that proves it
     4  Models                  torchvision's classifiers by name, and our own
@@ -35,7 +35,10 @@ Sections, each using only those above it:
     13 Runs                    how a run is set up, resumed, taken to its end, or tested
     14 Measurement             phase times, and the split that suits a machine
     15 Comparison              all ways to train side by side, and a verdict
-    16 Command line            arguments to settings, errors to exit codes
+    16 Commands                commands to what they do, errors to exit codes
+
+PyTorch and its company are imported between the first two sections: that takes seconds, which
+nobody shall wait for `--help`, or to be told of a misspelt option.
 """
 
 from __future__ import annotations
@@ -83,67 +86,14 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-
-def process_cpus() -> frozenset[int]:
-    """Logical CPUs that the calling thread may run on; all of them where no affinity exists."""
-    if hasattr(os, "sched_getaffinity"):
-        return frozenset(os.sched_getaffinity(0))
-    return frozenset(range(os.cpu_count() or 1))
-
-
-# These two must precede `import torch`. With one of the first four variables set, libgomp shrinks
-# the main thread to a single CPU as it loads, and binds every team to one list of places for the
-# whole process [pytorch 49971, 91989, 149422]; lanes place their own threads. With the last one,
-# teams shrink as the machine's load grows, also in the middle of a run (see start_team).
-ALLOWED_CPUS = process_cpus()
-DROPPED_VARIABLES = {
-    name: os.environ.pop(name)
-    for name in ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_DYNAMIC")
-    if name in os.environ
-}
-
-
-def explain_import_error(error: Exception) -> str:
-    """One line that says which packages do not fit together and how to mend it."""
-    versions = []
-    for package in ("torch", "torchvision"):
-        try:
-            versions.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"{package} (not installed)")
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return (
-        f"{Path(__file__).name}: error: cannot load {' with '.join(versions)}: {reason}; a torch "
-        "release needs the torchvision made for it: pip install --upgrade -r requirements.txt"
-    )
-
-
-try:
-    import fsspec
-    import psutil
-    import torch
-    import torchvision
-    from PIL import Image, ImageOps
-    from torch import nn
-    from torch.optim import lr_scheduler
-    from torch.optim.lr_scheduler import LRScheduler
-    from torch.utils.data import DataLoader, Dataset
-    from torch.utils.flop_counter import FlopCounterMode
-    from torchvision.models.resnet import BasicBlock
-    from torchvision.ops import Conv2dNormActivation
-    from torchvision.transforms import v2
-    from tqdm import tqdm
-except (ImportError, RuntimeError, OSError) as import_error:
-    if __name__ != "__main__":
-        raise
-    print(explain_import_error(import_error), file=sys.stderr)
-    raise SystemExit(2) from None
+__version__ = "1.0.0"
 
 
 # ==================================================================================================
-# 1  Settings
+# 1  Settings and options
 # Every option once: name, default, help, parser. Parsers are pure; they take the user's text and
 # return a checked value, or raise with a message that quotes the text and says what is allowed.
+# Below them the commands and the command line, which need Python's own library alone.
 # ==================================================================================================
 
 LARGEST_NUMBER = 2**31 - 1
@@ -261,9 +211,23 @@ def nearest(name: str, known: Iterable[str], least: float = 0.7) -> str:
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 
+def installed_version(package: str) -> str:
+    """The version of a package, which is not imported for that."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
 def option_text(value: Any) -> str:
     """A setting's value as it is written on the command line."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def as_option(name: str, value: Any) -> str:
+    """A setting as it is given on the command line, as `--name value`, or `--name` for True."""
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value is True else f"{flag} {option_text(value)}"
 
 
 COUNT, COUNT_FROM_0 = whole_number(1), whole_number(0)
@@ -280,16 +244,24 @@ METAVARS = {None: None, COUNT: "N", COUNT_FROM_0: "N", SHARE: "P", PERCENT: "PER
 METAVARS |= {parse_cpu_list: "LIST", Path: "PATH"}
 
 
-def option(default: Any, help: str, *short: str, on_resume: str = "told", **argument: Any) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *short: str,
+    on_resume: str = "told",
+    only: str | None = None,
+    **argument: Any,
+) -> Any:
     """A field of Settings: its default, its help, and what else argparse needs to know.
 
     The help of a switch that is on by default says what `--no-...` does. `short` are further flags,
-    `on_resume` is what becomes of another value when a run is resumed, and `argument` goes to
-    `add_argument` (type, choices, metavar).
+    `on_resume` is what becomes of another value when a run is resumed, `only` the one command that
+    takes the option (without it, all do, and what Command.shows says is in their help), and
+    `argument` goes to `add_argument` (type, choices, metavar).
     """
     argument = {"metavar": METAVARS.get(argument.get("type"), "X"), **argument}
-    metadata = {"help": help, "short": short, "on_resume": on_resume, "argument": argument}
-    return field(default=default, metadata=metadata)
+    told = {"help": help, "short": short, "on_resume": on_resume, "only": only}
+    return field(default=default, metadata={**told, "argument": argument})
 
 
 # What becomes of another value when a run is resumed: it is told, since the numbers will differ;
@@ -345,7 +317,7 @@ class DataSettings:
     """model and data"""
 
     model: str = fixed("resnet50", "torchvision classifier by name, or resnet56 (for small "
-        "images), hybrid, hybrid-light, hybrid-heavy")
+        "images), hybrid, hybrid-light, hybrid-heavy", metavar="NAME")
     data_path: Path | None = free(None, "image folder, PATH/train/<class>/*.jpg and PATH/val "
         "(or valid, or validation), or PATH/<class>/*.jpg; or a folder with CIFAR-10's "
         "cifar-10-batches-py (default: synthetic images with random labels, for timing only)",
@@ -389,12 +361,12 @@ class AugmentationSettings:
 class TrainingSettings:
     """training"""
 
-    recipe: str | None = free(None, "a set of defaults, which every other option overrides (see "
-        "below)", choices=tuple(RECIPES))
+    recipe: str | None = free(None, "a set of defaults, which every other option overrides: "
+        + ", ".join(RECIPES), choices=tuple(RECIPES), metavar="NAME")
     batch_size: int = fixed(32, "images per batch", "-b", type=COUNT)
     accumulate: int = fixed(1, "batches per optimizer step", type=COUNT)
     steps: int | None = rate(None, "optimizer steps after which to stop (default: 50 without "
-        "--epochs)", type=COUNT)
+        "--epochs; find-lr 100, compare 14)", type=COUNT)
     epochs: int | None = rate(None, "passes over the data to train, with a validation after each",
         type=COUNT)
     opt: str = fixed("sgd", "optimizer", choices=("sgd", "adam", "adamw"))
@@ -435,7 +407,7 @@ class CheckpointSettings:
     """checkpoints"""
 
     resume: Path | None = free(None, "checkpoint to go on from, exactly; auto: the newest good "
-        "one in --output-dir, if any", type=Path, metavar="PATH|auto")
+        "one in --output-dir, if any", only="train", type=Path, metavar="PATH|auto")
     init_from: Path | None = free(None, "checkpoint to take the weights from, for a new run; "
         "with --resume auto it counts if there is nothing to go on from", type=Path)
     test_only: bool = free(False, "evaluate the checkpoint of --resume, train nothing")
@@ -497,7 +469,7 @@ class ReportSettings:
         "(default: not written)", type=Path)
     print_freq: int = free(10, "steps between two lines of figures", type=COUNT)
     json: Path | None = free(None, "file for the figures of compare (default: not written)",
-        type=Path)
+        only="compare", type=Path)
 
 
 @dataclass(frozen=True)
@@ -616,10 +588,295 @@ def command_contradictions(command: str, settings: Settings) -> Iterator[str]:
     has_weights = settings.resume or settings.init_from
     if command == "train" and settings.recipe in FROM_CHECKPOINT and not has_weights:
         yield f"--recipe {settings.recipe} starts from trained weights: give --init-from PATH"
-    if settings.json and command != "compare":
-        yield f"--json {settings.json} is for compare, not for {command}"
-    if settings.resume and command != "train":
-        yield f"--resume {settings.resume} is for train, not for {command}"
+    for setting in dataclasses.fields(settings):
+        only, value = setting.metadata["only"], getattr(settings, setting.name)
+        if only not in (None, command) and value != setting.default:
+            yield f"{as_option(setting.name, value)} is for {only}, not for {command}"
+
+
+DATA_SETS = """\
+image folder
+  what     your own pictures, in a folder for each class
+  layout   PATH/train/<class>/*.jpg and, to validate, PATH/val/<class>/*.jpg
+           (or valid, or validation); or PATH/<class>/*.jpg, not validated
+  images   all that the folders hold: .jpg, .png, .webp, .tif, .bmp and others
+  classes  as many as there are folders, two or more
+
+cifar10
+  what     CIFAR-10: photographs of animals and vehicles, 32 px
+  layout   PATH/cifar-10-batches-py, its own format; --download fetches it
+  images   50000 to train, 10000 to validate
+  classes  10
+
+synthetic
+  what     images that are made, from --seed, to measure and to try things out
+  layout   none: what a run without --data-path takes
+  images   1280 to train, more if a step has more; none to validate
+  classes  1000, or --num-classes"""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command as `--help` presents it: what it does, three examples (what for, and arguments),
+    and which options of a run make a difference to it, by setting or by group.
+
+    It takes all others of a run too, so that a run's own arguments serve to plan it, say.
+    """
+
+    help: str
+    examples: dict[str, str]
+    shows: Collection[type | str] = Settings.__bases__
+
+
+# fmt: off
+COMMANDS = {
+    "train": Command("train a model (the default)", {
+        "ResNet-50 on images that are made, to see what the phases take": "-b 32 --steps 50",
+        "a whole training, by a recipe": "--recipe cifar10 --data-path cifar --download",
+        "your own pictures, with checkpoints": "--data-path photos --epochs 30 --output-dir out",
+    }),
+    "plan": Command("show the cores, how they would be divided, and the model", {
+        "what a run without further options would use": "plan",
+        "twice as many cores for backward as for forward": "plan --split 1:2",
+        "cores by hand": "plan --forward-cores 0-1 --backward-cores 2-5",
+    }, (CoreSettings, *"""
+        model data_path num_classes image_size min_res max_res end_ramp workers recipe batch_size
+        accumulate precision""".split())),
+    "find-lr": Command("try learning rates, from low to high, and suggest one", {
+        "for your own pictures, with a plot": "find-lr --data-path photos --output-dir out",
+        "for a recipe": "find-lr --recipe cifar10 --data-path cifar",
+        "for AdamW, in more steps": "find-lr --data-path photos --opt adamw --steps 200",
+    }, (DataSettings, AugmentationSettings, CoreSettings, SpeedSettings, *"""
+        recipe batch_size accumulate steps opt momentum weight_decay skip_decay_1d label_smoothing
+        clip_grad_norm seed deterministic init_from output_dir""".split())),
+    "compare": Command("train in all ways, in turn, and say which is fastest", {
+        "ResNet-50: a plain loop, one lane, and every schedule of the split": "compare",
+        "another split": "compare --split 1:2",
+        "a smaller model, and the figures in a file":
+            "compare --model resnet18 --json compare.json",
+    }, (AugmentationSettings, SpeedSettings, *"""
+        model data_path download num_classes image_size subset max_bad_images workers recipe
+        batch_size accumulate steps opt label_smoothing clip_grad_norm seed deterministic split
+        forward_cores backward_cores loader_cores forward_threads backward_threads
+        output_dir""".split())),
+}
+# fmt: on
+
+
+def tell(text: str, stream: Any) -> None:
+    """Print what a program ends with, as far as somebody takes it: a stream may be closed, the
+    reader of a pipe have gone, a disk be full.
+    """
+    try:
+        if stream:
+            print(text, file=stream, flush=True)
+    except OSError:  # nor shall the interpreter's own flush fail, when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Tell(argparse.Action):
+    """An option that ends the program with a text: what `const` returns."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print the text and exit."""
+        tell(self.const(), sys.stdout)
+        parser.exit()
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+    def print_help(self, file: Any = None) -> None:
+        """As ArgumentParser's own, for a reader who may leave."""
+        tell(self.format_help().rstrip(), file or sys.stdout)
+
+    def parse_args(self, *args: Any) -> argparse.Namespace:
+        """As ArgumentParser's own; for what it does not know it names the nearest options."""
+        given, unknown = self.parse_known_args(*args)
+        if unknown:
+            flag = next((text for text in unknown if text.startswith("-")), "")
+            hint = nearest(flag.partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return given
+
+
+def build_parser(command: str = "train") -> Parser:
+    """The parser of a command, with all options; these and their defaults come from Settings."""
+    name = f"[{'|'.join(COMMANDS)}]" if command == "train" else command
+    parser = Parser(
+        prog=Path(__file__).name,
+        usage=f"%(prog)s {name} [options]",
+        description=describe_command(command),
+        epilog=describe_use(command),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    text = {"action": Tell, "nargs": 0, "default": argparse.SUPPRESS}
+    parser.add_argument("--version", help="show versions and exit", const=version_line, **text)
+    parser.add_argument("--list-models", help="list what --model takes", action="store_true")
+    places = {"help": "list what --data-path takes", "const": lambda: DATA_SETS}
+    parser.add_argument("--list-data-sets", **places, **text)
+    for group in reversed(Settings.__bases__):
+        help_group = parser.add_argument_group(group.__doc__)
+        for setting in dataclasses.fields(group):
+            add_option(help_group, setting, is_shown(command, group, setting))
+    return parser
+
+
+def is_shown(command: str, group: type, setting: dataclasses.Field) -> bool:
+    """Whether a command's help shows an option: one of its own, or one of a run that matters."""
+    if setting.metadata["only"]:
+        return setting.metadata["only"] == command
+    return not {group, setting.name}.isdisjoint(COMMANDS[command].shows)
+
+
+def describe_command(command: str) -> str:
+    """What stands above the options of a command."""
+    if command != "train":
+        what = COMMANDS[command].help
+        return f"{what[0].upper()}{what[1:]}.\nAll other options of a run are taken, too."
+    listed = "\n".join(f"  {name:8} {each.help}" for name, each in COMMANDS.items())
+    about = "Train an image classifier on CPUs, forward and backward on their own cores."
+    return f"{about}\n\ncommands, each with a --help of its own:\n{listed}"
+
+
+def describe_use(command: str) -> str:
+    """What stands below the options of a command."""
+    examples = COMMANDS[command].examples.items()
+    shown = "\n".join(f"  {what}:\n    %(prog)s {arguments}" for what, arguments in examples)
+    parts = [f"examples:\n{shown}"]
+    if command == "train":
+        parts += [
+            "recipes (defaults that every option overrides; all with --output-dir out/NAME):\n"
+            + list_recipes(),
+        ]
+    return "\n\n".join(parts)
+
+
+def list_recipes() -> str:
+    """The recipes and what they set, as options."""
+    lines = []
+    for name, defaults in RECIPES.items():
+        options = (as_option(key, value).replace(" ", "\xa0") for key, value in defaults.items())
+        listed = textwrap.fill(" ".join(options), 74, break_on_hyphens=False)
+        lines.append(f"  {name}:\n{textwrap.indent(listed, '    ')}".replace("\xa0", " "))
+    return "\n".join(lines)
+
+
+def version_line() -> str:
+    """The versions that a report of trouble should name."""
+    packages = ", ".join(f"{name} {installed_version(name)}" for name in ("torch", "torchvision"))
+    return f"{Path(__file__).name} {__version__}, Python {platform.python_version()}, {packages}"
+
+
+def add_option(help_group: Any, setting: dataclasses.Field, shown: bool) -> None:
+    """Add one field of Settings to its help group."""
+    meta = setting.metadata
+    text = meta["help"]
+    flag = as_option(setting.name, True)
+    if setting.default is False:
+        # Both ways, since a recipe may have switched it on.
+        kind = {"action": argparse.BooleanOptionalAction, "default": False}
+    elif setting.default is True:  # what is on by default has a flag that switches it off
+        kind = {"action": "store_false"}
+        flag = flag.replace("--", "--no-", 1)
+    else:
+        kind = {"default": setting.default, **meta["argument"]}
+        text += "" if setting.default is None else f" (default: {option_text(setting.default)})"
+    kind |= {"dest": setting.name, "help": text if shown else argparse.SUPPRESS}
+    help_group.add_argument(*meta["short"], flag, **kind)
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:
+    """The command and the settings. Raises UserError for arguments that make no sense."""
+    command, *options = argv if argv and not argv[0].startswith("-") else ["train", *argv]
+    if command not in COMMANDS:
+        hint = nearest(command, COMMANDS)
+        raise UserError(f"unknown command {command!r} (choose from {', '.join(COMMANDS)}){hint}")
+    parser = build_parser(command)
+    given = parser.parse_args(options)
+    if given.recipe:
+        parser.set_defaults(**recipe_defaults(given.recipe))
+        given = parser.parse_args(options)
+    if vars(given).pop("list_models"):
+        return "list-models", Settings()
+    settings = Settings(**vars(given))
+    for message in contradictions(command, settings):
+        raise UserError(message)
+    return command, settings
+
+
+# ==================================================================================================
+# Imports that take seconds
+# They stand below all that `--help` and wrong arguments need: a script ends above them with these.
+# ==================================================================================================
+
+
+def end_early() -> None:
+    """End a script here if its arguments are wrong, or ask for nothing but a text."""
+    try:
+        parse_arguments(sys.argv[1:])
+    except UserError as error:
+        tell(f"{Path(__file__).name}: error: {readable(str(error))}", sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    end_early()
+
+
+def process_cpus() -> frozenset[int]:
+    """Logical CPUs that the calling thread may run on; all of them where no affinity exists."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))
+
+
+# These two must precede `import torch`. With one of the first four variables set, libgomp shrinks
+# the main thread to a single CPU as it loads, and binds every team to one list of places for the
+# whole process [pytorch 49971, 91989, 149422]; lanes place their own threads. With the last one,
+# teams shrink as the machine's load grows, also in the middle of a run (see start_team).
+ALLOWED_CPUS = process_cpus()
+DROPPED_VARIABLES = {
+    name: os.environ.pop(name)
+    for name in ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_DYNAMIC")
+    if name in os.environ
+}
+
+
+def explain_import_error(error: Exception) -> str:
+    """One line that says which packages do not fit together and how to mend it."""
+    versions = (f"{package} {installed_version(package)}" for package in ("torch", "torchvision"))
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"{Path(__file__).name}: error: cannot load {' with '.join(versions)}: {reason}; a torch "
+        "release needs the torchvision made for it: pip install --upgrade -r requirements.txt"
+    )
+
+
+try:
+    import fsspec
+    import psutil
+    import torch
+    import torchvision
+    from PIL import Image, ImageOps
+    from torch import nn
+    from torch.optim import lr_scheduler
+    from torch.optim.lr_scheduler import LRScheduler
+    from torch.utils.data import DataLoader, Dataset
+    from torch.utils.flop_counter import FlopCounterMode
+    from torchvision.models.resnet import BasicBlock
+    from torchvision.ops import Conv2dNormActivation
+    from torchvision.transforms import v2
+    from tqdm import tqdm
+except (ImportError, RuntimeError, OSError) as import_error:
+    if __name__ != "__main__":
+        raise
+    print(explain_import_error(import_error), file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 # ==================================================================================================
@@ -5836,8 +6093,8 @@ def draw_comparison(
 
 
 # ==================================================================================================
-# 16 Command line
-# Arguments to Settings, commands to functions, errors to exit codes.
+# 16 Commands
+# What each command does, and which exit code an error has. Their options stand in section 1.
 # ==================================================================================================
 
 
@@ -5866,97 +6123,34 @@ def print_model(settings: Settings, topology: Topology, plan: CorePlan) -> None:
     say(describe_model(settings.model, *shape))
 
 
-COMMANDS = {
-    "train": (train, "train a model (the default)"),
-    "plan": (print_model, "show the cores, how they would be divided, and the model"),
-    "find-lr": (find_lr_and_report, "try learning rates, from low to high, and suggest one"),
-    "compare": (
-        compare,
-        "train in all ways, in turn: a plain loop, one lane, and every schedule of the split",
-    ),
+def parameter_count(name: str) -> int:
+    """Parameters of a classifier for 1000 classes: what torchvision says of its own, which takes no
+    time, but for the one that it counts with the auxiliary head that is left out here.
+    """
+    if name in OWN_MODELS or name == "inception_v3":
+        return sum(weight.numel() for weight in meta_model(name, 1000, 224).parameters())
+    return min(each.meta["num_params"] for each in torchvision.models.get_model_weights(name))
+
+
+def list_models(settings: Settings, topology: Topology) -> None:
+    """What `--list-models` prints: the names, and parameters for 1000 classes."""
+    say(f"{'model':24} {'parameters':>13}")
+    for name in classifier_names():
+        say(f"{name:24} {parameter_count(name):>13,}")
+
+
+def with_plan(run: Callable[[Settings, Topology, CorePlan], Any]) -> Callable[..., Any]:
+    """What a command does after it has shown the cores and how they are divided."""
+    return lambda settings, topology: run(settings, topology, print_plan(settings, topology))
+
+
+RUNS: dict[str, Callable[[Settings, Topology], Any]] = {
+    "train": with_plan(train),
+    "plan": with_plan(print_model),
+    "find-lr": with_plan(find_lr_and_report),
+    "compare": compare,
+    "list-models": list_models,
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
-
-    def error(self, message: str) -> None:
-        raise UserError(message)
-
-    def parse_args(self, *args: Any) -> argparse.Namespace:
-        """As ArgumentParser's own; for what it does not know it names the nearest options."""
-        given, unknown = self.parse_known_args(*args)
-        if unknown:
-            flag = next((text for text in unknown if text.startswith("-")), "")
-            hint = nearest(flag.partition("=")[0], self._option_string_actions)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return given
-
-
-def build_parser() -> Parser:
-    """The parser of all commands' options; these and their defaults come from Settings."""
-    commands = "\n".join(f"  {name:8} {text}" for name, (_, text) in COMMANDS.items())
-    parser = Parser(
-        prog=Path(__file__).name,
-        usage=f"%(prog)s [{'|'.join(COMMANDS)}] [options]",
-        description="Train an image classifier on CPUs, forward and backward on their own cores."
-        f"\n\ncommands:\n{commands}",
-        epilog=f"recipes (defaults that every option overrides):\n{list_recipes()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for group in reversed(Settings.__bases__):
-        help_group = parser.add_argument_group(group.__doc__)
-        for setting in dataclasses.fields(group):
-            add_option(help_group, setting)
-    return parser
-
-
-def list_recipes() -> str:
-    """The recipes and what they set, as options."""
-    lines = []
-    for name in RECIPES:
-        options = []
-        for key, value in recipe_defaults(name).items():
-            flag = f"--{key.replace('_', '-')}"
-            options.append(flag if value is True else f"{flag} {option_text(value)}")
-        listed = textwrap.fill(" ".join(options), 78, break_on_hyphens=False)
-        lines.append(f"  {name}:\n{textwrap.indent(listed, '    ')}")
-    return "\n".join(lines)
-
-
-def add_option(help_group: Any, setting: dataclasses.Field) -> None:
-    """Add one field of Settings to its help group."""
-    meta = setting.metadata
-    text = meta["help"]
-    flag = "--" + setting.name.replace("_", "-")
-    if setting.default is False:
-        # Both ways, since a recipe may have switched it on.
-        kind = {"action": argparse.BooleanOptionalAction, "default": False}
-    elif setting.default is True:  # what is on by default has a flag that switches it off
-        kind = {"action": "store_false"}
-        flag = flag.replace("--", "--no-", 1)
-    else:
-        kind = {"default": setting.default, **meta["argument"]}
-        text += "" if setting.default is None else f" (default: {option_text(setting.default)})"
-    help_group.add_argument(*meta["short"], flag, dest=setting.name, help=text, **kind)
-
-
-def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:
-    """The command and the settings. Raises UserError for arguments that make no sense."""
-    command, *options = argv if argv and not argv[0].startswith("-") else ["train", *argv]
-    if command not in COMMANDS:
-        hint = nearest(command, COMMANDS)
-        raise UserError(f"unknown command {command!r} (choose from {', '.join(COMMANDS)}){hint}")
-    parser = build_parser()
-    given = parser.parse_args(options)
-    if given.recipe:
-        parser.set_defaults(**recipe_defaults(given.recipe))
-        given = parser.parse_args(options)
-    settings = Settings(**vars(given))
-    for message in contradictions(command, settings):
-        raise UserError(message)
-    return command, settings
 
 
 @lossy_output()
@@ -5969,9 +6163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, settings = parse_arguments(sys.argv[1:] if argv is None else argv)
         folder = settings.output_dir
         topology = read_topology()
-        run = COMMANDS[command][0]
-        plan = () if run is compare else (print_plan(settings, topology),)
-        run(settings, topology, *plan)
+        RUNS[command](settings, topology)
     except (UserError, RunError, Stopped, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):  # before the run looked after signals itself
             error = Stopped(signal.SIGINT)

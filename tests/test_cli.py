@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, TWO_CPUS, needs_two_cpus, read_metrics
 from PIL import Image
 from torchvision.datasets import CIFAR10
@@ -435,6 +436,7 @@ BAD_INPUT = [
     (["train", "x", "--batchsize", "4"], "x --batchsize 4; did you mean --batch-size?\n"),
     (["--recipe", "cifar10", "--epoch", "4"], "--epoch 4; did you mean --epochs"),
     (["--no-channel-last"], "--no-channel-last; did you mean --no-channels-last"),
+    (["plan", "--json", "c.json"], "--json c.json is for compare, not for plan"),
     (["photos"], "unknown command 'photos'"),
     (["train", "photos"], "unrecognized arguments: photos\n"),
     (
@@ -626,6 +628,99 @@ def test_packages_that_do_not_fit_together(in_tmp, tmp_path, package):
     assert "operator torchvision::nms does not exist" in done.stderr
     assert "a torch release needs the torchvision made for it" in done.stderr
     assert not list(in_tmp.iterdir())
+
+
+@pytest.fixture
+def without_torch(tmp_path):
+    """Where to look for packages first: there is a torch that cannot be imported."""
+    fake = tmp_path / "fake" / "torch"
+    fake.mkdir(parents=True)
+    fake.joinpath("__init__.py").write_text('raise RuntimeError("nobody needs me")')
+    return {"PYTHONPATH": str(fake.parent)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "begin", "end"),
+    [
+        ("--help", "usage: train_split_affinity.py [train|plan|find-lr|compare] [opt", "0.1\n"),
+        ("train -h", "usage: train_split_affinity.py [train|plan|find-lr|compare] [", "0.1\n"),
+        (
+            "plan --help",
+            "usage: train_split_affinity.py plan [options]\n",
+            "--backward-cores 2-5\n",
+        ),
+        ("find-lr --help", "usage: train_split_affinity.py find-lr [options]", "--steps 200\n"),
+        ("compare --steps 3 -h", "usage: train_split_affinity.py compare ", " compare.json\n"),
+        ("--version", f"train_split_affinity.py {tsa.__version__}, Python 3.", "\n"),
+        ("plan --list-data-sets", "image folder\n  what     your own pictures", "--num-classes\n"),
+    ],
+)
+def test_help_does_not_wait_for_torch(in_tmp, without_torch, arguments, begin, end):
+    done = run_script(*arguments.split(), **without_torch)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(begin)
+    assert done.stdout.endswith(end)
+    assert not list(in_tmp.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--split 0:1", "argument --split: '0:1' leaves a group without cores: both parts must"),
+        ("plan --batchsize 3", "unrecognized arguments: --batchsize 3; did you mean --batch-size?"),
+        ("plan --resume a.pt", "--resume a.pt is for train, not for plan"),
+        ("--min-res 128", "--min-res and --end-ramp belong together: give both"),
+        ("trian", "unknown command 'trian' (choose from train, plan, find-lr, compare); did "),
+    ],
+)
+def test_nor_do_errors_in_arguments(in_tmp, without_torch, arguments, message):
+    done = run_script(*arguments.split(), **without_torch)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"train_split_affinity.py: error: {message}")
+    assert done.stderr.count("\n") == 1
+    assert not list(in_tmp.iterdir())
+
+
+@pytest.mark.parametrize("redirection", NOWHERE)
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--version", 0), ("--hlep", 2)])
+def test_help_that_nobody_reads(in_tmp, argument, code, redirection):
+    done = run_in_shell(redirection, argument)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_version_names_what_is_installed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        tsa.main(["plan", "--version"])
+    assert ended.value.code == 0
+    versions = tsa.versions()
+    printed = capsys.readouterr().out
+    assert f"Python {versions['python']}, " in printed
+    for name in ("torch", "torchvision"):
+        assert f"{name} {versions[name].partition('+')[0]}" in printed
+
+
+def test_the_list_of_models(in_tmp, capsys):
+    assert tsa.main(["--list-models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "model                       parameters"
+    assert [line.split()[0] for line in lines[1:]] == tsa.classifier_names()
+    for line in (
+        "resnet56                       917,368",
+        "resnet50                    25,557,032",
+        "inception_v3                23,834,568",  # without its auxiliary head
+        "regnet_y_400mf               4,344,144",
+    ):
+        assert line in lines
+    assert not list(in_tmp.iterdir())
+
+
+@pytest.mark.parametrize("name", ["alexnet", "googlenet", "inception_v3", "vit_b_16", "resnet56"])
+def test_the_list_of_models_has_the_parameters_that_are_built(name):
+    with torch.device("meta"):
+        model = tsa.build_model(name, 1000, 224)
+    assert tsa.parameter_count(name) == sum(weight.numel() for weight in model.parameters())
 
 
 PROGRAMS = {"digits": 1797, "photos": 6, "cifar": 7}

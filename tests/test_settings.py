@@ -3,11 +3,13 @@
 import argparse
 import ast
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import train_split_affinity as tsa
 
@@ -567,10 +569,23 @@ def test_a_value_that_is_the_program_s_own_default_overrides_a_recipe_too():
 # Help
 
 
+def help_of(command):
+    return tsa.build_parser(command).format_help()
+
+
+def shown_in(command):
+    """The options that a command's help shows, of Settings, by name."""
+    given = re.findall(r"^  (?:-\w \S+, )?--(no-)?([\w-]+)", help_of(command), re.MULTILINE)
+    names = [name.replace("-", "_") for _, name in given]
+    return [name for name in names if name not in ("version", "list_models", "list_data_sets")]
+
+
 def test_help_lists_every_option_with_its_default():
-    text = " ".join(tsa.build_parser().format_help().split())
+    text = " ".join(help_of("train").split())
     for setting in dataclasses.fields(tsa.Settings):
         switched_off = "no-" if setting.default is True else ""
+        if setting.name == "json":
+            text += " ".join(help_of("compare").split())
         assert f"--{switched_off}{setting.name.replace('_', '-')}" in text
         assert setting.metadata["help"] in text
     assert "(default: resnet50)" in text
@@ -581,7 +596,7 @@ def test_help_lists_every_option_with_its_default():
 @pytest.mark.parametrize(
     ("recipe", "options"),
     [
-        ("imagenet", "--output-dir out/imagenet --epochs 90 --batch-size 32 --accumulate 8"),
+        ("imagenet", "--epochs 90 --batch-size 32 --accumulate 8"),
         ("imagenet-subset", "--subset 0.2 --image-size 128 --opt adam --lr 0.001"),
         ("imagenet-finetune", "--min-res 128 --max-res 224 --end-ramp 20 --lr 0.01"),
         ("imagenet-full", "--label-smoothing 0.1 --clip-grad-norm 1.0 --model-ema"),
@@ -591,7 +606,11 @@ def test_help_lists_every_option_with_its_default():
 )
 def test_help_lists_every_recipe(recipe, options):
     text = tsa.build_parser().format_help()
-    _, _, below = text.partition(f"\n  {recipe}:\n")
+    _, heading, recipes = text.partition("\nrecipes (")
+    assert recipes.startswith(
+        "defaults that every option overrides; all with --output-dir out/NAME)"
+    )
+    _, _, below = recipes.partition(f"\n  {recipe}:\n")
     listed, _, _ = below.partition(":\n")
     assert options in " ".join(listed.split())
 
@@ -600,6 +619,85 @@ def test_help_lists_every_command():
     text = tsa.build_parser().format_help()
     for command in ("train", "plan", "find-lr", "compare"):
         assert f"\n  {command:8} " in text
+
+
+ALL = [setting.name for setting in dataclasses.fields(tsa.Settings)]
+OF_CORES = """
+    split schedule forward_cores backward_cores loader_cores forward_threads backward_threads
+""".split()
+
+
+def test_help_of_train_shows_what_belongs_to_no_other_command():
+    assert shown_in("train") == [name for name in ALL if name != "json"]
+
+
+def test_help_of_plan_shows_what_changes_a_plan():
+    data = "model data_path num_classes image_size min_res max_res end_ramp workers".split()
+    training = ["recipe", "batch_size", "accumulate"]
+    assert shown_in("plan") == [*data, *training, *OF_CORES, "precision"]
+
+
+@pytest.mark.parametrize(
+    ("command", "some", "others"),
+    [
+        (
+            "find-lr",
+            "model workers min_scale mixup_alpha recipe batch_size steps momentum weight_decay "
+            "init_from schedule precision grads_to_none output_dir",
+            "epochs lr lr_scheduler min_lr model_ema early_stopping resume test_only save_freq "
+            "log_file print_freq json",
+        ),
+        (
+            "compare",
+            "model workers hflip recipe batch_size accumulate steps opt seed split forward_cores "
+            "precision fused output_dir json",
+            "min_res epochs lr lr_scheduler model_ema target_top1 resume init_from schedule "
+            "print_freq",
+        ),
+    ],
+)
+def test_help_of_other_commands_shows_what_makes_a_difference_to_them(command, some, others):
+    shown = shown_in(command)
+    assert shown == [name for name in ALL if name in shown], "in the usual order"
+    assert not set(some.split()) - set(shown)
+    assert not set(others.split()) & set(shown)
+
+
+@pytest.mark.parametrize("command", tsa.COMMANDS)
+def test_what_a_command_shows_exists(command):
+    groups = tsa.Settings.__bases__
+    for each in tsa.COMMANDS[command].shows:
+        assert each in groups or each in ALL, each
+
+
+@pytest.mark.parametrize("command", tsa.COMMANDS)
+def test_help_has_three_examples_that_work(command, monkeypatch):
+    examples = re.findall(r"^    train_split_affinity.py (.*)$", help_of(command), re.MULTILINE)
+    assert examples == list(tsa.COMMANDS[command].examples.values())
+    assert len(examples) == 3
+    for arguments in examples:
+        assert tsa.parse_arguments(arguments.split())[0] == command
+
+
+@pytest.mark.parametrize("command", tsa.COMMANDS)
+def test_help_fits_a_terminal_of_80_columns(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = help_of(command)
+    assert text.isascii()
+    assert max(map(len, text.splitlines())) <= 80
+    assert max(map(len, tsa.DATA_SETS.splitlines())) <= 80
+    assert f"usage: train_split_affinity.py {'[train|' if command == 'train' else command}" in text
+
+
+def test_what_is_told_of_data_sets_is_so():
+    synthetic = tsa.DATA_SETS.partition("synthetic\n")[2]
+    assert f"images   {tsa.SYNTHETIC_IMAGES} to train" in synthetic
+    assert f"classes  {tsa.SYNTHETIC_CLASSES}, or" in synthetic
+    assert f"PATH/{tsa.CIFAR10_FOLDER}, " in tsa.DATA_SETS
+    for name in tsa.VALIDATION_FOLDERS:
+        assert re.search(rf"\b{name}\b", tsa.DATA_SETS.partition("cifar10")[0])
+    told = re.findall(r"\.\w+", re.search(r"hold: (.*)", tsa.DATA_SETS)[1])
+    assert set(told) <= set(IMG_EXTENSIONS)
 
 
 def test_the_parser_takes_its_defaults_from_settings():
