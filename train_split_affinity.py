@@ -205,10 +205,24 @@ def parse_split(text: str) -> str:
     return text
 
 
+def alike(name: str, known: Iterable[str], least: float = 0.7) -> list[str]:
+    """Those known names that are most like an unknown one, from a ratio `least` on."""
+    return difflib.get_close_matches(name, list(known), n=4, cutoff=least)
+
+
 def nearest(name: str, known: Iterable[str], least: float = 0.7) -> str:
     """What to add to a message about an unknown name: those most alike, from a ratio `least` on."""
-    near = difflib.get_close_matches(name, list(known), n=4, cutoff=least)
+    near = alike(name, known, least)
     return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def nearest_of_each(names: Collection[str], known: Collection[str]) -> str:
+    """What to add to a message about unknown names: those most alike, for each of several."""
+    if len(names) == 1:
+        return nearest(*names, known)
+    near = {name: " or ".join(alike(name, known)) for name in names}
+    hints = ", ".join(f"{found} for {name}" for name, found in near.items() if found)
+    return f"; did you mean {hints}?" if hints else ""
 
 
 def installed_version(package: str) -> str:
@@ -594,6 +608,26 @@ def command_contradictions(command: str, settings: Settings) -> Iterator[str]:
             yield f"{as_option(setting.name, value)} is for {only}, not for {command}"
 
 
+# Names of options in other trainers where the meaning is the same, and what the setting is called
+# here: torchvision's reference training (wd, lr-min, lr-step-size) and timm's train.py (the rest).
+ALIASES = {
+    "--wd": "weight_decay",
+    "--img-size": "image_size",
+    "--smoothing": "label_smoothing",
+    "--aa": "auto_augment",
+    "--mixup": "mixup_alpha",
+    "--cutmix": "cutmix_alpha",
+    "--reprob": "random_erase",
+    "--sched": "lr_scheduler",
+    "--warmup-epochs": "lr_warmup_epochs",
+    "--lr-min": "min_lr",
+    "--lr-step-size": "lr_step_epochs",
+    "--grad-accum-steps": "accumulate",
+    "--initial-checkpoint": "init_from",
+    "--clip-grad": "clip_grad_norm",
+    "--log-interval": "print_freq",
+}
+
 DATA_SETS = """\
 image folder
   what     your own pictures, in a folder for each class
@@ -697,8 +731,8 @@ class Parser(argparse.ArgumentParser):
         """As ArgumentParser's own; for what it does not know it names the nearest options."""
         given, unknown = self.parse_known_args(*args)
         if unknown:
-            flag = next((text for text in unknown if text.startswith("-")), "")
-            hint = nearest(flag.partition("=")[0], self._option_string_actions)
+            flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
+            hint = nearest_of_each(flags, self._option_string_actions)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return given
 
@@ -749,9 +783,11 @@ def describe_use(command: str) -> str:
     shown = "\n".join(f"  {what}:\n    %(prog)s {arguments}" for what, arguments in examples)
     parts = [f"examples:\n{shown}"]
     if command == "train":
+        some = ", ".join(list(ALIASES)[:2])
         parts += [
             "recipes (defaults that every option overrides; all with --output-dir out/NAME):\n"
             + list_recipes(),
+            f"Names as in torchvision's and timm's scripts ({some}) work too.",
         ]
     return "\n\n".join(parts)
 
@@ -773,7 +809,7 @@ def version_line() -> str:
 
 
 def add_option(help_group: Any, setting: dataclasses.Field, shown: bool) -> None:
-    """Add one field of Settings to its help group."""
+    """Add one field of Settings to its help group, and its aliases, which help never shows."""
     meta = setting.metadata
     text = meta["help"]
     flag = as_option(setting.name, True)
@@ -788,6 +824,9 @@ def add_option(help_group: Any, setting: dataclasses.Field, shown: bool) -> None
         text += "" if setting.default is None else f" (default: {option_text(setting.default)})"
     kind |= {"dest": setting.name, "help": text if shown else argparse.SUPPRESS}
     help_group.add_argument(*meta["short"], flag, **kind)
+    kind |= {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    for alias in (alias for alias, name in ALIASES.items() if name == setting.name):
+        help_group.add_argument(alias, **kind)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:

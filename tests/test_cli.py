@@ -436,6 +436,16 @@ BAD_INPUT = [
     (["train", "x", "--batchsize", "4"], "x --batchsize 4; did you mean --batch-size?\n"),
     (["--recipe", "cifar10", "--epoch", "4"], "--epoch 4; did you mean --epochs"),
     (["--no-channel-last"], "--no-channel-last; did you mean --no-channels-last"),
+    (
+        ["--batchsize", "4", "--xyz", "--epoch=3"],
+        "arguments: --batchsize 4 --xyz --epoch=3; did you mean --batch-size for --batchsize, "
+        "--epochs for --epoch?\n",
+    ),
+    (["--xyz", "--uvw"], "unrecognized arguments: --xyz --uvw\n"),
+    (["--mix-up", "1"], "--mix-up 1; did you mean --mixup?\n"),
+    (["--wd", "x"], "argument --wd: 'x' is not a number of 0 or more\n"),
+    (["--aa", "rand-m9-mstd0.5"], "argument --aa: invalid choice: 'rand-m9-mstd0.5' (choose from"),
+    (["--sched", "plateau"], "argument --sched: invalid choice: 'plateau' (choose from"),
     (["plan", "--json", "c.json"], "--json c.json is for compare, not for plan"),
     (["photos"], "unknown command 'photos'"),
     (["train", "photos"], "unrecognized arguments: photos\n"),
@@ -642,8 +652,8 @@ def without_torch(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "begin", "end"),
     [
-        ("--help", "usage: train_split_affinity.py [train|plan|find-lr|compare] [opt", "0.1\n"),
-        ("train -h", "usage: train_split_affinity.py [train|plan|find-lr|compare] [", "0.1\n"),
+        ("--help", "usage: train_split_affinity.py [train|plan|find-lr|compare] [opt", "too.\n"),
+        ("train -h", "usage: train_split_affinity.py [train|plan|find-lr|compare] [", "too.\n"),
         (
             "plan --help",
             "usage: train_split_affinity.py plan [options]\n",

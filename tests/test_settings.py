@@ -700,6 +700,53 @@ def test_what_is_told_of_data_sets_is_so():
     assert set(told) <= set(IMG_EXTENSIONS)
 
 
+# Names from other trainers
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("--wd 0.05", "--weight-decay 0.05"),
+        ("--img-size 96", "--image-size 96"),
+        ("--smoothing 0.1", "--label-smoothing 0.1"),
+        ("--aa ra", "--auto-augment ra"),
+        ("--mixup 0.8", "--mixup-alpha 0.8"),
+        ("--cutmix 1", "--cutmix-alpha 1"),
+        ("--reprob 0.25", "--random-erase 0.25"),
+        ("--sched cosine", "--lr-scheduler cosine"),
+        ("--epochs 9 --warmup-epochs 5", "--epochs 9 --lr-warmup-epochs 5"),
+        ("--lr-min 1e-6", "--min-lr 1e-6"),
+        ("--lr-step-size 7", "--lr-step-epochs 7"),
+        ("--grad-accum-steps 4", "--accumulate 4"),
+        ("--initial-checkpoint a.pt", "--init-from a.pt"),
+        ("--clip-grad 5", "--clip-grad-norm 5"),
+        ("--log-interval 50", "--print-freq 50"),
+    ],
+)
+def test_names_from_other_trainers(theirs, ours):
+    expected = tsa.parse_arguments(ours.split())
+    assert expected[1] != tsa.Settings()
+    assert tsa.parse_arguments(theirs.split()) == expected
+    flag, _, value = theirs.rpartition(" ")
+    assert tsa.parse_arguments(f"{flag}={value}".split()) == expected
+
+
+def test_names_from_other_trainers_override_a_recipe():
+    given = with_recipe("imagenet", "--wd", "0.05", "--smoothing=0", "--mixup", "0")
+    ours = with_recipe("imagenet", "--weight-decay=0.05", "--label-smoothing=0", "--mixup-alpha=0")
+    assert given == ours != with_recipe("imagenet")
+
+
+def test_help_mentions_that_there_are_names_from_other_trainers():
+    text = help_of("train")
+    assert text.endswith(
+        "\nNames as in torchvision's and timm's scripts (--wd, --img-size) work too.\n"
+    )
+    for command in tsa.COMMANDS:
+        for alias in tsa.ALIASES:
+            assert not re.search(rf"^ .*{alias}\b(?!-)", help_of(command), re.MULTILINE)
+
+
 def test_the_parser_takes_its_defaults_from_settings():
     assert tsa.parse_arguments([]) == ("train", tsa.Settings())
 
