@@ -365,6 +365,8 @@ class AugmentationSettings:
         type=NOT_NEGATIVE)
     auto_augment: str = option("none", "ra: RandAugment, ta: TrivialAugment, aa: AutoAugment",
         choices=("none", "ra", "ta", "aa"))
+    ra_magnitude: int = option(9, "strength of RandAugment's operations, up to 30",
+        type=whole_number(0, 30), metavar="N")
     random_erase: float = option(0.0, "probability of erasing a random rectangle", type=SHARE)
     mixup_alpha: float = option(0.0, "strength of mixup; 0: off", type=MIXING)
     cutmix_alpha: float = option(0.0, "strength of CutMix; 0: off; with both, one is drawn for "
@@ -388,6 +390,10 @@ class TrainingSettings:
         "images a step, and in proportion; Adam and AdamW 0.001)", type=NOT_NEGATIVE)
     momentum: float = rate(0.9, "momentum of SGD", type=SHARE)
     weight_decay: float = rate(1e-4, "weight decay", type=NOT_NEGATIVE)
+    norm_weight_decay: float | None = fixed(None, "weight decay of normalisation layers (default: "
+        "--weight-decay)", type=NOT_NEGATIVE)
+    bias_weight_decay: float | None = fixed(None, "weight decay of biases, in all layers (default: "
+        "--weight-decay)", type=NOT_NEGATIVE)
     skip_decay_1d: bool = fixed(False, "no weight decay for parameters with one dimension, such "
         "as biases")
     lr_scheduler: str = fixed("constant", "course of the learning rate", choices=("constant",
@@ -526,6 +532,9 @@ def contradictions(command: str, settings: Settings) -> Iterator[str]:
         yield "--download needs --data-path, the folder to put CIFAR-10 into"
     if settings.subset < 1 and not settings.data_path:
         yield f"--subset {settings.subset:g} needs --data-path: synthetic images are made"
+    for name in ("norm_weight_decay", "bias_weight_decay"):
+        if settings.skip_decay_1d and getattr(settings, name) is not None:
+            yield f"{as_option(name, getattr(settings, name))} and --skip-decay-1d: give one"
     images = settings.batch_size * settings.accumulate
     if not settings.data_path and images > MOST_SYNTHETIC_IMAGES:
         asked = f"--batch-size {settings.batch_size} --accumulate {settings.accumulate}"
@@ -681,8 +690,9 @@ COMMANDS = {
         "for a recipe": "find-lr --recipe cifar10 --data-path cifar",
         "for AdamW, in more steps": "find-lr --data-path photos --opt adamw --steps 200",
     }, (DataSettings, AugmentationSettings, CoreSettings, SpeedSettings, *"""
-        recipe batch_size accumulate steps opt momentum weight_decay skip_decay_1d label_smoothing
-        clip_grad_norm seed deterministic init_from output_dir""".split())),
+        recipe batch_size accumulate steps opt momentum weight_decay norm_weight_decay
+        bias_weight_decay skip_decay_1d label_smoothing clip_grad_norm seed deterministic init_from
+        output_dir""".split())),
     "compare": Command("train in all ways, in turn, and say which is fastest", {
         "ResNet-50: a plain loop, one lane, and every schedule of the split": "compare",
         "another split": "compare --split 1:2",
@@ -771,7 +781,7 @@ def describe_command(command: str) -> str:
     """What stands above the options of a command."""
     if command != "train":
         what = COMMANDS[command].help
-        return f"{what[0].upper()}{what[1:]}.\nAll other options of a run are taken, too."
+        return f"{what[0].upper()}{what[1:]}.\nOther options of a run are taken, too."
     listed = "\n".join(f"  {name:8} {each.help}" for name, each in COMMANDS.items())
     about = "Train an image classifier on CPUs, forward and backward on their own cores."
     return f"{about}\n\ncommands, each with a --help of its own:\n{listed}"
@@ -2289,7 +2299,11 @@ def training_transform(data: ImageData, settings: Settings, size: int) -> v2.Tra
         steps = [v2.RandomCrop(32, padding=4), v2.Resize(size)]
     steps.append(v2.RandomHorizontalFlip(settings.hflip))
     policy = v2.AutoAugmentPolicy("cifar10" if data.kind == "cifar10" else "imagenet")
-    auto = {"ra": v2.RandAugment(), "ta": v2.TrivialAugmentWide(), "aa": v2.AutoAugment(policy)}
+    auto = {
+        "ra": v2.RandAugment(magnitude=settings.ra_magnitude),
+        "ta": v2.TrivialAugmentWide(),
+        "aa": v2.AutoAugment(policy),
+    }
     if settings.auto_augment != "none":
         steps.append(auto[settings.auto_augment])
     if settings.color_jitter:
@@ -2675,6 +2689,8 @@ Weights = dict[str, torch.Tensor]  # parameters, or buffers, by name
 WARMUP_START = 0.01  # part of the learning rate at which a warm-up begins
 VANISHING_NORM, EXPLODING_NORM = 1e-7, 1e3
 STEPS_BETWEEN_NORMS = 10
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+BIASES = ("bias", "in_proj_bias")  # as modules call them; the latter is nn.MultiheadAttention's
 
 
 def steps_in_epoch(settings: TrainingSettings, epoch_batches: int) -> int:
@@ -2697,23 +2713,37 @@ def planned_steps(settings: TrainingSettings, epoch_batches: int) -> int:
     return settings.epochs * steps_in_epoch(settings, epoch_batches)
 
 
-def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """SGD with momentum, Adam or AdamW over all parameters that are not frozen; with
-    `skip_decay_1d`, those with one dimension have a group of their own, without weight decay.
+def weights_by_decay(model: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
+    """All parameters that are not frozen, as groups of an optimizer: behind the others those that
+    have a weight decay of their own, of one dimension, of normalisation layers, or biases. A bias
+    of a normalisation layer is a bias first, as in torchvision's reference training.
     """
-    weights = list(trained(model).values())
-    groups: list[dict[str, Any]] = [{"params": weights}]
-    if settings.skip_decay_1d:
-        flat = [weight for weight in weights if weight.ndim <= 1]
-        others = [weight for weight in weights if weight.ndim > 1]
-        groups = [{"params": others}, {"params": flat, "weight_decay": 0.0}]
+    decays = {"other": settings.weight_decay, "flat": 0.0 if settings.skip_decay_1d else None}
+    decays |= {"norm": settings.norm_weight_decay, "bias": settings.bias_weight_decay}
+    modules = list(model.modules())
+    norms = {each for layer in modules if isinstance(layer, NORMS) for each in layer.parameters()}
+    biases = {getattr(layer, name, None) for layer in modules for name in BIASES}
+    groups: dict[str, list[torch.Tensor]] = {kind: [] for kind in decays}
+    for weight in trained(model).values():
+        kinds = {"bias": weight in biases, "norm": weight in norms, "flat": weight.ndim <= 1}
+        own = (kind for kind, is_so in kinds.items() if is_so and decays[kind] is not None)
+        groups[next(own, "other")].append(weight)
+    return [
+        {"params": weights, "weight_decay": decays[kind]}
+        for kind, weights in groups.items()
+        if weights
+    ]
+
+
+def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """SGD with momentum, Adam or AdamW over all parameters that are not frozen."""
     kinds = {
         "sgd": partial(torch.optim.SGD, momentum=settings.momentum),
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
     }
-    lr, decay = learning_rate(settings), settings.weight_decay
-    return kinds[settings.opt](groups, lr=lr, weight_decay=decay, fused=settings.fused)
+    groups = weights_by_decay(model, settings)
+    return kinds[settings.opt](groups, lr=learning_rate(settings), fused=settings.fused)
 
 
 def build_lr_scheduler(

@@ -1136,6 +1136,8 @@ def test_settings_that_may_change(settings):
         ({"lr_scheduler": "cosine"}, "--lr-scheduler cosine: last.pt has constant"),
         ({"model_ema": True}, "--model-ema True: last.pt has False"),
         ({"skip_decay_1d": True}, "--skip-decay-1d True: last.pt has False"),
+        ({"norm_weight_decay": 0.0}, "--norm-weight-decay 0.0: last.pt has None"),
+        ({"bias_weight_decay": 0.0}, "--bias-weight-decay 0.0: last.pt has None"),
     ],
 )
 def test_settings_that_must_not_change(settings, message):

@@ -372,6 +372,12 @@ BAD_INPUT = [
     (["--cutmix-alpha", "1e-300"], "--cutmix-alpha: '1e-300' is not 0, or from 0.01 to 1000"),
     (["--subset", "0"], "--subset: '0' is not above 0 and up to 1"),
     (["--target-top1", "101"], "--target-top1: '101' is not above 0 and up to 100"),
+    (["--ra-magnitude", "31"], "--ra-magnitude: '31' is not a whole number from 0 to 30"),
+    (["--norm-weight-decay", "-1"], "--norm-weight-decay: '-1' is not a number of 0 or more"),
+    (
+        ["--bias-weight-decay", "0", "--skip-decay-1d"],
+        "--bias-weight-decay 0.0 and --skip-decay-1d",
+    ),
     (["--lr-milestones", "60,30"], "'60,30' is not a list of ascending epochs such as 30,60,80"),
     (["--opt", "lion"], "--opt: invalid choice: 'lion'"),
     (["--lr-scheduler", "linear"], "--lr-scheduler: invalid choice: 'linear'"),

@@ -715,6 +715,16 @@ def test_the_order_of_the_augmentation(asked, step):
     assert steps(transform(kind="cifar10", auto_augment=asked)) == [*begin, *step, *end]
 
 
+@pytest.mark.parametrize("magnitude", [0, 9, 30])
+def test_the_magnitude_of_rand_augment(magnitude):
+    chosen = {} if magnitude == 9 else {"ra_magnitude": magnitude}
+    ours = draws(transform(auto_augment="ra", **chosen), noise(), 8)
+    expected = transform(auto_augment="none").transforms
+    expected.insert(2, v2.RandAugment(2, magnitude, 31))
+    for image, other in zip(ours, draws(v2.Compose(expected), noise(), 8), strict=True):
+        assert torch.equal(image, other)
+
+
 @pytest.mark.parametrize("asked", ["ra", "ta", "aa"])
 def test_automatic_augmentation_changes_pictures(asked):
     images = draws(transform(auto_augment=asked), noise(), 12)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -320,6 +321,105 @@ def test_parameters_with_one_dimension_can_be_left_out_of_decay(opt):
         (0.01, ["0.weight", "3.weight"]),
         (0.0, ["0.bias", "1.weight", "1.bias", "3.bias"]),
     ]
+
+
+class Layers(nn.Module):
+    """One of each kind; `first` has a second name."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+        self.batch, self.group, self.instance = (
+            nn.BatchNorm2d(4),
+            nn.GroupNorm(2, 4),
+            nn.InstanceNorm2d(4, affine=True),
+        )
+        self.layer, self.rms = nn.LayerNorm((4, 4)), nn.RMSNorm(4)
+        self.bias_like = nn.Parameter(torch.ones(4))
+        self.norm = nn.Linear(4, 4)  # which is none, whatever it is called
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.frozen = nn.Linear(4, 2).requires_grad_(False)
+        self.again = self.first
+
+
+NORM_WEIGHTS = "batch.weight group.weight instance.weight layer.weight rms.weight".split()
+NORM_BIASES = "batch.bias group.bias instance.bias layer.bias".split()
+OTHER_BIASES = "first.bias norm.bias attention.in_proj_bias attention.out_proj.bias".split()
+WEIGHTS = "first.weight norm.weight attention.in_proj_weight attention.out_proj.weight".split()
+
+
+@pytest.mark.parametrize(
+    ("settings", "groups"),
+    [
+        ({}, {0.01: [*WEIGHTS, *NORM_WEIGHTS, *NORM_BIASES, *OTHER_BIASES, "bias_like"]}),
+        (
+            {"norm_weight_decay": 0.0},
+            {
+                0.01: [*WEIGHTS, *OTHER_BIASES, "bias_like"],
+                0.0: [*NORM_WEIGHTS, *NORM_BIASES],
+            },
+        ),
+        (
+            {"bias_weight_decay": 0.0},
+            {
+                0.01: [*WEIGHTS, *NORM_WEIGHTS, "bias_like"],
+                0.0: [*NORM_BIASES, *OTHER_BIASES],
+            },
+        ),
+        (
+            {"norm_weight_decay": 0.002, "bias_weight_decay": 0.3},
+            {
+                0.01: [*WEIGHTS, "bias_like"],
+                0.002: NORM_WEIGHTS,
+                0.3: [*NORM_BIASES, *OTHER_BIASES],
+            },
+        ),
+    ],
+)
+@pytest.mark.parametrize("opt", ["sgd", "adam", "adamw"])
+def test_normalisation_layers_and_biases_have_a_decay_of_their_own(opt, settings, groups):
+    model = Layers()
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    settings = Settings(opt=opt, weight_decay=0.01, **settings)
+    found = {
+        group["weight_decay"]: [names[id(weight)] for weight in group["params"]]
+        for group in tsa.build_optimizer(model, settings).param_groups
+    }
+    assert list(found) == list(groups), "in this order"
+    assert {decay: sorted(each) for decay, each in found.items()} == {
+        decay: sorted(each) for decay, each in groups.items()
+    }
+
+
+def test_an_equal_decay_keeps_its_group():
+    """So that --weight-decay may change when a run is resumed."""
+    settings = Settings(weight_decay=0.01, norm_weight_decay=0.01, bias_weight_decay=0.01)
+    groups = tsa.build_optimizer(Layers(), settings).param_groups
+    assert [len(group["params"]) for group in groups] == [5, 5, 8]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "vit_b_16", "swin_t"])
+def test_decay_of_normalisation_layers_is_torchvision_s(name):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, num_classes=3)
+    norms, others = torchvision.ops._utils.split_normalization_params(model)
+    groups = tsa.build_optimizer(model, Settings(norm_weight_decay=0.0)).param_groups
+    assert [{*map(id, group["params"])} for group in groups] == [
+        {*map(id, others)},
+        {*map(id, norms)},
+    ]
+
+
+def test_a_step_without_gradients_shows_the_decay():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    settings = Settings(lr=0.5, weight_decay=0.1, norm_weight_decay=0.4, bias_weight_decay=0.0)
+    for weight in model.parameters():
+        nn.init.ones_(weight)
+        weight.grad = torch.zeros_like(weight)
+    tsa.build_optimizer(model, settings).step()
+    found = {name: weight.unique().item() for name, weight in model.named_parameters()}
+    expected = {"0.weight": 0.95, "0.bias": 1.0, "1.weight": 0.8, "1.bias": 1.0}
+    assert found == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -183,8 +183,9 @@ def test_what_are_no_milestones(text):
 def test_the_order_of_settings_in_help_and_in_files():
     names = """
     model data_path download num_classes image_size min_res max_res end_ramp subset max_bad_images
-    workers min_scale hflip color_jitter auto_augment random_erase mixup_alpha cutmix_alpha recipe
-    batch_size accumulate steps epochs opt lr momentum weight_decay skip_decay_1d lr_scheduler
+    workers min_scale hflip color_jitter auto_augment ra_magnitude random_erase mixup_alpha
+    cutmix_alpha recipe batch_size accumulate steps epochs opt lr momentum weight_decay
+    norm_weight_decay bias_weight_decay skip_decay_1d lr_scheduler
     lr_warmup_epochs lr_step_epochs lr_milestones lr_gamma lr_restart_epochs min_lr label_smoothing
     clip_grad_norm model_ema model_ema_decay early_stopping target_top1 seed deterministic resume
     init_from test_only save_steps save_freq keep_best mirror split schedule forward_cores
@@ -393,6 +394,16 @@ def test_some_recipes_start_from_trained_weights(recipe):
         ({"download": True}, "--download needs --data-path, the folder to put CIFAR-10 into"),
         ({"subset": 0.2}, "--subset 0.2 needs --data-path: synthetic images are made"),
         ({"early_stopping": 3}, "--early-stopping 3 needs --epochs"),
+        (
+            {"skip_decay_1d": True, "norm_weight_decay": 0.0},
+            "--norm-weight-decay 0.0 and --skip-decay-1d: give one",
+        ),
+        (
+            {"skip_decay_1d": True, "bias_weight_decay": 0.1},
+            "--bias-weight-decay 0.1 and --skip-decay-1d: give one",
+        ),
+        ({"skip_decay_1d": True, "weight_decay": 0.1}, None),
+        ({"norm_weight_decay": 0.0, "bias_weight_decay": 0.0}, None),
         ({"target_top1": 97.5}, "--target-top1 97.5 needs --epochs"),
         ({"download": True, "data_path": Path("data")}, None),
         ({"subset": 0.2, "data_path": Path("data")}, None),
@@ -400,7 +411,7 @@ def test_some_recipes_start_from_trained_weights(recipe):
         ({"epochs": 9, "steps": 7}, None),
     ],
 )
-def test_options_that_need_data_or_epochs(settings, message):
+def test_options_that_need_data_or_epochs_or_exclude_each_other(settings, message):
     assert message_for(**settings) == message
 
 
@@ -643,7 +654,8 @@ def test_help_of_plan_shows_what_changes_a_plan():
         (
             "find-lr",
             "model workers min_scale mixup_alpha recipe batch_size steps momentum weight_decay "
-            "init_from schedule precision grads_to_none output_dir",
+            "norm_weight_decay bias_weight_decay skip_decay_1d ra_magnitude init_from schedule "
+            "precision grads_to_none output_dir",
             "epochs lr lr_scheduler min_lr model_ema early_stopping resume test_only save_freq "
             "log_file print_freq json",
         ),
