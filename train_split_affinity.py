@@ -3325,6 +3325,13 @@ def make_state(
     }
 
 
+def saved_settings(state: State) -> dict[str, Any]:
+    """The settings of a saved run, as JSON types. One that its version did not know yet counts as
+    its default, which is to leave things as they were.
+    """
+    return plain_settings(Settings()) | state["settings"]
+
+
 def restore_state(state: State, work: Work, settings: Settings) -> Progress:
     """Put a run's objects, made as for a new run, into a saved state; says where the run stands.
 
@@ -3335,8 +3342,8 @@ def restore_state(state: State, work: Work, settings: Settings) -> Progress:
     progress = Progress(**state["progress"])
     work.network.model.load_state_dict(state["model"])
     work.optimizer.load_state_dict(state["optimizer"])
-    ours, saved = plain_settings(settings), state["settings"]
-    if all(saved.get(name) == ours[name] for name in ours if ON_RESUME[name] == "rate"):
+    ours, saved = plain_settings(settings), saved_settings(state)
+    if all(saved[name] == ours[name] for name in ours if ON_RESUME[name] == "rate"):
         work.scheduler.load_state_dict(state["scheduler"])
     else:
         for group, values in zip(work.optimizer.param_groups, own, strict=True):
@@ -3404,9 +3411,9 @@ def check_resumable(
     """Settings, versions and images in which a run differs from the one that is resumed, so that
     it will not give the same numbers. Raises UserError for a difference that makes no sense.
     """
-    differences = []
+    differences, former = [], saved_settings(saved)
     for name, value in plain_settings(settings).items():
-        before = saved["settings"].get(name)
+        before = former[name]
         if ON_RESUME[name] == "free" or before == value:
             continue
         flag = f"--{name.replace('_', '-')}"

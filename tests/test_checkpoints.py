@@ -1162,6 +1162,33 @@ def test_settings_that_change_the_numbers_are_listed(settings, listed):
     assert changed(**settings) == listed
 
 
+@pytest.mark.parametrize(
+    ("name", "other", "listed"),
+    [
+        ("ra_magnitude", 12, "--ra-magnitude 9 -> 12"),
+        ("weight_decay", 0.1, "--weight-decay 0.0001 -> 0.1"),
+        ("opt", "adam", "--opt adam: last.pt has sgd; "),
+    ],
+)
+def test_a_setting_that_an_older_checkpoint_does_not_know_had_its_default(name, other, listed):
+    settings = {key: value for key, value in SAVED["settings"].items() if key != name}
+    older = SAVED | {"settings": settings}
+    assert tsa.check_resumable(Path("last.pt"), older, BASE) == []
+    newer = dataclasses.replace(BASE, **{name: other})
+    if name == "opt":
+        with pytest.raises(tsa.UserError, match=listed):
+            tsa.check_resumable(Path("last.pt"), older, newer)
+    else:
+        assert tsa.check_resumable(Path("last.pt"), older, newer) == [listed]
+
+
+def test_what_an_older_checkpoint_does_not_know_is_no_other_rate():
+    """Else the course of the learning rate would be made anew."""
+    older = {"settings": {key: value for key, value in SAVED["settings"].items() if key != "fused"}}
+    assert tsa.saved_settings(older) == SAVED["settings"]
+    assert tsa.saved_settings({"settings": {"fused": False, "lr": 3.0}})["fused"] is False
+
+
 def test_another_torch_is_listed():
     saved = SAVED | {"versions": SAVED["versions"] | {"torch": "1.0", "python": "3.8"}}
     now = tsa.versions()["torch"]
