@@ -1,5 +1,6 @@
 """Lanes and the audit, read from /proc. Run: python -m pytest tests/test_lanes.py"""
 
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -7,7 +8,9 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -364,3 +367,194 @@ def test_without_glibc_the_allocator_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(tsa.ctypes, "CDLL", None)
     assert "known for glibc alone" in tsa.tune_allocator()
+
+
+# Who else was there?
+
+
+def burn(seconds):
+    """Use CPU time, whatever else runs on the machine; returns the process's own so far."""
+    until_s = time.process_time() + seconds
+    while time.process_time() < until_s:
+        pass
+    return time.process_time()
+
+
+def burning_child(pipe):
+    pipe.send(burn(0.1))
+    pipe.recv()
+
+
+def test_the_time_of_children_counts_while_they_live_and_when_they_have_ended():
+    context = multiprocessing.get_context("fork")
+    pipe, other_end = context.Pipe()
+    before_ns = tsa.children_cpu_ns()
+    child = context.Process(target=burning_child, args=(other_end,))
+    child.start()
+    used_s = pipe.recv()
+    alive_ns = tsa.children_cpu_ns()
+    assert 0.1 <= used_s <= (alive_ns - before_ns) / 1e9 < used_s + 0.1
+    pipe.send("go")
+    child.join()
+    assert -1e6 < tsa.children_cpu_ns() - alive_ns < 1e8, "neither lost nor counted twice"
+    with pytest.raises(OSError):
+        tsa.process_cpu_ns(child.pid)
+
+
+def usage(at_s=0.0, busy_s=(0.0,) * 4, stolen_s=(0.0,) * 4, threads_s=(), process_s=0, loaders_s=0):
+    """A reading of a machine with four logical CPUs; threads are numbered from 1."""
+    threads_ns = {tid: int(1e9 * used_s) for tid, used_s in enumerate(threads_s, start=1)}
+    own_ns = int(1e9 * (process_s or sum(threads_s))), int(1e9 * loaders_s)
+    return tsa.Usage(at_s, list(busy_s), list(stolen_s), threads_ns, *own_ns)
+
+
+def test_the_own_time_by_where_it_can_have_been(monkeypatch):
+    def mask_of(tid):
+        if tid == 4:
+            raise ProcessLookupError
+        return {0} if tid == 1 else {1, 2}
+
+    monkeypatch.setattr(os, "sched_getaffinity", mask_of)
+    before = usage(threads_s=(5.0, 5.0), process_s=12.0, loaders_s=1.0)
+    after = usage(threads_s=(6.0, 7.0, 0.5, 9.0), process_s=25.0, loaders_s=1.25)
+    assert tsa.own_time_s(before, after, (0, 3), range(4)) == {
+        frozenset({0}): 1.0,
+        frozenset({1, 2}): 2.5,  # of a thread from before, and of one that was born since
+        frozenset({0, 3}): 0.25,
+        frozenset(range(4)): 9.5,  # of the thread that ended just now, and of one long before that
+    }
+
+
+@pytest.mark.parametrize(
+    ("own_s", "left_s"),
+    [
+        ({}, [1.0, 3.0, 2.0]),
+        ({"0": 0.25, "12": 2.5}, [0.75, 0.5, 2.0]),
+        ({"0": 1.5}, [0.0, 3.0, 2.0]),  # clocks are not exact
+        ({"1": 1.0, "2": 1.0}, [1.0, 1.0, 2.0]),
+        ({"01": 2.0}, [0.5, 1.5, 2.0]),  # in proportion to what is left
+        ({"01": 2.0, "0": 1.0}, [0.0, 1.0, 2.0]),  # to what the surer time leaves
+        ({"123": 1.0, "0": 0.5}, [0.5, 2.4, 1.6]),
+        ({"0123": 7.0}, [0.0, 0.0, 0.0]),
+        ({"0123": 1.5, "3": 2.0, "01": 2.0}, [0.125, 0.375, 0.0]),
+        ({"9": 7.0}, [1.0, 3.0, 2.0]),
+    ],
+)
+def test_what_is_left_without_the_own_time(own_s, left_s):
+    busy_s = {frozenset({0}): 1.0, frozenset({1, 2}): 3.0, frozenset({3}): 2.0}
+    masks = {frozenset(map(int, mask)): used_s for mask, used_s in own_s.items()}
+    assert list(tsa.less_own_s(busy_s, masks).values()) == pytest.approx(left_s)
+
+
+@pytest.fixture
+def three_cpus_used(monkeypatch):
+    """A plan for CPUs 0 to 2 of 4; threads 1 and 2 are those of its lanes."""
+    masks = {1: {0}, 2: {1, 2}}
+    monkeypatch.setattr(os, "sched_getaffinity", masks.get)
+    groups = tsa.Group("forward", (0,), 1), tsa.Group("backward", (1, 2), 2, 2)
+    return tsa.CorePlan("lists", *groups, (0,))
+
+
+@pytest.mark.parametrize(
+    ("busy_s", "stolen_s", "threads_s", "loaders_s", "others", "stolen"),
+    [
+        ((4, 8, 6, 9), (0, 0, 0, 9), (3, 14), 1, (0, 0), 0),
+        ((4, 8, 6, 9), (1.5, 0, 0, 0), (3, 14), 0, (0.1, 0), 0.05),
+        ((4, 8, 6, 9), (0, 3, 3, 0), (1, 6), 1, (0.2, 0.4), 0.2),
+        ((10, 10, 10, 0), (0, 0, 0, 0), (0, 0), 0, (1, 1), 0),
+        ((10.1, 10, 10, 0), (11, 11, 11, 0), (0, 30), 0, (1, 0), 1),
+    ],
+)
+def test_what_others_took_in_ten_seconds(
+    three_cpus_used, busy_s, stolen_s, threads_s, loaders_s, others, stolen
+):
+    before = usage(5.0, (1, 2, 3, 4), (1, 1, 1, 1), (0, 0))
+    after = [1 + busy_s[0], 2 + busy_s[1], 3 + busy_s[2], 4 + busy_s[3]]
+    after = usage(15.0, after, [1 + each for each in stolen_s], threads_s, loaders_s=loaders_s)
+    company = tsa.company_between(three_cpus_used, range(4), before, after)
+    assert (company.start_s, company.end_s) == (5.0, 15.0)
+    lanes = ("forward", "backward")
+    assert company.others == pytest.approx(dict(zip(lanes, others, strict=True)))
+    assert company.stolen == pytest.approx(stolen)
+
+
+def test_the_share_is_of_what_a_lane_can_use(monkeypatch):
+    """Two hardware threads a core: work on one of them is work on the core."""
+    monkeypatch.setattr(os, "sched_getaffinity", {1: set(range(4))}.get)
+    group = tsa.Group("all", (0, 1, 2, 3), 2, 2)
+    plan = tsa.CorePlan("none", group, group, group.cpus)
+    after = usage(1.0, (1.0, 1.0, 0.5, 0.0), threads_s=(2.0,))
+    assert tsa.company_between(plan, range(4), usage(), after).others == pytest.approx(
+        {"all": 0.25}
+    )
+
+
+def test_lanes_that_share_their_only_cpu_share_their_company(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", {1: {0}}.get)
+    plan = tsa.CorePlan("even", tsa.Group("forward", (0,), 1), tsa.Group("backward", (0,), 1), (0,))
+    after = usage(1.0, (0.75, 0.0, 0.0, 0.0), threads_s=(0.5,))
+    others = tsa.company_between(plan, range(4), usage(), after).others
+    assert others == {"forward": 0.25, "backward": 0.25}
+
+
+def test_nothing_is_claimed_where_the_system_hides_something(three_cpus_used, monkeypatch):
+    before, after = usage(), usage(1.0, (1.0,) * 4)
+    assert tsa.company_between(three_cpus_used, range(4), before, after)
+    assert tsa.company_between(three_cpus_used, range(5), before, after) is None
+    assert tsa.company_between(three_cpus_used, (), before, after) is None
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert tsa.company_between(three_cpus_used, range(4), before, after) is None
+
+
+@pytest.mark.parametrize(
+    ("cost_s", "least_s", "ends_s"),
+    [
+        (0.001, {}, [1, 2, 3, 4]),
+        (0.001, {"least_s": 0.2}, [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]),
+        (0.001, {"least_s": 1.7}, [2, 4]),
+        (0.014, {}, [1, 2.5, 4]),  # the cost of the first look is known from then on
+        (0.019, {"least_s": 0.2}, [0.5, 2.5]),
+        (0.019, {"least_s": 0}, [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4]),
+    ],
+)
+def test_looks_come_as_often_as_they_may_cost(
+    three_cpus_used, monkeypatch, cost_s, least_s, ends_s
+):
+    clock = SimpleNamespace(now_s=0.0)
+
+    def read(known=()):
+        at_s, clock.now_s = clock.now_s, clock.now_s + cost_s
+        return usage(at_s)
+
+    monkeypatch.setattr(tsa, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
+    monkeypatch.setattr(tsa, "read_usage", read)
+    lookout, seen = tsa.Lookout(three_cpus_used, range(4)), []
+    for half_seconds in range(1, 9):
+        clock.now_s = half_seconds / 2
+        seen.append(lookout.look(**least_s))
+    seen = list(filter(None, seen))
+    assert [each.end_s for each in seen] == ends_s
+    assert [each.start_s for each in seen] == [0, *ends_s[:-1]], "without a gap"
+
+
+def test_others_are_seen_and_the_own_work_is_not_blamed_on_them(lanes, split_plan):
+    (cpu,) = split_plan.backward.cpus
+    place = partial(os.sched_setaffinity, 0, {cpu})
+    stranger = [sys.executable, "-c", "while True: pass"]
+    with subprocess.Popen(stranger, preexec_fn=place) as process:
+        lanes.lookout.look(0)
+        time.sleep(0.5)
+        idle = lanes.lookout.look(0)
+        used_s = -lanes.backward.call(time.thread_time)
+        while used_s + lanes.backward.call(time.thread_time) < 0.25:
+            lanes.backward.run("backward", burn, 0.05)
+        used_s += lanes.backward.call(time.thread_time)
+        working = lanes.lookout.look(0)
+        process.kill()
+    assert idle.others["backward"] > 0.8
+    for each in (idle, working):
+        assert each.end_s > each.start_s
+        assert 0 <= each.others["forward"] <= 1
+        assert 0 <= each.stolen <= 1
+    own = used_s / (working.end_s - working.start_s)
+    assert working.others["backward"] == pytest.approx(1 - own - working.stolen, abs=0.15)
