@@ -3985,13 +3985,15 @@ class Checkpoints:
 PHASES = ("forward", "backward", "update", "refresh")
 LATEST_STEPS = 2000
 STEPS_TO_DRAW = 3
+COMPANY_WINDOW_S = 10  # over which others' share has to be large: short bursts are nobody's concern
 
 
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step: mean loss per image, images, the records of the phases that ended in it,
     in order, and of the batches that it took; `main_thread_s` is the main thread's CPU time, `top1`
-    and `top5` count right answers, `lr` is the learning rate of the step.
+    and `top5` count right answers, `lr` is the learning rate of the step. `company` is what others
+    took of the cores since they were last looked for, in steps after which they were.
     """
 
     step: int
@@ -4004,6 +4006,7 @@ class StepResult:
     top1: int = 0
     top5: int = 0
     lr: float = 0.0
+    company: Company | None = None
 
     def total(self, quantity: str, phase: str | None = None) -> float:
         """A quantity of PhaseRecord, added up over the records of a phase, or over all."""
@@ -4016,7 +4019,20 @@ class StepResult:
         line |= {"top1": self.top1, "top5": self.top5, "lr": self.lr, "step_s": self.step_s}
         line |= {f"{phase}_s": self.total("duration_s", phase) for phase in PHASES}
         line |= {f"{phase}_cpu_s": self.total("cpu_s", phase) for phase in PHASES}
-        return line | {"stray_s": self.total("stray_s")}
+        company = {"company": dataclasses.asdict(self.company)} if self.company else {}
+        return line | {"stray_s": self.total("stray_s")} | company
+
+
+def joined(companies: Sequence[Company]) -> Company:
+    """What others took in several spans, one after the other: the mean by time."""
+    lengths_s = [each.end_s - each.start_s for each in companies]
+
+    def mean(shares: Iterable[float]) -> float:
+        return math.fsum(map(operator.mul, shares, lengths_s)) / sum(lengths_s)
+
+    others = {lane: mean(each.others[lane] for each in companies) for lane in companies[0].others}
+    stolen = mean(each.stolen for each in companies)
+    return Company(companies[0].start_s, companies[-1].end_s, others, stolen)
 
 
 def covered_s(records: Iterable[PhaseRecord]) -> float:
@@ -4062,7 +4078,7 @@ class Summary:
     cover the latest 2,000 steps; the rest covers all. `busy` is each lane's CPU time in its own
     phases as a share of what its group can use; `waiting_s` CPU time of a lane's threads while the
     other lane alone had a phase to run. The audit takes `audit_ms` a phase, and `audit_share` of a
-    step.
+    step. `company` is what others took in the whole run, if that is known.
     """
 
     steps: int
@@ -4081,6 +4097,7 @@ class Summary:
     loss_first: float
     loss_last: float
     peak_memory_bytes: int
+    company: Company | None
 
 
 class Tally:
@@ -4092,6 +4109,8 @@ class Tally:
     def __init__(self, plan: CorePlan):
         self.steps = self.images = self._first = 0
         self.latest: deque[StepResult] = deque(maxlen=LATEST_STEPS)
+        self.company: Company | None = None
+        self._companies: list[Company] = []  # those of the latest COMPANY_WINDOW_S
         self._plan = plan
         self._loss_first = math.nan
         self._stray_s: Counter[str] = Counter()  # by phase, as the three that follow
@@ -4120,6 +4139,16 @@ class Tally:
                 for record in old.records
             )
             self.latest[-1 - STEPS_TO_DRAW] = dataclasses.replace(old, records=slim)
+
+    def add_company(self, company: Company) -> Company | None:
+        """Take in what others took of the cores; returns what they took in the latest
+        COMPANY_WINDOW_S, once that long has been looked at.
+        """
+        self.company = joined([self.company, company]) if self.company else company
+        since_s = company.end_s - COMPANY_WINDOW_S
+        self._companies = [each for each in self._companies if each.end_s >= since_s] + [company]
+        lately = joined(self._companies)
+        return lately if lately.end_s - lately.start_s >= COMPANY_WINDOW_S else None
 
     def _add_phase(self, record: PhaseRecord) -> None:
         self._stray_s[record.phase] += record.stray_s
@@ -4153,6 +4182,7 @@ class Tally:
             loss_first=self._loss_first,
             loss_last=self.latest[-1].loss,
             peak_memory_bytes=peak_memory_bytes(),
+            company=self.company,
         )
 
     def _summarise_phase(
@@ -4375,6 +4405,7 @@ def trace_events(plan: CorePlan, steps: Sequence[StepResult]) -> dict[str, Any]:
 # ==================================================================================================
 
 STRAY_WARNING_SHARE = 0.01
+COMPANY_IN_SUMMARY = 0.02  # below that it may be the error of the clocks
 METRICS, TIMELINE, TRACE = "metrics.jsonl", "timeline.png", "trace.json"
 TRACEBACK = "traceback.txt"
 CURVES, GRADIENTS, RANGE_PLOT = "curves.png", "gradients.png", "lr.png"
@@ -4451,10 +4482,26 @@ def cpu_table(summary: Summary) -> str:
     return markdown_table(header, rows)
 
 
+def company_texts(company: Company, least: float) -> Iterator[str]:
+    """What others took of the cores, if that was `least` or more: other processes by lane, and the
+    hypervisor.
+    """
+    shares = [
+        f"{100 * share:.0f} % of {'all' if lane == 'all' else f'the {lane}'} cores"
+        for lane, share in company.others.items()
+        if share >= least
+    ]
+    if shares:
+        yield f"other processes took {' and '.join(shares)}"
+    if company.stolen >= least:
+        yield f"the hypervisor took {100 * company.stolen:.0f} %"
+
+
 def summary_lines(summary: Summary) -> list[str]:
     """Throughput, memory and placement in sentences."""
     strayed = "some work could leave the phase's cores" if summary.stray_s else "no work strayed"
     waiting_s = summary.waiting_s
+    company = summary.company and [*company_texts(summary.company, COMPANY_IN_SUMMARY)]
     busy = ", ".join(f"{name} cores {share:.0%}" for name, share in summary.busy.items())
     return [
         f"{summary.images_per_s:.2f} images/s, {summary.median_step_s:.3f} s a step (median), "
@@ -4465,6 +4512,7 @@ def summary_lines(summary: Summary) -> list[str]:
         f"busy over whole steps: {busy}; CPU time beside that: "
         f"main thread {summary.main_thread_s:.2f} s"
         + (f", waiting threads of the other lane {waiting_s:.2f} s" if waiting_s >= 0.005 else ""),
+        *(["; ".join(company)] if company else []),
         f"the audit of where threads ran took {summary.audit_ms:.2f} ms a phase, "
         f"{summary.audit_share:.1%} of a step",
     ]
@@ -4974,6 +5022,16 @@ class RunReport:
             for number, text in enumerate(placement_warnings(record, self._plan)):
                 self.warn(f"{record.phase} {number}", text)
 
+    def company(self, company: Company | None) -> None:
+        """Take in what others took of the cores, if they were looked for; warn when that begins."""
+        if not company:
+            return
+        lately = self._tally.add_company(company)
+        for text in company_texts(lately, COMPANY_SHARE) if lately else ():
+            latest = f"in the latest {lately.end_s - lately.start_s:.0f} s"
+            slower = "every step waits for the slowest of its threads"
+            self.warn(text.partition(" took")[0], f"{text} {latest}: {slower}")
+
     def bad_images(self, bad: BadImages) -> None:
         """Warn of broken images that were left out."""
         for text in bad.messages:
@@ -4984,6 +5042,7 @@ class RunReport:
         self._tally.add(result)
         self._write_metrics(result.as_metrics())
         self.check_placement(result.records)
+        self.company(result.company)
         figures = (
             f"loss {result.loss:.4f}, {result.images / result.step_s:.2f} img/s, "
             f"forward {result.total('duration_s', 'forward'):.2f} s, "
@@ -5224,7 +5283,9 @@ def evaluate(
 
 
 def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
-    """The steps that are left of an epoch, and of the run."""
+    """The steps that are left of an epoch, and of the run; between them is looked who else is
+    there, while no step is timed.
+    """
     settings = run.settings
     left = total_steps(settings, progress.epoch_batches) - progress.step
     whole = steps_in_epoch(settings, len(run.train)) * settings.accumulate
@@ -5236,7 +5297,7 @@ def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
         counts = result.images, result.loss, result.top1, result.top5
         progress.add_step(*counts, settings.accumulate)
         progress.lr = result.lr
-        yield result
+        yield dataclasses.replace(result, company=run.lanes.lookout.look())
 
 
 def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
@@ -5245,6 +5306,7 @@ def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
     parts = {"train": Scores(loss, progress.images, progress.top1, progress.top5)}
     if run.val:
         parts |= zip(("val", "val_raw"), evaluate(run, report), strict=False)
+        report.company(run.lanes.lookout.look())
     row = {
         "epoch": progress.epoch + 1,
         **dict.fromkeys(EPOCH_FIELDS),

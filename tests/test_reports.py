@@ -439,6 +439,102 @@ def test_warnings_are_shown_once_and_alarms_each_time(settings, capsys):
         assert log.count(f"- warning: {text}\n") == 1
 
 
+# Others on the same cores
+
+
+def company(end_s, stolen=0.0, seconds=1.0, **others):
+    """What others took of some lanes in some seconds, by default in one."""
+    return tsa.Company(end_s - seconds, end_s, others, stolen)
+
+
+@pytest.mark.parametrize(
+    ("company", "texts"),
+    [
+        (company(1, forward=0.0, backward=0.019), []),
+        (
+            company(1, forward=0.01, backward=0.47),
+            ["other processes took 47 % of the backward cores"],
+        ),
+        (
+            company(1, 0.034, forward=1.0, backward=0.02),
+            [
+                "other processes took 100 % of the forward cores and 2 % of the backward cores",
+                "the hypervisor took 3 %",
+            ],
+        ),
+        (
+            company(1, 0.02, all=0.126),
+            ["other processes took 13 % of all cores", "the hypervisor took 2 %"],
+        ),
+    ],
+)
+def test_what_others_took_in_words(company, texts):
+    assert list(tsa.company_texts(company, 0.02)) == texts
+    summary = dataclasses.replace(summarise([step(1)]), company=company)
+    alone = tsa.summary_lines(summarise([step(1)]))
+    said = ["; ".join(texts)] if texts else []
+    assert tsa.summary_lines(summary) == [*alone[:-1], *said, alone[-1]]
+
+
+BESIDE = "every step waits for the slowest of its threads"
+
+
+@pytest.mark.parametrize(
+    ("shares", "warnings"),
+    [
+        ([{"backward": 0.09}] * 40, []),
+        ([{"backward": 0.9}] * 9, []),  # too short a time to tell
+        ([{}] * 20 + [{"backward": 0.9}] + [{}] * 20, []),  # a burst
+        (
+            [{"backward": 0.5, "forward": 0.04}] * 40,
+            [f"other processes took 50 % of the backward cores in the latest 10 s: {BESIDE}"],
+        ),
+        (
+            [{}] * 20
+            + [{"backward": 1.0, "stolen": 0.2}] * 10
+            + [{}] * 20
+            + [{"forward": 1.0}] * 20,
+            [
+                f"other processes took 18 % of the backward cores in the latest 11 s: {BESIDE}",
+                f"the hypervisor took 11 % in the latest 11 s: {BESIDE}",
+            ],
+        ),
+    ],
+)
+def test_others_are_warned_of_once_when_they_begin(settings, capsys, shares, warnings):
+    report = report_on(dataclasses.replace(settings, print_freq=1000))
+    none = {"forward": 0.0, "backward": 0.0}
+    for second, share in enumerate(shares, start=1):
+        report.step(dataclasses.replace(step(second), company=company(second, **none | share)))
+        report.step(step(second))
+    assert capsys.readouterr().err == "".join(f"warning: {text}\n" for text in warnings)
+    report.finish("finished")
+    log = settings.log_file.read_text()
+    assert [line for line in log.splitlines() if BESIDE in line] == [
+        f"- warning: {text}" for text in warnings
+    ]
+
+
+def test_others_beside_a_validation_count_too(settings, capsys):
+    report = report_on(settings)
+    report.step(dataclasses.replace(step(1), company=company(10, forward=0.0, seconds=10)))
+    report.company(company(40, forward=0.4, seconds=30))
+    report.company(None)
+    report.finish("finished")
+    shown = capsys.readouterr()
+    assert "other processes took 40 % of the forward cores in the latest 30 s: " in shown.err
+    assert "other processes took 30 % of the forward cores\n" in shown.out
+    (step_line,) = read_metrics(settings.output_dir, "step")
+    (summary,) = read_metrics(settings.output_dir, "summary")
+    assert step_line["company"]["others"] == {"forward": 0.0}
+    assert summary["company"] == {
+        "start_s": 0,
+        "end_s": 40,
+        "others": {"forward": pytest.approx(0.3)},
+        "stolen": 0.0,
+    }
+
+
 # Time left
 
 

@@ -34,6 +34,23 @@ def test_a_step_in_metrics():
     assert line == pytest.approx(expected)
 
 
+def company(end_s, forward=0.0, backward=0.0, stolen=0.0, seconds=1.0):
+    """What others took of two lanes in some seconds, by default in one."""
+    others = {"forward": forward, "backward": backward}
+    return tsa.Company(end_s - seconds, end_s, others, stolen)
+
+
+def test_a_step_after_which_others_were_looked_for_tells_of_them():
+    line = dataclasses.replace(step(3), company=company(7.0, 0.25, stolen=0.5)).as_metrics()
+    assert line["company"] == {
+        "start_s": 6.0,
+        "end_s": 7.0,
+        "others": {"forward": 0.25, "backward": 0.0},
+        "stolen": 0.5,
+    }
+    assert "company" not in step(3).as_metrics()
+
+
 def test_the_summary():
     slow = [step(number, 9.0, 9.0, 9.0, 30.0) for number in (1, 2)]
     summary = summarise([*slow, *(step(number) for number in range(3, 13))], PLAN)
@@ -194,3 +211,49 @@ def test_the_audit_s_own_cost():
     assert summary.audit_share == pytest.approx(2 * 0.005 / 0.5)
     line = "the audit of where threads ran took 2.00 ms a phase, 2.0% of a step"
     assert tsa.summary_lines(summary)[-1] == line
+
+
+def test_what_others_took_is_a_mean_by_time():
+    spans = company(1.0, 0.4, 0.1), company(5.0, 0.0, 0.1, 0.5, 4.0), company(10.0, 1.0, 0.1, 0, 5)
+    whole = tsa.joined(spans)
+    assert (whole.start_s, whole.end_s) == (0.0, 10.0)
+    assert whole.others == pytest.approx({"forward": 0.54, "backward": 0.1})
+    assert whole.stolen == pytest.approx(0.2)
+    assert tsa.joined(spans[:1]) == spans[0]
+
+
+def test_what_others_took_in_a_long_run_needs_no_more_memory():
+    tally = tsa.Tally(PLAN)
+    for number in range(1, 1001):
+        lately = tally.add_company(company(float(number), 0.3 if number <= 100 else 0.0))
+    assert len(tally._companies) < 20
+    assert lately.others == {"forward": 0, "backward": 0}
+    tally.add(step(1))
+    whole = tally.summary().company
+    assert (whole.start_s, whole.end_s) == (0.0, 1000.0)
+    assert whole.others == pytest.approx({"forward": 0.03, "backward": 0.0})
+
+
+def test_a_summary_where_nobody_could_look():
+    summary = summarise([step(1)])
+    assert summary.company is None
+    assert "other processes" not in "".join(tsa.summary_lines(summary))
+
+
+@pytest.mark.parametrize(
+    ("ends_s", "spans"),
+    [
+        (range(1, 10), [None] * 9),
+        (range(1, 14), [None] * 9 + [(0, 10), (0, 11), (1, 12), (2, 13)]),
+        ((4, 8, 12, 16), [None, None, (0, 12), (4, 16)]),
+        ((30, 60, 61), [(0, 30), (30, 60), (30, 61)]),  # long steps, then a short one
+    ],
+)
+def test_what_others_took_lately(ends_s, spans):
+    """Of ten seconds at the least, without what is older."""
+    tally, begun_s, found = tsa.Tally(PLAN), 0, []
+    for end_s in ends_s:
+        lately = tally.add_company(company(end_s, seconds=end_s - begun_s))
+        found.append(lately and (lately.start_s, lately.end_s))
+        begun_s = end_s
+    assert found == spans
