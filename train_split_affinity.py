@@ -3979,7 +3979,7 @@ class Checkpoints:
 
 # ==================================================================================================
 # 9  Summary
-# What the records of a run add up to. Pure, but for a reading of the memory in use.
+# What the records of a run add up to. Pure, but for readings of the memory in use.
 # ==================================================================================================
 
 PHASES = ("forward", "backward", "update", "refresh")
@@ -4078,7 +4078,8 @@ class Summary:
     cover the latest 2,000 steps; the rest covers all. `busy` is each lane's CPU time in its own
     phases as a share of what its group can use; `waiting_s` CPU time of a lane's threads while the
     other lane alone had a phase to run. The audit takes `audit_ms` a phase, and `audit_share` of a
-    step. `company` is what others took in the whole run, if that is known.
+    step. `company` is what others took in the whole run, if that is known; `memory_by_node` are
+    bytes, where there are several NUMA nodes.
     """
 
     steps: int
@@ -4098,6 +4099,7 @@ class Summary:
     loss_last: float
     peak_memory_bytes: int
     company: Company | None
+    memory_by_node: dict[int, int]
 
 
 class Tally:
@@ -4183,6 +4185,7 @@ class Tally:
             loss_last=self.latest[-1].loss,
             peak_memory_bytes=peak_memory_bytes(),
             company=self.company,
+            memory_by_node=memory_by_node(),
         )
 
     def _summarise_phase(
@@ -4221,6 +4224,29 @@ def peak_memory_bytes() -> int:
     """The largest resident size that this process has had; loader processes not included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_by_node(root: Path = Path("/")) -> dict[int, int]:
+    """Bytes of this process's memory in each NUMA node, as in parse_numa_maps; empty where there is
+    one node. Between steps activations count if the allocator keeps what is freed (see
+    tune_allocator). The kernel goes through all pages for this: not to be asked for in every step.
+    """
+    several = len(list((root / "sys/devices/system/node").glob("node[0-9]*"))) > 1
+    return parse_numa_maps(read_text(root / "proc/self/numa_maps")) if several else {}
+
+
+def parse_numa_maps(text: str) -> dict[int, int]:
+    """Bytes by NUMA node in the form of /proc/self/numa_maps, of memory that belongs to no file:
+    weights, gradients and activations are there; libraries, and batches that loader processes
+    handed over, are not.
+    """
+    counted: Counter[int] = Counter()
+    for line in text.splitlines():
+        page_kib = re.search(r" kernelpagesize_kB=(\d+)", line)
+        if page_kib and " file=" not in line:
+            for node, pages in re.findall(r" N(\d+)=(\d+)", line):
+                counted[int(node)] += 1024 * int(page_kib[1]) * int(pages)
+    return dict(sorted(counted.items()))
 
 
 # ==================================================================================================
@@ -4495,6 +4521,17 @@ def company_texts(company: Company, least: float) -> Iterator[str]:
         yield f"other processes took {' and '.join(shares)}"
     if company.stolen >= least:
         yield f"the hypervisor took {100 * company.stolen:.0f} %"
+
+
+def memory_lines(by_node: dict[int, int], topology: Topology, plan: CorePlan) -> list[str]:
+    """Where memory is, in a line that names the lanes with cores in each node, if it is known."""
+    places = []
+    for node, size_bytes in by_node.items():
+        cpus = {*cpus_of(core for core in topology.cores if core.node == node)}
+        lanes = [f"{group.name} cores" for group in plan.groups if cpus & group.cpu_set]
+        where = f" ({', '.join(lanes)})" if lanes else ""
+        places.append(f"node {node}{where} {size_bytes / 2**30:.2f} GiB")
+    return [f"memory by node, without that of files: {', '.join(places)}"] if places else []
 
 
 def summary_lines(summary: Summary) -> list[str]:
@@ -4821,6 +4858,7 @@ def log_section(
         f"versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
         *(f"warning: {text}" for text in warned),
         *(summary_lines(summary) if summary else ()),
+        *(memory_lines(summary.memory_by_node, topology, plan) if summary else ()),
     ]
     heading = f"\n## {utc_now()} {settings.model}, {settings.schedule}, split {plan.split}\n"
     tables = ["", phase_table(summary), "", cpu_table(summary)] if summary else []

@@ -139,6 +139,30 @@ def test_the_log_section_writes_milestones_as_they_were_given():
     assert "lr_milestones 1,2,3, " in text
 
 
+def test_the_log_section_tells_where_memory_is(tmp_path):
+    root = machines.write_machine(tmp_path, machines.TWO_SOCKETS)
+    topology = tsa.read_topology(root, frozenset(range(8)))
+    plan = tsa.plan_cores(topology, Settings())
+    assert [group.cpus for group in plan.groups] == [(0, 2, 4, 6), (1, 3, 5, 7)]
+    by_node = {0: 9 * 2**28, 1: 2**28, 2: 2**30}  # a node without cores: memory alone
+    summary = dataclasses.replace(summarise([step(1)], plan), memory_by_node=by_node)
+    text = tsa.log_section(Settings(), topology, plan, "finished", summary, [])
+    places = "node 0 (forward cores) 2.25 GiB, node 1 (backward cores) 0.25 GiB, node 2 1.00 GiB"
+    assert f"- memory by node, without that of files: {places}" in text.splitlines()
+    summary = dataclasses.replace(summary, memory_by_node={})
+    text = tsa.log_section(Settings(), topology, plan, "finished", summary, [])
+    assert "memory by node" not in text
+
+
+def test_memory_of_a_node_that_both_lanes_use():
+    topology = tsa.Topology(
+        "", (tsa.Core(0, 3, 0, 0, (0,)), tsa.Core(0, 3, 0, 1, (1, 2))), *[()] * 4
+    )
+    assert tsa.memory_lines({3: 2**29}, topology, PLAN) == [
+        "memory by node, without that of files: node 3 (forward cores, backward cores) 0.50 GiB"
+    ]
+
+
 def test_the_log_section_of_a_run_without_a_step():
     topology = tsa.read_topology()
     plan = tsa.plan_cores(topology, Settings(split="none"))
@@ -532,6 +556,9 @@ def test_others_beside_a_validation_count_too(settings, capsys):
         "end_s": 40,
         "others": {"forward": pytest.approx(0.3)},
         "stolen": 0.0,
+    }
+    assert summary["memory_by_node"] == {
+        str(node): size_bytes for node, size_bytes in tsa.memory_by_node().items()
     }
 
 

@@ -257,3 +257,40 @@ def test_what_others_took_lately(ends_s, spans):
         found.append(lately and (lately.start_s, lately.end_s))
         begun_s = end_s
     assert found == spans
+
+
+NUMA_MAPS = """\
+5602d5920000 default file=/usr/bin/python3.11 mapped=2 N0=2 kernelpagesize_kB=4
+5602d592a000 default file=/usr/bin/python3.11 anon=1 dirty=1 active=0 N0=1 kernelpagesize_kB=4
+560300000000 default heap anon=262400 dirty=262400 active=0 N0=262144 N1=256 kernelpagesize_kB=4
+7f0000000000 default anon=3 dirty=3 N1=3 kernelpagesize_kB=2048
+7f1000000000 interleave:0-3 anon=40 dirty=40 N0=10 N1=10 N2=10 N3=10 kernelpagesize_kB=64
+7f2000000000 default file=/memfd:batch\\040(deleted) mapped=9 N10=9 kernelpagesize_kB=4
+7f3000000000 default
+7ffc00000000 default stack anon=5 dirty=5 N10=5 kernelpagesize_kB=4
+"""
+
+
+def test_memory_by_node():
+    """As in the kernel's numa_maps, with pages of three sizes; files are left out."""
+    assert tsa.parse_numa_maps(NUMA_MAPS) == {
+        0: 2**30 + 10 * 2**16,
+        1: 2**20 + 3 * 2**21 + 10 * 2**16,
+        2: 10 * 2**16,
+        3: 10 * 2**16,
+        10: 5 * 2**12,
+    }
+    assert tsa.parse_numa_maps("") == {}
+
+
+@pytest.mark.parametrize(
+    ("rows", "maps", "nodes"),
+    [
+        (machines.TWO_SOCKETS, NUMA_MAPS, [0, 1, 2, 3, 10]),
+        (machines.TWO_SOCKETS, None, []),
+        (machines.THREE, NUMA_MAPS, []),
+    ],
+)
+def test_memory_is_told_by_node_where_there_are_several(tmp_path, rows, maps, nodes):
+    files = {"proc/self/numa_maps": maps} if maps else {}
+    assert list(tsa.memory_by_node(machines.write_machine(tmp_path, rows, files))) == nodes
