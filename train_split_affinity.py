@@ -1366,7 +1366,12 @@ def fullest_subset(sizes: Sequence[int], limit: int) -> tuple[int, ...]:
 
 # One object each for all records without a closer look, of which a long run has many.
 UNKNOWN: dict[int, float] = {}
-NOWHERE: frozenset[int] = frozenset()
+NOT_LOOKED_AT = {
+    "cpu_busy_s": UNKNOWN,
+    "cpu_before_s": UNKNOWN,
+    "seen_on": frozenset(),
+    "used_on_s": UNKNOWN,
+}
 LOOK_SHARE = 0.01  # of the time may go into looking closely at each kind of phase
 COMPANY_SHARE = 0.1  # of a lane's cores: if others take that much, it is told
 
@@ -1383,7 +1388,9 @@ class PhaseRecord:
 
     `mask` is the affinity mask in force; `audit_s` went into all this before and after the phase.
     In phases that the audit had a closer look at (see Lane), `seen_on` is where the group's threads
-    were last seen, and `cpu_busy_s` how long each logical CPU was busy with anything at all.
+    were last seen, `used_on_s` what of `cpu_s` belongs to the threads last seen on each logical
+    CPU, and `cpu_busy_s` how long each was busy with anything at all, having been so for
+    `cpu_before_s` between boot and the phase.
     """
 
     phase: str
@@ -1398,6 +1405,8 @@ class PhaseRecord:
     python_s: float
     seen_on: frozenset[int]
     audit_s: float = 0.0
+    used_on_s: dict[int, float] = field(default_factory=lambda: UNKNOWN)
+    cpu_before_s: dict[int, float] = field(default_factory=lambda: UNKNOWN)
 
     @property
     def duration_s(self) -> float:
@@ -1658,15 +1667,16 @@ class Audit:
         """The fields of a PhaseRecord from a reading before the phase, and one now, after it."""
         self._known = threads_ns = thread_clocks_ns(before.threads_ns)
         look = before.cpus_s is not None
-        busy = self.busy_between(before.cpus_s, cpu_busy_s()) if look else UNKNOWN
-        return self.attribute(group, before.threads_ns, threads_ns, look) | {"cpu_busy_s": busy}
+        busy = self.busy_between(before.cpus_s, cpu_busy_s()) if look else {}
+        used = self.attribute(group, before.threads_ns, threads_ns, look)
+        return NOT_LOOKED_AT | used | busy
 
     def attribute(
         self, group: Group, before_ns: dict[int, int], after_ns: dict[int, int], look: bool = True
     ) -> dict[str, Any]:
         """Share the CPU time between two readings out over the fields of a PhaseRecord."""
         totals = Counter()
-        seen_on = set()
+        used_on_s = Counter()
         python = {thread.native_id for thread in threading.enumerate()} - set(self.born_for)
         for tid, now_ns in after_ns.items():
             used_s = (now_ns - before_ns.get(tid, 0)) / 1e9
@@ -1676,20 +1686,27 @@ class Audit:
                 mask = os.sched_getaffinity(tid) if tid else group.cpu_set
                 role = thread_role(mask, group, self.born_for.get(tid), tid in python)
                 if role == "cpu_s" and tid and look:
-                    seen_on.add(last_cpu(tid))
+                    used_on_s[last_cpu(tid)] += used_s
             except (OSError, IndexError):  # the thread ended just now: nobody can tell where it ran
                 role = "stray_s"
             totals[role] += used_s
         roles = ("cpu_s", "stray_s", "other_lane_s", "python_s")
         used = {role: totals[role] for role in roles}
-        return used | {"seen_on": frozenset(seen_on) if look else NOWHERE}
+        if look:
+            used |= {"seen_on": frozenset(used_on_s), "used_on_s": dict(used_on_s)}
+        return used
 
-    def busy_between(self, before_s: list[float], after_s: list[float]) -> dict[int, float]:
-        """Busy seconds of each logical CPU; empty where the system hides some of them."""
+    def busy_between(
+        self, before_s: list[float], after_s: list[float]
+    ) -> dict[str, dict[int, float]]:
+        """Busy seconds of each logical CPU in a phase, and from boot until then; nothing where the
+        system hides some of them.
+        """
         if not len(self.online) == len(before_s) == len(after_s):
             return {}
-        pairs = zip(before_s, after_s, strict=True)
-        return dict(zip(self.online, (after - before for before, after in pairs), strict=True))
+        busy = [after - before for before, after in zip(before_s, after_s, strict=True)]
+        by_cpu = partial(zip, self.online, strict=True)
+        return {"cpu_busy_s": dict(by_cpu(busy)), "cpu_before_s": dict(by_cpu(before_s))}
 
 
 def thread_role(mask: Set[int], group: Group, born_for: Group | None, is_python: bool) -> str:
@@ -4135,7 +4152,7 @@ class Tally:
         if len(self.latest) > STEPS_TO_DRAW:
             old = self.latest[-1 - STEPS_TO_DRAW]
             slim = tuple(
-                dataclasses.replace(record, cpu_busy_s=UNKNOWN, seen_on=NOWHERE)
+                dataclasses.replace(record, **NOT_LOOKED_AT)
                 if record.seen_on or record.cpu_busy_s
                 else record
                 for record in old.records

@@ -96,7 +96,11 @@ def test_work_stays_inside_the_groups(lanes, split_plan):
         assert record.stray_s == 0
         assert 0 < record.cpu_s < record.duration_s + 0.01, "one CPU has no more to give"
         assert set(record.cpu_busy_s) == set(tsa.read_topology().online)
+        assert record.used_on_s == {group.cpus[0]: pytest.approx(record.cpu_s)}, "on its only CPU"
     assert forward.end_s <= backward.start_s
+    for cpu, before_s in forward.cpu_before_s.items():
+        after_s = before_s + forward.cpu_busy_s[cpu]
+        assert 0 < before_s <= after_s <= backward.cpu_before_s[cpu] + 0.02, "one clock for all"
     assert not list(tsa.placement_warnings(forward, split_plan))
     assert not list(tsa.placement_warnings(backward, split_plan))
 
@@ -146,6 +150,24 @@ def forward_worker(request, split_plan):
     return worker
 
 
+def test_the_audit_tells_how_long_threads_were_busy_where_they_were_last_seen(
+    split_plan, monkeypatch
+):
+    """Two threads on one CPU, and one elsewhere; none of them is Python's."""
+    tids = range(10**8, 10**8 + 3)
+    cpu_of = dict(zip(tids, (0, 0, 4), strict=True))
+    monkeypatch.setattr(tsa, "last_cpu", cpu_of.get)
+    group = split_plan.forward
+    monkeypatch.setattr(tsa.os, "sched_getaffinity", lambda tid: set(group.cpus))
+    before = dict.fromkeys(tids, 1_000_000_000)
+    after = dict(zip(tids, (3_000_000_000, 1_500_000_000, 1_250_000_000), strict=True))
+    used = tsa.Audit(()).attribute(group, before, after)
+    assert used["used_on_s"] == {0: 2.5, 4: 0.25}
+    assert used["seen_on"] == {0, 4}
+    assert used["cpu_s"] == 2.75
+    assert "used_on_s" not in tsa.Audit(()).attribute(group, before, after, look=False)
+
+
 def test_the_audit_counts_a_thread_born_within_the_phase(forward_worker, split_plan):
     """All of its time is the phase's: it has no reading from before."""
     worker, mask = forward_worker, frozenset(split_plan.forward.cpus)
@@ -169,6 +191,8 @@ def test_the_audit_looks_closely_as_often_as_it_may_cost(share, looks, lanes, mo
     records = lanes.take_records()
     assert [bool(record.cpu_busy_s) for record in records] == looks
     assert [bool(record.seen_on) for record in records] == looks
+    assert [bool(record.used_on_s) for record in records] == looks
+    assert [bool(record.cpu_before_s) for record in records] == looks
     for record in records:
         assert record.cpu_s > 0
         assert record.mask is lanes.backward.group.cpu_set, "one for all"

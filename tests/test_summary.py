@@ -193,9 +193,12 @@ def test_figures_by_cpu_are_summed_up_and_kept_for_a_picture_only():
     tally = tsa.Tally(PLAN)
     for number in range(1, 8):
         busy = {0: 0.0, 1: 0.01 * number, 2: 0.02} if number % 2 else {}
-        tally.add(step(number, backward_s=0.1, cpu_busy_s=busy, seen_on=frozenset({number % 3})))
-    kept = [any(record.cpu_busy_s for record in result.records) for result in tally.latest]
-    assert kept == [False] * 4 + [True] * 3
+        seen = {"seen_on": frozenset({number % 3}), "used_on_s": {1: 0.01}, "cpu_before_s": busy}
+        tally.add(step(number, backward_s=0.1, cpu_busy_s=busy, **seen))
+    for name in ("cpu_busy_s", "seen_on", "used_on_s"):
+        kept = [any(getattr(one, name) for one in result.records) for result in tally.latest]
+        assert kept == [False] * 4 + [True] * 3
+    assert not any(one.cpu_before_s for result in list(tally.latest)[:4] for one in result.records)
     (backward,) = (each for each in tally.summary().phases if each.phase == "backward")
     # Looked at were both phases, of 0.05 s, of steps 1, 3, 5 and 7.
     assert backward.cpu_busy == pytest.approx({0: 0.0, 1: 0.32 / 0.4, 2: 0.16 / 0.4})
