@@ -4367,6 +4367,29 @@ def number_batches(records: Sequence[PhaseRecord]) -> list[int | None]:
     return numbers
 
 
+def owned_phases(steps: Sequence[StepResult]) -> Iterator[tuple[PhaseRecord, dict[str, int]]]:
+    """The phases by start time, each with the optimizer step, and the micro-batch within that, for
+    which it worked.
+
+    A step's records are of the phases that ended in it. `delayed` has then begun the next one: it
+    has refreshed a copy for it, and its first micro-batch has gone forward.
+    """
+    owners = [
+        (step.step, number)
+        for step in steps
+        for number in range(1, 1 + sum(record.phase == "backward" for record in step.records))
+    ]
+    owners.append((steps[-1].step + 1, 1))
+    step_of = {id(record): step.step for step in steps for record in step.records}
+    records = by_start(record for step in steps for record in step.records)
+    for record, number in zip(records, number_batches(records), strict=True):
+        if number:
+            step, micro_batch = owners[number - 1]
+            yield record, {"step": step, "micro_batch": micro_batch}
+        else:
+            yield record, {"step": step_of[id(record)] + (record.phase == "refresh")}
+
+
 def panel_rows(panel: Panel) -> list[Row]:
     """A row for each lane, and below it those of its group's CPUs: one each, or, if there are more
     than 16 in the plan, one for those that share an L3 cache; for a NUMA node if there are more
@@ -4610,14 +4633,16 @@ def trace_events(plan: CorePlan, steps: Sequence[StepResult]) -> dict[str, Any]:
         {"name": "thread_name", "ph": "M", "pid": 0, "tid": rows[key], "args": {"name": name}}
         for key, name in names.items()
     ]
-    for span in (*records, *loads):
-        if isinstance(span, PhaseRecord):
-            name, key, cores = span.phase, span.lane, format_cpu_list(span.mask)
-            args = {"cpu_s": span.cpu_s, "stray_s": span.stray_s, "cores": cores}
-        else:
-            name, key, args = "load", span.loader, {}
+    spans = [(load, "load", load.loader, {}) for load in loads]
+    for record, owner in owned_phases(steps):
+        name = f"{record.phase} {owner.get('micro_batch', '')}".strip()
+        used = {"cpu_s": record.cpu_s, "stray_s": record.stray_s}
+        cores = {"cores": format_cpu_list(record.mask)}
+        spans.append((record, name, record.lane, owner | used | cores))
+    for span, name, key, args in spans:
         place = {"ts": 1e6 * (span.start_s - zero_s), "dur": 1e6 * (span.end_s - span.start_s)}
-        events.append({"name": name, "ph": "X", "pid": 0, "tid": rows[key], **place, "args": args})
+        kind = {"name": name, "cat": name.split()[0], "ph": "X"}
+        events.append({**kind, "pid": 0, "tid": rows[key], **place, "args": args})
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 

@@ -429,7 +429,96 @@ def test_the_trace():
     ]
     assert ("loader 1", "load", 0.0, 250_000.0) in spans
     assert ("main thread", "load", 1_500_000.0, 1_000_000.0) in spans
-    assert ("backward lane", "backward", 1_500_000.0, pytest.approx(100_000)) in spans
+    assert ("backward lane", "backward 1", 1_500_000.0, pytest.approx(100_000)) in spans
     assert len(spans) == 8
     (update,) = (event for event in events if event["name"] == "update")
-    assert update["args"] == {"cpu_s": 0.1, "stray_s": 0.0, "cores": "1-2"}
+    assert update["cat"] == "update"
+    assert update["args"] == {"step": 1, "cpu_s": 0.1, "stray_s": 0.0, "cores": "1-2"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (  # sequential, one micro-batch a step
+            [
+                [("forward", 0, 1), ("backward", 1, 2), ("update", 3, 1)],
+                [("forward", 4, 1), ("backward", 5, 2), ("update", 7, 1)],
+            ],
+            "forward 5.1, backward 5.1, update 5, forward 6.1, backward 6.1, update 6",
+        ),
+        (  # overlap, two micro-batches a step
+            [
+                [
+                    ("forward", 0, 1),
+                    ("backward", 1, 2),
+                    ("forward", 1.1, 1),
+                    ("backward", 3, 2),
+                    ("update", 5, 1),
+                ],
+                [
+                    ("forward", 6, 1),
+                    ("backward", 7, 2),
+                    ("forward", 7.1, 1),
+                    ("backward", 9, 2),
+                    ("update", 11, 1),
+                ],
+            ],
+            "forward 5.1, backward 5.1, forward 5.2, backward 5.2, update 5, "
+            "forward 6.1, backward 6.1, forward 6.2, backward 6.2, update 6",
+        ),
+        (  # delayed, from the start of a run: the first forward phase is of its own step
+            [
+                [
+                    ("forward", 0, 1),
+                    ("backward", 1, 2),
+                    ("forward", 1.1, 1),
+                    ("backward", 3, 2),
+                    ("refresh", 3.1, 0.2),
+                    ("forward", 3.4, 1),
+                    ("update", 5, 1),
+                ],
+                [
+                    ("backward", 6, 2),
+                    ("forward", 6.1, 1),
+                    ("backward", 8, 2),
+                    ("refresh", 8.1, 0.2),
+                    ("forward", 8.4, 1),
+                    ("update", 10, 1),
+                ],
+            ],
+            "forward 5.1, backward 5.1, forward 5.2, backward 5.2, refresh 6, forward 6.1, "
+            "update 5, backward 6.1, forward 6.2, backward 6.2, refresh 7, forward 7.1, update 6",
+        ),
+        (  # delayed in mid-run, one micro-batch a step; then the last step of an epoch
+            [
+                [("refresh", 0, 0.2), ("backward", 0, 2), ("forward", 0.3, 1), ("update", 2, 1)],
+                [("backward", 3, 2), ("update", 5, 1)],
+                [
+                    ("forward", 6, 1),
+                    ("refresh", 7, 0.2),
+                    ("backward", 7, 2),
+                    ("forward", 7.3, 1),
+                    ("update", 9, 1),
+                ],
+            ],
+            "refresh 6, backward 5.1, forward 6.1, update 5, backward 6.1, update 6, "
+            "forward 7.1, refresh 8, backward 7.1, forward 8.1, update 7",
+        ),
+    ],
+    ids=["sequential", "overlap", "delayed", "delayed in mid-run"],
+)
+def test_the_trace_tells_step_and_micro_batch(steps, expected):
+    results = [
+        tsa.StepResult(number, 1.0, 8, 1.0, tuple(phases(*triples)))
+        for number, triples in enumerate(steps, start=5)
+    ]
+    spans = [event for event in tsa.trace_events(PLAN, results)["traceEvents"] if "cat" in event]
+    found = [
+        f"{event['cat']} {event['args']['step']}"
+        + (f".{event['args']['micro_batch']}" if "micro_batch" in event["args"] else "")
+        for event in spans
+    ]
+    assert ", ".join(found) == expected
+    for event in spans:
+        number = event["args"].get("micro_batch")
+        assert event["name"] == (f"{event['cat']} {number}" if number else event["cat"])
