@@ -4791,33 +4791,50 @@ def epoch_line(row: dict[str, Any], names: Sequence[str] = EPOCH_FIELDS) -> str:
     return "  ".join([*cells, f"timestamp: {row['timestamp']}"])
 
 
-def draw_curves(path: Path, title: str, history: Sequence[dict[str, Any]]) -> None:
-    """Losses, accuracies and learning rate by epoch, one above the other; what only some epochs
-    have is drawn for those.
+def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The epoch with the best validation top-1, the first of equals, as for best.pt."""
+    validated = (row for row in history if row["val_top1"] is not None)
+    return max(validated, key=lambda row: row["val_top1"], default=None)
+
+
+def draw_curves(
+    path: Path, title: str, history: Sequence[dict[str, Any]], footer: str = ""
+) -> None:
+    """Losses, accuracies and learning rate by epoch, one above the other, and which epoch was the
+    best; what only some epochs have is drawn for those.
     """
     epochs = [row["epoch"] for row in history]
-    figure = new_figure(8, 8)
+    figure = new_figure(9.5, 8, footer)
     losses, accuracies, rates = figure.subplots(3, sharex=True, height_ratios=(3, 3, 2))
+    points = {"marker": ".", "markersize": 6 if len(epochs) <= 60 else 2}
     for ax, suffix in ((losses, "loss"), (accuracies, "top1"), (accuracies, "top5")):
         for part, colour in zip(PARTS, ("#4477aa", "#cc6677", "#ddaa33"), strict=True):
             values = [row.get(f"{part}_{suffix}") for row in history]
             if any(value is not None for value in values):
                 style = ":" if suffix == "top5" else "-"
                 label = f"{PARTS[part]} {suffix}".replace("top", "top-")
-                ax.plot(epochs, values, style, color=colour, marker=".", label=label)
-        ax.legend(frameon=False, fontsize=8)
-    rates.plot(epochs, [row["lr"] for row in history], color="#228833", marker=".")
+                ax.plot(epochs, values, style, color=colour, label=label, **points)
+    rates.plot(epochs, [row["lr"] for row in history], color="#228833", **points)
+    if best := best_epoch(history):
+        label = f"best: {best['val_top1']:.2f} % in epoch {best['epoch']}"
+        for ax in (losses, accuracies):
+            style = {"color": "#555555", "linestyle": "--", "linewidth": 0.8}
+            ax.axvline(best["epoch"], label=label if ax is accuracies else None, **style)
+    for ax in (losses, accuracies):  # beside the curves: they leave no corner free for certain
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     losses.set_ylabel("loss")
     accuracies.set_ylabel("right answers, %")
     rates.set(ylabel="learning rate", ylim=(0, None))
     save_axes(figure, path, title, "epoch")
 
 
-def draw_gradients(path: Path, title: str, history: Sequence[dict[str, Any]]) -> None:
+def draw_gradients(
+    path: Path, title: str, history: Sequence[dict[str, Any]], footer: str = ""
+) -> None:
     """The norm of the gradients of each layer group, by epoch."""
     from matplotlib import colormaps
 
-    figure = new_figure(8, 5)
+    figure = new_figure(8, 5, footer)
     ax = figure.subplots()
     epochs, groups = [row["epoch"] for row in history], list(history[-1]["gradient_norms"])
     for number, group in enumerate(groups):  # from the input's end, dark, to the output's, light
@@ -4840,9 +4857,9 @@ class RangeTest:
     suggestion: float | None
 
 
-def draw_range_test(path: Path, title: str, result: RangeTest) -> None:
+def draw_range_test(path: Path, title: str, result: RangeTest, footer: str = "") -> None:
     """Smoothed loss by learning rate, and the suggestion, if there is one."""
-    figure = new_figure(8, 5)
+    figure = new_figure(8, 5, footer)
     ax = figure.subplots()
     ax.plot(result.rates, result.losses, marker=".", color="#4477aa", label="loss, smoothed")
     if result.suggestion:
@@ -4862,7 +4879,7 @@ def save_axes(figure: Any, path: Path, title: str, x_label: str) -> None:
     figure.suptitle(title, fontsize=10)
     figure.axes[-1].set_xlabel(x_label)
     if x_label == "epoch":
-        figure.axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     for ax in figure.axes:
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
@@ -4882,11 +4899,13 @@ def confusion_matrix(confusion: Confusion, count: int) -> torch.Tensor:
     return matrix
 
 
-def draw_confusion(path: Path, title: str, matrix: torch.Tensor, classes: Sequence[str]) -> None:
+def draw_confusion(
+    path: Path, title: str, matrix: torch.Tensor, classes: Sequence[str], footer: str = ""
+) -> None:
     """A confusion matrix, as shares of each row's class; with counts if there is room."""
     count = len(classes)
     side_inches = min(12, 3 + 0.45 * count)
-    figure = new_figure(side_inches + 1, side_inches)
+    figure = new_figure(side_inches + 1, side_inches, footer)
     ax = figure.subplots()
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     image = ax.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
@@ -4924,7 +4943,9 @@ def pairs_csv(confusion: Confusion, classes: Sequence[str]) -> str:
     return csv_text([("true class", "predicted class", "images"), *rows])
 
 
-def write_confusion(folder: Path, title: str, confusion: Confusion, classes: Sequence[str]) -> None:
+def write_confusion(
+    folder: Path, title: str, confusion: Confusion, classes: Sequence[str], footer: str = ""
+) -> None:
     """Write the confusion matrix, as text and as a picture; of too many classes for one, the worst
     pairs, and say so.
     """
@@ -4936,7 +4957,7 @@ def write_confusion(folder: Path, title: str, confusion: Confusion, classes: Seq
         return
     matrix = confusion_matrix(confusion, count)
     write_whole(folder / f"{CONFUSION}.csv", confusion_csv(matrix, classes))
-    draw_confusion(folder / f"{CONFUSION}.png", title, matrix, classes)
+    draw_confusion(folder / f"{CONFUSION}.png", title, matrix, classes, footer)
 
 
 def class_lines(confusion: Confusion, classes: Sequence[str]) -> list[str]:
@@ -4964,6 +4985,13 @@ def describe_topology(topology: Topology) -> str:
         f"{topology.cpu_model}: {sockets}, {plural(len(topology.cores), 'core')}, {threads}; "
         f"allowed: {format_cpu_list(topology.allowed)}{quota}"
     )
+
+
+def picture_footer(topology: Topology) -> str:
+    """What the figures of a picture depend on: the machine and the versions, in a line."""
+    threads, cores = len(topology.online), len(topology.cores)
+    machine = f"{topology.cpu_model}, {plural(cores, 'core')}, {plural(threads, 'hardware thread')}"
+    return f"{machine}; {', '.join(f'{name} {version}' for name, version in versions().items())}"
 
 
 def describe_plan(plan: CorePlan, settings: Settings) -> list[str]:
@@ -5337,8 +5365,9 @@ class RunReport:
             self.warn(text.partition(":")[0], f"epoch {row['epoch']}: {text}")
         folder, title = self._settings.output_dir, describe_run(self._settings)
         if folder:
-            self._write(draw_curves, folder / CURVES, title, history)
-            self._write(draw_gradients, folder / GRADIENTS, title, history)
+            footer = picture_footer(self._topology)
+            self._write(draw_curves, folder / CURVES, title, history, footer)
+            self._write(draw_gradients, folder / GRADIENTS, title, history, footer)
 
     def finish(self, outcome: str) -> None:
         """Print the summary, append it to the log, end the metrics."""
@@ -5361,8 +5390,10 @@ class RunReport:
         steps, folder = list(self._tally.latest), self._settings.output_dir
         shown = steps_to_draw(steps)
         what = f"steps {shown[0].step} to {shown[-1].step}, split {self._plan.split}"
-        panel = Panel(f"{self._settings.schedule}, {what}", self._plan, shown)
-        self._write(draw_timelines, folder / TIMELINE, describe_run(self._settings), [panel])
+        cores, footer = self._topology.cores, picture_footer(self._topology)
+        panel = Panel(f"{self._settings.schedule}, {what}", self._plan, shown, cores)
+        title = describe_run(self._settings)
+        self._write(draw_timelines, folder / TIMELINE, title, [panel], footer)
         self._write(write_whole, folder / TRACE, json.dumps(trace_events(self._plan, steps)))
 
     def _write_metrics(self, line: dict[str, Any]) -> None:
@@ -5949,7 +5980,8 @@ def test(run: Run, found: tuple[Path, State] | None) -> None:
     say("\n".join([*lines, "", *class_lines(confusion, classes)]))
     if run.settings.output_dir:
         title = f"{describe_run(run.settings)}: {figures}"
-        write_confusion(run.settings.output_dir, title, confusion, classes)
+        footer = picture_footer(run.topology)
+        write_confusion(run.settings.output_dir, title, confusion, classes, footer)
     else:
         say("note: no confusion matrix is drawn without --output-dir")
 
@@ -6038,7 +6070,8 @@ def find_lr_and_report(settings: Settings, topology: Topology, plan: CorePlan) -
             say("no suggestion: the loss did not fall clearly before it rose; try more --steps")
         if folder := run.settings.output_dir:
             folder.mkdir(parents=True, exist_ok=True)
-            draw_range_test(folder / RANGE_PLOT, describe_run(run.settings), result)
+            title, footer = describe_run(run.settings), picture_footer(topology)
+            draw_range_test(folder / RANGE_PLOT, title, result, footer)
     return result
 
 

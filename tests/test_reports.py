@@ -650,8 +650,9 @@ def assert_picture(path):
 
 
 def lines_of(ax):
-    """(label, y values) of the curves of some axes."""
-    return {line.get_label(): list(line.get_ydata()) for line in ax.lines}
+    """(label, y values) of the curves of some axes, marks of an epoch or a rate left out."""
+    curves = (line for line in ax.lines if line.get_linestyle() != "--")
+    return {line.get_label(): list(line.get_ydata()) for line in curves}
 
 
 def test_the_curves(tmp_path, figures):
@@ -669,6 +670,82 @@ def test_the_curves(tmp_path, figures):
     assert list(rates.lines[0].get_ydata()) == [0.1, 0.01]
     assert list(rates.lines[0].get_xdata()) == [1, 2]
     assert figures[0].get_suptitle() == "resnet18, 32 px"
+
+
+def best_of(history, tmp_path, figures):
+    """Where the best epoch is marked in both upper axes, and its entry in the legend."""
+    tsa.draw_curves(tmp_path / "curves.png", "title", history)
+    losses, accuracies, rates = figures[-1].axes
+    marks = [
+        [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"]
+        for ax in (losses, accuracies, rates)
+    ]
+    assert marks[0] == marks[1]
+    assert not marks[2]
+    entries = [text.get_text() for text in accuracies.get_legend().get_texts()]
+    return marks[0], [entry for entry in entries if entry.startswith("best")]
+
+
+@pytest.mark.parametrize(
+    ("top1", "marks", "entries"),
+    [
+        ([1.5], [1], ["best: 1.50 % in epoch 1"]),
+        ([1.5, 93.75, 20.0, 93.75], [2], ["best: 93.75 % in epoch 2"]),  # the first, as in best.pt
+        ([None, 0.0, None], [2], ["best: 0.00 % in epoch 2"]),
+        ([None, None], [], []),
+    ],
+)
+def test_the_best_epoch_is_marked(tmp_path, figures, top1, marks, entries):
+    history = [epoch_row(number, val_top1=value) for number, value in enumerate(top1, start=1)]
+    assert best_of(history, tmp_path, figures) == (marks, entries)
+
+
+def test_the_moving_average_s_epoch_is_the_best(tmp_path, figures):
+    """As it is for best.pt: raw weights do not count."""
+    history = [epoch_row(1, val_top1=80.0, **RAW), epoch_row(2, val_top1=70.0, **RAW)]
+    history[1]["val_raw_top1"] = 90.0
+    assert best_of(history, tmp_path, figures) == ([1], ["best: 80.00 % in epoch 1"])
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 200])
+def test_legends_lie_beside_the_curves(tmp_path, figures, epochs):
+    history = [epoch_row(number, **RAW) for number in range(1, epochs + 1)]
+    tsa.draw_curves(tmp_path / "curves.png", "title", history)
+    for ax in figures[0].axes[:2]:
+        assert ax.get_legend().get_window_extent().x0 >= ax.bbox.x1
+    ticks = figures[0].axes[-1].get_xticks()
+    assert all(tick == round(tick) for tick in ticks), "there are no halves of epochs"
+
+
+def test_the_footer_names_machine_and_versions(tmp_path):
+    topology = tsa.read_topology(machines.write_machine(tmp_path, machines.SMT_FAR))
+    footer = tsa.picture_footer(topology)
+    assert footer.startswith("Example CPU @ 3.0GHz, 4 cores, 8 hardware threads; python ")
+    assert f"torch {torch.__version__}, torchvision " in footer
+    assert "\n" not in footer
+
+
+MATRIX = torch.eye(2, dtype=torch.long)
+PICTURES = {
+    "timeline": lambda *args: tsa.draw_timelines(*args, [tsa.Panel("", PLAN, [step(1)])], FOOTER),
+    "curves": lambda *args: tsa.draw_curves(*args, [epoch_row()], FOOTER),
+    "gradients": lambda *args: tsa.draw_gradients(*args, [epoch_row()], FOOTER),
+    "lr": lambda *args: tsa.draw_range_test(*args, tsa.RangeTest((0.1,), (1.0,), None), FOOTER),
+    "confusion": lambda *args: tsa.draw_confusion(*args, MATRIX, ["a", "b"], FOOTER),
+}
+FOOTER = "Example CPU @ 3.0GHz, 64 cores, 128 hardware threads; " + 12 * "a package 1.2.3, "
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_picture_has_its_footer_below_all_else(tmp_path, figures, name):
+    PICTURES[name](tmp_path / f"{name}.png", "title")
+    upper, lower = figures[0].figure.subfigs
+    (text,) = lower.texts
+    assert text.get_text().replace("\n", " ") == FOOTER.strip()
+    box = text.get_window_extent()
+    assert box.x1 <= lower.bbox.x1
+    assert 0 <= box.y0 < box.y1 <= upper.bbox.y0 + 1
+    assert upper.get_tightbbox().y0 * figures[0].figure.dpi >= upper.bbox.y0 - 1
 
 
 def test_the_curves_of_one_epoch_without_validation(tmp_path, figures):
@@ -814,6 +891,20 @@ def test_a_range_test_drawn(tmp_path, figures):
     assert list(ax.lines[1].get_xdata()) == [1e-4, 1e-4]
     assert ax.lines[1].get_label() == "suggestion: 0.0001"
     assert ax.get_ylim() == pytest.approx((0.9, 4.0)), "cut off where the loss explodes"
+
+
+def test_a_run_s_pictures_name_its_machine(settings, tmp_path, monkeypatch):
+    calls = {}
+    for name in ("draw_timelines", "draw_curves", "draw_gradients"):
+        monkeypatch.setattr(tsa, name, lambda *args, name=name: calls.update({name: args}))
+    report = report_on(dataclasses.replace(settings, output_dir=tmp_path / "out"))
+    report.step(step(1))
+    report.epoch(epoch_row(), [epoch_row()])
+    report.finish("finished")
+    footer = tsa.picture_footer(tsa.read_topology())
+    assert [calls[name][-1] for name in sorted(calls)] == [footer] * 3
+    (panel,) = calls["draw_timelines"][2]
+    assert panel.cores == tsa.read_topology().cores
 
 
 def test_a_range_test_without_an_explosion_is_drawn_whole(tmp_path, figures):
