@@ -1069,6 +1069,44 @@ def read_bf16(root: Path) -> str:
     return next((flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags), "")
 
 
+# Containers by what shows them: a file that their manager makes, a part of the cgroup's path.
+CONTAINERS = {
+    "kubernetes": ("run/secrets/kubernetes.io", "kubepods"),
+    "docker": (".dockerenv", "docker"),
+    "podman": ("run/.containerenv", "libpod"),
+    "lxc": ("dev/lxd", "lxc"),
+    "apptainer": (".singularity.d", "apptainer"),
+}
+VIRTUAL_MAKERS = "QEMU|KVM|VMware|Virtual|Xen|Parallels|EC2|Google Compute Engine|OpenStack"
+
+
+def host_kind(root: Path = Path("/")) -> str:
+    """`bare metal`, `virtual machine`, or a container and which of these it is on, as in `container
+    (docker) on bare metal`; `unknown` where the system does not tell (macOS).
+    """
+    if not read_text(root / "proc/cpuinfo"):
+        return "unknown"
+    host = "virtual machine" if is_virtual(root) else "bare metal"
+    for name, (mark, part) in CONTAINERS.items():
+        in_path = re.search(rf"/{part}\b(?!\.service)", read_text(root / "proc/self/cgroup"))
+        if in_path or any(root.glob(mark)):
+            return f"container ({name}) {'on' if host == 'bare metal' else 'in a'} {host}"
+    return host
+
+
+def is_virtual(root: Path) -> bool:
+    """Whether a hypervisor shows. On x86 a flag of the CPU tells; elsewhere the names of maker and
+    product do, and a cloud's whole machines are called .metal.
+    """
+    flags = re.search(r"^flags\s*:(.*)$", read_text(root / "proc/cpuinfo"), re.MULTILINE)
+    if flags:
+        return "hypervisor" in flags[1].split()
+    dmi = root / "sys/class/dmi/id"
+    names = f"{read_text(dmi / 'sys_vendor')} {read_text(dmi / 'product_name')}"
+    virtual = re.search(VIRTUAL_MAKERS, names) and not names.endswith(".metal")
+    return bool(virtual or read_text(root / "sys/hypervisor/type"))
+
+
 def read_quota(root: Path) -> float | None:
     """The CPU quota in CPUs: the smallest among the process's cgroup and those around it.
 
@@ -5270,6 +5308,23 @@ def warn(text: str) -> None:
     say(f"warning: {text}", sys.stderr)
 
 
+def machine_metrics(topology: Topology) -> dict[str, Any]:
+    """The machine, as metrics.jsonl has it: in figures, and core by core."""
+    known = math.isfinite(topology.memory_bytes)
+    machine = {
+        "cpu_model": topology.cpu_model,
+        "sockets": len({core.package for core in topology.cores}),
+        "cores": len(topology.cores),
+        "logical_cpus": len(topology.online),
+        "allowed": format_cpu_list(topology.allowed),
+        "quota_cpus": topology.quota_cpus,
+        "memory_bytes": topology.memory_bytes if known else None,
+        "bf16": topology.bf16,
+    }
+    cores = [dataclasses.asdict(core) for core in topology.cores]
+    return {"host_kind": host_kind(), "machine": machine, "topology": cores}
+
+
 class RunReport:
     """Everything that one run shows and writes while it goes on, and when it ends.
 
@@ -5291,7 +5346,7 @@ class RunReport:
         self._bar = tqdm(
             total=self._total, initial=progress.step, unit="step", disable=None, dynamic_ncols=True
         )
-        self._write_metrics({"type": "run", **run})
+        self._write_metrics({"type": "run", **run, **machine_metrics(topology)})
 
     def warn(self, kind: str, text: str) -> None:
         """Show a warning on the screen, the first of its kind, and keep it for the log."""

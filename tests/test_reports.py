@@ -591,6 +591,37 @@ def test_the_time_left_goes_by_the_median_step(settings, capsys):
     assert capsys.readouterr().out.endswith(" 00:16 left in epoch 1/3, 00:56 left\n")
 
 
+def test_the_machine_in_the_metrics(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(tsa, "host_kind", lambda: "bare metal")
+    memory = {"proc/meminfo": "MemTotal:   1024 kB\n", "proc/cpuinfo": "flags : amx_bf16\n"}
+    root = machines.write_machine(tmp_path / "root", machines.TWO_SOCKETS, memory)
+    topology = tsa.read_topology(root, frozenset(range(6)))
+    RunReport(settings, topology, PLAN, Progress(epoch_batches=20))
+    (run,) = read_metrics(settings.output_dir)
+    assert run["host_kind"] == "bare metal"
+    assert run["machine"] == {
+        "cpu_model": topology.cpu_model,
+        "sockets": 2,
+        "cores": 8,
+        "logical_cpus": 8,
+        "allowed": "0-5",
+        "quota_cpus": None,
+        "memory_bytes": 2**20,
+        "bf16": "amx_bf16",
+    }
+    assert run["topology"][:2] == [
+        {"package": 0, "node": 0, "l3": 0, "core_id": 0, "cpus": [0], "capacity": 1024},
+        {"package": 0, "node": 0, "l3": 0, "core_id": 1, "cpus": [2], "capacity": 1024},
+    ]
+    assert [core["cpus"] for core in run["topology"]] == [[0], [2], [4], [6], [1], [3], [5], [7]]
+
+
+def test_memory_that_is_not_known_is_null_in_the_metrics(settings):
+    topology = dataclasses.replace(tsa.read_topology(), memory_bytes=math.inf)
+    RunReport(settings, topology, PLAN, Progress(epoch_batches=20))
+    assert read_metrics(settings.output_dir)[0]["machine"]["memory_bytes"] is None
+
+
 # Gradients
 
 

@@ -440,3 +440,54 @@ def test_native_bfloat16(tmp_path, line, found):
     files = {"proc/cpuinfo": f"processor\t: 0\nmodel name\t: Example\n{line}\nbugs\t\t: bf16\n"}
     machines.write_machine(tmp_path, machines.TWO, files)
     assert tsa.read_topology(tmp_path, frozenset({0, 1})).bf16 == found
+
+
+# Hosts
+
+VIRTUAL = {"proc/cpuinfo": "processor\t: 0\nflags\t\t: fpu hypervisor avx2\n"}
+METAL = {"proc/cpuinfo": "processor\t: 0\nflags\t\t: fpu avx2\nbugs\t\t: hypervisor\n"}
+ARM = {"proc/cpuinfo": "processor\t: 0\nFeatures\t: fp asimd\n"}
+
+
+def dmi(vendor, product):
+    return {"sys/class/dmi/id/sys_vendor": vendor, "sys/class/dmi/id/product_name": product}
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        ({}, "unknown"),
+        (METAL, "bare metal"),
+        (VIRTUAL, "virtual machine"),
+        (METAL | dmi("Google", "Google Compute Engine"), "bare metal"),
+        (ARM, "bare metal"),
+        (ARM | dmi("QEMU", "KVM Virtual Machine"), "virtual machine"),
+        (ARM | dmi("Amazon EC2", "m7g.large"), "virtual machine"),
+        (ARM | dmi("Amazon EC2", "m7g.metal"), "bare metal"),
+        (ARM | {"sys/hypervisor/type": "xen\n"}, "virtual machine"),
+        (METAL | {".dockerenv": ""}, "container (docker) on bare metal"),
+        (VIRTUAL | {".dockerenv": ""}, "container (docker) in a virtual machine"),
+        (METAL | {"run/.containerenv": ""}, "container (podman) on bare metal"),
+        (METAL | {".singularity.d/runscript": ""}, "container (apptainer) on bare metal"),
+        (
+            VIRTUAL | {"run/secrets/kubernetes.io/serviceaccount/token": "x", ".dockerenv": ""},
+            "container (kubernetes) in a virtual machine",
+        ),
+        (METAL | machines.CGROUP_V1, "container (docker) on bare metal"),
+        (METAL | machines.CGROUP_V2, "bare metal"),
+        (
+            METAL | {"proc/self/cgroup": "0::/kubepods.slice/kubepods-pod1.slice\n"},
+            "container (kubernetes) on bare metal",
+        ),
+        (
+            METAL | {"proc/self/cgroup": "0::/machine/libpod-1a2b\n"},
+            "container (podman) on bare metal",
+        ),
+        (METAL | {"proc/self/cgroup": "0::/lxc/box\n"}, "container (lxc) on bare metal"),
+        (METAL | {"proc/self/cgroup": "0::/system.slice/docker.service\n"}, "bare metal"),
+        (METAL | {"proc/self/cgroup": "0::/user.slice/dockerfan\n"}, "bare metal"),
+    ],
+)
+def test_the_kind_of_host(tmp_path, files, kind):
+    machines.write_files(tmp_path, files)
+    assert tsa.host_kind(tmp_path) == kind
