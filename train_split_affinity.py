@@ -4700,6 +4700,7 @@ EPOCH_FIELDS = ("train_loss", "train_top1", "train_top5", "val_loss", "val_top1"
 RAW_FIELDS = ("val_raw_loss", "val_raw_top1", "val_raw_top5")
 PARTS = {"train": "train", "val": "validation", "val_raw": "raw validation"}  # of these, in words
 CLASSES_TO_SHOW, PAIRS_TO_WRITE = 30, 1000
+LONGEST_NAME = 40  # of a class, so that its row fits 80 columns
 LARGEST_MATRIX = 4000  # classes: to draw that many takes 1 GiB, twice as many four times that
 LOG_HEADER = """\
 # Training log
@@ -4742,17 +4743,19 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def phase_table(summary: Summary) -> str:
-    """The per-phase table of the summary."""
+def phase_table(summary: Summary, with_cores: bool = True) -> str:
+    """The per-phase table; it fits 80 columns without the cores, which can be many."""
     rows = []
     for phase in summary.phases:
         median, p95, stray = (f"{ms:.1f}" for ms in (phase.median_ms, phase.p95_ms, phase.stray_ms))
         threads, share, busy = str(phase.threads), f"{phase.share:.1%}", f"{phase.busy:.0%}"
         rows.append((phase.phase, phase.cores, threads, median, p95, share, busy, stray))
-    rest = f"{summary.no_phase_share:.1%}"
-    rows.append(("no phase (data, hand-over)", "", "", "", "", rest, "", ""))
-    header = "phase,cores,threads,median ms,p95 ms,share of step,busy,stray ms"
-    return markdown_table(header.split(","), rows)
+    rest = "no phase (data, hand-over)" if with_cores else "no phase"
+    rows.append((rest, "", "", "", "", f"{summary.no_phase_share:.1%}", "", ""))
+    table = ["phase,cores,threads,median ms,p95 ms,share of step,busy,stray ms".split(","), *rows]
+    if not with_cores:
+        table = [(first, *others) for first, _, *others in table]
+    return markdown_table(table[0], table[1:])
 
 
 def cpu_table(summary: Summary) -> str:
@@ -5007,7 +5010,10 @@ def class_lines(confusion: Confusion, classes: Sequence[str]) -> list[str]:
     for true, total in totals.items():
         right = confusion[true, true]
         found.append((right / total, classes[true], f"{right / total:.1%}", str(right), str(total)))
-    rows = [cells for _, *cells in sorted(found)[:CLASSES_TO_SHOW]]
+    rows = [
+        (name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 3] + "...", *cells)
+        for _, name, *cells in sorted(found)[:CLASSES_TO_SHOW]
+    ]
     lines = [markdown_table(("class", "right", "images right", "images"), rows)]
     if len(found) > CLASSES_TO_SHOW:
         lines.append(f"(the worst {CLASSES_TO_SHOW} of {len(found)} classes)")
@@ -5299,13 +5305,79 @@ def lossy_output() -> Iterator[None]:
 
 def say(text: str, file: Any = None) -> None:
     """Print above the progress bar, at once: into a pipe, too, lines shall come as they arise."""
-    tqdm.write(readable(text), file=file or sys.stdout)
-    (file or sys.stdout).flush()
+    file = file or sys.stdout
+    tqdm.write(fitted(readable(text), terminal_columns(file)), file=file)
+    file.flush()
+
+
+def terminal_columns(stream: Any) -> int | None:
+    """The width of the terminal that a stream writes to; None if it writes elsewhere."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80  # some are 0 columns wide
+    except (OSError, ValueError):
+        return None
+
+
+def fitted(text: str, columns: int | None) -> str:
+    """Text whose lines are broken at blanks if they are longer than a terminal's, and go on below,
+    indented; None: left whole. Without blanks they stay long, as lists of cores.
+    """
+    if not columns:
+        return text
+    wrap = textwrap.TextWrapper(
+        columns, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(wrap.fill(x) if len(x) > columns else x for x in text.split("\n"))
 
 
 def warn(text: str) -> None:
     """Print a warning on standard error."""
     say(f"warning: {text}", sys.stderr)
+
+
+BAR = "|{bar}| {n_fmt}/{total_fmt}{postfix}"
+WIDE_COLUMNS = 99  # tqdm leaves one of a terminal's free
+RECENT_STEPS = 100  # go into the time that is left; the median of thousands would take longer
+
+
+def span_text(seconds: float) -> str:
+    """A span of time in its two largest units: 9s, 1m05s, 23h59m, 66d02h."""
+    minutes, rest_s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{rest_s:02}s" if minutes else f"{rest_s}s"
+
+
+def step_figures(result: StepResult, left_s: float) -> list[str]:
+    """Loss, top-1, speed and the time that is left."""
+    return [
+        f"loss {result.loss:.4f}",
+        f"top-1 {100 * result.top1 / result.images:.1f} %",
+        f"{result.images / result.step_s:.4g} img/s",
+        f"{span_text(left_s)} left",
+    ]
+
+
+def bar_text(result: StepResult, left_s: float, columns: int) -> str:
+    """What stands beside the progress bar; the phases' times where there is room."""
+    *figures, left = step_figures(result, left_s)
+    if columns >= WIDE_COLUMNS:
+        names = ("forward", "fwd"), ("backward", "bwd")
+        figures += [f"{short} {result.total('duration_s', name):.2f} s" for name, short in names]
+    return ", ".join([*figures, left])
+
+
+def step_line(result: StepResult, steps: int, left_s: float, epoch: str = "") -> str:
+    """The line of a step. Where the run has epochs, `epoch` stands for the top-1, which the line of
+    an epoch has: 80 columns have no room for both.
+    """
+    loss, top1, *others = step_figures(result, left_s)
+    figures = ", ".join([loss, *others] if epoch else [loss, top1, *others])
+    return f"step {result.step}/{steps}: {figures}{epoch}"
 
 
 def machine_metrics(topology: Topology) -> dict[str, Any]:
@@ -5344,7 +5416,11 @@ class RunReport:
         run |= {"resumed_at_step": progress.step, "versions": versions()}
         tqdm.monitor_interval = 0  # its watching thread would use CPU time on some core
         self._bar = tqdm(
-            total=self._total, initial=progress.step, unit="step", disable=None, dynamic_ncols=True
+            total=self._total,
+            initial=progress.step,
+            bar_format=BAR,
+            disable=None,
+            dynamic_ncols=True,
         )
         self._write_metrics({"type": "run", **run, **machine_metrics(topology)})
 
@@ -5386,26 +5462,22 @@ class RunReport:
         self._write_metrics(result.as_metrics())
         self.check_placement(result.records)
         self.company(result.company)
-        figures = (
-            f"loss {result.loss:.4f}, {result.images / result.step_s:.2f} img/s, "
-            f"forward {result.total('duration_s', 'forward'):.2f} s, "
-            f"backward {result.total('duration_s', 'backward'):.2f} s"
-        )
-        self._bar.set_postfix_str(figures, refresh=False)
+        recent = itertools.islice(reversed(self._tally.latest), RECENT_STEPS)
+        step_s = statistics.median(step.step_s for step in recent)
+        left_s = step_s * (self._total - result.step)  # validation is not counted
+        columns = self._bar.format_dict["ncols"] or 0
+        self._bar.set_postfix_str(bar_text(result, left_s, columns), refresh=False)
         self._bar.update()
         if result.step % self._settings.print_freq == 0:
-            say(f"step {result.step}/{self._total}: {figures}, {self._time_left(result.step)}")
+            say(step_line(result, self._total, left_s, self._epoch_left(step_s)))
 
-    def _time_left(self, step: int) -> str:
-        """Of the run, and of the epoch where the run has epochs; validation is not counted."""
-        step_s = statistics.median(step.step_s for step in self._tally.latest)
-        left = f"{tqdm.format_interval(step_s * (self._total - step))} left"
-        if not self._settings.epochs:
-            return left
-        progress = self._progress
+    def _epoch_left(self, step_s: float) -> str:
+        """The running epoch, and the time that is left of it; empty where the run has none."""
+        progress, epochs = self._progress, self._settings.epochs
+        if not epochs:
+            return ""
         steps = (progress.epoch_batches - progress.batches) // self._settings.accumulate
-        epoch_left = tqdm.format_interval(step_s * steps)
-        return f"{epoch_left} left in epoch {progress.epoch + 1}/{self._settings.epochs}, {left}"
+        return f" (epoch {progress.epoch + 1}/{epochs}: {span_text(step_s * steps)})"
 
     def epoch(self, row: dict[str, Any], history: Sequence[dict[str, Any]]) -> None:
         """Take in the figures of a finished epoch; `history` has those of all."""
@@ -5430,7 +5502,7 @@ class RunReport:
         done = f"{self._progress.step} of {plural(self._total, 'step')}"
         outcome = readable(f"{outcome} after {done}")
         summary = self._tally.summary() if self._tally.steps else None
-        tables = [*summary_lines(summary), "", phase_table(summary)] if summary else []
+        tables = [*summary_lines(summary), "", phase_table(summary, False)] if summary else []
         say("\n".join(["", outcome, *tables]))
         figures = dataclasses.asdict(summary) if summary else {}
         self._write_metrics({"type": "summary", "outcome": outcome, **figures})

@@ -9,8 +9,10 @@ import math
 import multiprocessing
 import os
 import re
+import struct
 import sys
 import tempfile
+import termios
 import threading
 
 import machines
@@ -19,6 +21,7 @@ import torch
 from conftest import read_metrics
 from PIL import Image
 from records import PLAN, record, step, summarise
+from tqdm import tqdm
 
 import train_split_affinity as tsa
 from train_split_affinity import Progress, RunReport, Settings
@@ -52,6 +55,32 @@ def test_the_phase_table():
     ]
     assert cells[3] == ["backward", "1-2", "2", "200.0", "200.0", "50.0%", "100%", "0.0"]
     assert cells[5][:1] + cells[5][5:6] == ["no phase (data, hand-over)", "12.5%"]
+
+
+LISTS = "0,2,4,6,8,10,12,14,16,18,20", "1,3,5,7,9,11,13,15,17,19,21"
+
+
+def test_the_phase_table_of_a_terminal_fits_80_columns():
+    """With many cores, and phases of minutes; the cores stand in the plan above it."""
+    groups = [
+        tsa.Group(name, tsa.parse_cpu_list(cpus), 64)
+        for name, cpus in zip(("forward", "backward"), LISTS, strict=True)
+    ]
+    plan = tsa.CorePlan("lists", *groups, groups[0].cpus)
+    seconds = {"forward_s": 99.9, "backward_s": 199.9, "update_s": 9.9, "step_s": 400.0}
+    summary = summarise([step(1, **seconds, stray_s=99.0)], plan)
+    assert len(tsa.phase_table(summary).splitlines()[0]) > 100
+    table = tsa.phase_table(summary, with_cores=False).splitlines()
+    assert table[0] == (
+        "| phase    | threads | median ms |   p95 ms | share of step | busy | stray ms |"
+    )
+    assert table[3] == (
+        "| backward |      64 |  199900.0 | 199900.0 |         50.0% |  18% | 198000.0 |"
+    )
+    assert table[-1] == (
+        "| no phase |         |           |          |         74.3% |      |          |"
+    )
+    assert {len(row) for row in table} == {79}
 
 
 def test_the_cpu_table_names_busy_and_partly_busy_cpus():
@@ -562,17 +591,140 @@ def test_others_beside_a_validation_count_too(settings, capsys):
     }
 
 
-# Time left
+# Progress
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (3599, "59m59s"),
+        (3600, "1h00m"),
+        (24 * 3600 - 1, "23h59m"),
+        (24 * 3600, "1d00h"),
+        (66 * 24 * 3600 + 2 * 3600 + 59, "66d02h"),
+    ],
+)
+def test_a_span_of_time(seconds, text):
+    assert tsa.span_text(seconds) == text
+
+
+def longest_step():
+    """The longest figures that are plausible."""
+    result = step(450_360, forward_s=12.34, backward_s=23.45, step_s=0.8103)
+    return dataclasses.replace(result, loss=12.3456, images=1000, top1=1000, top5=1000)
+
+
+LONGEST = "loss 12.3456, top-1 100.0 %, 1234 img/s"
+
+
+def drawn_bar(columns, result, steps, left_s):
+    """The progress bar on a terminal of so many columns, of which tqdm leaves one free."""
+    text = tsa.bar_text(result, left_s, columns - 1)
+    return tqdm.format_meter(
+        result.step, steps, 1.0, ncols=columns - 1, bar_format=tsa.BAR, postfix=text
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "bar", "text"),
+    [
+        (80, 9, f"{LONGEST}, 23h59m left"),
+        (99, 28, f"{LONGEST}, 23h59m left"),
+        (100, 3, f"{LONGEST}, fwd 12.34 s, bwd 23.45 s, 23h59m left"),
+        (120, 23, f"{LONGEST}, fwd 12.34 s, bwd 23.45 s, 23h59m left"),
+    ],
+)
+def test_the_bar_fits_its_terminal_with_the_longest_figures(columns, bar, text):
+    drawn = drawn_bar(columns, longest_step(), 450_360, 24 * 3600 - 1)
+    assert drawn == f"|{'█' * bar}| 450360/450360, {text}"
+    assert len(drawn) == columns - 1
+
+
+def test_the_bar_of_a_small_run():
+    result = dataclasses.replace(step(20), loss=2.0525, images=32, top1=11)
+    assert drawn_bar(80, result, 88, 14.0) == (
+        "|█████▍                  | 20/88, loss 2.0525, top-1 34.4 %, 80 img/s, 14s left"
+    )
+
+
+def test_the_line_of_a_step_fits_80_columns_with_the_longest_figures():
+    result, left_s = longest_step(), 24 * 3600 - 1
+    line = tsa.step_line(result, 450_360, left_s)
+    assert line == f"step 450360/450360: {LONGEST}, 23h59m left"
+    with_epoch = tsa.step_line(result, 450_360, left_s, " (epoch 90/90: 59m59s)")
+    assert with_epoch == (
+        "step 450360/450360: loss 12.3456, 1234 img/s, 23h59m left (epoch 90/90: 59m59s)"
+    )
+    assert (len(line), len(with_epoch)) == (72, 79)
+
+
+@contextlib.contextmanager
+def terminal(columns):
+    """A stream to a terminal, and the function that gives what was written to it."""
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(slave, "w") as stream:
+        yield stream, lambda: os.read(master, 2**16).decode().replace("\r\n", "\n")
+    os.close(master)
+
+
+@pytest.mark.parametrize(("columns", "phases"), [(80, False), (100, True)])
+def test_progress_on_a_terminal(settings, monkeypatch, columns, phases):
+    with terminal(columns) as (stream, written):
+        monkeypatch.setattr(sys, "stderr", stream)
+        report = report_on(dataclasses.replace(settings, print_freq=9), step=1, batches=2)
+        report.step(step(2, step_s=2.0))
+        report._bar.refresh()
+        text = written()
+    drawn = text.split("\r")
+    assert {len(each) for each in drawn if each.strip()} == {columns - 1}
+    assert "| 1/30" in drawn[1]
+    assert re.search(r"\| 2/30, loss 3\.0000, top-1 0\.0 %, 4 img/s, .*left$", drawn[-1])
+    assert ("fwd 0.10 s, bwd 0.20 s" in drawn[-1]) == phases
+
+
+def test_no_bar_is_drawn_into_a_pipe(settings, capsys):
+    report = report_on(settings, step=1, batches=2)
+    report.step(step(2))
+    report.finish("finished")
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert captured.out.startswith("step 2/30: loss 3.0000, 20 img/s, ")
+
+
+LONG = "one two three four, " * 5 + "a-b/c " + "x" * 60
+
+
+def test_long_lines_are_broken_at_blanks_on_a_terminal():
+    with terminal(40) as (stream, written):
+        tsa.say(f"  {LONG}\n\nshort\nforward   cores {LISTS[0]}{LISTS[1]}", stream)
+        assert written() == (
+            "  one two three four, one two three\n"
+            "    four, one two three four, one two\n"
+            "    three four, one two three four,\n"
+            "    a-b/c\n"
+            f"    {'x' * 60}\n"
+            "\nshort\n"
+            f"forward   cores\n    {LISTS[0]}{LISTS[1]}\n"
+        )
+
+
+def test_lines_stay_whole_in_a_pipe(capsys):
+    tsa.say(LONG)
+    assert capsys.readouterr().out == f"{LONG}\n"
 
 
 @pytest.mark.parametrize(
     ("asked", "progress", "left"),
     [
-        ({}, {"step": 2, "batches": 4}, "00:16 left in epoch 1/3, 00:56 left"),
-        ({}, {"step": 10, "batches": 20}, "00:00 left in epoch 1/3, 00:40 left"),
-        ({}, {"step": 25, "epoch": 2, "batches": 10}, "00:10 left in epoch 3/3, 00:10 left"),
-        ({"epochs": None, "steps": 2000}, {"step": 200, "batches": 4}, "1:00:00 left"),
-        ({"epochs": None}, {"step": 49, "batches": 4}, "00:02 left"),
+        ({}, {"step": 2, "batches": 4}, "56s left (epoch 1/3: 16s)"),
+        ({}, {"step": 10, "batches": 20}, "40s left (epoch 1/3: 0s)"),
+        ({}, {"step": 25, "epoch": 2, "batches": 10}, "10s left (epoch 3/3: 10s)"),
+        ({"epochs": None, "steps": 2000}, {"step": 200, "batches": 4}, "1h00m left"),
+        ({"epochs": None}, {"step": 49, "batches": 4}, "2s left"),
     ],
 )
 def test_the_time_left(settings, capsys, asked, progress, left):
@@ -581,14 +733,23 @@ def test_the_time_left(settings, capsys, asked, progress, left):
     report.step(step(progress["step"], step_s=2.0))
     line = capsys.readouterr().out
     assert line.startswith(f"step {progress['step']}/")
-    assert line.endswith(f"backward 0.20 s, {left}\n")
+    assert line.endswith(f" 4 img/s, {left}\n")
 
 
 def test_the_time_left_goes_by_the_median_step(settings, capsys):
     report = report_on(settings, step=2, batches=4)
     for seconds in (2.0, 60.0, 2.0):
         report.step(step(2, step_s=seconds))
-    assert capsys.readouterr().out.endswith(" 00:16 left in epoch 1/3, 00:56 left\n")
+    assert capsys.readouterr().out.endswith(" 56s left (epoch 1/3: 16s)\n")
+
+
+def test_the_time_left_goes_by_the_latest_steps(settings, capsys, monkeypatch):
+    """As when images have grown since."""
+    monkeypatch.setattr(tsa, "RECENT_STEPS", 3)
+    report = report_on(settings, step=2, batches=4)
+    for seconds in (0.1, 0.1, 0.1, 0.1, 2.0, 2.0):
+        report.step(step(2, step_s=seconds))
+    assert capsys.readouterr().out.endswith(" 56s left (epoch 1/3: 16s)\n")
 
 
 def test_the_machine_in_the_metrics(settings, tmp_path, monkeypatch):
@@ -863,6 +1024,15 @@ def test_the_accuracy_of_each_class_with_the_worst_first():
         "| dog, wet | 50.0% |            2 |      4 |\n"
         "| bee      | 75.0% |            3 |      4 |"
     ]
+
+
+def test_the_accuracy_of_classes_with_long_names_fits_80_columns():
+    names = ["n" * 40, "m" * 41, "short"]
+    confusion = tsa.Confusion({(index, index): 1_281_167 for index in range(3)})
+    (table,) = tsa.class_lines(confusion, names)
+    assert {len(line) for line in table.splitlines()} == {78}
+    shown = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert shown == ["m" * 37 + "...", "n" * 40, "short"]
 
 
 def test_of_many_classes_the_worst_are_shown():
