@@ -69,6 +69,7 @@ import platform
 import queue
 import re
 import resource
+import shlex
 import shutil
 import signal
 import statistics
@@ -4702,19 +4703,23 @@ PARTS = {"train": "train", "val": "validation", "val_raw": "raw validation"}  # 
 CLASSES_TO_SHOW, PAIRS_TO_WRITE = 30, 1000
 LONGEST_NAME = 40  # of a class, so that its row fits 80 columns
 LARGEST_MATRIX = 4000  # classes: to draw that many takes 1 GiB, twice as many four times that
+FENCE = "```\n"
 LOG_HEADER = """\
 # Training log
 
-`train_split_affinity.py` appends a section for each run: settings in force, core allocation, and
-what every phase took. Times are wall-clock, in milliseconds per optimizer step; *busy* is the CPU
-time of a phase's threads as a share of the time of its physical cores (of as many hardware threads,
-where a phase has more threads than cores); *stray* is CPU time, in total, of compute threads that
-may run outside the phase's cores. Where phases overlap, their shares of a step add up to more than
-100 %. Speeds and shares of a long run are those of its latest 2,000 steps.
+`train_split_affinity.py` writes a section for each run: core allocation and settings when it
+begins, a line for each epoch, and in the end what came of it and what every phase took. Times are
+wall-clock, in milliseconds per optimizer step; *busy* is the CPU time of a phase's threads as a
+share of the time of its physical cores (of as many hardware threads, where a phase has more threads
+than cores); *stray* is CPU time, in total, of compute threads that may run outside the phase's
+cores. Where phases overlap, their shares of a step add up to more than 100 %. Speeds and shares of
+a long run are those of its latest 2,000 steps.
 
-A run over epochs also adds a line when an epoch is finished; notes are yours to add:
+The line of an epoch is written when the epoch is finished; notes are yours to add:
 
+```
 epoch | train_loss | train_top1 | train_top5 | val_loss | val_top1 | val_top5 | timestamp | notes
+```
 """
 
 
@@ -5129,34 +5134,69 @@ def describe_run(settings: Settings) -> str:
     return f"{settings.model}, {size}, {batches} a step, {settings.precision}"
 
 
-def log_section(
-    settings: Settings,
-    topology: Topology,
-    plan: CorePlan,
-    outcome: str,
-    summary: Summary | None,
-    warned: Iterable[str],
+def as_options(settings: Settings) -> str:
+    """What differs from the defaults, those of the recipe if there is one, as it is typed."""
+    defaults = vars(Settings()) | (recipe_defaults(settings.recipe) if settings.recipe else {})
+    words = []
+    for name, value in vars(settings).items():
+        if value is None or (name != "recipe" and value == defaults[name]):
+            continue
+        flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+        text = format_cpu_list(value) if name.endswith("_cores") else option_text(value)
+        words += [flag] if isinstance(value, bool) else [flag, shlex.quote(text)]
+    return " ".join(words)
+
+
+def log_heading(
+    settings: Settings, asked: Settings, topology: Topology, plan: CorePlan, resumed_at: int = 0
 ) -> str:
-    """A run's section of logs.md; without a summary if no step was finished."""
+    """The beginning of a run's section of logs.md; `settings` are those in force."""
     in_force = {
         key: format_cpu_list(value) if key.endswith("_cores") else option_text(value)
         for key, value in plain_settings(settings).items()
         if value is not None
     }
+    title = f"{settings.model}, {settings.schedule}, split {plan.split}"
+    title += f", resumed after step {resumed_at}" if resumed_at else ""
+    options = as_options(asked)
     lines = [
-        f"outcome: {outcome}",
-        f"machine: {describe_topology(topology)}",
+        f"machine: {describe_topology(topology)}; {host_kind()}",
         f"detected cores: {format_cpu_list(topology.online)} (logical CPUs online)",
         *describe_plan(plan, settings),
-        f"settings: {', '.join(f'{key} {value}' for key, value in in_force.items())}",
         f"versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
+        f"settings: {f'`{options}`' if options else 'the defaults'}",
+    ]
+    all_settings = ", ".join(f"{key} {value}" for key, value in in_force.items())
+    folded = f"<details><summary>all settings in force</summary>\n\n{all_settings}\n\n</details>"
+    listed = "\n".join(f"- {line}" for line in lines)
+    return f"\n## {utc_now()} {title}\n\n{listed}\n\n{folded}\n\n"
+
+
+def log_summary(results: Iterable[str], summary: Summary | None, warned: Iterable[str]) -> str:
+    """The end of a run's section of logs.md; without figures if no step was finished."""
+    lines = [
+        *results,
+        f"ended: {utc_now()}",
         *(f"warning: {text}" for text in warned),
         *(summary_lines(summary) if summary else ()),
-        *(memory_lines(summary.memory_by_node, topology, plan) if summary else ()),
     ]
-    heading = f"\n## {utc_now()} {settings.model}, {settings.schedule}, split {plan.split}\n"
     tables = ["", phase_table(summary), "", cpu_table(summary)] if summary else []
-    return "\n".join([heading, *(f"- {line}" for line in lines), *tables]) + "\n"
+    return "\n".join([*(f"- {line}" for line in lines), *tables]) + "\n"
+
+
+def result_lines(
+    settings: Settings, progress: Progress, to_come: Collection[str] = ()
+) -> list[str]:
+    """How good the model has become, and the files in which it is; some may be still to come."""
+    lines = []
+    if progress.best:
+        top1, epoch = progress.best[0]
+        lines.append(f"best validation top-1: {top1:.2f} % in epoch {epoch}")
+    if folder := settings.output_dir:
+        names = (BEST, LAST, CURVES, GRADIENTS, TIMELINE, TRACE, METRICS)
+        there = [name for name in names if name in to_come or (folder / name).exists()]
+        lines.append(f"files in {folder}: {', '.join(there)}")
+    return lines
 
 
 def append_text(path: Path, text: str, header: str = "") -> None:
@@ -5167,15 +5207,93 @@ def append_text(path: Path, text: str, header: str = "") -> None:
         with path.open("ab", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             size = os.fstat(file.fileno()).st_size
-            left = readable(text if size else header + text).encode()
-            try:
-                while left:
-                    left = left[file.write(left) :]
-            except OSError:
-                file.truncate(size)
-                raise
+            write_end(file, size, readable(text if size else header + text).encode())
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def replace_text(path: Path, old: str, new: str) -> bool:
+    """Put text in place of the last `old` in a file; False if there is none. Under a lock, as
+    `append_text`; in the same file, since another run may hold its lock, or wait for it.
+    """
+    try:
+        with path.open("r+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            before, found, after = file.read().rpartition(old.encode())
+            if found:
+                file.seek(len(before))
+                write_end(file, len(before), readable(new).encode() + after, found + after)
+            return bool(found)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def write_end(file: io.FileIO, start: int, data: bytes, before: bytes = b"") -> None:
+    """Write to a file from `start` on, in place of `before`, which is all that follows there. If
+    there is no room, it stands there again. In one call, which a kill cuts between pages at most.
+    """
+    left = data
+    try:
+        while left:
+            left = left[file.write(left) :]
+        if len(data) < len(before):
+            file.truncate(start + len(data))
+    except OSError:
+        if before:
+            file.seek(start)
+            file.write(before)
+        file.truncate(start + len(before))
+        raise
+
+
+def can_be_edited(path: Path) -> bool:
+    """Whether text of a file can be replaced; not in a device or a pipe, which would block, nor in
+    a file that may only be appended to.
+    """
+    try:
+        if path.is_file():
+            path.open("r+b").close()
+        return path.is_file() or not path.exists()
+    except OSError:
+        return False
+
+
+class LogSection:
+    """A run's section of logs.md: the heading when the run begins, a line for each epoch, a summary
+    in the end.
+
+    A comment that no reader sees keeps the place where the section goes on, since another run may
+    have begun one below, and the user may have edited the file meanwhile. If the place has gone,
+    the section begins once more, at the end of the file.
+    """
+
+    def __init__(self, path: Path, heading: str, over_epochs: bool):
+        self._path, self._heading, self._over_epochs = path, heading, over_epochs
+        self._place = f"<!-- run {os.urandom(8).hex()} goes on here -->\n"
+        self._edited = can_be_edited(path)
+
+    def begin(self) -> None:
+        """Write the heading, and an empty block for the lines of epochs."""
+        block = (2 * FENCE if self._over_epochs else "") + self._place
+        append_text(self._path, self._heading + (block if self._edited else ""), LOG_HEADER)
+
+    def add_epoch(self, line: str) -> None:
+        """Write a line, below those before it."""
+        end = FENCE + self._place
+        self._go_on(end, f"{line}\n{end}", f"{line}\n\n", f"{FENCE}{line}\n{end}")
+
+    def end(self, summary: str) -> None:
+        """Write the summary."""
+        self._go_on(self._place, f"\n{summary}", summary, summary)
+
+    def _go_on(self, place: str, text: str, appended: str, anew: str) -> None:
+        """Put text at a place; where there can be none, append it, or in a section that is new."""
+        if not self._edited:
+            append_text(self._path, appended)
+        elif not replace_text(self._path, place, text):
+            append_text(self._path, self._heading + anew, LOG_HEADER)
 
 
 def check_writable(settings: Settings) -> None:
@@ -5404,7 +5522,15 @@ class RunReport:
     cannot be written, on a full disk say, is warned of, and the run goes on.
     """
 
-    def __init__(self, settings: Settings, topology: Topology, plan: CorePlan, progress: Progress):
+    def __init__(
+        self,
+        settings: Settings,
+        topology: Topology,
+        plan: CorePlan,
+        progress: Progress,
+        asked: Settings | None = None,
+    ):
+        """`asked` are the settings as they were before what they leave open was decided."""
         self._settings, self._topology, self._plan = settings, topology, plan
         self._progress = progress
         self._total = total_steps(settings, progress.epoch_batches)
@@ -5423,6 +5549,9 @@ class RunReport:
             dynamic_ncols=True,
         )
         self._write_metrics({"type": "run", **run, **machine_metrics(topology)})
+        heading = log_heading(settings, asked or settings, topology, plan, progress.step)
+        self._log = LogSection(settings.log_file, heading, bool(settings.epochs))
+        self._write(self._log.begin)
 
     def warn(self, kind: str, text: str) -> None:
         """Show a warning on the screen, the first of its kind, and keep it for the log."""
@@ -5485,9 +5614,7 @@ class RunReport:
         if RAW_FIELDS[0] in row:
             say(epoch_line(row, RAW_FIELDS))
         self._write_metrics({"type": "epoch", **row})
-        # A blank line after each: Markdown would make one paragraph of them.
-        text = epoch_line(row) + "\n\n"
-        self._write(append_text, self._settings.log_file, text, LOG_HEADER + "\n")
+        self._write(self._log.add_epoch, epoch_line(row))
         for text in gradient_warnings(row["gradient_norms"]):
             self.warn(text.partition(":")[0], f"epoch {row['epoch']}: {text}")
         folder, title = self._settings.output_dir, describe_run(self._settings)
@@ -5497,18 +5624,20 @@ class RunReport:
             self._write(draw_gradients, folder / GRADIENTS, title, history, footer)
 
     def finish(self, outcome: str) -> None:
-        """Print the summary, append it to the log, end the metrics."""
+        """Print the summary, end the log and the metrics, draw."""
         self._bar.close()
         done = f"{self._progress.step} of {plural(self._total, 'step')}"
         outcome = readable(f"{outcome} after {done}")
         summary = self._tally.summary() if self._tally.steps else None
+        results = result_lines(self._settings, self._progress, (TIMELINE, TRACE) if summary else ())
         tables = [*summary_lines(summary), "", phase_table(summary, False)] if summary else []
-        say("\n".join(["", outcome, *tables]))
+        say("\n".join(["", *results, f"log in {self._settings.log_file}", "", outcome, *tables]))
         figures = dataclasses.asdict(summary) if summary else {}
         self._write_metrics({"type": "summary", "outcome": outcome, **figures})
-        run = self._settings, self._topology, self._plan
-        section = log_section(*run, outcome, summary, self._warnings.values())
-        self._write(append_text, self._settings.log_file, section, LOG_HEADER)
+        results.append(f"outcome: {outcome}")
+        if summary:
+            results += memory_lines(summary.memory_by_node, self._topology, self._plan)
+        self._write(self._log.end, log_summary(results, summary, self._warnings.values()))
         if summary and self._settings.output_dir:
             self._draw()
 
@@ -6064,7 +6193,7 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
             checkpoints.hold(make=True)
             run.bad.messages = progress.bad_images  # one list: what is found is saved
             check_subset(run, bool(progress.step))
-            report = RunReport(run.settings, topology, run.plan, progress)
+            report = RunReport(run.settings, topology, run.plan, progress, settings)
             checkpoints.warn = report.alarm
             for text in notes:
                 say(text)

@@ -800,6 +800,22 @@ def test_a_full_disk_has_whole_files_or_none(small_disk, name):
     assert earlier.stat().st_size > 4096
 
 
+def test_a_full_disk_leaves_the_log_as_it_was(small_disk):
+    path = small_disk / "logs.md"
+    log = tsa.LogSection(path, "\n## heading\n\n", True)
+    log.begin()
+    log.add_epoch("epoch: 1")
+    before = path.read_text()
+    fill(small_disk)
+    with pytest.raises(tsa.RunError, match=f"{path}: cannot be written: No space left"):
+        log.add_epoch("x" * 9000)
+    assert path.read_text() == before
+    (small_disk / "filler").unlink()
+    log.add_epoch("epoch: 2")
+    log.end("ended\n")
+    assert path.read_text().endswith("\n```\nepoch: 1\nepoch: 2\n```\n\nended\n")
+
+
 def test_the_report_of_a_run_on_a_full_disk(small_disk, monkeypatch, capsys):
     folder, finish = small_disk / "out", tsa.RunReport.finish
     folder.mkdir()

@@ -4,20 +4,29 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import html.parser
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
+import resource
+import shlex
+import signal
 import struct
 import sys
 import tempfile
 import termios
 import threading
+import time
+from pathlib import Path
 
+import cmarkgfm
 import machines
 import pytest
 import torch
+from cmarkgfm.cmark import Options
 from conftest import read_metrics
 from PIL import Image
 from records import PLAN, record, step, summarise
@@ -136,51 +145,79 @@ def test_drawing_both_groups_on_one_core_and_unused_cores(tmp_path):
 # Files
 
 
-def test_the_log_section(tmp_path):
-    topology = tsa.read_topology(
-        machines.write_machine(tmp_path, machines.THREE), frozenset(range(3))
-    )
-    plan = tsa.plan_cores(topology, Settings())
-    summary = summarise([step(1), step(2)], plan)
-    text = tsa.log_section(Settings(), topology, plan, "finished", summary, ["careful"])
+def small_machine(tmp_path):
+    """A topology of three cores, and its plan."""
+    root = machines.write_machine(tmp_path, machines.THREE)
+    topology = tsa.read_topology(root, frozenset(range(3)))
+    return topology, tsa.plan_cores(topology, Settings())
+
+
+def test_the_heading_of_the_log(tmp_path):
+    topology, plan = small_machine(tmp_path)
+    text = tsa.log_heading(Settings(), Settings(epochs=2), topology, plan)
     assert re.search(
         r"^## \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ resnet50, sequential, split even$", text, re.M
     )
+    machine = "Example CPU @ 3.0GHz: 1 socket, 3 cores, 3 hardware threads; allowed: 0-2"
     for line in (
-        "- outcome: finished",
-        "- machine: Example CPU @ 3.0GHz: 1 socket, 3 cores, 3 hardware threads; allowed: 0-2",
+        f"- machine: {machine}; {tsa.host_kind()}",
         "- detected cores: 0-2 (logical CPUs online)",
         "- forward   cores 0, 1 thread: forward pass",
         "- backward  cores 1-2, 2 threads: loss, backpropagation, optimizer step",
         "- loader    cores 0: main thread, 2 loader processes",
-        "- warning: careful",
+        "- settings: `--epochs 2`",
     ):
         assert line in text.splitlines()
     assert "batch_size 32" in text
     assert "torch 2" in text
+
+
+def test_the_heading_of_a_run_with_the_default_settings_that_goes_on(tmp_path):
+    text = tsa.log_heading(Settings(), Settings(), *small_machine(tmp_path), resumed_at=7)
+    assert re.search(r"Z resnet50, sequential, split even, resumed after step 7$", text, re.M)
+    assert "- settings: the defaults\n" in text
+
+
+def test_the_summary_of_the_log(tmp_path):
+    _, plan = small_machine(tmp_path)
+    summary = summarise([step(1), step(2)], plan)
+    text = tsa.log_summary(["best: 1", "outcome: finished"], summary, ["careful"])
+    lines = text.splitlines()
+    assert lines[:2] == ["- best: 1", "- outcome: finished"]
+    assert re.fullmatch(r"- ended: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", lines[2])
+    assert lines[3] == "- warning: careful"
+    assert [line[2:] for line in lines[4:8]] == tsa.summary_lines(summary)
     assert tsa.phase_table(summary) in text
     assert tsa.cpu_table(summary) in text
 
 
-def test_the_log_section_writes_milestones_as_they_were_given():
+def test_the_log_writes_milestones_as_they_were_given():
     topology, settings = tsa.read_topology(), Settings(split="none", lr_milestones=(1, 2, 3))
-    text = tsa.log_section(settings, topology, PLAN, "finished", None, [])
+    text = tsa.log_heading(settings, settings, topology, PLAN)
     assert "lr_milestones 1,2,3, " in text
+    assert "- settings: `--lr-milestones 1,2,3 --split none`\n" in text
 
 
-def test_the_log_section_tells_where_memory_is(tmp_path):
+def test_the_log_tells_where_memory_is(tmp_path):
     root = machines.write_machine(tmp_path, machines.TWO_SOCKETS)
     topology = tsa.read_topology(root, frozenset(range(8)))
     plan = tsa.plan_cores(topology, Settings())
     assert [group.cpus for group in plan.groups] == [(0, 2, 4, 6), (1, 3, 5, 7)]
     by_node = {0: 9 * 2**28, 1: 2**28, 2: 2**30}  # a node without cores: memory alone
-    summary = dataclasses.replace(summarise([step(1)], plan), memory_by_node=by_node)
-    text = tsa.log_section(Settings(), topology, plan, "finished", summary, [])
     places = "node 0 (forward cores) 2.25 GiB, node 1 (backward cores) 0.25 GiB, node 2 1.00 GiB"
-    assert f"- memory by node, without that of files: {places}" in text.splitlines()
-    summary = dataclasses.replace(summary, memory_by_node={})
-    text = tsa.log_section(Settings(), topology, plan, "finished", summary, [])
-    assert "memory by node" not in text
+    line = f"memory by node, without that of files: {places}"
+    assert tsa.memory_lines(by_node, topology, plan) == [line]
+    assert tsa.memory_lines({}, topology, plan) == []
+
+
+@pytest.mark.parametrize("by_node", [{}, {0: 2**30, 1: 2**29}])
+def test_a_run_on_several_nodes_ends_with_where_memory_is(settings, monkeypatch, by_node):
+    monkeypatch.setattr(tsa, "memory_by_node", lambda: by_node)
+    report = report_on(settings)
+    report.step(step(1))
+    report.finish("finished")
+    text = settings.log_file.read_text()
+    assert text.count("- memory by node, without that of files: node 0") == bool(by_node)
 
 
 def test_memory_of_a_node_that_both_lanes_use():
@@ -192,12 +229,332 @@ def test_memory_of_a_node_that_both_lanes_use():
     ]
 
 
-def test_the_log_section_of_a_run_without_a_step():
-    topology = tsa.read_topology()
-    plan = tsa.plan_cores(topology, Settings(split="none"))
-    text = tsa.log_section(Settings(split="none"), topology, plan, "stopped", None, [])
+def test_the_summary_of_a_run_without_a_step():
+    text = tsa.log_summary(["outcome: stopped"], None, [])
     assert "- outcome: stopped" in text
     assert "| phase" not in text
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "",
+        "--model resnet56 --image-size 32 --split 1:2 --model-ema",
+        "--lr-milestones 3,5 --no-channels-last --no-tuned-malloc",
+        "--forward-cores 0,2-4 --backward-cores 7",
+        "--data-path 'my photos' --resume auto --output-dir \"it's\"",
+        "--recipe cifar10 --data-path cifar",
+        "--recipe cifar10 --data-path cifar --lr 0.05 --output-dir here",
+        "--recipe imagenet-full --data-path i --init-from a.pt --no-model-ema",
+    ],
+)
+def test_settings_that_differ_from_the_defaults_as_they_are_typed(typed):
+    command, settings = tsa.parse_arguments(shlex.split(typed))
+    text = tsa.as_options(settings)
+    assert tsa.parse_arguments(shlex.split(text)) == (command, settings)
+    flags = [[word for word in shlex.split(each) if word[0] == "-"] for each in (text, typed)]
+    assert sorted(flags[0]) == sorted(flags[1])
+
+
+def test_best_accuracy_and_files(tmp_path):
+    progress = Progress()
+    assert tsa.result_lines(Settings(), progress) == []
+    for top1 in (50.0, 98.765, 98.0):
+        progress.end_epoch({"val_top1": top1}, keep_best=3)
+    for name in ("metrics.jsonl", "last.pt", "curves.png", "best.pt", "mine.txt"):
+        (tmp_path / name).touch()
+    assert tsa.result_lines(Settings(output_dir=tmp_path), progress) == [
+        "best validation top-1: 98.77 % in epoch 2",
+        f"files in {tmp_path}: best.pt, last.pt, curves.png, metrics.jsonl",
+    ]
+    _, files = tsa.result_lines(Settings(output_dir=tmp_path), progress, ["timeline.png"])
+    assert files.endswith(": best.pt, last.pt, curves.png, timeline.png, metrics.jsonl")
+
+
+# Files for several runs
+
+
+class Outline(html.parser.HTMLParser):
+    """The parts of a page in order, each with its text: of a list the whole of it."""
+
+    PARTS = "h1", "h2", "p", "ul", "pre", "table", "details", "summary"
+
+    def __init__(self, page):
+        super().__init__()
+        self.parts, self._open = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self._open.append(tag)
+        if tag in self.PARTS:
+            self.parts.append((tag, ""))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if data.strip():
+            assert self._open, "text outside of any part"
+            tag, text = self.parts[-1]
+            self.parts[-1] = tag, text + data
+
+
+def rendered(text):
+    """The parts of a log as GitHub's renderer makes them of its Markdown; without its header."""
+    page = cmarkgfm.github_flavored_markdown_to_html(text, Options.CMARK_OPT_UNSAFE)
+    parts = Outline(page).parts
+    assert [tag for tag, _ in parts[:4]] == ["h1", "p", "p", "pre"]
+    return parts[4:]
+
+
+HEAD = ["h2", "ul", "details", "summary", "p"]
+TAIL = ["ul", "table", "table"]
+
+
+def assert_renders(text):
+    """No line of an epoch stands elsewhere than in a block of code; gives all such lines."""
+    found = []
+    for tag, content in rendered(text):
+        assert tag in (*HEAD, *TAIL, "pre")
+        assert tag == "pre" or "train_loss" not in content
+        found += content.splitlines() if tag == "pre" else []
+    return found
+
+
+def test_an_epoch_line_outside_a_block_of_code_is_found():
+    for text in (LINE, f"- {LINE}", f"| a |\n| - |\n{LINE}"):
+        with pytest.raises(AssertionError):
+            assert_renders(f"{tsa.LOG_HEADER}\n{text}\n")
+
+
+def test_a_log_of_several_runs_as_github_renders_it(settings):
+    """One with epochs, two at once, one that goes on, one without epochs, one that was killed."""
+    settings = dataclasses.replace(settings, output_dir=None)
+    one = report_on(settings)
+    rows = [epoch_row(epoch, timestamp=f"2025-10-11T14:0{epoch}:00Z") for epoch in range(7)]
+
+    def add(report, row):
+        report.epoch(row, [row])
+
+    add(one, rows[0])
+    two = report_on(dataclasses.replace(settings, model="resnet18"))
+    for report, number in ((two, 1), (one, 2), (two, 3)):
+        add(report, rows[number])
+    one.step(step(1))
+    one.finish("finished")
+    add(two, rows[4])
+    going_on = report_on(settings, step=12)
+    two.step(step(1))
+    two.finish("finished")
+    add(going_on, rows[5])
+    short = report_on(dataclasses.replace(settings, epochs=None, model="resnet34"))
+    short.step(step(1))
+    add(report_on(dataclasses.replace(settings, model="hybrid")), rows[6])
+    short.finish("stopped")
+    going_on.finish("an error")
+    parts = rendered(settings.log_file.read_text())
+    pre, cut_off = [*HEAD, "pre"], [*HEAD, "pre", "ul"]
+    assert [tag for tag, _ in parts] == [*pre, *TAIL, *pre, *TAIL, *cut_off, *HEAD, *TAIL, *pre]
+    titles = [text.split()[1:] for tag, text in parts if tag == "h2"]
+    names = [title[0] for title in titles]
+    assert names == ["resnet50,", "resnet18,", "resnet50,", "resnet34,", "hybrid,"]
+    assert " ".join(titles[2]).endswith("split even, resumed after step 12")
+    blocks = [text.splitlines() for tag, text in parts if tag == "pre"]
+    lines = [tsa.epoch_line(row) for row in rows]
+    assert blocks == [lines[0:3:2], [lines[1], *lines[3:5]], lines[5:6], lines[6:]]
+    outcomes = re.findall(r"^outcome: (\w+)", "\n".join(t for _, t in parts), re.M)
+    assert outcomes == ["finished", "finished", "an", "stopped"]
+    assert all(text.startswith("phase") for tag, text in parts if tag == "table")
+
+
+def log_on(path, number=0, over_epochs=True):
+    """A section of a log, begun."""
+    log = tsa.LogSection(path, f"\n## run {number}\n\n- settings\n\n", over_epochs)
+    log.begin()
+    return log
+
+
+def log_many_epochs(path, number, barrier):
+    barrier.wait()
+    log = log_on(path, number)
+    for epoch in range(100):
+        log.add_epoch(f"run {number}, epoch {epoch}, train_loss")
+    log.end("- ended\n")
+
+
+def test_runs_at_once_have_all_their_lines_in_sections_of_their_own(tmp_path):
+    path, context = tmp_path / "logs.md", multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    runs = [context.Process(target=log_many_epochs, args=(path, n, barrier)) for n in range(3)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    parts = rendered(path.read_text())
+    assert [tag for tag, _ in parts] == ["h2", "ul", "pre", "ul"] * 3
+    numbers = [text.split()[1] for tag, text in parts if tag == "h2"]
+    assert sorted(numbers) == ["0", "1", "2"]
+    assert [text.splitlines() for tag, text in parts if tag == "pre"] == [
+        [f"run {number}, epoch {epoch}, train_loss" for epoch in range(100)] for number in numbers
+    ]
+
+
+def log_until_killed(path, number):
+    log = log_on(path, number)
+    for epoch in itertools.count():
+        log.add_epoch(f"run {number}, epoch {epoch}, train_loss {'x' * 150}")
+
+
+def test_a_killed_run_leaves_a_log_that_renders(tmp_path):
+    """Whenever that is; the sections of others are whole."""
+    path, context = tmp_path / "logs.md", multiprocessing.get_context("fork")
+    other = log_on(path, 99)
+    for number in range(10):
+        run = context.Process(target=log_until_killed, args=(path, number))
+        run.start()
+        time.sleep(0.02 + 0.005 * number)
+        run.kill()
+        run.join()
+        assert run.exitcode == -signal.SIGKILL
+        other.add_epoch(f"run 99, epoch {number}, train_loss")
+        lines = assert_renders(path.read_text())
+        own = [line for line in lines if line.startswith("run 99")]
+        assert own == [f"run 99, epoch {epoch}, train_loss" for epoch in range(number + 1)]
+        killed = [line for line in lines if line.startswith(f"run {number},")]
+        assert all(re.fullmatch(r"run \d, epoch \d+, train_loss x{150}", line) for line in killed)
+
+
+def test_a_log_that_the_user_edits_meanwhile(tmp_path):
+    path = tmp_path / "logs.md"
+    log = log_on(path)
+    log.add_epoch("epoch: 1")
+    inode = path.stat().st_ino
+    text = path.read_text()
+    path.write_text(
+        "My notes, in front\n" + text.replace("epoch: 1", "epoch: 1  a note") + "Below\n"
+    )
+    log.add_epoch("epoch: 2")
+    log.end("- ended\n")
+    text = path.read_text()
+    assert text.startswith("My notes, in front\n# Training log\n")
+    assert text.endswith("```\nepoch: 1  a note\nepoch: 2\n```\n\n- ended\nBelow\n")
+    assert "<!--" not in text
+    assert path.stat().st_ino == inode, "whoever waits for the lock of this file must not miss it"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        Path.unlink,
+        lambda path: path.write_text("mine\n"),
+        lambda path: path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n")),
+    ],
+)
+def test_a_section_whose_place_has_gone_begins_anew(tmp_path, edit):
+    path = tmp_path / "logs.md"
+    log = log_on(path)
+    log.add_epoch("epoch: 1")
+    edit(path)
+    before = path.read_bytes().decode() if path.exists() else tsa.LOG_HEADER
+    log.add_epoch("epoch: 2")
+    log.add_epoch("epoch: 3")
+    log.end("- ended\n")
+    section = "\n## run 0\n\n- settings\n\n"
+    assert path.read_bytes().decode() == (
+        f"{before}{section}```\nepoch: 2\nepoch: 3\n```\n\n- ended\n"
+    )
+    edit(path)
+    log.end("- ended\n")
+    assert path.read_text().endswith(f"{section}- ended\n")
+
+
+def test_a_log_that_is_a_pipe_is_written_to_in_order(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    descriptor = os.open(path, os.O_RDWR)  # so that no opening waits for the other end
+    try:
+        log = log_on(path)
+        log.add_epoch("epoch: 1")
+        log.end("- ended\n")
+        taken = os.read(descriptor, 2**16).decode()
+    finally:
+        os.close(descriptor)
+    assert taken == (f"{tsa.LOG_HEADER}\n## run 0\n\n- settings\n\nepoch: 1\n\n- ended\n"), (
+        "without a place to find again"
+    )
+
+
+def test_a_log_that_can_only_be_appended_to(tmp_path, monkeypatch):
+    """As one that `chattr +a` protects."""
+    path, open_file = tmp_path / "logs.md", Path.open
+
+    def protected(self, mode="r", *args, **kwargs):
+        if mode == "r+b":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return open_file(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", protected)
+    path.write_text("mine\n")
+    log = log_on(path)
+    log.add_epoch("epoch: 1")
+    log.end("- ended\n")
+    assert path.read_text() == "mine\n\n## run 0\n\n- settings\n\nepoch: 1\n\n- ended\n"
+
+
+@contextlib.contextmanager
+def files_up_to(size_bytes):
+    """No file can become larger: what was there stays writable, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [0, 1, 10, 49])
+@pytest.mark.parametrize("below", [0, 10_000])
+def test_no_room_for_another_line_leaves_the_log_as_it_was(tmp_path, room, below):
+    path = tmp_path / "logs.md"
+    log = log_on(path)
+    log.add_epoch("epoch: 1")
+    tsa.append_text(path, "x" * below)
+    before = path.read_bytes()
+    with files_up_to(len(before) + room), pytest.raises(tsa.RunError, match="cannot be written"):
+        log.add_epoch("e" * 49)  # and a line feed
+    assert path.read_bytes() == before
+    with files_up_to(len(before) + 50):
+        log.add_epoch("e" * 49)
+    assert path.read_bytes().startswith(
+        before[: before.rindex(b"```")] + b"e" * 49 + b"\n```\n<!--"
+    )
+
+
+def test_replacing_waits_for_the_lock(tmp_path):
+    path = tmp_path / "logs.md"
+    path.write_text("a place")
+    writer = threading.Thread(target=tsa.replace_text, args=(path, "place", "new place"))
+    with path.open("a") as other_run:
+        fcntl.flock(other_run, fcntl.LOCK_EX)
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive()
+        other_run.write(", more")
+    writer.join(10)
+    assert path.read_text() == "a new place, more"
+
+
+def test_the_latest_text_is_replaced_by_a_shorter_or_a_longer_one(tmp_path):
+    path = tmp_path / "logs.md"
+    path.write_text("one two one end")
+    assert tsa.replace_text(path, "one", "a longer one")
+    assert path.read_text() == "one two a longer one end"
+    assert tsa.replace_text(path, "a longer one", "1")
+    assert path.read_text() == "one two 1 end"
+    assert not tsa.replace_text(path, "three", "3")
+    assert not tsa.replace_text(tmp_path / "none", "three", "3")
+    assert path.read_text() == "one two 1 end"
+    assert not (tmp_path / "none").exists()
 
 
 def append_to_all(paths, mark, barrier):
@@ -421,9 +778,10 @@ def test_what_an_epoch_leaves_in_the_log_and_the_metrics(settings, capsys):
     second = epoch_row(2, timestamp="2025-10-11T15:02:13Z", **NO_VALIDATION)
     for history in ([epoch_row()], [epoch_row(), second]):
         report.epoch(history[-1], history)
-    header, _, lines = settings.log_file.read_text().partition("\n\nepoch: ")
-    assert header + "\n" == tsa.LOG_HEADER
-    assert f"epoch: {lines}" == f"{LINE}\n\n{tsa.epoch_line(second)}\n\n"
+    log = settings.log_file.read_text()
+    assert log.startswith(tsa.LOG_HEADER + "\n## ")
+    lines = f"```\n{LINE}\n{tsa.epoch_line(second)}\n```\n"
+    assert re.search(rf"</details>\n\n{re.escape(lines)}<!-- run [0-9a-f]{{16}} .*-->\n$", log)
     assert capsys.readouterr().out == f"{LINE}\n{tsa.epoch_line(second)}\n"
     assert read_metrics(settings.output_dir, "epoch") == [
         {"type": "epoch", **epoch_row()},
@@ -447,7 +805,7 @@ def test_the_raw_figures_of_an_epoch_are_told_beside_those_of_the_moving_average
     assert capsys.readouterr().out == (
         f"{LINE}\nepoch: 1  {raw}  timestamp: 2025-10-11T14:02:13Z\n"
     )
-    assert settings.log_file.read_text().endswith(f"\n\n{LINE}\n\n")
+    assert f"\n\n```\n{LINE}\n```\n" in settings.log_file.read_text()
     (row,) = read_metrics(settings.output_dir, "epoch")
     assert row == {"type": "epoch", **epoch_row(), **RAW}
 
@@ -750,6 +1108,28 @@ def test_the_time_left_goes_by_the_latest_steps(settings, capsys, monkeypatch):
     for seconds in (0.1, 0.1, 0.1, 0.1, 2.0, 2.0):
         report.step(step(2, step_s=seconds))
     assert capsys.readouterr().out.endswith(" 56s left (epoch 1/3: 16s)\n")
+
+
+def test_a_run_ends_with_its_best_accuracy_and_its_files_then_the_figures(settings, capsys):
+    report = report_on(settings, best=[(98.765, 2), (90.0, 1)])
+    report.step(step(1))
+    capsys.readouterr()
+    report.finish("finished")
+    out = capsys.readouterr().out.splitlines()
+    folder = settings.output_dir
+    assert out[:6] == [
+        "",
+        "best validation top-1: 98.77 % in epoch 2",
+        f"files in {folder}: timeline.png, trace.json, metrics.jsonl",
+        f"log in {settings.log_file}",
+        "",
+        "finished after 0 of 30 steps",
+    ]
+    assert out[6].startswith("20.00 images/s, ")
+    assert all(len(line) <= 80 for line in out if line.startswith("|"))
+    log = settings.log_file.read_text()
+    first, second, third = re.findall(r"^- (best|files|outcome).*$", log, re.M)
+    assert (first, second, third) == ("best", "files", "outcome")
 
 
 def test_the_machine_in_the_metrics(settings, tmp_path, monkeypatch):

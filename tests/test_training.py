@@ -145,6 +145,7 @@ def test_a_run_that_goes_on_is_appended(in_tmp, no_pictures):
     log = (in_tmp / "logs.md").read_text()
     assert log.count("# Training log\n") == 1
     assert log.count("\n## ") == 2
+    assert log.count(", split none, resumed after step 1\n") == 1
     assert [line["type"] for line in read_metrics(in_tmp)] == ["run", "step", "summary"] * 2
     assert [line["resumed_at_step"] for line in read_metrics(in_tmp, "run")] == [0, 1]
     assert [line["step"] for line in read_metrics(in_tmp, "step")] == [1, 2]
@@ -518,8 +519,9 @@ def test_what_a_run_over_epochs_writes(in_tmp, epochs):
     log = (in_tmp / "logs.md").read_text()
     rows = read_metrics(in_tmp / "out", "epoch")
     assert [row["epoch"] for row in rows] == [1, 2]
+    assert "\n".join(["```", *map(tsa.epoch_line, rows), "```\n"]) in log
     for row in rows:
-        assert f"\n\n{tsa.epoch_line(row)}\n\n" in log
+        assert f"\n{tsa.epoch_line(row)}\n" in log
         assert set(row["gradient_norms"]) == {"0", "1", "6"}, "the parts that have weights"
         assert all(norm > 0 for norm in row["gradient_norms"].values())
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["timestamp"])
