@@ -2128,14 +2128,18 @@ def build_model(name: str, num_classes: int, image_size: int) -> nn.Module:
     try:
         with memory_errors():
             return torchvision.models.get_model(name, num_classes=num_classes, **options)
+    except NotImplementedError:
+        raise
     except (AssertionError, RuntimeError, ValueError) as error:
         raise UserError(f"--image-size {image_size}, {name}: {one_line(error)}") from None
 
 
 def meta_model(name: str, num_classes: int, image_size: int) -> nn.Module:
     """A classifier without memory for its weights: shapes alone."""
-    with torch.device("meta"):
+    with contextlib.suppress(NotImplementedError), torch.device("meta"):
         return build_model(name, num_classes, image_size)
+    # A RegNet computes its widths with tensors, which without memory have no values.
+    return build_model(name, num_classes, image_size).to("meta")
 
 
 def classifier_weights(name: str, num_classes: int, image_size: int) -> set[str]:

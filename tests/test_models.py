@@ -376,6 +376,14 @@ def test_what_a_model_amounts_to(name, classes, size, figures):
     assert (measured.parameters, measured.weight_bytes, forward, backward) == figures
 
 
+def test_a_model_that_computes_its_widths_with_tensors_is_measured():
+    """RegNets do, when they are built: torchvision says what they amount to."""
+    measured = tsa.measure_model("regnet_x_400mf", 1000, 224)
+    told = torchvision.models.RegNet_X_400MF_Weights.IMAGENET1K_V1.meta
+    assert measured.parameters == told["num_params"]
+    assert measured.flops["forward"] / 2e9 == pytest.approx(told["_ops"], abs=0.001)
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_own_models_have_names(name):
     assert name in tsa.classifier_names()
