@@ -28,6 +28,7 @@ from types import NoneType
 import fsspec
 import pytest
 import torch
+import torchvision
 from conftest import TINY, needs_two_cpus, small_model
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
@@ -1916,7 +1917,23 @@ def kind_of_cpu():
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def go_on_from_earlier(schedule):
+class EarlierImages(torchvision.datasets.FakeData):
+    """The synthetic images that the earlier version had: noise, with random labels."""
+
+    patterns = 3
+
+    def __init__(self, count, side, classes, seed):
+        super().__init__(count, (3, side, side), classes, random_offset=seed)
+
+
+@pytest.fixture
+def go_on_from_earlier(monkeypatch):
+    """Runs of today's program on the images of then."""
+    monkeypatch.setattr(tsa, "SyntheticImages", EarlierImages)
+    return resume_earlier
+
+
+def resume_earlier(schedule):
     options = ["--resume", str(EARLIER / f"{schedule}.pt"), "--output-dir", "out"]
     assert tsa.main([*EARLIER_OPTIONS, schedule, *options]) == 0
     return tsa.read_checkpoint(Path("out/last.pt"))
@@ -1924,7 +1941,7 @@ def go_on_from_earlier(schedule):
 
 @needs_two_cpus
 @pytest.mark.parametrize("schedule", list(tsa.SCHEDULES))
-def test_a_checkpoint_of_an_earlier_version_goes_on(schedule, in_tmp):
+def test_a_checkpoint_of_an_earlier_version_goes_on(schedule, in_tmp, go_on_from_earlier):
     """To the same numbers: to the bit with the kind of CPU and the versions that computed them."""
     ours, theirs = go_on_from_earlier(schedule), tsa.read_checkpoint(EARLIER / f"{schedule}-end.pt")
     assert ours["progress"]["step"] == theirs["progress"]["step"] == 20
@@ -1941,7 +1958,9 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(schedule, in_tmp):
 
 @needs_two_cpus
 @pytest.mark.parametrize("schedule", list(tsa.SCHEDULES))
-def test_a_checkpoint_of_an_earlier_version_is_restored_to_the_bit(schedule, in_tmp, monkeypatch):
+def test_a_checkpoint_of_an_earlier_version_is_restored_to_the_bit(
+    schedule, in_tmp, monkeypatch, go_on_from_earlier
+):
     states, restore = [], tsa.restore_state
 
     def restored(state, work, settings):

@@ -90,6 +90,59 @@ def test_synthetic_images_depend_on_the_seed():
     assert not torch.equal(first, other)
 
 
+def squares(data, index):
+    """The mean colours of a synthetic picture's 4 x 4 squares."""
+    pixels = v2.functional.pil_to_tensor(data.train[index][0]).float()
+    return torch.nn.functional.adaptive_avg_pool2d(pixels, 4)
+
+
+def test_synthetic_pictures_of_a_class_share_a_pattern_and_no_noise():
+    data = tsa.open_data(small(num_classes=1000, image_size=224))
+    for index in range(tsa.SYNTHETIC_PATTERNS):
+        assert (squares(data, index) - squares(data, index + 10)).abs().max() < 3
+        assert (squares(data, index) - squares(data, index + 11)).abs().max() > 30
+        first, other = (np.asarray(data.train[each][0], int) for each in (index, index + 10))
+        assert 10 < np.abs(first - other).mean() < 11.5, "two even draws of 32 differ by 10.7"
+
+
+@pytest.mark.parametrize(
+    ("classes", "targets"),
+    [(1000, [*range(10), *range(3)]), (3, [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0])],
+)
+def test_synthetic_pictures_are_of_the_first_ten_classes(classes, targets):
+    data = tsa.open_data(small(num_classes=classes))
+    assert len(data.classes) == classes
+    assert [data.train[index][1] for index in range(13)] == targets
+
+
+def test_a_synthetic_picture_depends_on_seed_and_index_alone():
+    pictures = []
+    for settings in (small(), small(batch_size=2000)):
+        torch.manual_seed(settings.batch_size)
+        pictures.append(tsa.open_data(settings).train[1234][0])
+    assert pictures[0].size == (32, 32) and pictures[0].mode == "RGB"
+    assert pictures[0] == pictures[1]
+    assert pictures[0] != tsa.open_data(small(seed=1)).train[1234][0]
+
+
+@ALL_WORKERS
+def test_synthetic_images_are_the_same_with_any_loaders(workers):
+    settings = small(num_classes=1000, workers=workers)
+    expected = load(tsa.open_data(settings), small(num_classes=1000), stop=3)
+    with contextlib.closing(tsa.training_feed(tsa.open_data(settings), settings, ALL_CPUS)) as feed:
+        assert_same_batches(list(feed.batches(tsa.BadImages(), stop=3)), expected)
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [(None, "10 of 1000 classes"), (10, "10 classes"), (4, "4 classes")],
+)
+def test_what_is_said_of_synthetic_images(classes, said):
+    (line,) = tsa.describe_data(tsa.open_data(small(num_classes=classes)))
+    assert line == f"data      synthetic: 1280 images of {said}, a noisy pattern for each"
+    assert len(line) <= 80
+
+
 @pytest.mark.parametrize("below", ["", "train"])
 def test_an_image_folder_with_or_without_train(photos, below):
     data = tsa.open_data(small(data_path=photos / below))
