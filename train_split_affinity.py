@@ -401,7 +401,8 @@ class TrainingSettings:
         "as biases")
     lr_scheduler: str = fixed("constant", "course of the learning rate", choices=("constant",
         "cosine", "step", "multistep", "onecycle", "warm-restarts"))
-    lr_warmup_epochs: int = rate(0, "epochs of linear warm-up from a hundredth of the rate",
+    lr_warmup_epochs: float | None = rate(None, "epochs of linear warm-up from a hundredth of the "
+        "rate (default: with --lr and for onecycle none, else a tenth of the run, at most 5)",
         type=COUNT_FROM_0)
     lr_step_epochs: int = rate(30, "step: epochs between two reductions", type=COUNT)
     lr_milestones: tuple[int, ...] = rate((30, 60, 80), "multistep: epochs with a reduction",
@@ -577,7 +578,7 @@ def learning_rate(settings: TrainingSettings) -> float:
 
 def rate_contradictions(settings: TrainingSettings) -> Iterator[str]:
     """Why a course of the learning rate cannot be."""
-    warmup, epochs = settings.lr_warmup_epochs, settings.epochs
+    warmup, epochs = settings.lr_warmup_epochs or 0, settings.epochs
     if warmup and not epochs:
         yield f"--lr-warmup-epochs {warmup} needs --epochs"
     if warmup and settings.lr_scheduler == "onecycle":
@@ -2990,6 +2991,21 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
     return kinds[settings.opt](groups, lr=learning_rate(settings), fused=settings.fused)
 
 
+def warmup_epochs(settings: TrainingSettings, epoch_steps: int, all_steps: int) -> float:
+    """Epochs (of `epoch_steps` optimizer steps) of the warm-up: as many as asked for. A rate that
+    nobody chose rises over the first tenth of `all_steps`, at most 5 epochs (Goyal et al., arXiv
+    1706.02677) and less than the first milestone; onecycle rises by itself.
+    """
+    if settings.lr_warmup_epochs is not None:
+        return settings.lr_warmup_epochs
+    if settings.lr is not None or settings.lr_scheduler == "onecycle":
+        return 0
+    most = 5
+    if settings.lr_scheduler == "multistep":
+        most = min(most, settings.lr_milestones[0] - 1)
+    return min(most, all_steps // 10 / epoch_steps)
+
+
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, settings: TrainingSettings, epoch_steps: int, all_steps: int
 ) -> LRScheduler:
@@ -2998,8 +3014,8 @@ def build_lr_scheduler(
     Epochs count as `epoch_steps` optimizer steps each. After a warm-up, cosine, steps and restarts
     begin with its end, as in torchvision's reference training; milestones count from the beginning.
     """
-    warmup = settings.lr_warmup_epochs * epoch_steps
-    main = main_scheduler(optimizer, settings, epoch_steps, all_steps - warmup)
+    warmup = round(warmup_epochs(settings, epoch_steps, all_steps) * epoch_steps)
+    main = main_scheduler(optimizer, settings, epoch_steps, all_steps, warmup)
     if not warmup:
         return main
     rising = lr_scheduler.LinearLR(optimizer, start_factor=WARMUP_START, total_iters=warmup)
@@ -3007,10 +3023,14 @@ def build_lr_scheduler(
 
 
 def main_scheduler(
-    optimizer: torch.optim.Optimizer, settings: TrainingSettings, epoch_steps: int, steps: int
+    optimizer: torch.optim.Optimizer,
+    settings: TrainingSettings,
+    epoch_steps: int,
+    all_steps: int,
+    warmup: int,
 ) -> LRScheduler:
-    """The course of the learning rate over the `steps` optimizer steps after a warm-up."""
-    lowest, factor = settings.min_lr, settings.lr_gamma
+    """The course of the learning rate after a warm-up of `warmup` optimizer steps."""
+    lowest, factor, steps = settings.min_lr, settings.lr_gamma, all_steps - warmup
     match settings.lr_scheduler:
         case "cosine":
             return lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps), eta_min=lowest)
@@ -3018,8 +3038,8 @@ def main_scheduler(
             every = settings.lr_step_epochs * epoch_steps
             return lr_scheduler.StepLR(optimizer, every, factor)
         case "multistep":
-            epochs = (epoch - settings.lr_warmup_epochs for epoch in settings.lr_milestones)
-            return lr_scheduler.MultiStepLR(optimizer, [n * epoch_steps for n in epochs], factor)
+            ends = [epoch * epoch_steps - warmup for epoch in settings.lr_milestones]
+            return lr_scheduler.MultiStepLR(optimizer, ends, factor)
         case "onecycle":
             highest = learning_rate(settings)
             # The rate alone: torch would cycle the momentum too, whatever --momentum says.
@@ -6097,9 +6117,9 @@ def prepared(settings: Settings, topology: Topology, plan: CorePlan) -> Iterator
     check_writable(settings)
     say("\n".join(describe_data(data)))
     note = tune_allocator() if settings.tuned_malloc else ""
-    rate, tuned = learning_rate(settings), settings.tuned_malloc and not note
+    tuned = settings.tuned_malloc and not note
     settings = settings_in_force(
-        settings, topology, data, lr=rate, loader_cores=plan.loader_cpus, tuned_malloc=tuned
+        settings, topology, data, loader_cores=plan.loader_cpus, tuned_malloc=tuned
     )
     check_memory(settings, topology, settings.batch_size)
     with contextlib.ExitStack() as stack:
@@ -6127,10 +6147,14 @@ def set_up(
         stack.callback(val.close)
     lanes = stack.enter_context(Lanes(plan, topology.online))
     plan = lanes.plan
-    settings = dataclasses.replace(
-        settings, forward_threads=plan.forward.threads, backward_threads=plan.backward.threads
-    )
     counts = steps_in_epoch(settings, len(train)), planned_steps(settings, len(train))
+    settings = dataclasses.replace(
+        settings,
+        lr=learning_rate(settings),
+        lr_warmup_epochs=warmup_epochs(settings, *counts),
+        forward_threads=plan.forward.threads,
+        backward_threads=plan.backward.threads,
+    )
     work = build_work(settings, lanes, *counts, data.classes)
     notes = tuple(filter(None, [note, *lanes.notes]))
     bad = BadImages(settings.max_bad_images)

@@ -29,7 +29,7 @@ import fsspec
 import pytest
 import torch
 import torchvision
-from conftest import TINY, needs_two_cpus, small_model
+from conftest import TINY, needs_two_cpus, read_metrics, small_model
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
@@ -1313,6 +1313,20 @@ def test_more_epochs_follow_the_course_of_the_longer_run(in_tmp, train):
     train(in_tmp / "out", epochs=4, lr_warmup_epochs=0, resume=Path("auto"))
     rates = [row["lr"] for row in state_of(in_tmp / "out")["progress"]["history"]]
     assert rates == pytest.approx([0.0375, 0.0033494, 0.0125, 0.00085185], rel=1e-4)
+
+
+def test_a_default_rate_goes_on_rising(in_tmp, train):
+    """Over 10 epochs of 3 steps it rises in 3; the run is stopped after 2 of them."""
+    course = {"epochs": 10, "lr": None, "lr_warmup_epochs": None}
+    train(in_tmp / "whole", **course, steps=4)
+    train(in_tmp / "out", **course, steps=2)
+    train(in_tmp / "out", **course, steps=4, resume=Path("auto"))
+    for folder in ("whole", "out"):
+        steps = read_metrics(in_tmp / folder, "step")
+        rates = [1.5625e-05, 0.00053125, 0.001046875, 0.0015625]
+        assert [step["lr"] for step in steps] == pytest.approx(rates)
+    for name, value in state_of(in_tmp / "whole")["model"].items():
+        assert torch.equal(state_of(in_tmp / "out")["model"][name], value), name
 
 
 @pytest.mark.parametrize(

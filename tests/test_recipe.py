@@ -168,6 +168,55 @@ def test_milestones_by_default_are_those_of_imagenet():
     assert found == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 1e-4, 1e-4])
 
 
+@pytest.mark.parametrize(
+    ("settings", "epoch_steps", "all_steps", "steps"),  # of the warm-up
+    [
+        ({}, 40, 50, 5),
+        ({}, 40, 9, 0),
+        ({}, 40, 19, 1),
+        ({}, 40, 10_000, 200),  # 5 epochs
+        ({"opt": "adamw"}, 40, 50, 5),
+        ({"lr_scheduler": "cosine"}, 40, 50, 5),
+        ({"lr_scheduler": "onecycle"}, 40, 50, 0),
+        ({"lr_scheduler": "multistep"}, 10, 900, 50),
+        ({"lr_scheduler": "multistep", "lr_milestones": (3, 9)}, 10, 900, 20),
+        ({"lr_scheduler": "multistep", "lr_milestones": (1, 9)}, 10, 900, 0),
+        ({"lr": 0.0125}, 40, 50, 0),
+        ({"lr_warmup_epochs": 0}, 40, 50, 0),
+        ({"lr_warmup_epochs": 2}, 10, 50, 20),
+        ({"lr_warmup_epochs": 2, "lr": 0.1}, 10, 50, 20),
+    ],
+)
+def test_how_long_the_warm_up_is(settings, epoch_steps, all_steps, steps):
+    epochs = tsa.warmup_epochs(Settings(**settings), epoch_steps, all_steps)
+    assert epochs * epoch_steps == pytest.approx(steps)
+    rates = take_rates(*begin(Settings(**settings), epoch_steps, all_steps), all_steps)
+    if settings.get("lr_scheduler") != "onecycle":
+        highest = tsa.learning_rate(Settings(**settings))
+        rising = [highest * (0.01 + 0.99 * step / steps) for step in range(steps)]
+        assert rates[:steps] == pytest.approx(rising)
+        assert rates[min(steps, all_steps - 1)] == pytest.approx(highest)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings", "rates"),  # of every second of 40 steps, after 4 of warm-up, by hand
+    [
+        ("constant", {}, [0.01, 0.505] + 18 * [1]),
+        (
+            "cosine",
+            {},
+            [0.01, 0.505] + [(1 + math.cos(math.pi * step / 36)) / 2 for step in range(0, 36, 2)],
+        ),
+        ("step", {"lr_step_epochs": 4}, [0.01, 0.505] + 8 * [1] + 8 * [0.1] + 2 * [0.01]),
+        ("multistep", {"lr_milestones": (4, 9)}, [0.01, 0.505] + 6 * [1] + 10 * [0.1] + 2 * [0.01]),
+    ],
+)
+def test_the_default_rate_rises_over_the_first_tenth(scheduler, settings, rates):
+    chosen = Settings(epochs=10, batch_size=256, lr_scheduler=scheduler, **settings)
+    expected = [0.1 * rate for rate in rates]
+    assert take_rates(*begin(chosen), 40)[::2] == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("scheduler", ["constant", "cosine", "step", "multistep", "warm-restarts"])
 def test_a_warm_up_is_linear_in_steps(scheduler):
     settings = Settings(lr=0.1, epochs=6, lr_scheduler=scheduler, lr_warmup_epochs=2)
@@ -231,8 +280,8 @@ def test_runs_of_a_few_steps(scheduler, total):
     [
         (name, epochs)
         for name in SCHEDULERS
-        for epochs in (0, 2)
-        if (name, epochs) != ("onecycle", 2)
+        for epochs in (0, 2, 7 / 4)
+        if name != "onecycle" or not epochs
     ],
 )
 @pytest.mark.parametrize("steps", [1, 7, 8, 13])

@@ -110,6 +110,31 @@ def test_one_seed_gives_one_result(in_tmp, split, workers, photos):
         assert torch.equal(value, runs[1][1][name]), name
 
 
+def test_the_loss_on_synthetic_images_falls(in_tmp):
+    """With nothing said of the rate, which rises over the first tenth of the run."""
+    train(split="none", lr=None, steps=40, batch_size=32, output_dir=in_tmp / "out")
+    run, *steps, _ = read_metrics(in_tmp / "out")
+    assert (run["settings"]["lr"], run["settings"]["lr_warmup_epochs"]) == (0.0125, 0.1)
+    rates = [0.000125, 0.00321875, 0.0063125, 0.00940625, *(36 * [0.0125])]
+    assert [step["lr"] for step in steps] == pytest.approx(rates)
+    losses = [step["loss"] for step in steps]
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+
+
+@pytest.mark.parametrize(
+    ("settings", "rates"),
+    [
+        ({"lr": 0.0125}, [0.0125] * 20),
+        ({"lr": None, "lr_warmup_epochs": 0}, [0.0125] * 20),
+        ({"lr": None}, [0.000125, 0.0063125] + [0.0125] * 18),
+    ],
+)
+def test_a_rate_that_was_asked_for_does_not_rise(in_tmp, settings, rates):
+    train(split="none", steps=20, batch_size=32, output_dir=in_tmp / "out", **settings)
+    steps = read_metrics(in_tmp / "out", "step")
+    assert [step["lr"] for step in steps] == pytest.approx(rates)
+
+
 def test_another_seed_gives_another_result(in_tmp):
     first, second = (train(split="none", steps=1, seed=seed) for seed in (0, 1))
     assert not torch.equal(first[6].weight, second[6].weight)
