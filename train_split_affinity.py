@@ -5110,20 +5110,23 @@ def describe_plan(plan: CorePlan, settings: Settings) -> list[str]:
 
 
 def draw_plan(topology: Topology, plan: CorePlan, columns: int = 16) -> str:
-    """The machine as a grid for each L3 domain: a column per core, a row per hardware thread."""
+    """The machine as a grid for each L3 domain: a column per core, a row per hardware thread; in
+    one line no more than `columns` cores and 80 characters.
+    """
     capacities = sorted({core.capacity for core in topology.cores}, reverse=True)
     kinds = "PE" if len(capacities) == 2 else [str(capacity) for capacity in capacities]
     kind_of = dict(zip(capacities, kinds, strict=True)) if len(capacities) > 1 else {}
-    lines, grid = [], []
+    every = core_rows(topology.cores, kind_of, topology, plan)
+    width = 1 + max(len(cell) for row in every for cell in row[1:])
+    columns, lines = min(columns, (80 - 7) // width), []
     domains = itertools.groupby(topology.cores, lambda core: (core.package, core.node, core.l3))
     for (package, node, l3), group in domains:
-        grid.append([f"socket {package}, node {node}" + (f", L3 of CPU {l3}" if l3 >= 0 else "")])
+        lines.append(f"socket {package}, node {node}" + (f", L3 of CPU {l3}" if l3 >= 0 else ""))
         cores = list(group)
-        for start in range(0, len(cores), columns):
-            grid += core_rows(cores[start : start + columns], kind_of, topology, plan)
-    width = max(len(cell) for row in grid for cell in row[1:])
-    for title, *cells in grid:
-        lines.append(f"{title:7}" + "".join(f" {cell:>{width}}" for cell in cells))
+        step = math.ceil(len(cores) / math.ceil(len(cores) / columns))  # lines of equal length
+        for start in range(0, len(cores), step):
+            for title, *cells in core_rows(cores[start : start + step], kind_of, topology, plan):
+                lines.append(f"{title:7}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join([*lines, "  F forward, B backward, - not used, x not allowed"])
 
 

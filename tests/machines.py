@@ -52,6 +52,12 @@ BIG_LITTLE_FILES = {
     for cpu, capacity in enumerate(("446", "446", "1024", "1024"))
 }
 
+# A workstation: two L3 domains of eight cores, two threads each, with sibling ids far apart.
+SIXTEEN_CORES = [(cpu, 0, 0, cpu % 16 // 8, cpu % 16) for cpu in range(32)]
+
+# A server: two sockets, one node each, of eight L3 domains of eight cores without SMT.
+TWO_SOCKETS_128 = [(cpu, cpu // 64, cpu // 64, cpu // 8, cpu % 64) for cpu in range(128)]
+
 CGROUP_V2 = {
     "proc/self/cgroup": "0::/batch/job7\n",
     "proc/self/mountinfo": "35 24 0:30 / /sys/fs/cgroup rw,nosuid shared:9 - cgroup2 cgroup2 rw\n",
