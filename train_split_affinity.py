@@ -207,12 +207,12 @@ def parse_split(text: str) -> str:
     return text
 
 
-def alike(name: str, known: Iterable[str], least: float = 0.7) -> list[str]:
+def alike(name: str, known: Iterable[str], least: float = 0.72) -> list[str]:
     """Those known names that are most like an unknown one, from a ratio `least` on."""
     return difflib.get_close_matches(name, list(known), n=4, cutoff=least)
 
 
-def nearest(name: str, known: Iterable[str], least: float = 0.7) -> str:
+def nearest(name: str, known: Iterable[str], least: float = 0.72) -> str:
     """What to add to a message about an unknown name: those most alike, from a ratio `least` on."""
     near = alike(name, known, least)
     return f"; did you mean {', '.join(near)}?" if near else ""
@@ -466,6 +466,11 @@ class CoreSettings:
         "threads of the forward lane (default: one per core)", type=COUNT)
     backward_threads: int | None = option(None,
         "threads of the backward lane (default: one per core)", type=COUNT)
+    machine: Path | None = free(None, "divide the cores of another machine, given by a file of "
+        "--record, or by a folder with its /sys/devices/system and /proc/cpuinfo", only="plan",
+        type=Path)
+    record: Path | None = free(None, "file to describe this machine in, for --machine elsewhere "
+        "(default: not written)", only="plan", type=Path)
 
 
 @dataclass(frozen=True)
@@ -619,6 +624,9 @@ def command_contradictions(command: str, settings: Settings) -> Iterator[str]:
         only, value = setting.metadata["only"], getattr(settings, setting.name)
         if only not in (None, command) and value != setting.default:
             yield f"{as_option(setting.name, value)} is for {only}, not for {command}"
+    if settings.machine and settings.split == "auto":
+        remedy = f"not that of --machine {settings.machine}: give a ratio such as 1:2"
+        yield f"--split auto measures the machine that it runs on, {remedy}"
 
 
 # Names of options in other trainers where the meaning is the same, and what the setting is called
@@ -1061,7 +1069,12 @@ def read_capacities(root: Path, online: Sequence[int]) -> dict[int, int]:
 def read_cpu_model(root: Path) -> str:
     """The processor's name as the kernel gives it, or the nearest thing to it."""
     match = re.search(r"^model name\s*:\s*(.+)$", read_text(root / "proc/cpuinfo"), re.MULTILINE)
+    if root != Path("/"):  # another machine's files, of whose processor Python knows nothing
+        return match[1].strip() if match else "unknown CPU"
     return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+BF16_FLAGS = "amx_bf16", "avx512_bf16", "bf16"
 
 
 def read_bf16(root: Path) -> str:
@@ -1069,7 +1082,7 @@ def read_bf16(root: Path) -> str:
     text = read_text(root / "proc/cpuinfo")
     lists = re.findall(r"^(?:flags|Features)[ \t]*:(.*)$", text, re.MULTILINE)
     flags = set(lists[0].split()) if lists else set()
-    return next((flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags), "")
+    return next((flag for flag in BF16_FLAGS if flag in flags), "")
 
 
 # Containers by what shows them: a file that their manager makes, a part of the cgroup's path.
@@ -1161,6 +1174,114 @@ def cgroups(root: Path, controller: str) -> Iterator[Path]:
             inside /= path.relative_to(mount_root)
         for directory in (inside, *inside.parents):
             yield root / mount_point.lstrip("/") / str(directory).lstrip("/")
+
+
+MACHINE_FORMAT, MACHINE_VERSION = "train_split_affinity machine", 1
+
+
+def one_of(choices: dict[str, Any]) -> Callable[[str], Any]:
+    """A parser of some names, to their values."""
+
+    def parse(text: str) -> Any:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {' or '.join(map(repr, choices))}")
+        return choices[text]
+
+    return parse
+
+
+def number_or(nothing: float | None) -> Callable[[str], float | None]:
+    """A parser of numbers above 0, and of null for `nothing`."""
+    parse = number("a number above 0, or null", lambda value: 0 < value < math.inf)
+    return lambda text: nothing if text == "null" else parse(text)
+
+
+# How the fields of a machine's description are read (see Core and Topology).
+CORE_FIELDS = {
+    "package": COUNT_FROM_0,
+    "node": COUNT_FROM_0,
+    "l3": whole_number(-1),
+    "core_id": COUNT_FROM_0,
+    "cpus": parse_cpu_list,
+    "capacity": COUNT,
+}
+MACHINE_FIELDS = {
+    "cpu_model": str,
+    "offline": lambda text: frozenset(() if text == "none" else parse_cpu_list(text)),
+    "allowed": lambda text: frozenset(parse_cpu_list(text)),
+    "quota_cpus": number_or(None),
+    "has_affinity": one_of({"true": True, "false": False}),
+    "bf16": one_of({name: name for name in ("", *BF16_FLAGS)}),
+    "memory_bytes": number_or(math.inf),
+}
+
+
+def machine_text(topology: Topology) -> str:
+    """A machine's description in JSON: all that a plan depends on, CPUs as lists."""
+    values = {"format": MACHINE_FORMAT, "version": MACHINE_VERSION, **dataclasses.asdict(topology)}
+    for core in values["cores"]:
+        core["cpus"] = format_cpu_list(core["cpus"])
+    if topology.memory_bytes == math.inf:
+        values["memory_bytes"] = None  # JSON has no infinity
+    return json.dumps(values, indent=1, default=format_cpu_list) + "\n"
+
+
+def parse_machine(text: str) -> Topology:
+    """The inverse of `machine_text`. Raises ArgumentTypeError for what is no such description."""
+    values = None
+    with contextlib.suppress(ValueError, RecursionError):
+        values = json.loads(text)
+    if not isinstance(values, dict) or values.get("format") != MACHINE_FORMAT:
+        raise argparse.ArgumentTypeError("not a machine's description, as plan --record writes it")
+    version, rows = values.get("version"), values.get("cores")
+    if version != MACHINE_VERSION:
+        known = f"this program reads version {MACHINE_VERSION}"
+        raise argparse.ArgumentTypeError(f"a description of version {version}; {known}")
+    if not isinstance(rows, list) or not rows:
+        raise argparse.ArgumentTypeError("no list of cores")
+    fields = [parse_fields(row, CORE_FIELDS, f"cores[{n}]: ") for n, row in enumerate(rows)]
+    cores = tuple(sorted(Core(**each) for each in fields))
+    topology = Topology(cores=cores, **parse_fields(values, MACHINE_FIELDS))
+    cpu, count = Counter(topology.online).most_common(1)[0]
+    if count > 1:
+        raise argparse.ArgumentTypeError(f"CPU {cpu} is in {count} cores")
+    if unknown := topology.allowed.difference(topology.online):
+        raise argparse.ArgumentTypeError(f"allowed: no core has {format_cpu_list(unknown)}")
+    return topology
+
+
+def parse_fields(
+    values: Any, parsers: dict[str, Callable[[str], Any]], where: str = ""
+) -> dict[str, Any]:
+    """The fields of a JSON object, each through its parser. Raises ArgumentTypeError."""
+    fields = {}
+    for name, parse in parsers.items():
+        if not isinstance(values, dict) or name not in values:
+            raise argparse.ArgumentTypeError(f"{where}no {name}")
+        value = values[name]
+        try:
+            fields[name] = parse(value if isinstance(value, str) else json.dumps(value))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{where}{name}: {error}") from None
+    return fields
+
+
+def read_machine(path: Path) -> Topology:
+    """The machine that a file describes; or, in a folder, its system files as they are below /: all
+    its CPUs count as allowed. Raises UserError for what is neither.
+    """
+    try:
+        if not path.is_dir():
+            return parse_machine(path.read_text("utf-8", "replace"))
+        online = frozenset(read_cpus(path / "sys/devices/system/cpu/online"))
+        if online:
+            return dataclasses.replace(read_topology(path, online), has_affinity=True)
+        reason = "a folder without sys/devices/system/cpu/online"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        reason = str(error)
+    raise UserError(f"--machine {path}: {reason}")
 
 
 @dataclass(frozen=True)
@@ -1260,7 +1381,7 @@ def check_core_options(topology: Topology, settings: CoreSettings) -> None:
     given = {flag: cpus for flag, cpus in lists.items() if cpus}
     if not topology.has_affinity and (given or settings.split != "none"):
         asked = next(iter(given), f"--split {settings.split}")
-        system = platform.system()
+        system = "its system" if settings.machine else platform.system()
         raise UserError(f"{asked}: {system} cannot keep threads on cores; only --split none works")
     for flag, cpus in given.items():
         check_cpus(topology, flag, cpus)
@@ -7026,6 +7147,12 @@ def print_model(settings: Settings, topology: Topology, plan: CorePlan) -> None:
     if path and not exists:
         say(f"note: {path} does not exist yet: {shape[0]} classes, {shape[1]} px taken instead")
     say(describe_model(settings.model, *shape))
+    if settings.record:
+        try:
+            write_whole(settings.record, machine_text(topology))
+        except RunError as error:
+            raise UserError(f"--record {error}") from None
+        say(f"machine recorded in {settings.record}")
 
 
 def parameter_count(name: str) -> int:
@@ -7067,7 +7194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = None
         command, settings = parse_arguments(sys.argv[1:] if argv is None else argv)
         folder = settings.output_dir
-        topology = read_topology()
+        topology = read_machine(settings.machine) if settings.machine else read_topology()
         RUNS[command](settings, topology)
     except (UserError, RunError, Stopped, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):  # before the run looked after signals itself

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import machines
 import pytest
 import torch
 from conftest import TINY, TWO_CPUS, needs_two_cpus, read_metrics
@@ -120,6 +122,38 @@ def test_plan_says_what_it_takes_for_data_that_is_not_there_yet(in_tmp, capsys):
     note, model = capsys.readouterr().out.splitlines()[-2:]
     assert note == "note: later does not exist yet: 7 classes, 224 px taken instead"
     assert "for 7 classes" in model
+
+
+def test_plan_for_a_server_from_any_computer(in_tmp, capsys, monkeypatch):
+    """It is recorded there, and planned for where this system cannot keep threads on cores."""
+    machines.write_machine(in_tmp / "server", machines.SIXTEEN_CORES)
+    monkeypatch.delattr(os, "sched_setaffinity")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert tsa.main(["plan", "--machine", "server", "--record", "server.json", *TINY]) == 0
+    first = capsys.readouterr().out.splitlines()
+    assert first.pop() == "machine recorded in server.json"
+    assert tsa.main(["plan", "--machine", "server.json", *TINY]) == 0
+    assert capsys.readouterr().out.splitlines() == first
+    assert first[0].startswith("Example CPU @ 3.0GHz: 1 socket, 16 cores, 32 hardware threads; ")
+    assert "forward   cores 0-7,16-23, 8 threads: forward pass" in first
+    assert first[-1].startswith("model squeezenet1_1: ")
+
+
+def test_the_machine_of_this_computer_is_recorded(in_tmp):
+    assert tsa.main(["plan", "--record", "here.json", *TINY]) == 0
+    assert tsa.read_machine(in_tmp / "here.json") == tsa.read_topology()
+    assert platform.node() not in (in_tmp / "here.json").read_text()
+    assert [path.name for path in in_tmp.iterdir()] == ["here.json"]
+
+
+def test_core_lists_are_those_of_the_machine_planned_for(in_tmp, capsys):
+    machines.write_machine(in_tmp / "server", machines.SIXTEEN_CORES)
+    options = ["plan", "--machine", "server", *TINY, "--forward-cores", "30-31"]
+    assert tsa.main([*options, "--backward-cores", "14-15"]) == 0
+    assert "forward   cores 30-31, 2 threads: forward pass" in capsys.readouterr().out
+    assert tsa.main([*options, "--backward-cores", "32"]) == 2
+    message = "--backward-cores 32: CPU 32 is not in this machine (allowed: 0-31)\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 def test_plan_of_another_model(in_tmp, capsys):
@@ -423,6 +457,12 @@ BAD_INPUT = [
     (["--schedule", "delayed", "--split", "none"], "has nothing to overlap with --split none"),
     (["--split", "auto", "--forward-threads", "2"], "--split auto chooses the thread counts"),
     (["--json", "c.json"], "--json c.json is for compare, not for train"),
+    (["--machine", "m.json"], "--machine m.json is for plan, not for train"),
+    (["compare", "--record", "m.json"], "--record m.json is for plan, not for compare"),
+    (["plan", "--machine", "m.json"], "--machine m.json: cannot be read: No such file or direct"),
+    (["plan", "--machine", str(SCRIPT)], f"--machine {SCRIPT}: not a machine's description"),
+    (["plan", "--machine", "/", "--split", "auto"], "--split auto measures the machine that it "),
+    (["plan", *TINY, "--record", "no/m.json"], "--record no/m.json: cannot be written: No such"),
     (["--precision", "fp16"], "invalid choice: 'fp16'"),
     (["compare", "--json", "nowhere/c.json"], "--json nowhere/c.json: cannot be written"),
     (["compare", "--schedule", "delayed"], "--schedule delayed: compare runs every schedule"),

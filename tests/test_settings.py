@@ -189,8 +189,9 @@ def test_the_order_of_settings_in_help_and_in_files():
     lr_warmup_epochs lr_step_epochs lr_milestones lr_gamma lr_restart_epochs min_lr label_smoothing
     clip_grad_norm model_ema model_ema_decay early_stopping target_top1 seed deterministic resume
     init_from test_only save_steps save_freq keep_best mirror split schedule forward_cores
-    backward_cores loader_cores forward_threads backward_threads precision channels_last fused
-    tuned_malloc flush_denormals grads_to_none log_file output_dir print_freq json
+    backward_cores loader_cores forward_threads backward_threads machine record precision
+    channels_last fused tuned_malloc flush_denormals grads_to_none log_file output_dir print_freq
+    json
     """
     assert [setting.name for setting in dataclasses.fields(tsa.Settings)] == names.split()
 
@@ -413,6 +414,23 @@ def test_some_recipes_start_from_trained_weights(recipe):
 )
 def test_options_that_need_data_or_epochs_or_exclude_each_other(settings, message):
     assert message_for(**settings) == message
+
+
+@pytest.mark.parametrize("command", ["train", "find-lr", "compare"])
+@pytest.mark.parametrize("name", ["machine", "record"])
+def test_another_machine_is_planned_for_and_no_more(command, name):
+    settings = tsa.Settings(**{name: Path("m.json")})
+    message = f"--{name} m.json is for plan, not for {command}"
+    assert list(tsa.contradictions(command, settings)) == [message]
+    assert not list(tsa.contradictions("plan", settings))
+
+
+def test_another_machine_cannot_be_measured():
+    settings = tsa.Settings(machine=Path("m.json"), split="auto")
+    assert list(tsa.contradictions("plan", settings)) == [
+        "--split auto measures the machine that it runs on, not that of --machine m.json: give a "
+        "ratio such as 1:2"
+    ]
 
 
 # Recipes

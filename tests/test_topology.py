@@ -1,6 +1,8 @@
 """Topology and core plan, on stored machines. Run: python -m pytest tests/test_topology.py"""
 
+import dataclasses
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -423,6 +425,134 @@ def test_a_broken_sysfs_is_no_reason_to_fail(tmp_path):
     topology = tsa.read_topology(root, frozenset({0, 1}))
     assert [core.package for core in topology.cores] == [0, 0]
     assert groups(topology) == ((0,), (1,))
+
+
+# Descriptions of machines
+
+DESCRIPTION = """\
+{
+ "format": "train_split_affinity machine",
+ "version": 1,
+ "cpu_model": "Example CPU @ 3.0GHz",
+ "cores": [
+  {
+   "package": 0,
+   "node": 0,
+   "l3": 0,
+   "core_id": 0,
+   "cpus": "0-1",
+   "capacity": 1024
+  }
+ ],
+ "offline": "7-8",
+ "allowed": "0-1",
+ "quota_cpus": null,
+ "has_affinity": true,
+ "bf16": "",
+ "memory_bytes": null
+}
+"""
+
+
+def test_how_a_machine_is_described(tmp_path):
+    topology = read(tmp_path, machines.ONE_CORE_TWO_THREADS, offline="7-8")
+    assert tsa.machine_text(topology) == DESCRIPTION
+
+
+@given(topologies(), st.sampled_from(("", "amx_bf16")), st.just(math.inf) | st.integers(1, 2**60))
+def test_a_described_machine_is_the_same_machine(topology, bf16, memory_bytes):
+    topology = dataclasses.replace(topology, bf16=bf16, memory_bytes=memory_bytes)
+    assert tsa.parse_machine(tsa.machine_text(topology)) == topology
+
+
+def test_a_machine_from_a_folder_or_from_a_file(tmp_path):
+    """All CPUs of a folder's machine may be used, whatever this process may use, and whatever this
+    system can do.
+    """
+    root = machines.write_machine(tmp_path / "server", machines.TWO_SOCKETS_128, offline="128-130")
+    topology = tsa.read_machine(root)
+    assert topology == dataclasses.replace(
+        tsa.read_topology(root, frozenset(range(128))), has_affinity=True
+    )
+    assert groups(topology) == (tuple(range(64)), tuple(range(64, 128)))
+    file = tmp_path / "server.json"
+    file.write_text(tsa.machine_text(topology))
+    assert tsa.read_machine(file) == topology
+
+
+def test_the_name_of_another_machine_s_processor_is_not_guessed(tmp_path):
+    root = machines.write_machine(tmp_path, machines.TWO)
+    (root / "proc/cpuinfo").unlink()
+    assert tsa.read_machine(root).cpu_model == "unknown CPU"
+
+
+def described(**changes):
+    """The description with some fields changed; ... leaves a field out."""
+    values = json.loads(DESCRIPTION) | changes
+    return json.dumps({name: value for name, value in values.items() if value is not ...})
+
+
+CORE = json.loads(DESCRIPTION)["cores"][0]
+NO_DESCRIPTION = "not a machine's description, as plan --record writes it"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", NO_DESCRIPTION),
+        ("0-3", NO_DESCRIPTION),
+        ("[]", NO_DESCRIPTION),
+        ("[" * 100_000, NO_DESCRIPTION),
+        ('{"type": "run"}', NO_DESCRIPTION),
+        (described(version=2), "a description of version 2; this program reads version 1"),
+        (described(version=...), "a description of version None; this program reads version 1"),
+        (described(cores=...), "no list of cores"),
+        (described(cores=[]), "no list of cores"),
+        (described(cores="0-3"), "no list of cores"),
+        (described(cores=[CORE, 5]), "cores[1]: no package"),
+        (described(cores=[CORE | {"cpus": "1-0"}]), "cores[0]: cpus: '1-0' runs backwards: write"),
+        (described(cores=[CORE | {"cpus": [0, 1]}]), "cores[0]: cpus: '[0, 1]' is not a core list"),
+        (described(cores=[CORE | {"node": -1}]), "cores[0]: node: '-1' is not a whole number from"),
+        (described(cores=[CORE | {"l3": None}]), "cores[0]: l3: 'null' is not a whole number from"),
+        (described(cores=[CORE | {"core_id": 1.5}]), "cores[0]: core_id: '1.5' is not a whole"),
+        (described(cores=[CORE | {"capacity": 0}]), "cores[0]: capacity: '0' is not a whole"),
+        (described(cores=[CORE, CORE]), "CPU 0 is in 2 cores"),
+        (described(cpu_model=...), "no cpu_model"),
+        (described(offline="x"), "offline: 'x' is not a core list"),
+        (described(allowed=""), "allowed: '' is not a core list"),
+        (described(allowed="1-3"), "allowed: no core has 2-3"),
+        (described(quota_cpus=0), "quota_cpus: '0' is not a number above 0, or null"),
+        (described(quota_cpus=math.nan), "quota_cpus: 'NaN' is not a number above 0, or null"),
+        (described(has_affinity="maybe"), "has_affinity: 'maybe' is not 'true' or 'false'"),
+        (described(bf16="avx2"), "bf16: 'avx2' is not '' or 'amx_bf16' or 'avx512_bf16' or 'bf16'"),
+        (described(memory_bytes=True), "memory_bytes: 'true' is not a number above 0, or null"),
+    ],
+)
+def test_what_is_no_description_of_a_machine(tmp_path, text, message):
+    (tmp_path / "m.json").write_text(text)
+    with pytest.raises(tsa.UserError) as caught:
+        tsa.read_machine(tmp_path / "m.json")
+    assert str(caught.value).startswith(f"--machine {tmp_path}/m.json: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_and_files_that_show_no_machine(tmp_path):
+    missing, empty, damaged = tmp_path / "missing", tmp_path / "empty", tmp_path / "damaged"
+    empty.mkdir()
+    online = machines.write_machine(damaged, machines.TWO) / "sys/devices/system/cpu/online"
+    online.write_text("many\n")
+    binary = tmp_path / "last.pt"
+    binary.write_bytes(bytes(range(256)))
+    for path, reason in {
+        missing: "cannot be read: No such file or directory",
+        empty: "a folder without sys/devices/system/cpu/online",
+        damaged: "'many' is not a core list such as 0-3,8-11 or 0-15:2",
+        binary: NO_DESCRIPTION,
+    }.items():
+        with pytest.raises(tsa.UserError) as caught:
+            tsa.read_machine(path)
+        assert str(caught.value) == f"--machine {path}: {reason}"
 
 
 @pytest.mark.parametrize(
