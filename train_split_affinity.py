@@ -103,6 +103,7 @@ LARGEST_CPU = 2**16 - 1
 MOST_CLASSES = 10**7
 MOST_SYNTHETIC_IMAGES = 2**17  # in a step; more than any published training had
 RESIZING_STEP = 32  # pixels
+COMPARED_BATCHES = 8  # in a step: 256 images with the default batch, as recipes have them
 
 
 class UserError(Exception):
@@ -194,7 +195,14 @@ def format_cpu_list(cpus: Iterable[int]) -> str:
 
 
 def parse_split(text: str) -> str:
-    """A checked `--split`: `even`, `auto`, `none`, or forward:backward in whole parts from 1 up."""
+    """A checked `--split`: `even`, `auto`, `none`, or forward:backward in whole parts from 1 up; or
+    several of these, with commas between them.
+    """
+    if "," in text:
+        splits = [parse_split(part) for part in text.split(",")]
+        if twice := [split for split, count in Counter(splits).items() if count > 1]:
+            raise argparse.ArgumentTypeError(f"{text!r} names {twice[0]} twice")
+        return text
     match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text, re.ASCII)
     if not match and text not in ("even", "auto", "none"):
         raise argparse.ArgumentTypeError(
@@ -326,6 +334,16 @@ def recipe_defaults(name: str) -> dict[str, Any]:
     return {"output_dir": Path("out") / name, **RECIPES[name]}
 
 
+def command_defaults(command: str, given: Any) -> dict[str, Any]:
+    """What takes the place of Settings' own defaults: a recipe's, and what compare has in a step;
+    `given` are the options as they were parsed.
+    """
+    defaults = recipe_defaults(given.recipe) if given.recipe else {}
+    if command == "compare" and (given.quick or not given.recipe):
+        defaults["accumulate"] = 1 if given.quick else COMPARED_BATCHES
+    return defaults
+
+
 # Settings, in the groups of --help. A group's docstring is its title there.
 # fmt: off
 @dataclass(frozen=True)
@@ -385,7 +403,7 @@ class TrainingSettings:
     batch_size: int = fixed(32, "images per batch", "-b", type=COUNT)
     accumulate: int = fixed(1, "batches per optimizer step", type=COUNT)
     steps: int | None = rate(None, "optimizer steps after which to stop (default: 50 without "
-        "--epochs; find-lr 100, compare 14)", type=COUNT)
+        "--epochs; find-lr 100, compare as many as its time allows)", type=COUNT)
     epochs: int | None = rate(None, "passes over the data to train, with a validation after each",
         type=COUNT)
     opt: str = fixed("sgd", "optimizer", choices=("sgd", "adam", "adamw"))
@@ -449,8 +467,8 @@ class CoreSettings:
     """cores"""
 
     split: str = free("even", "how cores are divided: even, forward:backward such as 1:2, auto "
-        "(measured, for the shortest step) or none (one lane over all cores)",
-        type=parse_split, metavar="even|F:B|auto|none")
+        "(measured, for the shortest step) or none (one lane over all cores); compare takes "
+        "several, such as even,1:2", type=parse_split, metavar="even|F:B|auto|none")
     schedule: str = option("sequential", "how the phases of a step are laid over the lanes: "
         "sequential alternates strictly; overlap runs the forward pass of a step's next batch "
         "beside backward, with the same numbers (needs --accumulate 2 or more); delayed overlaps "
@@ -489,10 +507,21 @@ class SpeedSettings:
 
 
 @dataclass(frozen=True)
+class ComparisonSettings:
+    """compare"""
+
+    quick: bool = free(False, "one batch a step, of which overlap makes four parts; without it, a "
+        f"step has {COMPARED_BATCHES} batches (--accumulate holds in any case, a recipe's too "
+        "without --quick)", only="compare")
+    preload: bool = free(False, "load the images of --data-path beforehand, so that loading and "
+        "augmentation are not timed; synthetic images always are loaded so", only="compare")
+
+
+@dataclass(frozen=True)
 class ReportSettings:
     """reports"""
 
-    log_file: Path = free(Path("logs.md"), "Markdown file to which a run appends its section",
+    log_file: Path = free(Path("logs.md"), "Markdown file that gets a section for each run",
         type=Path)
     output_dir: Path | None = free(None, "folder for checkpoints, metrics.jsonl and pictures "
         "(default: not written)", type=Path)
@@ -502,8 +531,8 @@ class ReportSettings:
 
 
 @dataclass(frozen=True)
-class Settings(ReportSettings, SpeedSettings, CoreSettings, CheckpointSettings, TrainingSettings,
-               AugmentationSettings, DataSettings):
+class Settings(ReportSettings, ComparisonSettings, SpeedSettings, CoreSettings, CheckpointSettings,
+               TrainingSettings, AugmentationSettings, DataSettings):
     """What the user can choose. Derived values live elsewhere (see CorePlan), never here.
 
     The groups stand in reverse, since a dataclass has the fields of its last base first.
@@ -624,6 +653,10 @@ def command_contradictions(command: str, settings: Settings) -> Iterator[str]:
         only, value = setting.metadata["only"], getattr(settings, setting.name)
         if only not in (None, command) and value != setting.default:
             yield f"{as_option(setting.name, value)} is for {only}, not for {command}"
+    if "," in settings.split and command != "compare":
+        yield f"--split {settings.split}: several splits are for compare, {command} takes one"
+    if settings.preload and not settings.data_path:
+        yield "--preload needs --data-path: synthetic images are loaded beforehand in any case"
     if settings.machine and settings.split == "auto":
         remedy = f"not that of --machine {settings.machine}: give a ratio such as 1:2"
         yield f"--split auto measures the machine that it runs on, {remedy}"
@@ -706,14 +739,14 @@ COMMANDS = {
         bias_weight_decay skip_decay_1d label_smoothing clip_grad_norm seed deterministic init_from
         output_dir""".split())),
     "compare": Command("train in all ways, in turn, and say which is fastest", {
-        "ResNet-50: a plain loop, one lane, and every schedule of the split": "compare",
-        "another split": "compare --split 1:2",
-        "a smaller model, and the figures in a file":
-            "compare --model resnet18 --json compare.json",
+        "ResNet-50: plain loops, one lane, and every schedule of the split": "compare",
+        "two splits, with less to compute": "compare --quick --split even,1:2",
+        "your own pictures, loading included, and the figures in a file":
+            "compare --data-path photos --json compare.json",
     }, (AugmentationSettings, SpeedSettings, *"""
         model data_path download num_classes image_size subset max_bad_images workers recipe
         batch_size accumulate steps opt label_smoothing clip_grad_norm seed deterministic split
-        forward_cores backward_cores loader_cores forward_threads backward_threads
+        forward_cores backward_cores loader_cores forward_threads backward_threads log_file
         output_dir""".split())),
 }
 # fmt: on
@@ -859,8 +892,8 @@ def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:
         raise UserError(f"unknown command {command!r} (choose from {', '.join(COMMANDS)}){hint}")
     parser = build_parser(command)
     given = parser.parse_args(options)
-    if given.recipe:
-        parser.set_defaults(**recipe_defaults(given.recipe))
+    if defaults := command_defaults(command, given):
+        parser.set_defaults(**defaults)
         given = parser.parse_args(options)
     if vars(given).pop("list_models"):
         return "list-models", Settings()
@@ -6527,14 +6560,14 @@ class Elsewhere(Iterator[Any]):
     """A generator that runs in a process of its own: the one that `function(*args)` makes.
 
     `check_stop` is called while waiting, and may raise. Close it, since the process ignores
-    signals.
+    signals, and may have loader processes, which a daemon must not.
     """
 
     def __init__(self, check_stop: Callable[[], None], function: Callable[..., Any], *args: Any):
         context = multiprocessing.get_context("spawn")
         self._check_stop = check_stop
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, function, args), daemon=True)
+        self._process = context.Process(target=serve, args=(theirs, function, args))
         self._process.start()
         theirs.close()
 
@@ -6555,7 +6588,10 @@ class Elsewhere(Iterator[Any]):
         return result
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """End the process and its loaders, whatever they are doing."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for loader in psutil.Process(self._process.pid).children():
+                loader.kill()
         self._process.kill()
         self._process.join()
         self._pipe.close()
@@ -6565,8 +6601,10 @@ def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) ->
     """The process behind Elsewhere: for each value received, the next result or the exception."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
-    generator = function(*args)
-    with contextlib.suppress(EOFError, BrokenPipeError):  # the asking process has gone
+    with (
+        contextlib.suppress(EOFError, BrokenPipeError),  # the asking process has gone
+        contextlib.closing(function(*args)) as generator,
+    ):
         while True:
             value = pipe.recv()
             try:
@@ -6574,6 +6612,8 @@ def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) ->
                     result = generator.send(value)
             except (UserError, RunError, StopIteration) as error:
                 result = error
+            except LoaderDied as error:
+                result = RunError(likely_reason(error))
             pipe.send(result)
 
 
@@ -6698,34 +6738,59 @@ def time_groups(
 
 # ==================================================================================================
 # 15 Comparison
-# All ways to train, in turn and round by round: a plain loop, one lane, and every schedule of the
+# All ways to train, in turn and round by round: plain loops, one lane, and every schedule of each
 # split; their figures side by side, and a verdict.
 # ==================================================================================================
 
-ROUNDS = 7
-WAYS = ("plain", "none", "sequential", "overlap", "delayed")
+ROUNDS, MOST_REPEATS = 7, 3
+TIME_LIMIT_S = 14 * 60  # for a comparison whose steps nobody has counted
+LEAST_STEPS_S, MOST_STEPS = 2.0, 32  # to measure of a way in a round, where steps are short
+PRELOADED_BATCHES = 8  # at the least
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train: a plain PyTorch loop, or this program's own on the lanes of a plan."""
+
+    name: str
+    settings: Settings
+    plan: CorePlan
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is a plain loop, without lanes."""
+        return self.name.startswith("plain")
+
+    @property
+    def strict(self) -> bool:
+        """Whether batches come strictly one after the other: then a part of a step tells all."""
+        return self.settings.schedule == "sequential"
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a way to train shall do in its next round: steps to leave out, steps to measure, and
-    whether it may keep its memory afterwards.
+    """What a way to train shall do in a round: batches to leave out, steps of so many batches to
+    measure, and whether it may keep its memory afterwards. Round 0 is the one to warm up.
     """
 
+    number: int
     warmup: int
+    batches: int
     steps: int
     keep_memory: bool
 
 
 Rounds = Generator["Round | None", Order, None]
 ByLane = dict[str, float]  # a figure of each lane, by the lane's name
+Supply = Callable[[int, int], Batches]  # of a round, by its number, so many batches
 
 
 @dataclass(frozen=True)
 class Round:
     """What one way to train did in one round of a comparison. Lanes by name; plain has none.
 
-    `alone` are phase times without company, `matrix_flops` the lane's rate in matrix products.
+    `alone` are phase times without company, `matrix_flops` the lane's rate in matrix products. The
+    steps have `share` of the batches of a whole one, and an update, of `update_s`.
     """
 
     steps: tuple[StepResult, ...]
@@ -6733,30 +6798,62 @@ class Round:
     alone: PhaseTimes | None
     matrix_flops: ByLane
     peak_memory_bytes: int
+    update_s: float = 0.0
+    share: float = 1.0
 
     @property
     def step_s(self) -> float:
-        """Median seconds of an optimizer step."""
-        return statistics.median(step.step_s for step in self.steps)
+        """Seconds of a whole optimizer step, from the median of those measured."""
+        measured_s = statistics.median(step.step_s for step in self.steps)
+        return (measured_s - self.update_s) / self.share + self.update_s
+
+    @property
+    def images_per_s(self) -> float:
+        """Images a second in a whole optimizer step."""
+        return self.steps[0].images / self.share / self.step_s
 
     def phase_s(self, phase: str) -> float:
-        """Seconds of a phase in a step, mean."""
+        """Seconds of a phase in the steps measured, mean."""
         return statistics.fmean(step.total("duration_s", phase) for step in self.steps)
 
+    @property
+    def disturbance(self) -> tuple[float, str]:
+        """The largest share of its cores that others took meanwhile, and who took it."""
+        seen = [step.company for step in self.steps if step.company]
+        shares = [(each.stolen, f"the hypervisor took {each.stolen:.0%}") for each in seen]
+        for each in seen:
+            for lane, share in each.others.items():
+                shares.append((share, f"other processes took {share:.0%} of the {lane} cores"))
+        return max(shares, default=(0.0, ""))
 
-def way_settings(settings: Settings, way: str) -> Settings:
-    """The settings of a way to train; all have the same images in an optimizer step.
+
+def best_plain(names: Iterable[str]) -> str:
+    """The plain loop with the best flags, among the names of ways."""
+    return next(name for name in names if name.startswith("plain "))
+
+
+def way_settings(settings: Settings) -> dict[str, Settings]:
+    """The settings of the ways to train, by name; all have the same images in an optimizer step.
 
     If a step has one batch only, `overlap` divides it into micro-batches, four if possible.
     """
-    schedule = way if way in SCHEDULES else "sequential"
-    split = "none" if way in ("plain", "none") else settings.split
-    settings = dataclasses.replace(settings, schedule=schedule, split=split)
-    if way == "overlap" and settings.accumulate == 1:
-        parts = micro_batches(settings.batch_size)
-        size = settings.batch_size // parts
-        settings = dataclasses.replace(settings, batch_size=size, accumulate=parts)
-    return settings
+    none = dataclasses.replace(settings, split="none", schedule="sequential")
+    ways = {
+        "plain": dataclasses.replace(none, precision="fp32", channels_last=False),
+        "plain bf16" if settings.precision == "bf16" else "plain nhwc": dataclasses.replace(
+            none, channels_last=True
+        ),
+        "none": none,
+    }
+    splits = settings.split.split(",")
+    for split, schedule in itertools.product(splits, SCHEDULES):
+        name = schedule if len(splits) == 1 else f"{schedule} {split}"
+        ways[name] = dataclasses.replace(settings, split=split, schedule=schedule)
+        if schedule == "overlap" and settings.accumulate == 1:
+            parts = micro_batches(settings.batch_size)
+            size = settings.batch_size // parts
+            ways[name] = dataclasses.replace(ways[name], batch_size=size, accumulate=parts)
+    return ways
 
 
 def micro_batches(batch_size: int) -> int:
@@ -6768,97 +6865,196 @@ def micro_batches(batch_size: int) -> int:
     return parts
 
 
-def load_steps(settings: Settings, count: int) -> list[Batch]:
-    """The images of `count` optimizer steps, the same for each way to train."""
-    images = settings.batch_size * settings.accumulate
-    settings = dataclasses.replace(settings, batch_size=images, accumulate=1, workers=0)
-    data = open_data(settings)
-    with contextlib.closing(training_feed(data, settings, ())) as feed:
-        loader = feed.batches(BadImages(settings.max_bad_images))
-        whole = list(itertools.islice(loader, count))
-    return [whole[number % len(whole)] for number in range(count)]
+def all_ways(settings: Settings, topology: Topology) -> list[Way]:
+    """The ways to train, with their cores; the plain loops have all that are allowed."""
+    ways = []
+    for name, chosen in way_settings(settings).items():
+        plan = plan_for(chosen, topology)
+        if name.startswith("plain"):
+            group = make_group(topology, "all", sorted(topology.allowed), None)
+            plan = CorePlan("none", group, group, group.cpus)
+        ways.append(Way(name, chosen, plan))
+    return ways
 
 
-def plain_rounds(settings: Settings, topology: Topology, whole: Sequence[Batch]) -> Rounds:
-    """A textbook loop in PyTorch's own defaults: fp32, NCHW, all cores, nothing of this program."""
-    group = make_group(topology, "all", sorted(topology.allowed), torch.get_num_threads())
-    model = build_model(settings.model, settings.num_classes, settings.image_size)
-    optimizer = build_optimizer(model, dataclasses.replace(settings, fused=None))
-    criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+def is_loading(settings: Settings) -> bool:
+    """Whether images are loaded while steps are timed, as in a run."""
+    return bool(settings.data_path) and not settings.preload
 
-    def train_step(images: torch.Tensor, targets: torch.Tensor) -> float:
-        optimizer.zero_grad()
-        pieces = images.split(settings.batch_size), targets.split(settings.batch_size)
-        for piece, labels in zip(*pieces, strict=True):
-            loss = criterion(model(piece), labels) / settings.accumulate
-            loss.backward()
-        optimizer.step()
+
+def steps_in_round(settings: Settings) -> int:
+    """The most steps that a way is measured by in one round."""
+    return -(-settings.steps // ROUNDS) if settings.steps else MOST_STEPS
+
+
+@contextlib.contextmanager
+def supplied(settings: Settings, cpus: Sequence[int]) -> Iterator[Supply]:
+    """What gives the batches of a round: from memory; or from loader processes of the way's own,
+    which begin with the round, and have nothing to do any more after its last batch.
+    """
+    loading, data = is_loading(settings), open_data(settings)
+    settings = dataclasses.replace(settings, workers=settings.workers if loading else 0)
+    count = max(PRELOADED_BATCHES, settings.accumulate)
+    if loading:  # an epoch shall be long enough for any round
+        count = settings.accumulate * steps_in_round(settings) + batches_ahead(settings) + 4
+    bad = BadImages(settings.max_bad_images)
+    epochs = -(-count * settings.batch_size // len(data.chosen))
+    data = dataclasses.replace(data, chosen=[*data.chosen] * epochs)
+    with contextlib.closing(training_feed(data, settings, cpus)) as feed:
+        if loading:
+            yield lambda number, count: feed.batches(bad, number, 0, count)
+            return
+        kept = [Loaded(batch) for batch in feed.batches(bad, 1, 0, count)]
+    yield lambda number, count: Batches(kept, count)
+
+
+def batches_ahead(settings: Settings) -> int:
+    """Batches that a run has fetched or asked for beyond those of a step: two for each loader, the
+    one that waits for the next forward phase, and the one that `delayed` has sent there.
+    """
+    return 2 * settings.workers + 2
+
+
+class PlainLoop:
+    """A textbook loop over all cores, with nothing of this program but its loaders: in PyTorch's
+    own defaults (fp32, NCHW), or with the flags of the way's settings, as other trainers have them.
+    """
+
+    def __init__(self, way: Way, online: Sequence[int], stack: contextlib.ExitStack):
+        settings, cpus = way.settings, way.plan.loader_cpus
+        self._way, self._online = way, online
+        self._supply = stack.enter_context(supplied(settings, cpus))
+        start_team()
+        self._group = dataclasses.replace(way.plan.forward, threads=torch.get_num_threads())
+        model = build_model(settings.model, settings.num_classes, settings.image_size)
+        last = torch.channels_last if settings.channels_last else torch.contiguous_format
+        self._model, self._layout = model.to(memory_format=last), last
+        self._optimizer = build_optimizer(model, dataclasses.replace(settings, fused=None))
+        self._criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+
+    def learn(self, images: torch.Tensor, targets: torch.Tensor) -> float:
+        """Forward and backward pass of a batch; its loss."""
+        settings, images = self._way.settings, images.contiguous(memory_format=self._layout)
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
+            loss = self._criterion(self._model(images), targets)
+        (loss / settings.accumulate).backward()
         return loss.item()
 
-    stream = itertools.cycle(whole)
-    order = yield None
-    while True:
-        timed = [
-            time_plain_step(train_step, *next(stream)) for _ in range(order.warmup + order.steps)
-        ]
-        measured = tuple(timed[order.warmup :])
-        used_s = sum(step.main_thread_s for step in measured)
-        busy = {"all": group.busy(used_s, sum(step.step_s for step in measured))}
-        order = yield Round(measured, busy, None, {}, peak_memory_bytes())
+    def step(self, batches: Iterable[Batch]) -> tuple[StepResult, float]:
+        """An optimizer step, and the seconds of its update; the main thread's CPU time is that of
+        its whole team.
+        """
+        start_s, cpu_start_s = time.perf_counter(), time.process_time()
+        images = loss = 0
+        for batch in batches:
+            loss = self.learn(*batch)
+            images += len(batch[0])
+        learnt_s = time.perf_counter()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        end_s, cpu_s = time.perf_counter(), time.process_time() - cpu_start_s
+        step = StepResult(0, loss, images, end_s - start_s, (), main_thread_s=cpu_s)
+        return step, end_s - learnt_s
+
+    def round(self, order: Order) -> Round:
+        """The batches to leave out, then the steps to measure."""
+        count = order.warmup + order.batches * order.steps
+        batches = self._supply(order.number, count + batches_ahead(self._way.settings))
+        for batch in itertools.islice(batches, order.warmup):
+            self.learn(*batch)
+        lookout = Lookout(self._way.plan, self._online)
+        timed = [self.step(itertools.islice(batches, order.batches)) for _ in range(order.steps)]
+        steps = with_company((step for step, _ in timed), lookout)
+        exhaust(batches)
+        used_s = sum(step.main_thread_s for step in steps)
+        return Round(
+            steps,
+            {"all": self._group.busy(used_s, sum(step.step_s for step in steps))},
+            None,
+            {},
+            peak_memory_bytes(),
+            statistics.median(update_s for _, update_s in timed),
+            order.batches / self._way.settings.accumulate,
+        )
 
 
-def time_plain_step(train_step: Callable[..., float], *batch: torch.Tensor) -> StepResult:
-    """One step of the plain loop; the main thread's CPU time is that of its whole team."""
-    start_s, cpu_start_s = time.perf_counter(), time.process_time()
-    loss = train_step(*batch)
-    step_s, cpu_s = time.perf_counter() - start_s, time.process_time() - cpu_start_s
-    return StepResult(0, loss, len(batch[0]), step_s, (), main_thread_s=cpu_s)
+class LaneLoop:
+    """The loop of this program, on the lanes of a way's plan."""
+
+    def __init__(self, way: Way, online: Sequence[int], stack: contextlib.ExitStack):
+        self._settings, self._online = way.settings, online
+        stack.enter_context(coordinating(way.settings, way.plan))
+        self._supply = stack.enter_context(supplied(way.settings, way.plan.loader_cpus))
+        self._ready = list(map(Loaded, self._supply(1, 1)))  # a batch without loading
+        self._lanes = stack.enter_context(Lanes(way.plan, online))
+        self._work = build_work(way.settings, self._lanes)
+
+    def round(self, order: Order) -> Round:
+        """The phases without company, by which the lanes warm up, then the steps to measure."""
+        lanes, network = self._lanes, self._work.network
+        network.accumulate = 1
+        ready = Batches(self._ready, order.warmup)
+        alone = time_phases(lanes, self._work, ready, order.warmup)
+        steps = self._measure(order)
+        records = [record for step in steps for record in step.records]
+        rates = {
+            lane.group.name: lane.call(matrix_flops, network.bf16)
+            for lane in dict.fromkeys((lanes.forward, lanes.backward))
+        }
+        if not order.keep_memory:
+            give_memory_back()
+        return Round(
+            steps,
+            lanes_busy(lanes.plan, records, sum(step.step_s for step in steps)),
+            alone,
+            rates,
+            peak_memory_bytes(),
+            statistics.median(step.total("duration_s", "update") for step in steps),
+            order.batches / self._settings.accumulate,
+        )
+
+    def _measure(self, order: Order) -> tuple[StepResult, ...]:
+        """The steps to measure. Loaders and `delayed` work ahead: a step of one batch, which is
+        left out, brings them to where they are in the midst of a run.
+        """
+        settings, network = self._settings, self._work.network
+        lead = int(is_loading(settings) or settings.schedule == "delayed")
+        count = lead + order.batches * order.steps + batches_ahead(settings)
+        batches = self._supply(order.number, count)
+        steps = run_schedule(settings, self._lanes, self._work, batches)
+        exhaust(itertools.islice(steps, lead))
+        network.accumulate = order.batches
+        lookout = Lookout(self._lanes.plan, self._online)
+        measured = with_company(itertools.islice(steps, order.steps), lookout)
+        steps.close()
+        exhaust(batches)
+        return measured
 
 
-def lane_rounds(
-    settings: Settings, online: Sequence[int], plan: CorePlan, whole: Sequence[Batch]
-) -> Rounds:
-    """Rounds of this program's own loop: the steps, then the phases without company."""
-    size = settings.batch_size
-    loaded = [
-        Loaded(batch)
-        for images, targets in whole
-        for batch in zip(images.split(size), targets.split(size), strict=True)
-    ]
-    with coordinating(settings, plan), Lanes(plan, online) as lanes:
-        work = build_work(settings, lanes)
+def with_company(steps: Iterable[StepResult], lookout: Lookout) -> tuple[StepResult, ...]:
+    """The steps, once they are done, the last one with what others took of the cores in all."""
+    *steps, last = steps
+    return (*steps, dataclasses.replace(last, company=lookout.look()))
+
+
+def exhaust(items: Iterable[Any]) -> None:
+    """Go to the end: loaders, say, shall have nothing left to do when it is another way's turn."""
+    deque(items, maxlen=0)
+
+
+def rounds_of(way: Way, online: Sequence[int]) -> Rounds:
+    """A way to train, in its own process: None when it is ready, then a Round for each Order."""
+    if way.settings.tuned_malloc and not way.plain:
+        tune_allocator()
+    torch.manual_seed(way.settings.seed)
+    # Nothing can diverge, at the same speed.
+    settings = dataclasses.replace(way.settings, lr=0.0, lr_scheduler="constant")
+    with contextlib.ExitStack() as stack:
+        kind = PlainLoop if way.plain else LaneLoop
+        loop = kind(dataclasses.replace(way, settings=settings), online, stack)
         order = yield None
         while True:
-            # One step more than is taken, so that `delayed` looks ahead in the last one too.
-            count = settings.accumulate * (order.warmup + order.steps + 1)
-            steps = run_schedule(settings, lanes, work, Batches(loaded, count))
-            measured = tuple(itertools.islice(steps, order.warmup + order.steps))[order.warmup :]
-            steps.close()
-            records = [record for step in measured for record in step.records]
-            busy = lanes_busy(lanes.plan, records, sum(step.step_s for step in measured))
-            alone = time_phases(lanes, work, Batches(loaded, settings.accumulate), 1)
-            rates = {
-                lane.group.name: lane.call(matrix_flops, work.network.bf16)
-                for lane in dict.fromkeys((lanes.forward, lanes.backward))
-            }
-            if not order.keep_memory:
-                give_memory_back()
-            order = yield Round(measured, busy, alone, rates, peak_memory_bytes())
-
-
-def rounds_of(way: str, settings: Settings, topology: Topology, plan: CorePlan) -> Rounds:
-    """A way to train, in its own process: None when it is ready, then a Round for each Order."""
-    if way == "plain":
-        start_team()
-    elif settings.tuned_malloc:
-        tune_allocator()
-    whole = load_steps(settings, 8)
-    torch.manual_seed(settings.seed)
-    # Nothing can diverge, at the same speed.
-    settings = dataclasses.replace(settings, lr=0.0, lr_scheduler="constant")
-    if way == "plain":
-        yield from plain_rounds(settings, topology, whole)
-    yield from lane_rounds(settings, topology.online, plan, whole)
+            order = yield loop.round(order)
 
 
 def matrix_flops(bf16: bool) -> float:
@@ -6881,18 +7077,156 @@ def give_memory_back() -> None:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How long a way to train takes, in seconds: its turn in a round but for the steps measured,
+    and a whole step, of `batches`. A part of a step tells all of it if batches are `strict`.
+    """
+
+    rest_s: float
+    step_s: float
+    batches: int
+    strict: bool
+
+    def turn_s(self, steps: int, batches: int) -> float:
+        """A turn with so many steps of so many batches."""
+        return self.rest_s + steps * self.step_s * batches / self.batches
+
+
+def find_pace(way: Way, first: Round, turn_s: float) -> Pace:
+    """A way's pace by a round with a step of one batch or two, and what its turn took."""
+    schedule, whole = way.settings.schedule, way.settings.accumulate
+    measured_s, step_s = first.steps[0].step_s, first.step_s
+    if not way.strict:
+        counts = round(first.share * whole), whole
+        part_s, whole_s = (step_bound_s(schedule, first.alone, count) for count in counts)
+        step_s = measured_s * whole_s / part_s
+    return Pace(max(0.0, turn_s - measured_s), step_s, whole, way.strict)
+
+
+def choose_steps(asked: int | None, paces: Iterable[Pace]) -> int:
+    """Steps of a way to measure in each round: as asked in all, or enough to take a while."""
+    if asked:
+        return -(-asked // ROUNDS)
+    shortest_s = min(pace.step_s for pace in paces)
+    return max(1, min(MOST_STEPS, math.ceil(LEAST_STEPS_S / shortest_s)))
+
+
+def choose_batches(paces: dict[str, Pace], steps: int, round_s: float) -> dict[str, int]:
+    """Of how many batches the steps of each way are that are measured: whole steps, if a round then
+    takes `round_s` at most. Else strict ways share the time that others leave, and measure as much
+    of a step as their part of it allows; a batch at the least.
+    """
+    turns_s = (pace.turn_s(steps, 0 if pace.strict else pace.batches) for pace in paces.values())
+    left_s, batches = round_s - sum(turns_s), {way: pace.batches for way, pace in paces.items()}
+    strict = sorted((pace.step_s, way) for way, pace in paces.items() if pace.strict)
+    for others, (step_s, way) in zip(range(len(strict), 0, -1), strict, strict=True):
+        batch_s = steps * step_s / batches[way]
+        batches[way] = int(max(1, min(batches[way], left_s / others / batch_s + 1e-6)))
+        left_s -= batches[way] * batch_s
+    return batches
+
+
+def start_ways(
+    stack: contextlib.ExitStack, stop: StopRequest, ways: Sequence[Way], online: Sequence[int]
+) -> dict[str, Elsewhere]:
+    """The processes of all ways, ready to begin: nothing else shall run while one is measured."""
+    say(f"{len(ways)} ways to train in {ROUNDS} rounds; first a round to warm up, which tells more")
+    running = {}
+    for way in ways:
+        process = Elsewhere(stop.check, rounds_of, way, online)
+        running[way.name] = stack.enter_context(contextlib.closing(process))
+    for process in running.values():
+        next(process)
+    return running
+
+
+def warm_up(ways: Sequence[Way], running: dict[str, Elsewhere]) -> tuple[bool, dict[str, Pace]]:
+    """Whether the memory of all ways fits at once, and how long each takes, by a first round.
+
+    If it does not fit, each has to give it back after a round, and to fetch it again in the next.
+    """
+    free_bytes, peak_bytes = psutil.virtual_memory().available, 0
+    paces = {}
+    for way in ways:
+        start_s = time.perf_counter()
+        # Two batches where two are held at once.
+        count = 1 if way.strict else min(2, way.settings.accumulate)
+        first = running[way.name].send(Order(0, 1, count, 1, keep_memory=False))
+        paces[way.name] = find_pace(way, first, time.perf_counter() - start_s)
+        peak_bytes += first.peak_memory_bytes
+    return peak_bytes < 0.9 * free_bytes, paces
+
+
+def describe_course(
+    settings: Settings, paces: dict[str, Pace], steps: int, batches: dict[str, int]
+) -> str:
+    """How long the rounds will take, and how much of each way is measured in one."""
+    left_s = ROUNDS * sum(pace.turn_s(steps, batches[name]) for name, pace in paces.items())
+    took = f"{left_s / 60:.0f} minutes" if left_s >= 90 else f"{left_s:.0f} seconds"
+    images = plural(settings.batch_size * settings.accumulate, "image")
+    text = f"about {took}: {ROUNDS} rounds of {len(paces)} ways, {images} a step"
+    parts = {name: (batches[name], pace.batches) for name, pace in paces.items()}
+    text += f", {plural(steps, 'step')} of each in a round{part_note(parts)}"
+    return text + ("; --quick is shorter" if left_s > 900 and not settings.quick else "")
+
+
+def part_note(parts: dict[str, tuple[int, int]]) -> str:
+    """Which ways are measured by a part of their steps: by so many of so many batches."""
+    texts = [f"{name} {part} of {whole}" for name, (part, whole) in parts.items() if part < whole]
+    note = "; of steps whose batches come one after the other, a part is measured: "
+    return f"{note}{', '.join(texts)} batches" if texts else ""
+
+
+def describe_round(rounds: dict[str, list[Round]]) -> str:
+    """The speeds in the latest round, and who disturbed it, if anybody did."""
+    number = len(next(iter(rounds.values())))
+    head = f"round {number}/{ROUNDS}" if number <= ROUNDS else f"round {number}, a repetition"
+    speeds = ", ".join(f"{way} {each[-1].images_per_s:.2f}" for way, each in rounds.items())
+    share, text = disturbance(rounds, number - 1)
+    return f"{head}, images/s: {speeds}" + (f"; disturbed: {text}" if share else "")
+
+
+def disturbance(rounds: dict[str, list[Round]], index: int) -> tuple[float, str]:
+    """The largest share of a way's cores that others took in a round, and in words; 0 if nobody
+    took enough to count.
+    """
+    found = [(*each[index].disturbance, way) for way, each in rounds.items()]
+    share, who, way = max(found)
+    return (share, f"{who} ({way})") if share >= COMPANY_SHARE else (0.0, "")
+
+
+def clean_rounds(rounds: dict[str, list[Round]]) -> list[int]:
+    """Indices of the rounds that nobody disturbed."""
+    count = len(next(iter(rounds.values())))
+    return [index for index in range(count) if not disturbance(rounds, index)[0]]
+
+
+def rounds_used(rounds: dict[str, list[Round]]) -> list[int]:
+    """Indices of the rounds that count, as many as the verdict needs: the clean ones, and if these
+    are too few, those disturbed least.
+    """
+    count = len(next(iter(rounds.values())))
+    order = sorted(range(count), key=lambda index: disturbance(rounds, index)[0])
+    return sorted(order[:ROUNDS])
+
+
+@dataclass(frozen=True)
 class Compared:
     """One way to train in a comparison: medians over the rounds; ranges are (lowest, highest).
 
-    Ratios are taken within a round. `bound_share` is the bound's share of the step's time, `gflops`
-    of the whole machine; `matrix_share`, by lane, is the rate of convolutions and matrix products
-    as a share of the lane's rate in large matrix products: over whole steps for a single lane,
-    during its phases for a lane of two.
+    Ratios are taken within a round; `to_plain` is that to the plain loop with the best flags.
+    `bound_share` is the bound's share of the step's time, `gflops` of the whole machine;
+    `matrix_share`, by lane, is the rate of convolutions and matrix products as a share of the
+    lane's rate in large matrix products: over whole steps for a single lane, during its phases for
+    a lane of two. Steps were measured by `timed_batches` of theirs, at the least.
     """
 
     way: str
+    split: str
+    schedule: str
     cores: str
     batches: str
+    timed_batches: int
     images_per_s: float
     images_per_s_range: tuple[float, float]
     to_none: float
@@ -6908,12 +7242,12 @@ class Compared:
     stray_s: float
 
 
-def matrix_share(lane: str, each: Round, images: int, flops: ByLane) -> float:
+def matrix_share(lane: str, each: Round, flops: ByLane) -> float:
     """The rate of a lane's convolutions and matrix products, relative to `matrix_flops`."""
     if lane in flops:
-        achieved_flops = flops[lane] * images / each.phase_s(lane)
+        achieved_flops = flops[lane] * each.steps[0].images / each.phase_s(lane)
     else:
-        achieved_flops = sum(flops.values()) * images / each.step_s
+        achieved_flops = sum(flops.values()) * each.images_per_s
     return achieved_flops / each.matrix_flops[lane]
 
 
@@ -6928,21 +7262,22 @@ def against_bound(rounds: Sequence[Round], settings: Settings) -> dict[str, floa
     return {"bound_images_per_s": speed, "bound_share": statistics.median(shares)}
 
 
-def compared_way(
-    way: str, rounds: dict[str, list[Round]], settings: Settings, plan: CorePlan, flops: ByLane
-) -> Compared:
+def compared_way(way: Way, rounds: dict[str, list[Round]], flops: ByLane) -> Compared:
     """The figures of one way to train."""
-    own, images = rounds[way], settings.batch_size * settings.accumulate
-    speeds = [images / each.step_s for each in own]
+    own, settings = rounds[way.name], way.settings
+    speeds = [each.images_per_s for each in own]
     to_none, to_plain = (
-        [other.step_s / each.step_s for other, each in zip(rounds[name], own, strict=True)]
-        for name in ("none", "plain")
+        [each.images_per_s / other.images_per_s for each, other in zip(own, others, strict=True)]
+        for others in (rounds["none"], rounds[best_plain(rounds)])
     )
     lanes = own[0].matrix_flops
     return Compared(
-        way=way,
-        cores=" + ".join(format_cpu_list(group.cpus) for group in plan.groups),
+        way=way.name,
+        split=settings.split,
+        schedule=settings.schedule,
+        cores=" + ".join(format_cpu_list(group.cpus) for group in way.plan.groups),
         batches=f"{settings.accumulate} x {settings.batch_size}",
+        timed_batches=round(min(each.share for each in own) * settings.accumulate),
         images_per_s=statistics.median(speeds),
         images_per_s_range=(min(speeds), max(speeds)),
         to_none=statistics.median(to_none),
@@ -6953,7 +7288,7 @@ def compared_way(
         peak_memory_bytes=max(each.peak_memory_bytes for each in own),
         gflops=sum(flops.values()) * statistics.median(speeds) / 1e9,
         matrix_share={
-            lane: statistics.median(matrix_share(lane, each, images, flops) for each in own)
+            lane: statistics.median(matrix_share(lane, each, flops) for each in own)
             for lane in lanes
         },
         matrix_gflops={
@@ -6963,99 +7298,111 @@ def compared_way(
     )
 
 
-def compare(settings: Settings, topology: Topology) -> list[Compared]:
-    """Run all ways to train in turn, round by round; print and write how they compare.
-
-    Each way has a process of its own, and at least `settings.steps` measured steps (default: 14).
+@dataclass(frozen=True)
+class Comparison:
+    """What has been compared, in settings as they were `asked` for, and as they are in force: all
+    rounds of each way, by its name, the floating-point operations of an image, and how long
+    everything took.
     """
-    say(describe_topology(topology))
-    if settings.split == "none" or settings.schedule != "sequential":
-        asked = "--split none" if settings.split == "none" else f"--schedule {settings.schedule}"
-        raise UserError(f"{asked}: compare runs every schedule beside --split none by itself")
-    if settings.epochs and not settings.recipe:
-        raise UserError(f"--epochs {settings.epochs}: compare takes --steps, for each way to train")
-    check_model_name(settings.model)
-    settings = measured_settings(settings, topology)
-    check_memory(settings, topology, settings.batch_size * settings.accumulate)
-    check_writable(settings)
-    chosen = {way: way_settings(settings, way) for way in WAYS}
-    shape = settings.model, settings.num_classes, settings.image_size
-    model = meta_model(*shape)
-    for each in chosen.values():
-        check_input_shape(model, settings.model, each.batch_size, settings.image_size)
-    plans = {way: plan_for(chosen[way], topology) for way in WAYS}
-    for note in dict.fromkeys(note for plan in plans.values() for note in plan.notes):
-        say(f"note: {note}")
-    flops = measure_model(*shape).flops
-    rounds = run_rounds(chosen, plans, topology)
-    compared = [compared_way(way, rounds, chosen[way], plans[way], flops) for way in WAYS]
-    say("\n".join(["", *comparison_lines(settings, compared), "", verdict(compared)]))
-    if settings.json:
-        write_whole(settings.json, comparison_json(settings, topology, plans, compared))
-    if settings.output_dir:
-        settings.output_dir.mkdir(parents=True, exist_ok=True)
-        draw_comparison(settings.output_dir / TIMELINE, settings, plans, rounds, compared)
-    return compared
+
+    asked: Settings
+    settings: Settings
+    topology: Topology
+    ways: Sequence[Way]
+    rounds: dict[str, list[Round]]
+    flops: ByLane
+    seconds: float
+
+    @functools.cached_property
+    def rows(self) -> list[Compared]:
+        """The figures of the ways, from the rounds that count."""
+        used = rounds_used(self.rounds)
+        counting = {way: [each[index] for index in used] for way, each in self.rounds.items()}
+        return [compared_way(way, counting, self.flops) for way in self.ways]
+
+    @property
+    def plain(self) -> str:
+        """The name of the plain loop with the best flags."""
+        return best_plain(self.rounds)
+
+    @property
+    def verdict(self) -> str:
+        """The verdict, with a word of warning if disturbed rounds count."""
+        used = rounds_used(self.rounds)
+        disturbed = len(set(used).difference(clean_rounds(self.rounds)))
+        warning = f" But {disturbed} of the {plural(len(used), 'round')} were disturbed by others."
+        return verdict(self.rows) + (warning if disturbed else "")
 
 
-def run_rounds(
-    chosen: dict[str, Settings], plans: dict[str, CorePlan], topology: Topology
-) -> dict[str, list[Round]]:
-    """The rounds of each way, in turn: A B C, A B C.
-
-    A round that warms the ways up is left out. It shows whether the memory of all of them fits at
-    once; if not, each has to give it back after a round, and to fetch it again before the next.
-    """
-    none = chosen["none"]
-    steps = -(-(none.steps or 2 * ROUNDS) // ROUNDS)
-    images = none.batch_size * none.accumulate  # of a step, the same for all ways
-    rounds: dict[str, list[Round]] = {way: [] for way in WAYS}
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
-        running = {}
-        for way in WAYS:
-            process = Elsewhere(stop.check, rounds_of, way, chosen[way], topology, plans[way])
-            running[way] = stack.enter_context(contextlib.closing(process))
-            next(process)  # ready: nothing else shall run while a way is measured
-        free_bytes = psutil.virtual_memory().available
-        say("round to warm up")
-        first = [running[way].send(Order(2, 1, keep_memory=False)) for way in WAYS]
-        keep = sum(each.peak_memory_bytes for each in first) < 0.9 * free_bytes
-        for number in range(1, ROUNDS + 1):
-            warmup = 1 if keep and number > 1 else 3
-            for way in WAYS:
-                rounds[way].append(running[way].send(Order(warmup, steps, keep)))
-            speeds = (f"{way} {images / each[-1].step_s:.2f}" for way, each in rounds.items())
-            say(f"round {number}/{ROUNDS}, images/s: {', '.join(speeds)}")
-    return rounds
-
-
-def comparison_lines(settings: Settings, compared: Sequence[Compared]) -> list[str]:
-    """The tables of a comparison."""
-    speeds, work = [], []
-    for row in compared:
-        low, high = row.images_per_s_range
-        bound = ["", ""]
-        if row.bound_images_per_s:
-            bound = [f"{row.bound_images_per_s:.2f}", f"{row.bound_share:.0%}"]
-        ratios = [f"{row.to_none:.2f}", f"{row.to_plain:.2f}"]
-        speed = f"{row.images_per_s:.2f}"
-        speeds.append([row.way, speed, f"{low:.2f} to {high:.2f}", *ratios, *bound])
-        busy, share = lanes_text(row.busy, "{:.0%}"), lanes_text(row.matrix_share, "{:.0%}")
-        rate = lanes_text(row.matrix_gflops, "{:.0f}")
-        memory, stray = f"{row.peak_memory_bytes / 2**30:.2f}", f"{1e3 * row.stray_s:.1f}"
-        figures = [busy, memory, f"{row.gflops:.0f}", rate, share, stray]
-        work.append([row.way, row.cores, row.batches, *figures])
-    speed_header = "way,images/s,range,to none,to plain,bound images/s,of bound"
-    work_header = (
-        "way,cores,batches,busy,peak GiB,GFLOP/s,matrix GFLOP/s,share of matrix rate,stray ms"
+def comparison_notes(found: Comparison) -> list[str]:
+    """What has been compared, and which rounds others disturbed, in sentences."""
+    rows = found.rows
+    parts = {row.way: (row.timed_batches, int(row.batches.split()[0])) for row in rows}
+    flags = "bf16" if found.settings.precision == "bf16" else "fp32"
+    images = "loaded beforehand"
+    if is_loading(found.settings):
+        images = f"loaded meanwhile, by {plural(found.settings.workers, 'process')} a way"
+    about = (
+        f"{describe_run(found.settings)}; {plural(len(rows[0].to_none_rounds), 'round')}, images "
+        f"{images}; plain: a PyTorch loop in its defaults, {found.plain}: with the flags of other "
+        f"trainers ({flags}, channels_last){part_note(parts)}"
     )
-    return [
-        f"{describe_run(settings)} (plain: fp32), {ROUNDS} rounds",
-        markdown_table(speed_header.split(","), speeds),
-        "",
-        markdown_table(work_header.split(","), work),
-    ]
+    return [about, *disturbance_lines(found.rounds)]
+
+
+def disturbance_lines(rounds: dict[str, list[Round]]) -> Iterator[str]:
+    """Which rounds others disturbed, and what has become of them."""
+    used = rounds_used(rounds)
+    for index in range(len(next(iter(rounds.values())))):
+        share, text = disturbance(rounds, index)
+        fate = "kept, since fewer than the verdict needs were not" if index in used else "left out"
+        if share:
+            yield f"round {index + 1} was disturbed: {text}; {fate}"
+
+
+def tables_of(found: Comparison) -> list[str]:
+    """The tables of a comparison, which 80 columns hold, each after an empty line."""
+    tables = speed_table(found), placement_table(found.rows), rate_table(found.rows)
+    return [f"\n{table}" for table in tables]
+
+
+def speed_table(found: Comparison) -> str:
+    """How fast the ways are; a bound with the share of it that is reached."""
+    cells = []
+    for row in found.rows:
+        low, high = map(speed_text, row.images_per_s_range)
+        bound = ""
+        if row.bound_images_per_s:
+            bound = f"{speed_text(row.bound_images_per_s)} ({row.bound_share:.0%})"
+        ratios = f"{row.to_none:.2f}", f"{row.to_plain:.2f}"
+        cells.append((row.way, speed_text(row.images_per_s), f"{low}-{high}", *ratios, bound))
+    return markdown_table(
+        ("way", "img/s", "range", "to none", f"to {found.plain}", "of bound"), cells
+    )
+
+
+def speed_text(images_per_s: float) -> str:
+    """Images a second, in three digits or more."""
+    return f"{images_per_s:.{2 if images_per_s < 9.995 else 1 if images_per_s < 99.95 else 0}f}"
+
+
+def placement_table(rows: Sequence[Compared]) -> str:
+    """What the ways use of the machine; their cores are told before (see split_lines)."""
+    cells = []
+    for row in rows:
+        memory, stray = f"{row.peak_memory_bytes / 2**30:.2f}", f"{1e3 * row.stray_s:.1f}"
+        cells.append((row.way, row.batches, lanes_text(row.busy, "{:.0%}"), memory, stray))
+    return markdown_table(("way", "batches", "busy", "peak GiB", "stray ms"), cells)
+
+
+def rate_table(rows: Sequence[Compared]) -> str:
+    """What the ways compute, beside what large matrix products reach on their cores."""
+    cells = []
+    for row in rows:
+        rate = lanes_text(row.matrix_gflops, "{:.0f}")
+        share = lanes_text(row.matrix_share, "{:.0%}")
+        cells.append((row.way, f"{row.gflops:.0f}", rate, share))
+    return markdown_table(("way", "GFLOP/s", "matrix GFLOP/s", "share of matrix rate"), cells)
 
 
 def lanes_text(figures: ByLane, pattern: str) -> str:
@@ -7063,59 +7410,185 @@ def lanes_text(figures: ByLane, pattern: str) -> str:
     return " + ".join(map(pattern.format, figures.values())) or "-"
 
 
-def judge_rounds(ratios: Iterable[float]) -> str:
-    """What the speeds relative to one lane show, each measured in a round of its own.
+def judge_rounds(ratios: Iterable[float], candidates: int = 3) -> str:
+    """What the speeds relative to one lane show, each measured in a round of its own, of the
+    fastest of some schedules.
 
     All rounds have to agree, but for at most the one that is nearest to 1: in seven rounds, a
-    signed-rank test at 3 in 100.
+    signed-rank test at 3 in 100. The fastest of many looks better than it is: of more than those of
+    three splits, all rounds have to agree.
     """
-    _, *decisive = sorted(map(math.log, ratios), key=abs)
+    decisive = sorted(map(math.log, ratios), key=abs)[candidates <= 9 :]
     if min(decisive) > 0:
         return "the split pays"
     return "the split costs speed" if max(decisive) < 0 else "no difference beyond the noise"
 
 
 def verdict(compared: Sequence[Compared]) -> str:
-    """What a comparison says about the split, in a sentence."""
-    best = max((row for row in compared if row.way in SCHEDULES), key=lambda row: row.to_none)
+    """What a comparison says about the split, and what to do, in some sentences."""
+    candidates = [row for row in compared if row.split != "none"]
+    best = max(candidates, key=lambda row: row.to_none)
     low, high = min(best.to_none_rounds), max(best.to_none_rounds)
+    judgement = judge_rounds(best.to_none_rounds, len(candidates))
+    advice = "train with --split none"
+    if judgement == "the split pays":
+        advice = f"train with --split {best.split} --schedule {best.schedule}"
+    elif judgement != "the split costs speed":
+        advice = "either will do"
+    old = " Delayed has weights one update old." if best.schedule == "delayed" else ""
     return (
-        f"Verdict: {judge_rounds(best.to_none_rounds)}. The fastest schedule of the split, "
-        f"{best.way}, trains at {best.to_none:.2f} of the speed of one lane over all cores "
-        f"({low:.2f} to {high:.2f} in {ROUNDS} rounds), and at {best.to_plain:.2f} of that of a "
-        "plain PyTorch loop."
+        f"Verdict: {judgement}. The fastest schedule of the split, {best.way}, trains at "
+        f"{best.to_none:.2f} of the speed of one lane over all cores ({low:.2f} to {high:.2f} in "
+        f"{plural(len(best.to_none_rounds), 'round')}), and at {best.to_plain:.2f} of that of a "
+        f"plain PyTorch loop with the best flags, {best_plain(row.way for row in compared)}. For "
+        f"speed alone, {advice}.{old}"
     )
 
 
-def comparison_json(
-    settings: Settings, topology: Topology, plans: dict[str, CorePlan], compared: Sequence[Compared]
-) -> str:
+def comparison_section(found: Comparison) -> str:
+    """A comparison's section of logs.md."""
+    lines = (
+        f"machine: {describe_topology(found.topology)}; {host_kind()}",
+        *split_lines(found.ways),
+        f"settings: `compare {as_options(found.asked)}`",
+        f"versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
+        *comparison_notes(found),
+        f"took {found.seconds / 60:.1f} minutes",
+    )
+    title = f"compare, {found.settings.model}, split {found.settings.split}"
+    heading = f"\n## {utc_now()} {title}\n"
+    items = "\n".join(f"- {line}" for line in lines)
+    return "\n".join([heading, items, *tables_of(found), "", found.verdict]) + "\n"
+
+
+def comparison_json(found: Comparison) -> str:
     """A comparison for programs."""
+    used = rounds_used(found.rounds)
+    rounds = [
+        {
+            "round": index + 1,
+            "images_per_s": {way: each[index].images_per_s for way, each in found.rounds.items()},
+            "disturbance": disturbance(found.rounds, index)[1] or None,
+            "counts": index in used,
+        }
+        for index in range(len(found.rounds["none"]))
+    ]
     figures = {
-        "machine": describe_topology(topology),
+        "machine": describe_topology(found.topology),
         "versions": versions(),
-        "settings": plain_settings(settings),
-        "plans": {way: dataclasses.asdict(plan) for way, plan in plans.items()},
-        "ways": [dataclasses.asdict(row) for row in compared],
-        "verdict": verdict(compared),
+        "settings": plain_settings(found.settings),
+        "plans": {way.name: dataclasses.asdict(way.plan) for way in found.ways},
+        "ways": [dataclasses.asdict(row) for row in found.rows],
+        "rounds": rounds,
+        "seconds": found.seconds,
+        "verdict": found.verdict,
     }
     return json.dumps(figures, indent=1, allow_nan=False) + "\n"
 
 
-def draw_comparison(
-    path: Path,
-    settings: Settings,
-    plans: dict[str, CorePlan],
-    rounds: dict[str, list[Round]],
-    compared: Sequence[Compared],
-) -> None:
-    """The timelines of the schedules in the last round, over the same span of time."""
+def draw_comparison(path: Path, found: Comparison) -> None:
+    """The timelines of one lane and of the schedules in the seventh round, over the same span of
+    time, in which each has a whole step.
+    """
     panels = []
-    for row in compared:
-        if row.way in SCHEDULES:
+    for way, row in zip(found.ways, found.rows, strict=True):
+        if not way.plain:
             title = f"{row.way}: {row.images_per_s:.1f} images/s, {row.batches} images a step"
-            panels.append(Panel(title, plans[row.way], rounds[row.way][-1].steps))
-    draw_timelines(path, describe_run(settings), panels)
+            steps = steps_to_draw(found.rounds[row.way][ROUNDS - 1].steps)
+            panels.append(Panel(title, way.plan, steps, found.topology.cores))
+    footer = picture_footer(found.topology)
+    draw_timelines(path, describe_run(found.settings), panels, footer)
+
+
+def compare(settings: Settings, topology: Topology) -> list[Compared]:
+    """Run all ways to train in turn, round by round; print and write how they compare.
+
+    Each way has a process of its own, and at least `settings.steps` measured steps in all; by
+    default as many, or such parts of a step, as fit into TIME_LIMIT_S.
+    """
+    begun_s, asked = time.perf_counter(), settings
+    say(describe_topology(topology))
+    check_comparison(settings)
+    settings = measured_settings(settings, topology)
+    images = settings.batch_size * (1 if is_loading(settings) else settings.accumulate)
+    check_memory(settings, topology, images)
+    check_writable(settings)
+    shape = settings.model, settings.num_classes, settings.image_size
+    for chosen in way_settings(settings).values():
+        check_input_shape(meta_model(*shape), settings.model, chosen.batch_size, shape[2])
+    ways = all_ways(settings, topology)
+    say("\n".join(split_lines(ways)))
+    rounds = run_rounds(ways, topology.online, begun_s, bool(settings.output_dir))
+    seconds = time.perf_counter() - begun_s
+    flops = measure_model(*shape).flops
+    found = Comparison(asked, settings, topology, ways, rounds, flops, seconds)
+    notes, result = map(wrapped, comparison_notes(found)), wrapped(found.verdict)
+    say("\n".join(["", *notes, *tables_of(found), "", result]))
+    append_text(settings.log_file, comparison_section(found), LOG_HEADER)
+    if settings.json:
+        write_whole(settings.json, comparison_json(found))
+    if settings.output_dir:
+        settings.output_dir.mkdir(parents=True, exist_ok=True)
+        draw_comparison(settings.output_dir / TIMELINE, found)
+    return found.rows
+
+
+def check_comparison(settings: Settings) -> None:
+    """Raise UserError for options that leave nothing to compare."""
+    if "none" in settings.split.split(",") or settings.schedule != "sequential":
+        split = "none" in settings.split.split(",")
+        asked = f"--split {settings.split}" if split else f"--schedule {settings.schedule}"
+        raise UserError(f"{asked}: compare runs every schedule beside --split none by itself")
+    if settings.epochs and not settings.recipe:
+        raise UserError(f"--epochs {settings.epochs}: compare takes --steps, for each way to train")
+    check_model_name(settings.model)
+
+
+def wrapped(text: str) -> str:
+    """A sentence in lines that a terminal of 80 columns holds."""
+    return textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def split_lines(ways: Sequence[Way]) -> Iterator[str]:
+    """The cores of each split, and what the user should know about them."""
+    for plan in {way.settings.split: way.plan for way in ways if not way.plain}.values():
+        groups = "; ".join(f"{group.name} {group}" for group in plan.groups)
+        yield f"split {plan.split}: {groups}"
+    for note in dict.fromkeys(note for way in ways for note in way.plan.notes):
+        yield f"note: {note}"
+
+
+def run_rounds(
+    ways: Sequence[Way], online: Sequence[int], begun_s: float, drawn: bool
+) -> dict[str, list[Round]]:
+    """The rounds of each way, in turn: A B C, A B C; at the end others for those disturbed.
+
+    The round that warms the ways up is left out. In the seventh, whose steps are `drawn`, these are
+    whole ones.
+    """
+    rounds: dict[str, list[Round]] = {way.name: [] for way in ways}
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        running = start_ways(stack, stop, ways, online)
+        keep, paces = warm_up(ways, running)
+        asked = ways[0].settings.steps
+        steps = choose_steps(asked, paces.values())
+        limit_s = math.inf if asked else TIME_LIMIT_S - (time.perf_counter() - begun_s)
+        batches = choose_batches(paces, steps, limit_s / ROUNDS)
+        say(wrapped(describe_course(ways[0].settings, paces, steps, batches)))
+        for number in range(1, ROUNDS + MOST_REPEATS + 1):
+            if number > ROUNDS and len(clean_rounds(rounds)) >= ROUNDS:
+                break
+            for way in ways:
+                warmup = int(is_loading(way.settings)) if way.plain else 1
+                if not way.plain and not (keep and number > 1):
+                    warmup = 3
+                whole = drawn and number == ROUNDS and not way.plain
+                count = way.settings.accumulate if whole else batches[way.name]
+                order = Order(number, warmup, count, steps, keep)
+                rounds[way.name].append(running[way.name].send(order))
+            say(wrapped(describe_round(rounds)))
+    return rounds
 
 
 # ==================================================================================================

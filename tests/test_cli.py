@@ -467,8 +467,14 @@ BAD_INPUT = [
     (["compare", "--json", "nowhere/c.json"], "--json nowhere/c.json: cannot be written"),
     (["compare", "--schedule", "delayed"], "--schedule delayed: compare runs every schedule"),
     (["compare", "--epochs", "2"], "--epochs 2: compare takes --steps"),
-    (["compare", "-b", "1"], "--batch-size 1: overlap needs a batch that can be divided"),
-    (["compare", "--model", "resnet18", "--image-size", "32", "-b", "3"], "--batch-size 1 "),
+    (
+        ["compare", "--quick", "-b", "1"],
+        "--batch-size 1: overlap needs a batch that can be divided",
+    ),
+    (
+        ["compare", "--quick", "--model", "resnet18", "--image-size", "32", "-b", "3"],
+        "--batch-size 1 ",
+    ),
     (["trian"], "unknown command 'trian' (choose from train, plan, find-lr, compare)"),
     (["trian"], "find-lr, compare); did you mean train?\n"),
     (["find_lr"], "find-lr, compare); did you mean find-lr?\n"),

@@ -190,8 +190,8 @@ def test_the_order_of_settings_in_help_and_in_files():
     clip_grad_norm model_ema model_ema_decay early_stopping target_top1 seed deterministic resume
     init_from test_only save_steps save_freq keep_best mirror split schedule forward_cores
     backward_cores loader_cores forward_threads backward_threads machine record precision
-    channels_last fused tuned_malloc flush_denormals grads_to_none log_file output_dir print_freq
-    json
+    channels_last fused tuned_malloc flush_denormals grads_to_none quick preload log_file
+    output_dir print_freq json
     """
     assert [setting.name for setting in dataclasses.fields(tsa.Settings)] == names.split()
 
@@ -609,17 +609,24 @@ def shown_in(command):
     return [name for name in names if name not in ("version", "list_models", "list_data_sets")]
 
 
+# Options that one command alone takes, and its help shows.
+ELSEWHERE = dict.fromkeys(("json", "quick", "preload"), "compare")
+ELSEWHERE |= dict.fromkeys(("machine", "record"), "plan")
+
+
 def test_help_lists_every_option_with_its_default():
-    text = " ".join(help_of("train").split())
+    text = run = " ".join(help_of("train").split())
     for setting in dataclasses.fields(tsa.Settings):
         switched_off = "no-" if setting.default is True else ""
-        if setting.name == "json":
-            text += " ".join(help_of("compare").split())
+        if setting.name in ELSEWHERE:
+            text = " ".join(help_of(ELSEWHERE[setting.name]).split())
+        else:
+            text = run
         assert f"--{switched_off}{setting.name.replace('_', '-')}" in text
         assert setting.metadata["help"] in text
-    assert "(default: resnet50)" in text
-    assert "(default: 0.9999)" in text
-    assert "(default: 30,60,80)" in text
+    assert "(default: resnet50)" in run
+    assert "(default: 0.9999)" in run
+    assert "(default: 30,60,80)" in run
 
 
 @pytest.mark.parametrize(
@@ -657,13 +664,14 @@ OF_CORES = """
 
 
 def test_help_of_train_shows_what_belongs_to_no_other_command():
-    assert shown_in("train") == [name for name in ALL if name != "json"]
+    assert shown_in("train") == [name for name in ALL if name not in ELSEWHERE]
 
 
 def test_help_of_plan_shows_what_changes_a_plan():
     data = "model data_path num_classes image_size min_res max_res end_ramp workers".split()
     training = ["recipe", "batch_size", "accumulate"]
-    assert shown_in("plan") == [*data, *training, *OF_CORES, "precision"]
+    cores = [*OF_CORES, "machine", "record"]
+    assert shown_in("plan") == [*data, *training, *cores, "precision"]
 
 
 @pytest.mark.parametrize(

@@ -394,7 +394,7 @@ def test_overlapping_runs_from_end_to_end(in_tmp, photos, settings, workers):
     assert rows == {"forward lane", "backward lane", *loaders}
     batches = 3 * settings.get("accumulate", 1)
     for name in ("forward", "backward", "load"):
-        assert sum(event["name"] == name for event in trace) == batches
+        assert sum(event.get("cat") == name for event in trace) == batches
     assert (in_tmp / "timeline.png").stat().st_size > 10_000
 
 
