@@ -298,6 +298,10 @@ free, fixed, rate = (partial(option, on_resume=kind) for kind in ("free", "fixed
 # that use 256, and 128 where it is made for small machines.
 # fmt: off
 RECIPES: dict[str, dict[str, Any]] = {
+    "digits": {
+        "model": "resnet56", "image_size": 32, "hflip": 0.0, "min_scale": 0.6, "epochs": 12,
+        "lr": 0.05, "lr_warmup_epochs": 2, "lr_scheduler": "cosine",
+    },
     "imagenet": {
         "epochs": 90, "batch_size": 32, "accumulate": 8, "lr_scheduler": "cosine",
         "lr_warmup_epochs": 5, "auto_augment": "ra", "mixup_alpha": 0.2, "cutmix_alpha": 1.0,

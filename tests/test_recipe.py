@@ -61,6 +61,14 @@ RECIPE_RATES = {
         275: 0.01464466,
         359: 2.134415e-6,
     },
+    "digits": {  # 2 epochs up, then half a cosine over 10
+        0: 0.0005,
+        4: 0.02525,
+        8: 0.05,
+        18: 0.04267767,
+        28: 0.025,
+        47: 7.706675e-5,
+    },
     "imagenet-subset": {  # 3 parts of 10 up from 1 / 25, then down to 1 / 250,000, by cosines
         0: 4e-5,
         7: 1.316718e-4,

@@ -444,6 +444,16 @@ def with_recipe(name, *options):
 
 # Every setting that decides what is computed, where it is not that of the plain program.
 IN_FORCE = {
+    "digits": {
+        "model": "resnet56",
+        "image_size": 32,
+        "hflip": 0.0,
+        "min_scale": 0.6,
+        "epochs": 12,
+        "lr": 0.05,
+        "lr_warmup_epochs": 2,
+        "lr_scheduler": "cosine",
+    },
     "imagenet": {
         "epochs": 90,
         "accumulate": 8,
@@ -550,6 +560,8 @@ OTHER_VALUES = {
     "accumulate": (["--accumulate", "3"], 3),
     "subset": (["--subset", "1"], 1.0),
     "image_size": (["--image-size", "96"], 96),
+    "hflip": (["--hflip", "0.25"], 0.25),
+    "min_scale": (["--min-scale", "1"], 1.0),
     "min_res": (["--min-res", "64"], 64),
     "max_res": (["--max-res", "256"], 256),
     "end_ramp": (["--end-ramp", "7"], 7),
@@ -632,6 +644,7 @@ def test_help_lists_every_option_with_its_default():
 @pytest.mark.parametrize(
     ("recipe", "options"),
     [
+        ("digits", "--model resnet56 --image-size 32 --hflip 0.0 --min-scale 0.6 --epochs 12"),
         ("imagenet", "--epochs 90 --batch-size 32 --accumulate 8"),
         ("imagenet-subset", "--subset 0.2 --image-size 128 --opt adam --lr 0.001"),
         ("imagenet-finetune", "--min-res 128 --max-res 224 --end-ramp 20 --lr 0.01"),

@@ -1250,6 +1250,7 @@ def test_a_signal_ends_a_range_test(in_tmp, monkeypatch, epochs):
 
 
 RECIPE_OPTIONS = {
+    "digits": "--lr-warmup-epochs 1",
     "imagenet": "--lr-warmup-epochs 1 --save-freq 1 --image-size 32",
     "imagenet-subset": "--subset 0.7 --image-size 32",
     "imagenet-finetune": "--min-res 32 --max-res 64 --end-ramp 2",
