@@ -6605,6 +6605,8 @@ def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) ->
     """The process behind Elsewhere: for each value received, the next result or the exception."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+    # Else a process made by spawn spawns its loaders, which then differ from those of a run.
+    multiprocessing.set_start_method(None, force=True)
     with (
         contextlib.suppress(EOFError, BrokenPipeError),  # the asking process has gone
         contextlib.closing(function(*args)) as generator,
@@ -6827,7 +6829,8 @@ class Round:
         shares = [(each.stolen, f"the hypervisor took {each.stolen:.0%}") for each in seen]
         for each in seen:
             for lane, share in each.others.items():
-                shares.append((share, f"other processes took {share:.0%} of the {lane} cores"))
+                cores = "all cores" if lane == "all" else f"the {lane} cores"
+                shares.append((share, f"other processes took {share:.0%} of {cores}"))
         return max(shares, default=(0.0, ""))
 
 
@@ -7359,7 +7362,7 @@ def disturbance_lines(rounds: dict[str, list[Round]]) -> Iterator[str]:
     used = rounds_used(rounds)
     for index in range(len(next(iter(rounds.values())))):
         share, text = disturbance(rounds, index)
-        fate = "kept, since fewer than the verdict needs were not" if index in used else "left out"
+        fate = "kept, for want of an undisturbed one" if index in used else "left out"
         if share:
             yield f"round {index + 1} was disturbed: {text}; {fate}"
 

@@ -374,7 +374,7 @@ def test_the_words_for_disturbed_rounds():
         "round 9 was disturbed: the hypervisor took 30% (delayed); left out",
     ]
     rounds = {way: each[3:] for way, each in rounds.items()}
-    kept = "kept, since fewer than the verdict needs were not"
+    kept = "kept, for want of an undisturbed one"
     assert [line.rpartition("; ")[2] for line in tsa.disturbance_lines(rounds)] == [kept, kept]
 
 
