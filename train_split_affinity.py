@@ -4252,6 +4252,7 @@ class Checkpoints:
 PHASES = ("forward", "backward", "update", "refresh")
 LATEST_STEPS = 2000
 STEPS_TO_DRAW = 3
+SHORTEST_LOOK_S = 0.25  # at what others took: with ticks of 10 ms, what is shorter tells nothing
 COMPANY_WINDOW_S = 10  # over which others' share has to be large: short bursts are nobody's concern
 
 
@@ -4379,7 +4380,7 @@ class Tally:
         self.steps = self.images = self._first = 0
         self.latest: deque[StepResult] = deque(maxlen=LATEST_STEPS)
         self.company: Company | None = None
-        self._companies: list[Company] = []  # those of the latest COMPANY_WINDOW_S
+        self.looks: list[Company] = []  # those of the latest COMPANY_WINDOW_S
         self._plan = plan
         self._loss_first = math.nan
         self._stray_s: Counter[str] = Counter()  # by phase, as the three that follow
@@ -4415,8 +4416,8 @@ class Tally:
         """
         self.company = joined([self.company, company]) if self.company else company
         since_s = company.end_s - COMPANY_WINDOW_S
-        self._companies = [each for each in self._companies if each.end_s >= since_s] + [company]
-        lately = joined(self._companies)
+        self.looks = [each for each in self.looks if each.end_s >= since_s] + [company]
+        lately = joined(self.looks)
         return lately if lately.end_s - lately.start_s >= COMPANY_WINDOW_S else None
 
     def _add_phase(self, record: PhaseRecord) -> None:
@@ -4557,13 +4558,20 @@ class Row:
 @dataclass(frozen=True)
 class Panel:
     """One timeline of a picture: the lanes of a plan during some steps, on the machine's `cores`
-    (to be known if the plan has many CPUs).
+    (to be known if the plan has many CPUs). `looks` at what others took are those of a whole run:
+    a few steps may be too short for one.
     """
 
     title: str
     plan: CorePlan
     steps: Sequence[StepResult]
     cores: Sequence[Core] = ()
+    looks: Sequence[Company] = ()
+
+    @property
+    def companies(self) -> Sequence[Company]:
+        """What others took of the cores meanwhile."""
+        return self.looks or [step.company for step in self.steps if step.company]
 
     @property
     def records(self) -> list[PhaseRecord]:
@@ -4739,14 +4747,14 @@ class Bar:
     alpha: float = 1.0
 
 
-def lane_bars(lane: str, steps: Sequence[StepResult], records: Sequence[PhaseRecord]) -> list[Bar]:
+def lane_bars(lane: str, companies: Iterable[Company], records: Sequence[PhaseRecord]) -> list[Bar]:
     """The phases of a lane, and strips above them where others took some of its cores."""
     bars = [
         Bar(record.phase, record.start_s, record.end_s, text=str(number or ""))
         for record, number in zip(records, number_batches(records), strict=True)
         if record.lane == lane
     ]
-    for company in (step.company for step in steps if step.company):
+    for company in companies:
         shares = {OTHERS: company.others.get(lane, 0.0), STOLEN: company.stolen}
         for (key, share), top in zip(shares.items(), (-0.5, -0.43), strict=True):
             if share >= COMPANY_SHARE:
@@ -4841,7 +4849,7 @@ def draw_panel(ax: Any, panel: Panel, span_s: float) -> None:
     rows, records = panel_rows(panel), panel.records
     for y, row in enumerate(rows):
         lane = row.group.name
-        bars = cpu_bars(row, records) if row.cpus else lane_bars(lane, panel.steps, records)
+        bars = cpu_bars(row, records) if row.cpus else lane_bars(lane, panel.companies, records)
         for bar in bars:
             draw_bar(ax, y, bar, records[0].start_s, span_s)
     size = 8 if len(rows) <= 12 else 6.5
@@ -5864,9 +5872,9 @@ class RunReport:
         steps, folder = list(self._tally.latest), self._settings.output_dir
         shown = steps_to_draw(steps)
         what = f"steps {shown[0].step} to {shown[-1].step}, split {self._plan.split}"
-        cores, footer = self._topology.cores, picture_footer(self._topology)
-        panel = Panel(f"{self._settings.schedule}, {what}", self._plan, shown, cores)
-        title = describe_run(self._settings)
+        what = f"{self._settings.schedule}, {what}"
+        panel = Panel(what, self._plan, shown, self._topology.cores, self._tally.looks)
+        title, footer = describe_run(self._settings), picture_footer(self._topology)
         self._write(draw_timelines, folder / TIMELINE, title, [panel], footer)
         self._write(write_whole, folder / TRACE, json.dumps(trace_events(self._plan, steps)))
 
@@ -6142,6 +6150,7 @@ def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoint
             save()
         report.finish(likely_reason(error))
         raise
+    report.company(run.lanes.lookout.look(SHORTEST_LOOK_S))
     report.finish(outcome)
 
 

@@ -229,7 +229,7 @@ def test_what_others_took_in_a_long_run_needs_no_more_memory():
     tally = tsa.Tally(PLAN)
     for number in range(1, 1001):
         lately = tally.add_company(company(float(number), 0.3 if number <= 100 else 0.0))
-    assert len(tally._companies) < 20
+    assert len(tally.looks) < 20
     assert lately.others == {"forward": 0, "backward": 0}
     tally.add(step(1))
     whole = tally.summary().company

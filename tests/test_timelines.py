@@ -298,10 +298,12 @@ def test_company_is_marked_above_the_lane_that_it_disturbed():
         tsa.Company(3.0, 4.0, {"forward": 0.0, "backward": 0.02}, 0.1),
     ]
     steps = [dataclasses.replace(step(1), company=company) for company in companies]
+    assert tsa.Panel("of steps", PLAN, steps).companies == companies[1:]
+    panel = tsa.Panel("of a whole run", PLAN, [step(1)], looks=companies[1:])
     marks = {
         lane: [
             (bar.key, bar.start_s, bar.end_s)
-            for bar in tsa.lane_bars(lane, steps, [])
+            for bar in tsa.lane_bars(lane, panel.companies, [])
             if bar.key not in tsa.PHASES
         ]
         for lane in ("forward", "backward")
