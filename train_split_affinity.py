@@ -6781,6 +6781,12 @@ class Way:
         """Whether batches come strictly one after the other: then a part of a step tells all."""
         return self.settings.schedule == "sequential"
 
+    def warmup(self, cold: bool) -> int:
+        """Batches to leave out of a round; `cold` lanes have no memory yet. A plain loop keeps none
+        between batches: only its loaders have to get going.
+        """
+        return int(is_loading(self.settings)) if self.plain else 3 if cold else 1
+
 
 @dataclass(frozen=True)
 class Order:
@@ -7116,7 +7122,8 @@ def find_pace(way: Way, first: Round, turn_s: float) -> Pace:
         counts = round(first.share * whole), whole
         part_s, whole_s = (step_bound_s(schedule, first.alone, count) for count in counts)
         step_s = measured_s * whole_s / part_s
-    return Pace(max(0.0, turn_s - measured_s), step_s, whole, way.strict)
+    rest_s = max(0.0, turn_s - measured_s) if way.warmup(cold=False) else 0.0
+    return Pace(rest_s, step_s, whole, way.strict)
 
 
 def choose_steps(asked: int | None, paces: Iterable[Pace]) -> int:
@@ -7596,11 +7603,9 @@ def run_rounds(
             if number > ROUNDS and len(clean_rounds(rounds)) >= ROUNDS:
                 break
             for way in ways:
-                warmup = int(is_loading(way.settings)) if way.plain else 1
-                if not way.plain and not (keep and number > 1):
-                    warmup = 3
                 whole = drawn and number == ROUNDS and not way.plain
                 count = way.settings.accumulate if whole else batches[way.name]
+                warmup = way.warmup(cold=not keep or number == 1)
                 order = Order(number, warmup, count, steps, keep)
                 rounds[way.name].append(running[way.name].send(order))
             say(wrapped(describe_round(rounds)))

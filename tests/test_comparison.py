@@ -308,12 +308,24 @@ def test_how_many_steps_a_round_has(asked, shortest_s, steps):
     assert tsa.choose_steps(asked, [make_pace(1, 9.0), make_pace(1, shortest_s)]) == steps
 
 
+@pytest.mark.parametrize(
+    ("name", "loading", "warmup"),
+    [("plain bf16", False, 0), ("plain bf16", True, 1), ("none", False, 1), ("none", True, 1)],
+)
+def test_batches_to_leave_out(name, loading, warmup, tmp_path):
+    way = make_way(name, Settings(data_path=tmp_path, preload=not loading))
+    assert way.warmup(cold=False) == warmup
+    assert make_way("delayed").warmup(cold=True) == 3
+
+
 def test_the_pace_of_a_way_by_its_first_round():
     part = {"update_s": 0.25, "share": 0.125}
     first = dataclasses.replace(make_round(0.5), steps=make_round(0.5).steps[:1], **part)
     settings = Settings(batch_size=8, accumulate=8)
     pace = tsa.find_pace(make_way("none", settings), first, turn_s=3.0)
     assert pace == tsa.Pace(2.5, 8 * 0.25 + 0.25, 8, strict=True)
+    pace = tsa.find_pace(make_way("plain", settings), first, turn_s=3.0)
+    assert pace.rest_s == 0, "in later rounds a plain loop leaves nothing out"
     # Forward 0.25, backward 0.5, update 0.125: two batches take 1.375 s if overlapped, eight 4.375.
     first = dataclasses.replace(first, steps=make_round(2.75).steps[:1], share=0.25)
     pace = tsa.find_pace(make_way("overlap", settings), first, turn_s=7.5)

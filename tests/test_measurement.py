@@ -4,9 +4,13 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
+import signal
+import time
 
 import machines
+import psutil
 import pytest
 import torch
 from conftest import as_loaded, needs_two_cpus
@@ -65,6 +69,29 @@ def test_memory_that_is_missing_elsewhere_is_one_line():
         assert next(results) == 1
         with pytest.raises(tsa.UserError, match="^not enough memory: MemoryError; lower --batch"):
             next(results)
+
+
+def with_loader():
+    """The pid of a process of its own, started as a run starts its loaders; then its death."""
+    loader = multiprocessing.get_context().Process(target=signal.pause, daemon=True)
+    loader.start()
+    yield loader.pid, multiprocessing.get_start_method()
+    raise tsa.LoaderDied(17, -9)
+
+
+def test_loaders_elsewhere_are_those_of_a_run_and_end_with_it():
+    with contextlib.closing(tsa.Elsewhere(never, with_loader)) as results:
+        pid, method = next(results)
+        assert method == multiprocessing.get_start_method()
+        assert psutil.pid_exists(pid)
+        with pytest.raises(tsa.RunError, match=r"^a loader was killed.* \(LoaderDied: loader proc"):
+            next(results)
+    for _ in range(1000):  # the kernel may still be at it, or nobody have asked how it ended
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.01)
+    else:
+        pytest.fail("the loader lives on")
 
 
 def test_a_process_that_dies_is_an_error():
