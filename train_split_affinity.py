@@ -5671,7 +5671,8 @@ def fitted(text: str, columns: int | None) -> str:
     wrap = textwrap.TextWrapper(
         columns, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
     )
-    return "\n".join(wrap.fill(x) if len(x) > columns else x for x in text.split("\n"))
+    lines = text.split("\n")
+    return "\n".join(wrap.fill(line) if len(line) > columns else line for line in lines)
 
 
 def warn(text: str) -> None:
@@ -6945,7 +6946,10 @@ class PlainLoop:
     def __init__(self, way: Way, online: Sequence[int], stack: contextlib.ExitStack):
         settings, cpus = way.settings, way.plan.loader_cpus
         self._way, self._online = way, online
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # no team yet: loaders are forked, and its threads are counted
         self._supply = stack.enter_context(supplied(settings, cpus))
+        torch.set_num_threads(threads)
         start_team()
         self._group = dataclasses.replace(way.plan.forward, threads=torch.get_num_threads())
         model = build_model(settings.model, settings.num_classes, settings.image_size)
@@ -7545,8 +7549,7 @@ def compare(settings: Settings, topology: Topology) -> list[Compared]:
     seconds = time.perf_counter() - begun_s
     flops = measure_model(*shape).flops
     found = Comparison(asked, settings, topology, ways, rounds, flops, seconds)
-    notes, result = map(wrapped, comparison_notes(found)), wrapped(found.verdict)
-    say("\n".join(["", *notes, *tables_of(found), "", result]))
+    say("\n".join(["", *comparison_notes(found), *tables_of(found), "", found.verdict]))
     append_text(settings.log_file, comparison_section(found), LOG_HEADER)
     if settings.json:
         write_whole(settings.json, comparison_json(found))
@@ -7565,11 +7568,6 @@ def check_comparison(settings: Settings) -> None:
     if settings.epochs and not settings.recipe:
         raise UserError(f"--epochs {settings.epochs}: compare takes --steps, for each way to train")
     check_model_name(settings.model)
-
-
-def wrapped(text: str) -> str:
-    """A sentence in lines that a terminal of 80 columns holds."""
-    return textwrap.fill(text, 80, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def split_lines(ways: Sequence[Way]) -> Iterator[str]:
@@ -7598,7 +7596,7 @@ def run_rounds(
         steps = choose_steps(asked, paces.values())
         limit_s = math.inf if asked else TIME_LIMIT_S - (time.perf_counter() - begun_s)
         batches = choose_batches(paces, steps, limit_s / ROUNDS)
-        say(wrapped(describe_course(ways[0].settings, paces, steps, batches)))
+        say(describe_course(ways[0].settings, paces, steps, batches))
         for number in range(1, ROUNDS + MOST_REPEATS + 1):
             if number > ROUNDS and len(clean_rounds(rounds)) >= ROUNDS:
                 break
@@ -7608,7 +7606,7 @@ def run_rounds(
                 warmup = way.warmup(cold=not keep or number == 1)
                 order = Order(number, warmup, count, steps, keep)
                 rounds[way.name].append(running[way.name].send(order))
-            say(wrapped(describe_round(rounds)))
+            say(describe_round(rounds))
     return rounds
 
 

@@ -205,6 +205,7 @@ def test_how_busy_the_plain_loop_is_by_physical_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(tsa.PlainLoop, "step", lambda *args: (step, 0.125))
     monkeypatch.setattr(tsa, "start_team", set)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     with contextlib.closing(tsa.rounds_of(plain, topology.online)) as rounds:
         next(rounds)
         measured = rounds.send(tsa.Order(0, 1, 1, 2, keep_memory=True))
@@ -249,6 +250,32 @@ def test_a_plain_loop_is_the_textbook_one(monkeypatch, precision, layout):
     torch.optim.SGD(reference.parameters(), lr=0.1).step()
     pairs = zip(loop._model.parameters(), reference.parameters(), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def threads_of_plain_loops(ways):
+    """For each way the threads of its loop: as PyTorch has them, and as OpenMP gave them."""
+    yield
+    for way in ways:
+        with contextlib.ExitStack() as stack:
+            loop = tsa.PlainLoop(way, way.plan.forward.cpus, stack)
+            yield torch.get_num_threads(), loop._group.threads
+
+
+@needs_two_cpus
+def test_a_plain_loop_has_a_thread_for_each_core(photos):
+    """In a process of its own, as no other work has started a team of threads there."""
+    threads = torch.get_num_threads()
+    group = tsa.Group("all", tuple(sorted(tsa.ALLOWED_CPUS)), threads)
+    plan = tsa.CorePlan("none", group, group, group.cpus)
+    settings = of_photos(photos, model="squeezenet1_1", precision="fp32", workers=1)
+    settings = dataclasses.replace(settings, image_size=224)  # to transform these takes a team
+    loading = tsa.Way("plain", settings, plan)
+    preloaded = tsa.Way("plain", dataclasses.replace(settings, preload=True), plan)
+    for way in (loading, preloaded):
+        process = tsa.Elsewhere(lambda: None, threads_of_plain_loops, [way])
+        with contextlib.closing(process):
+            next(process)
+            assert next(process) == (threads, threads)
 
 
 @needs_two_cpus
@@ -579,10 +606,11 @@ def test_a_comparison(in_tmp, capfd, monkeypatch):
     assert none["to_none"] == 1
     assert set(none["matrix_share"]) == {"all"}
     assert set(figures["ways"][-1]["matrix_share"]) == {"forward", "backward"}
-    assert figures["verdict"] in " ".join(printed.split())
+    assert figures["verdict"] in printed
     assert printed.count("images/s: plain") == len(figures["rounds"]) == tsa.ROUNDS
     assert sum(each["counts"] for each in figures["rounds"]) == tsa.ROUNDS
-    assert max(map(len, printed.partition("split none")[2].splitlines())) <= 80
+    tables = [line for line in printed.splitlines() if line.startswith("|")]
+    assert max(map(len, tables)) <= 80
     assert (in_tmp / "out/timeline.png").stat().st_size > 10_000
     log = (in_tmp / "logs.md").read_text()
     assert log.count("\n## ") == 1
