@@ -37,8 +37,8 @@ Sections, each using only those above it:
     15 Comparison              all ways to train side by side, and a verdict
     16 Commands                commands to what they do, errors to exit codes
 
-PyTorch and its company are imported between the first two sections: that takes seconds, which
-nobody shall wait for `--help`, or to be told of a misspelt option.
+PyTorch and other packages are imported between the first two sections: that takes seconds, for
+which nobody shall wait who asks for `--help`, or has misspelt an option.
 """
 
 from __future__ import annotations
@@ -4847,11 +4847,13 @@ def cpu_bars(row: Row, records: Sequence[PhaseRecord]) -> Iterator[Bar]:
 def draw_panel(ax: Any, panel: Panel, span_s: float) -> None:
     """Draw one panel on its axes; what lies outside the span is cut off."""
     rows, records = panel_rows(panel), panel.records
+    zero_s = records[0].start_s
     for y, row in enumerate(rows):
         lane = row.group.name
         bars = cpu_bars(row, records) if row.cpus else lane_bars(lane, panel.companies, records)
         for bar in bars:
-            draw_bar(ax, y, bar, records[0].start_s, span_s)
+            if zero_s < bar.end_s and bar.start_s < zero_s + span_s:
+                draw_bar(ax, y, bar, zero_s, span_s)
     size = 8 if len(rows) <= 12 else 6.5
     ax.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=size)
     ax.set_ylim(len(rows) - 0.5, -0.5)
@@ -6634,17 +6636,23 @@ def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) ->
 
 
 def time_phases(lanes: Lanes, work: Work, batches: Batches, steps: int) -> PhaseTimes:
-    """Median times of the phases in `steps` sequential steps, where no phase has company."""
+    """Times of the phases in `steps` sequential steps, where no phase has company."""
     lanes.take_records()
     for _ in itertools.islice(sequential(lanes, work, batches), steps):
         pass
     network = work.network
     lanes.forward.run("refresh", network.refresh, lanes.forward.call(network.copy))
+    return phase_times(lanes.take_records())
+
+
+def phase_times(records: Iterable[PhaseRecord]) -> PhaseTimes:
+    """Median times of the phases, the lower one of two: that of a phase whose memory was there."""
     durations_s: dict[str, list[float]] = {phase: [] for phase in PHASES}
-    for record in lanes.take_records():
+    for record in records:
         durations_s[record.phase].append(record.duration_s)
-    medians_s = {f"{name}_s": statistics.median(each) for name, each in durations_s.items()}
-    return PhaseTimes(**medians_s)
+    return PhaseTimes(
+        **{f"{name}_s": statistics.median_low(each or [0.0]) for name, each in durations_s.items()}
+    )
 
 
 def plan_for(settings: Settings, topology: Topology) -> CorePlan:
@@ -6786,7 +6794,7 @@ class Way:
         """Batches to leave out of a round; `cold` lanes have no memory yet. A plain loop keeps none
         between batches: only its loaders have to get going.
         """
-        return int(is_loading(self.settings)) if self.plain else 3 if cold else 1
+        return int(is_loading(self.settings)) if self.plain else 2 if cold else 1
 
 
 @dataclass(frozen=True)
@@ -7008,7 +7016,7 @@ class LaneLoop:
     """The loop of this program, on the lanes of a way's plan."""
 
     def __init__(self, way: Way, online: Sequence[int], stack: contextlib.ExitStack):
-        self._settings, self._online = way.settings, online
+        self._way, self._online = way, online
         stack.enter_context(coordinating(way.settings, way.plan))
         self._supply = stack.enter_context(supplied(way.settings, way.plan.loader_cpus))
         self._ready = list(map(Loaded, self._supply(1, 1)))  # a batch without loading
@@ -7016,11 +7024,14 @@ class LaneLoop:
         self._work = build_work(way.settings, self._lanes)
 
     def round(self, order: Order) -> Round:
-        """The phases without company, by which the lanes warm up, then the steps to measure."""
+        """The steps to measure, and the phases without company: those of the steps themselves, or,
+        where these overlap, others before them.
+        """
         lanes, network = self._lanes, self._work.network
-        network.accumulate = 1
-        ready = Batches(self._ready, order.warmup)
-        alone = time_phases(lanes, self._work, ready, order.warmup)
+        network.accumulate, alone = 1, None
+        if not self._way.strict:
+            ready = Batches(self._ready, order.warmup)
+            alone = time_phases(lanes, self._work, ready, order.warmup)
         steps = self._measure(order)
         records = [record for step in steps for record in step.records]
         rates = {
@@ -7032,19 +7043,21 @@ class LaneLoop:
         return Round(
             steps,
             lanes_busy(lanes.plan, records, sum(step.step_s for step in steps)),
-            alone,
+            alone or phase_times(records),
             rates,
             peak_memory_bytes(),
             statistics.median(step.total("duration_s", "update") for step in steps),
-            order.batches / self._settings.accumulate,
+            order.batches / self._way.settings.accumulate,
         )
 
     def _measure(self, order: Order) -> tuple[StepResult, ...]:
         """The steps to measure. Loaders and `delayed` work ahead: a step of one batch, which is
         left out, brings them to where they are in the midst of a run.
         """
-        settings, network = self._settings, self._work.network
+        settings, network = self._way.settings, self._work.network
         lead = int(is_loading(settings) or settings.schedule == "delayed")
+        if self._way.strict:
+            lead = order.warmup
         count = lead + order.batches * order.steps + batches_ahead(settings)
         batches = self._supply(order.number, count)
         steps = run_schedule(settings, self._lanes, self._work, batches)
@@ -7178,7 +7191,8 @@ def warm_up(ways: Sequence[Way], running: dict[str, Elsewhere]) -> tuple[bool, d
         start_s = time.perf_counter()
         # Two batches where two are held at once.
         count = 1 if way.strict else min(2, way.settings.accumulate)
-        first = running[way.name].send(Order(0, 1, count, 1, keep_memory=False))
+        order = Order(0, way.warmup(cold=True), count, 1, keep_memory=False)
+        first = running[way.name].send(order)
         paces[way.name] = find_pace(way, first, time.perf_counter() - start_s)
         peak_bytes += first.peak_memory_bytes
     return peak_bytes < 0.9 * free_bytes, paces
@@ -7594,7 +7608,11 @@ def run_rounds(
         keep, paces = warm_up(ways, running)
         asked = ways[0].settings.steps
         steps = choose_steps(asked, paces.values())
-        limit_s = math.inf if asked else TIME_LIMIT_S - (time.perf_counter() - begun_s)
+        wholes_s = [
+            paces[way.name].step_s for way in ways if drawn and way.strict and not way.plain
+        ]
+        left_s = TIME_LIMIT_S - (time.perf_counter() - begun_s) - sum(wholes_s)
+        limit_s = math.inf if asked else left_s
         batches = choose_batches(paces, steps, limit_s / ROUNDS)
         say(describe_course(ways[0].settings, paces, steps, batches))
         for number in range(1, ROUNDS + MOST_REPEATS + 1):

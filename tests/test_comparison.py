@@ -342,7 +342,7 @@ def test_how_many_steps_a_round_has(asked, shortest_s, steps):
 def test_batches_to_leave_out(name, loading, warmup, tmp_path):
     way = make_way(name, Settings(data_path=tmp_path, preload=not loading))
     assert way.warmup(cold=False) == warmup
-    assert make_way("delayed").warmup(cold=True) == 3
+    assert make_way("delayed").warmup(cold=True) == 2
 
 
 def test_the_pace_of_a_way_by_its_first_round():

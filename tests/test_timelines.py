@@ -329,9 +329,12 @@ def test_the_legend_has_what_is_in_the_picture(tmp_path, figures):
     company = tsa.Company(0.0, 1.0, {"backward": 0.5}, 0.5)
     disturbed = tsa.Panel("one", PLAN, [dataclasses.replace(step(1), company=company)])
     tsa.draw_timelines(tmp_path / "t.png", "title", [disturbed])
+    before = dataclasses.replace(company, start_s=-2.0, end_s=-1.0)
+    tsa.draw_timelines(tmp_path / "t.png", "title", [dataclasses.replace(panel, looks=[before])])
     keys = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in figures]
     assert keys[0] == ["forward", "backward", "update", "core idle"]
     assert keys[1] == [*keys[0], tsa.OTHERS, tsa.STOLEN]
+    assert keys[2] == keys[0], "what others took before"
     explanation = figures[0].legends[0].get_title().get_text()
     assert explanation.startswith(
         "height in a core's row: share of the time that the core was busy"
