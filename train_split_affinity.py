@@ -4,14 +4,13 @@
 The machine's cores are divided into a forward group, which runs the forward pass, and a backward
 group, which runs loss, backpropagation and the optimizer step: two simulated devices inside one
 machine. Every phase is audited: how long it took, how much CPU time its threads used and on which
-cores, and how much of that time strayed outside its group. The split costs: on two cores (Intel
-Xeon with AMX, torch 2.15, bf16) it trains ResNet-50 at 0.61 of the speed of one lane over both if
-it alternates strictly, at 0.74 with `overlap`, and at 0.95 with weights one update old (`delayed`).
+cores, and how much of that time strayed outside its group. On two cores the split costs speed, and
+`compare` says how much on yours; docs/performance.md has what was measured so far.
 
     python train_split_affinity.py --batch-size 32 --steps 50    train ResNet-50, report the phases
     python train_split_affinity.py --recipe cifar10 --data-path cifar --download    a whole training
     python train_split_affinity.py plan --split 1:2              show how cores would be divided
-    python train_split_affinity.py compare                       every schedule beside a plain loop
+    python train_split_affinity.py compare                       every schedule beside plain loops
 
 Vocabulary. A *lane* is one long-lived thread that owns one core group, used like a device queue. A
 *phase* is one piece of work on a lane: forward; backward (loss and backpropagation); update. A
@@ -6774,11 +6773,15 @@ PRELOADED_BATCHES = 8  # at the least
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: a plain PyTorch loop, or this program's own on the lanes of a plan."""
+    """One way to train: a plain PyTorch loop, or this program's own on the lanes of a plan. Phases
+    without company are timed for it if its batches are not those of `sequential`, whose phases tell
+    the same where they are.
+    """
 
     name: str
     settings: Settings
     plan: CorePlan
+    times_phases: bool = False
 
     @property
     def plain(self) -> bool:
@@ -6790,11 +6793,12 @@ class Way:
         """Whether batches come strictly one after the other: then a part of a step tells all."""
         return self.settings.schedule == "sequential"
 
-    def warmup(self, cold: bool) -> int:
-        """Batches to leave out of a round; `cold` lanes have no memory yet. A plain loop keeps none
-        between batches: only its loaders have to get going.
+    @property
+    def warmup(self) -> int:
+        """Batches to leave out of a round: memory that others have had meanwhile is fetched again.
+        Of two phases that are timed for themselves, the one whose memory was there is taken.
         """
-        return int(is_loading(self.settings)) if self.plain else 2 if cold else 1
+        return 2 if self.times_phases else 1
 
 
 @dataclass(frozen=True)
@@ -6904,7 +6908,7 @@ def all_ways(settings: Settings, topology: Topology) -> list[Way]:
         if name.startswith("plain"):
             group = make_group(topology, "all", sorted(topology.allowed), None)
             plan = CorePlan("none", group, group, group.cpus)
-        ways.append(Way(name, chosen, plan))
+        ways.append(Way(name, chosen, plan, chosen.batch_size != settings.batch_size))
     return ways
 
 
@@ -7024,12 +7028,12 @@ class LaneLoop:
         self._work = build_work(way.settings, self._lanes)
 
     def round(self, order: Order) -> Round:
-        """The steps to measure, and the phases without company: those of the steps themselves, or,
-        where these overlap, others before them.
+        """The steps to measure, and the phases without company: those of the steps themselves if
+        they have none, or others before them if that is asked for.
         """
         lanes, network = self._lanes, self._work.network
         network.accumulate, alone = 1, None
-        if not self._way.strict:
+        if self._way.times_phases:
             ready = Batches(self._ready, order.warmup)
             alone = time_phases(lanes, self._work, ready, order.warmup)
         steps = self._measure(order)
@@ -7043,7 +7047,7 @@ class LaneLoop:
         return Round(
             steps,
             lanes_busy(lanes.plan, records, sum(step.step_s for step in steps)),
-            alone or phase_times(records),
+            phase_times(records) if self._way.strict else alone,
             rates,
             peak_memory_bytes(),
             statistics.median(step.total("duration_s", "update") for step in steps),
@@ -7051,13 +7055,10 @@ class LaneLoop:
         )
 
     def _measure(self, order: Order) -> tuple[StepResult, ...]:
-        """The steps to measure. Loaders and `delayed` work ahead: a step of one batch, which is
-        left out, brings them to where they are in the midst of a run.
+        """The steps to measure, after one of a batch, which is left out: it fetches memory, and
+        brings loaders and `delayed`, which work ahead, to where they are in the midst of a run.
         """
-        settings, network = self._way.settings, self._work.network
-        lead = int(is_loading(settings) or settings.schedule == "delayed")
-        if self._way.strict:
-            lead = order.warmup
+        settings, network, lead = self._way.settings, self._work.network, 1
         count = lead + order.batches * order.steps + batches_ahead(settings)
         batches = self._supply(order.number, count)
         steps = run_schedule(settings, self._lanes, self._work, batches)
@@ -7139,8 +7140,7 @@ def find_pace(way: Way, first: Round, turn_s: float) -> Pace:
         counts = round(first.share * whole), whole
         part_s, whole_s = (step_bound_s(schedule, first.alone, count) for count in counts)
         step_s = measured_s * whole_s / part_s
-    rest_s = max(0.0, turn_s - measured_s) if way.warmup(cold=False) else 0.0
-    return Pace(rest_s, step_s, whole, way.strict)
+    return Pace(max(0.0, turn_s - measured_s), step_s, whole, way.strict)
 
 
 def choose_steps(asked: int | None, paces: Iterable[Pace]) -> int:
@@ -7185,17 +7185,29 @@ def warm_up(ways: Sequence[Way], running: dict[str, Elsewhere]) -> tuple[bool, d
 
     If it does not fit, each has to give it back after a round, and to fetch it again in the next.
     """
-    free_bytes, peak_bytes = psutil.virtual_memory().available, 0
+    free_bytes = psutil.virtual_memory().available
+    firsts: dict[str, Round] = {}
     paces = {}
     for way in ways:
         start_s = time.perf_counter()
         # Two batches where two are held at once.
         count = 1 if way.strict else min(2, way.settings.accumulate)
-        order = Order(0, way.warmup(cold=True), count, 1, keep_memory=False)
-        first = running[way.name].send(order)
+        first = running[way.name].send(Order(0, way.warmup, count, 1, keep_memory=False))
+        firsts[way.name] = first = with_phases(way, first, firsts)
         paces[way.name] = find_pace(way, first, time.perf_counter() - start_s)
-        peak_bytes += first.peak_memory_bytes
+    peak_bytes = sum(first.peak_memory_bytes for first in firsts.values())
     return peak_bytes < 0.9 * free_bytes, paces
+
+
+def with_phases(way: Way, result: Round, others: dict[str, Round]) -> Round:
+    """A round of a way with lanes that has phases without company: if none were timed, those of
+    `sequential` on the same lanes, among the other ways' rounds.
+    """
+    if result.alone or way.plain:
+        return result
+    alone = others[way.name.replace(way.settings.schedule, "sequential")].alone
+    own = phase_times(record for step in result.steps for record in step.records)
+    return dataclasses.replace(result, alone=dataclasses.replace(alone, refresh_s=own.refresh_s))
 
 
 def describe_course(
@@ -7618,12 +7630,14 @@ def run_rounds(
         for number in range(1, ROUNDS + MOST_REPEATS + 1):
             if number > ROUNDS and len(clean_rounds(rounds)) >= ROUNDS:
                 break
+            latest: dict[str, Round] = {}
             for way in ways:
                 whole = drawn and number == ROUNDS and not way.plain
                 count = way.settings.accumulate if whole else batches[way.name]
-                warmup = way.warmup(cold=not keep or number == 1)
-                order = Order(number, warmup, count, steps, keep)
-                rounds[way.name].append(running[way.name].send(order))
+                order = Order(number, way.warmup, count, steps, keep)
+                result = running[way.name].send(order)
+                latest[way.name] = with_phases(way, result, latest)
+                rounds[way.name].append(latest[way.name])
             say(describe_round(rounds))
     return rounds
 

@@ -335,14 +335,27 @@ def test_how_many_steps_a_round_has(asked, shortest_s, steps):
     assert tsa.choose_steps(asked, [make_pace(1, 9.0), make_pace(1, shortest_s)]) == steps
 
 
-@pytest.mark.parametrize(
-    ("name", "loading", "warmup"),
-    [("plain bf16", False, 0), ("plain bf16", True, 1), ("none", False, 1), ("none", True, 1)],
-)
-def test_batches_to_leave_out(name, loading, warmup, tmp_path):
-    way = make_way(name, Settings(data_path=tmp_path, preload=not loading))
-    assert way.warmup(cold=False) == warmup
-    assert make_way("delayed").warmup(cold=True) == 2
+def test_every_way_leaves_a_batch_out():
+    settings = Settings(batch_size=32, precision="bf16", num_classes=3, image_size=32)
+    for accumulate, left_out in ((8, [1] * 6), (1, [1, 1, 1, 1, 2, 1])):
+        asked = dataclasses.replace(settings, accumulate=accumulate)
+        assert [way.warmup for way in tsa.all_ways(asked, tsa.read_topology())] == left_out
+
+
+def test_phases_without_company_are_those_of_sequential():
+    alone = PhaseTimes(1.0, 2.0, 0.5, 0.0)
+    others = {
+        "sequential 1:2": dataclasses.replace(make_round(1.0), alone=alone),
+        "sequential": make_round(1.0),
+    }
+    bare = dataclasses.replace(make_round(1.0), alone=None)
+    steps = (tsa.StepResult(1, 1.0, 8, 1.0, (*bare.steps[0].records, record("refresh", 2, 0.25))),)
+    way = dataclasses.replace(make_way("delayed"), name="delayed 1:2")
+    found = tsa.with_phases(way, dataclasses.replace(bare, steps=steps), others)
+    assert found.alone == PhaseTimes(1.0, 2.0, 0.5, 0.25)
+    assert tsa.with_phases(make_way("plain bf16"), bare, others) is bare
+    own = make_round(2.0)
+    assert tsa.with_phases(make_way("overlap"), own, others) is own
 
 
 def test_the_pace_of_a_way_by_its_first_round():
@@ -352,7 +365,7 @@ def test_the_pace_of_a_way_by_its_first_round():
     pace = tsa.find_pace(make_way("none", settings), first, turn_s=3.0)
     assert pace == tsa.Pace(2.5, 8 * 0.25 + 0.25, 8, strict=True)
     pace = tsa.find_pace(make_way("plain", settings), first, turn_s=3.0)
-    assert pace.rest_s == 0, "in later rounds a plain loop leaves nothing out"
+    assert pace.rest_s == 2.5, "a plain loop leaves a batch out, too"
     # Forward 0.25, backward 0.5, update 0.125: two batches take 1.375 s if overlapped, eight 4.375.
     first = dataclasses.replace(first, steps=make_round(2.75).steps[:1], share=0.25)
     pace = tsa.find_pace(make_way("overlap", settings), first, turn_s=7.5)
