@@ -1,0 +1,109 @@
+"""README and docs. Run: python -m pytest tests/test_docs.py
+
+Every command on the pages runs, shortened by further options, page by page and in order, in a
+folder with small data where the pages have data; every option named on them exists; every link to a
+file or to a heading leads somewhere.
+"""
+
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cifar
+import pytest
+from photos import make_photos
+
+import train_split_affinity as tsa
+
+ROOT = Path(tsa.__file__).parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPT = Path(tsa.__file__).name
+# Whatever a command trains, it takes a second with these. A recipe's size grows within them.
+SHORT = "--model squeezenet1_1 --image-size 32 -b 2 --accumulate 2 -j 0 --steps 1".split()
+SHORT_RAMP = ["--min-res", "32", "--max-res", "32"]
+# Options of other programs that the pages name.
+FOREIGN = {"--index-url", "--shm-size"}
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def fenced(text: str) -> list[str]:
+    """The lines of the code blocks of a page; a line that goes on after a backslash is one."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return "".join(blocks).replace("\\\n", " ").splitlines()
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The Python programs that a page has the reader run, as the arguments of python; of a recipe
+    the table has the options alone.
+    """
+    for line in fenced(text):
+        for part in line.split(" && "):
+            if match := re.match(r"(?:\.venv/bin/)?python ((?:tests/)?\w+\.py.*)", part.strip()):
+                yield shlex.split(match[1], comments=True)
+    for options in re.findall(r"\| `(--recipe .*?)` \|", text):
+        yield [SCRIPT, *shlex.split(options)]
+
+
+def shortened(arguments: list[str]) -> list[str]:
+    """The arguments of the script, with those that make a command short."""
+    short = [*SHORT, *(SHORT_RAMP if "imagenet-finetune" in arguments else ())]
+    return [*arguments, *(["--epochs", "1"] if "--recipe" in arguments else ()), *short]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with the data that the pages speak of, as small as can be."""
+    root = tmp_path_factory.mktemp("world")
+    photos = make_photos(root / "photos", 12, smallest=40, largest=60)
+    shutil.copytree(photos / "train", photos / "val")
+    shutil.copytree(photos, root / "imagenet")
+    cifar.make_cifar_digits(root / "cifar", 60)
+    return root
+
+
+@pages
+def test_the_commands_of_a_page_run(page, world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    monkeypatch.setattr(tsa, "ROUNDS", 2)
+    cifar.accept(monkeypatch, world / "cifar")
+    for program, *arguments in commands(page.read_text()):
+        if program == SCRIPT:
+            assert tsa.main(shortened(arguments)) == 0, (arguments, capsys.readouterr())
+        elif program in ("tests/digits.py", "tests/photos.py"):
+            monkeypatch.setattr(sys, "argv", [program, *arguments])
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        else:  # measurements of minutes
+            with pytest.raises(SystemExit, match="0"):
+                monkeypatch.setattr(sys, "argv", [program, "--help"])
+                runpy.run_path(str(ROOT / program), run_name="__main__")
+
+
+def test_the_pages_have_commands():
+    found = [command for page in PAGES for command in commands(page.read_text())]
+    assert len(found) > 10
+    assert [SCRIPT, "--batch-size", "32", "--steps", "50"] in found
+
+
+@pages
+def test_options_on_a_page_exist(page):
+    own = set(tsa.build_parser()._option_string_actions)
+    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", page.read_text())) - FOREIGN:
+        assert flag in own or f'"{flag}"' in sources, flag
+
+
+@pages
+def test_links_on_a_page_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        name, _, heading = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), target
+        headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE) if heading else ()
+        slugs = {re.sub(r"[^\w -]", "", each).lower().replace(" ", "-") for each in headings}
+        assert not heading or heading in slugs, target
