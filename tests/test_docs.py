@@ -1,7 +1,7 @@
 """README and docs. Run: python -m pytest tests/test_docs.py
 
-Every command on the pages runs, shortened by further options, page by page and in order, in a
-folder with small data where the pages have data; every option named on them exists; every link to a
+Every command on the pages runs, shortened by further options, those of a page in order, in a folder
+with small data where the pages have data; every option named on them exists; every link to a
 file or to a heading leads somewhere.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import cifar
 import pytest
+from digits import make_digits
 from photos import make_photos
 
 import train_split_affinity as tsa
@@ -23,7 +24,7 @@ ROOT = Path(tsa.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPT = Path(tsa.__file__).name
 # Whatever a command trains, it takes a second with these. A recipe's size grows within them.
-SHORT = "--model squeezenet1_1 --image-size 32 -b 2 --accumulate 2 -j 0 --steps 1".split()
+SHORT = "--model squeezenet1_1 --image-size 32 -b 2 --accumulate 2 -j 0".split()
 SHORT_RAMP = ["--min-res", "32", "--max-res", "32"]
 # Options of other programs that the pages name.
 FOREIGN = {"--index-url", "--shm-size"}
@@ -52,17 +53,21 @@ def commands(text: str) -> Iterator[list[str]]:
 def shortened(arguments: list[str]) -> list[str]:
     """The arguments of the script, with those that make a command short."""
     short = [*SHORT, *(SHORT_RAMP if "imagenet-finetune" in arguments else ())]
-    return [*arguments, *(["--epochs", "1"] if "--recipe" in arguments else ()), *short]
+    short += ["--subset", "0.02"] if "digits" in arguments else []
+    short += ["--lr-warmup-epochs", "0"] if "--recipe" in arguments else []
+    over_epochs = not {"--recipe", "--epochs"}.isdisjoint(arguments)
+    return [*arguments, *short, *(["--epochs", "1"] if over_epochs else ["--steps", "1"])]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+@pytest.fixture
+def world(tmp_path) -> Path:
     """A folder with the data that the pages speak of, as small as can be."""
-    root = tmp_path_factory.mktemp("world")
+    root = tmp_path / "world"
     photos = make_photos(root / "photos", 12, smallest=40, largest=60)
     shutil.copytree(photos / "train", photos / "val")
     shutil.copytree(photos, root / "imagenet")
     cifar.make_cifar_digits(root / "cifar", 60)
+    make_digits(root / "data/digits")
     return root
 
 
