@@ -24,10 +24,10 @@ ROOT = Path(tsa.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPT = Path(tsa.__file__).name
 # Whatever a command trains, it takes a second with these. A recipe's size grows within them.
-SHORT = "--model squeezenet1_1 --image-size 32 -b 2 --accumulate 2 -j 0".split()
+SHORT = "--model squeezenet1_1 --image-size 32 -b 2 --accumulate 2 -j 0 --lr 0.001".split()
 SHORT_RAMP = ["--min-res", "32", "--max-res", "32"]
 # Options of other programs that the pages name.
-FOREIGN = {"--index-url", "--shm-size"}
+FOREIGN = {"--index-url", "--shm-size", "--amp", "--amp-dtype", "--channels-last"}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -63,7 +63,7 @@ def shortened(arguments: list[str]) -> list[str]:
 def world(tmp_path) -> Path:
     """A folder with the data that the pages speak of, as small as can be."""
     root = tmp_path / "world"
-    photos = make_photos(root / "photos", 12, smallest=40, largest=60)
+    photos = make_photos(root / "photos", 40, smallest=40, largest=60)
     shutil.copytree(photos / "train", photos / "val")
     shutil.copytree(photos, root / "imagenet")
     cifar.make_cifar_digits(root / "cifar", 60)
