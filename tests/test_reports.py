@@ -1069,11 +1069,21 @@ def test_the_line_of_a_step_fits_80_columns_with_the_longest_figures():
 
 @contextlib.contextmanager
 def terminal(columns):
-    """A stream to a terminal, and the function that gives what was written to it."""
+    """A stream to a terminal, and the function that closes it and gives what was written to it."""
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+
+    def written():
+        """The kernel hands on in pieces, and some time later, what is written to a terminal."""
+        stream.close()
+        pieces = []
+        with contextlib.suppress(OSError):  # Linux' way to say that the other end is closed
+            while piece := os.read(master, 2**16):
+                pieces.append(piece)
+        return b"".join(pieces).decode().replace("\r\n", "\n")
+
     with os.fdopen(slave, "w") as stream:
-        yield stream, lambda: os.read(master, 2**16).decode().replace("\r\n", "\n")
+        yield stream, written
     os.close(master)
 
 
