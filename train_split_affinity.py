@@ -1402,9 +1402,14 @@ def plan_cores(topology: Topology, settings: CoreSettings) -> CorePlan:
             cpus = divide_cores(usable, settings.split.replace("even", "1:1"))
         forward = make_group(topology, "forward", cpus[0], settings.forward_threads)
         backward = make_group(topology, "backward", cpus[1], settings.backward_threads)
-    split = "lists" if settings.forward_cores else settings.split
     notes = tuple(plan_notes(topology, forward, backward))
-    return CorePlan(split, forward, backward, settings.loader_cores or forward.cpus, notes)
+    loader_cpus = settings.loader_cores or forward.cpus
+    return CorePlan(split_name(settings), forward, backward, loader_cpus, notes)
+
+
+def split_name(settings: CoreSettings) -> str:
+    """How the cores were asked to be divided: `lists` where they were given by hand."""
+    return "lists" if settings.forward_cores else settings.split
 
 
 def check_core_options(topology: Topology, settings: CoreSettings) -> None:
@@ -4675,23 +4680,17 @@ def panel_rows(panel: Panel) -> list[Row]:
     return rows
 
 
-def draw_timelines(
-    path: Path,
-    title: str,
-    panels: Sequence[Panel],
-    footer: str = "",
-    span_s: float | None = None,
-) -> None:
-    """Draw panels one above the other, all over the same span of time: by default that of the
-    shortest, but in any case a whole step of each.
+def draw_timelines(path: Path, title: str, panels: Sequence[Panel], footer: str = "") -> None:
+    """Draw panels one above the other, all over the same span of time: that of the shortest, but in
+    any case a whole step of each.
 
     Each lane has a row with its phases, numbered by micro-batch, and rows of its CPUs (see
     panel_rows, cpu_bars); a strip above it marks when others took some of its cores.
     """
     from matplotlib.patches import Patch
 
-    span_s = span_s or min(panel.span_s for panel in panels)
-    span_s = max(span_s, *(panel.step_s for panel in panels))
+    shortest_s = min(panel.span_s for panel in panels)
+    span_s = max(shortest_s, *(panel.step_s for panel in panels))
     rows = [len(panel_rows(panel)) for panel in panels]
     row_inches = 0.3 if max(rows) <= 12 else 0.2
     heights = [row_inches * count + 0.5 for count in rows]
@@ -6803,12 +6802,11 @@ class Way:
 
 @dataclass(frozen=True)
 class Order:
-    """What a way to train shall do in a round: batches to leave out, steps of so many batches to
-    measure, and whether it may keep its memory afterwards. Round 0 is the one to warm up.
+    """What a way to train shall do in a round: steps of so many batches to measure; and whether it
+    may keep its memory afterwards. Round 0 is the one to warm up.
     """
 
     number: int
-    warmup: int
     batches: int
     steps: int
     keep_memory: bool
@@ -6817,6 +6815,7 @@ class Order:
 Rounds = Generator["Round | None", Order, None]
 ByLane = dict[str, float]  # a figure of each lane, by the lane's name
 Supply = Callable[[int, int], Batches]  # of a round, by its number, so many batches
+CORES_OF_GROUPS = ("forward_cores", "backward_cores", "forward_threads", "backward_threads")
 
 
 @dataclass(frozen=True)
@@ -6872,7 +6871,8 @@ def way_settings(settings: Settings) -> dict[str, Settings]:
 
     If a step has one batch only, `overlap` divides it into micro-batches, four if possible.
     """
-    none = dataclasses.replace(settings, split="none", schedule="sequential")
+    groups = dict.fromkeys(CORES_OF_GROUPS)  # they are for the lanes of a split alone
+    none = dataclasses.replace(settings, split="none", schedule="sequential", **groups)
     ways = {
         "plain": dataclasses.replace(none, precision="fp32", channels_last=False),
         "plain bf16" if settings.precision == "bf16" else "plain nhwc": dataclasses.replace(
@@ -6901,13 +6901,15 @@ def micro_batches(batch_size: int) -> int:
 
 
 def all_ways(settings: Settings, topology: Topology) -> list[Way]:
-    """The ways to train, with their cores; the plain loops have all that are allowed."""
+    """The ways to train, with their cores: of lists all have the same, together."""
+    listed = {*(settings.forward_cores or ()), *(settings.backward_cores or ())}
     ways = []
     for name, chosen in way_settings(settings).items():
         plan = plan_for(chosen, topology)
-        if name.startswith("plain"):
-            group = make_group(topology, "all", sorted(topology.allowed), None)
-            plan = CorePlan("none", group, group, group.cpus)
+        if plan.split == "none" and (listed or name.startswith("plain")):
+            # A plain loop knows nothing of a quota: it has all that are allowed.
+            group = make_group(topology, "all", sorted(listed or topology.allowed), None)
+            plan = CorePlan("none", group, group, chosen.loader_cores or group.cpus)
         ways.append(Way(name, chosen, plan, chosen.batch_size != settings.batch_size))
     return ways
 
@@ -6956,14 +6958,17 @@ class PlainLoop:
     """
 
     def __init__(self, way: Way, online: Sequence[int], stack: contextlib.ExitStack):
-        settings, cpus = way.settings, way.plan.loader_cpus
+        settings, group = way.settings, way.plan.forward
         self._way, self._online = way, online
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # no team yet: loaders are forked, and its threads are counted
-        self._supply = stack.enter_context(supplied(settings, cpus))
+        self._supply = stack.enter_context(supplied(settings, way.plan.loader_cpus))
+        if group.cpu_set < process_cpus():
+            os.sched_setaffinity(0, group.cpus)
+            threads = group.threads
         torch.set_num_threads(threads)
         start_team()
-        self._group = dataclasses.replace(way.plan.forward, threads=torch.get_num_threads())
+        self._group = dataclasses.replace(group, threads=torch.get_num_threads())
         model = build_model(settings.model, settings.num_classes, settings.image_size)
         last = torch.channels_last if settings.channels_last else torch.contiguous_format
         self._model, self._layout = model.to(memory_format=last), last
@@ -6996,9 +7001,10 @@ class PlainLoop:
 
     def round(self, order: Order) -> Round:
         """The batches to leave out, then the steps to measure."""
-        count = order.warmup + order.batches * order.steps
+        warmup = self._way.warmup
+        count = warmup + order.batches * order.steps
         batches = self._supply(order.number, count + batches_ahead(self._way.settings))
-        for batch in itertools.islice(batches, order.warmup):
+        for batch in itertools.islice(batches, warmup):
             self.learn(*batch)
         lookout = Lookout(self._way.plan, self._online)
         timed = [self.step(itertools.islice(batches, order.batches)) for _ in range(order.steps)]
@@ -7023,7 +7029,8 @@ class LaneLoop:
         self._way, self._online = way, online
         stack.enter_context(coordinating(way.settings, way.plan))
         self._supply = stack.enter_context(supplied(way.settings, way.plan.loader_cpus))
-        self._ready = list(map(Loaded, self._supply(1, 1)))  # a batch without loading
+        first = self._supply(1, 1) if way.times_phases else ()
+        self._ready = list(map(Loaded, first))  # for phases without company, or loading
         self._lanes = stack.enter_context(Lanes(way.plan, online))
         self._work = build_work(way.settings, self._lanes)
 
@@ -7034,8 +7041,8 @@ class LaneLoop:
         lanes, network = self._lanes, self._work.network
         network.accumulate, alone = 1, None
         if self._way.times_phases:
-            ready = Batches(self._ready, order.warmup)
-            alone = time_phases(lanes, self._work, ready, order.warmup)
+            warmup = self._way.warmup
+            alone = time_phases(lanes, self._work, Batches(self._ready, warmup), warmup)
         steps = self._measure(order)
         records = [record for step in steps for record in step.records]
         rates = {
@@ -7192,7 +7199,7 @@ def warm_up(ways: Sequence[Way], running: dict[str, Elsewhere]) -> tuple[bool, d
         start_s = time.perf_counter()
         # Two batches where two are held at once.
         count = 1 if way.strict else min(2, way.settings.accumulate)
-        first = running[way.name].send(Order(0, way.warmup, count, 1, keep_memory=False))
+        first = running[way.name].send(Order(0, count, 1, keep_memory=False))
         firsts[way.name] = first = with_phases(way, first, firsts)
         paces[way.name] = find_pace(way, first, time.perf_counter() - start_s)
     peak_bytes = sum(first.peak_memory_bytes for first in firsts.values())
@@ -7326,7 +7333,7 @@ def compared_way(way: Way, rounds: dict[str, list[Round]], flops: ByLane) -> Com
     lanes = own[0].matrix_flops
     return Compared(
         way=way.name,
-        split=settings.split,
+        split=split_name(settings),
         schedule=settings.schedule,
         cores=" + ".join(format_cpu_list(group.cpus) for group in way.plan.groups),
         batches=f"{settings.accumulate} x {settings.batch_size}",
@@ -7485,7 +7492,8 @@ def verdict(compared: Sequence[Compared]) -> str:
     judgement = judge_rounds(best.to_none_rounds, len(candidates))
     advice = "train with --split none"
     if judgement == "the split pays":
-        advice = f"train with --split {best.split} --schedule {best.schedule}"
+        cores = "on these cores" if best.split == "lists" else f"with --split {best.split}"
+        advice = f"train {cores} --schedule {best.schedule}"
     elif judgement != "the split costs speed":
         advice = "either will do"
     old = " Delayed has weights one update old." if best.schedule == "delayed" else ""
@@ -7508,7 +7516,7 @@ def comparison_section(found: Comparison) -> str:
         *comparison_notes(found),
         f"took {found.seconds / 60:.1f} minutes",
     )
-    title = f"compare, {found.settings.model}, split {found.settings.split}"
+    title = f"compare, {found.settings.model}, split {split_name(found.settings)}"
     heading = f"\n## {utc_now()} {title}\n"
     items = "\n".join(f"- {line}" for line in lines)
     return "\n".join([heading, items, *tables_of(found), "", found.verdict]) + "\n"
@@ -7634,8 +7642,7 @@ def run_rounds(
             for way in ways:
                 whole = drawn and number == ROUNDS and not way.plain
                 count = way.settings.accumulate if whole else batches[way.name]
-                order = Order(number, way.warmup, count, steps, keep)
-                result = running[way.name].send(order)
+                result = running[way.name].send(Order(number, count, steps, keep))
                 latest[way.name] = with_phases(way, result, latest)
                 rounds[way.name].append(latest[way.name])
             say(describe_round(rounds))

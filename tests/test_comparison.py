@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import random
 import statistics
 from collections import Counter
@@ -69,6 +70,41 @@ def test_several_splits_have_their_schedules_each():
         "delayed auto",
     ]
     assert (ways["delayed auto"].split, ways["delayed auto"].schedule) == ("auto", "delayed")
+
+
+def ways_on_four_cores(tmp_path, **options):
+    """The groups of each way to train, and the CPUs of its loaders, on four cores of two
+    hardware threads each.
+    """
+    settings = Settings(batch_size=4, accumulate=2, precision="bf16", num_classes=3, **options)
+    root = machines.write_machine(tmp_path, machines.SMT_FAR)
+    ways = tsa.all_ways(settings, tsa.read_topology(root, frozenset(range(8))))
+    return {
+        way.name: ([(g.cpus, g.threads) for g in way.plan.groups], way.plan.loader_cpus)
+        for way in ways
+    }
+
+
+def test_all_ways_have_the_cores_of_lists(tmp_path):
+    ways = ways_on_four_cores(
+        tmp_path,
+        forward_cores=(1,),
+        backward_cores=(2, 3),
+        loader_cores=(0,),
+        backward_threads=4,
+    )
+    one_lane, split = [((1, 2, 3), 3)], [((1,), 1), ((2, 3), 4)]
+    assert ways == {
+        **dict.fromkeys(("plain", "plain bf16", "none"), (one_lane, (0,))),
+        **dict.fromkeys(("sequential", "overlap", "delayed"), (split, (0,))),
+    }
+
+
+def test_thread_counts_of_groups_leave_one_lane_all_its_threads(tmp_path):
+    ways = ways_on_four_cores(tmp_path, forward_threads=1)
+    assert ways["none"] == ways["plain"]
+    assert ways["none"][0] == [(tuple(range(8)), 4)]
+    assert [threads for _, threads in ways["delayed"][0]] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +244,7 @@ def test_how_busy_the_plain_loop_is_by_physical_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     with contextlib.closing(tsa.rounds_of(plain, topology.online)) as rounds:
         next(rounds)
-        measured = rounds.send(tsa.Order(0, 1, 1, 2, keep_memory=True))
+        measured = rounds.send(tsa.Order(0, 1, 2, keep_memory=True))
     assert (measured.busy, measured.update_s, measured.share) == ({"all": 1.0}, 0.125, 1.0)
 
 
@@ -278,6 +314,26 @@ def test_a_plain_loop_has_a_thread_for_each_core(photos):
             assert next(process) == (threads, threads)
 
 
+def place_of_plain_loop(way):
+    """The threads of a plain loop, and the CPUs that they may run on."""
+    yield
+    with contextlib.ExitStack() as stack:
+        loop = tsa.PlainLoop(way, way.plan.forward.cpus, stack)
+        yield loop._group.threads, os.sched_getaffinity(0)
+
+
+@needs_two_cpus
+def test_a_plain_loop_stays_on_listed_cores(photos):
+    cpu = max(tsa.ALLOWED_CPUS)
+    group = tsa.Group("all", (cpu,), 1)
+    settings = of_photos(photos, model="squeezenet1_1", precision="fp32", workers=1)
+    way = tsa.Way("plain", settings, tsa.CorePlan("none", group, group, group.cpus))
+    process = tsa.Elsewhere(lambda: None, place_of_plain_loop, way)
+    with contextlib.closing(process):
+        next(process)
+        assert next(process) == (1, {cpu})
+
+
 @needs_two_cpus
 @pytest.mark.parametrize("schedule", list(tsa.SCHEDULES))
 @pytest.mark.parametrize("preload", [False, True])
@@ -289,8 +345,8 @@ def test_a_round_on_lanes(photos, split_plan, monkeypatch, schedule, preload):
     way = tsa.Way(schedule, settings, split_plan)
     with contextlib.closing(tsa.rounds_of(way, sorted(tsa.ALLOWED_CPUS))) as rounds:
         assert next(rounds) is None
-        whole = rounds.send(tsa.Order(1, 1, 3, 2, keep_memory=True))
-        part = rounds.send(tsa.Order(2, 3, 1, 1, keep_memory=False))
+        whole = rounds.send(tsa.Order(1, 3, 2, keep_memory=True))
+        part = rounds.send(tsa.Order(2, 1, 1, keep_memory=False))
     assert [step.images for step in whole.steps] == [6, 6]
     for step in whole.steps:
         phases = Counter(record.phase for record in step.records)

@@ -578,18 +578,25 @@ def test_no_room_for_another_line_leaves_the_log_as_it_was(tmp_path, room, below
     )
 
 
-def test_replacing_waits_for_the_lock(tmp_path):
+@pytest.mark.parametrize(
+    ("before", "write", "arguments", "meanwhile", "after"),
+    [
+        ("", tsa.append_text, ("mine\n", "head\n"), "head\nother\n", "head\nother\nmine\n"),
+        ("a place", tsa.replace_text, ("place", "new place"), ", more", "a new place, more"),
+    ],
+)
+def test_writing_waits_for_the_lock(tmp_path, before, write, arguments, meanwhile, after):
     path = tmp_path / "logs.md"
-    path.write_text("a place")
-    writer = threading.Thread(target=tsa.replace_text, args=(path, "place", "new place"))
+    path.write_text(before)
+    writer = threading.Thread(target=write, args=(path, *arguments))
     with path.open("a") as other_run:
         fcntl.flock(other_run, fcntl.LOCK_EX)
         writer.start()
         writer.join(0.3)
         assert writer.is_alive()
-        other_run.write(", more")
+        other_run.write(meanwhile)
     writer.join(10)
-    assert path.read_text() == "a new place, more"
+    assert path.read_text() == after
 
 
 def test_the_latest_text_is_replaced_by_a_shorter_or_a_longer_one(tmp_path):
@@ -626,19 +633,6 @@ def test_two_runs_at_once_leave_one_header_and_two_whole_sections(tmp_path):
         header, *sections = path.read_text().splitlines()
         assert header == "header"
         assert sorted(sections) == ["<" + "a" * 20_000 + ">", "<" + "b" * 20_000 + ">"]
-
-
-def test_appending_waits_for_the_lock(tmp_path):
-    path = tmp_path / "logs.md"
-    writer = threading.Thread(target=tsa.append_text, args=(path, "section\n", "header\n"))
-    with path.open("a") as other_run:
-        fcntl.flock(other_run, fcntl.LOCK_EX)
-        writer.start()
-        writer.join(0.3)
-        assert writer.is_alive()
-        other_run.write("header\nother section\n")
-    writer.join(10)
-    assert path.read_text() == "header\nother section\nsection\n"
 
 
 def test_a_log_that_cannot_be_appended_to(tmp_path):

@@ -363,18 +363,17 @@ def lasting(*durations_s):
 
 
 @pytest.mark.parametrize(
-    ("panels", "asked_s", "span_s"),
+    ("panels", "span_s"),
     [
-        ([(1.0, 1.0, 1.0)], None, 3.0),
-        ([(1.0, 1.0, 1.0), (0.5, 0.5, 0.5)], None, 1.5),
-        ([(1.0, 1.0, 4.0), (0.5, 0.5, 0.5)], None, 4.0),  # a whole step of each, at the least
-        ([(1.0, 1.0), (2.0, 2.0)], 0.5, 2.0),
-        ([(1.0, 1.0), (2.0, 2.0)], 2.5, 2.5),
+        ([(1.0, 1.0, 1.0)], 3.0),
+        ([(1.0, 1.0, 1.0), (0.5, 0.5, 0.5)], 1.5),
+        ([(1.0, 1.0, 4.0), (0.5, 0.5, 0.5)], 4.0),  # a whole step of each, at the least
+        ([(1.0,), (2.0, 2.0)], 2.0),
     ],
 )
-def test_the_span_holds_a_whole_step_of_each_panel(tmp_path, figures, panels, asked_s, span_s):
+def test_the_span_holds_a_whole_step_of_each_panel(tmp_path, figures, panels, span_s):
     panels = [tsa.Panel("", PLAN, lasting(*durations_s)) for durations_s in panels]
-    tsa.draw_timelines(tmp_path / "t.png", "title", panels, span_s=asked_s)
+    tsa.draw_timelines(tmp_path / "t.png", "title", panels)
     assert [ax.get_xlim() for ax in figures[0].axes] == [(0.0, span_s)] * len(panels)
 
 
@@ -401,7 +400,7 @@ def test_steps_of_eight_micro_batches_have_all_their_numbers(tmp_path, figures):
 def test_a_picture_with_several_panels(tmp_path):
     panels = [tsa.Panel(name, PLAN, [step(1)]) for name in ("one", "two")]
     tsa.draw_timelines(tmp_path / "one.png", "title", panels[:1])
-    tsa.draw_timelines(tmp_path / "two.png", "title", panels, span_s=2.0)
+    tsa.draw_timelines(tmp_path / "two.png", "title", panels)
     first, second = (Image.open(tmp_path / name) for name in ("one.png", "two.png"))
     assert first.width == second.width > 1000
     assert second.height > first.height
