@@ -2278,13 +2278,17 @@ def build_model(name: str, num_classes: int, image_size: int) -> nn.Module:
     """A classifier in training mode, mapping (n, 3, size, size) to (n, classes).
 
     Transformers are built for the image size, and the auxiliary heads of GoogLeNet and Inception,
-    which the papers use to train without batch normalisation, are left out.
+    which the papers use to train without batch normalisation, are left out. The blocks of a ResNet
+    begin as identities (their last batch normalisation at 0; Goyal et al. 2017, 5.1): without that,
+    the loss of the first steps jumps.
     """
     if name in OWN_MODELS:
         return OWN_MODELS[name](num_classes, image_size)
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}
+    elif "resne" in name:  # ResNet, ResNeXt, Wide ResNet
+        options = {"zero_init_residual": True}
     elif name.startswith("vit_"):
         options = {"image_size": image_size}
     elif name.startswith("maxvit_"):

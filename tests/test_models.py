@@ -40,7 +40,7 @@ def test_a_model_maps_images_to_logits(name, size):
 def test_torchvisions_models_are_torchvisions():
     model = build("resnet18", 7, 224)
     torch.manual_seed(0)
-    theirs = torchvision.models.resnet18(num_classes=7)
+    theirs = torchvision.models.resnet18(num_classes=7, zero_init_residual=True)
     assert type(model) is type(theirs)
     for (name, value), expected in zip(
         model.state_dict().items(), theirs.state_dict().values(), strict=True
@@ -285,6 +285,23 @@ def test_convolutions_begin_with_kaimings_spread(name, part, spread):
     weight = build(name).get_submodule(part).weight
     assert weight.std().item() == pytest.approx(spread, rel=0.08)  # stem.0 has 432 values
     assert weight.mean().item() == pytest.approx(0, abs=0.1 * spread)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "last"),
+    [
+        ("resnet18", 8, "bn2"),
+        ("resnet50", 16, "bn3"),
+        ("resnext50_32x4d", 16, "bn3"),
+        ("wide_resnet50_2", 16, "bn3"),
+    ],
+)
+def test_the_blocks_of_a_resnet_begin_as_identities(name, blocks, last):
+    norms = {at: m for at, m in build(name).named_modules() if isinstance(m, nn.BatchNorm2d)}
+    zero = {at for at, norm in norms.items() if norm.weight.eq(0).all()}
+    assert zero == {at for at in norms if at.endswith(last) and at.startswith("layer")}
+    assert len(zero) == blocks
+    assert all(norm.weight.eq(1).all() for at, norm in norms.items() if at not in zero)
 
 
 @pytest.mark.parametrize(("name", "count"), [("resnet56", 55), ("hybrid-light", 10)])
