@@ -6,8 +6,9 @@
 Both train ResNet-50 on the same pictures, with the same augmentation, loader processes, batches
 and optimizer: the script with `--split none`, and timm's released parts as its own train.py uses
 them (create_model, create_dataset, create_loader with its prefetcher, create_optimizer_v2), with
-its best flags on a CPU: --amp --amp-dtype bfloat16 --channels-last. They take turns, each in a
-process of its own; what is printed are images a second and the ratio within each round. With
+its best flags on a CPU: --amp --amp-dtype bfloat16 --channels-last; and these parts once more with
+the script's settings of glibc's allocator, to tell what comes from them. They take turns, each in a
+process of its own; what is printed are images a second and the ratios within each round. With
 --operators each is profiled instead: the operators that take most of its time.
 """
 
@@ -37,8 +38,7 @@ def measured_turns(step: Callable[[], int], operators: bool) -> Turns:
     count = yield None
     while True:
         step()
-        profiling = torch.profiler.profile() if operators else contextlib.nullcontext()
-        with profiling as profile:
+        with profiled(operators) as profile:
             start_s = time.perf_counter()
             images = sum(step() for _ in range(count))
             images_per_s = images / (time.perf_counter() - start_s)
@@ -47,6 +47,13 @@ def measured_turns(step: Callable[[], int], operators: bool) -> Turns:
             count = yield f"{images_per_s:.2f} images/s\n{table}"
         else:
             count = yield images_per_s
+
+
+def profiled(operators: bool) -> contextlib.AbstractContextManager:
+    """A profile of all threads, lanes too, if it is asked for."""
+    config = torch.profiler._ExperimentalConfig(profile_all_threads=True)
+    profile = torch.profiler.profile(experimental_config=config)
+    return profile if operators else contextlib.nullcontext()
 
 
 def our_turns(settings: tsa.Settings, operators: bool) -> Turns:
@@ -58,12 +65,14 @@ def our_turns(settings: tsa.Settings, operators: bool) -> Turns:
         yield from measured_turns(lambda: next(steps).images, operators)
 
 
-def timm_turns(settings: tsa.Settings, operators: bool) -> Turns:
+def timm_turns(settings: tsa.Settings, operators: bool, tuned: bool = False) -> Turns:
     """timm's parts, put together as in the training loop of its train.py."""
     from timm import create_model
     from timm.data import create_dataset, create_loader, resolve_data_config
     from timm.optim import create_optimizer_v2
 
+    if tuned:
+        tsa.tune_allocator()
     size, device = settings.image_size, torch.device("cpu")
     dataset = create_dataset("", root=str(settings.data_path), split="train", is_training=True)
     model = create_model(settings.model, num_classes=len(dataset.reader.class_to_idx))
@@ -102,8 +111,26 @@ def timm_turns(settings: tsa.Settings, operators: bool) -> Turns:
     yield from measured_turns(step, operators)
 
 
+TUNED = "timm, tuned malloc"
+WAYS = {"none": our_turns, "timm": timm_turns, TUNED: partial(timm_turns, tuned=True)}
+
+
+def compare(turns: dict[str, tsa.Elsewhere], rounds: int, steps: int) -> None:
+    """Take turns, and print speeds and ratios; the first round warms up."""
+    ratios: dict[str, list[float]] = {"timm": [], TUNED: []}
+    for number in range(rounds + 1):
+        speeds = {name: process.send(steps) for name, process in turns.items()}
+        for name, found in ratios.items():
+            found += [speeds["none"] / speeds[name]] if number else []
+        text = ", ".join(f"{name} {speed:.2f}" for name, speed in speeds.items())
+        print(f"round {number}, images/s: {text}", flush=True)
+    for name, found in ratios.items():
+        median, low, high = statistics.median(found), min(found), max(found)
+        print(f"none / {name}: {median:.3f} ({low:.3f} to {high:.3f})")
+
+
 def main() -> None:
-    """Take turns, and print."""
+    """Start a process for each way, and let them take turns."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -130,23 +157,15 @@ def main() -> None:
     print(", ".join(f"{name} {version}" for name, version in tsa.versions().items()))
     with contextlib.ExitStack() as stack:
         turns = {}
-        for name, function in (("none", our_turns), ("timm", timm_turns)):
+        for name, function in WAYS.items():
             process = tsa.Elsewhere(lambda: None, function, settings, given.operators)
             turns[name] = stack.enter_context(contextlib.closing(process))
             next(process)
         if given.operators:
             for name, process in turns.items():
                 print(f"\n{name}: {process.send(given.steps)}")
-            return
-        ratios = []
-        for number in range(given.rounds + 1):
-            speeds = {name: process.send(given.steps) for name, process in turns.items()}
-            ratio = speeds["none"] / speeds["timm"]
-            ratios += [ratio] if number else []  # the first round warms up
-            text = ", ".join(f"{name} {speed:.2f} images/s" for name, speed in speeds.items())
-            print(f"round {number}: {text}, ratio {ratio:.3f}", flush=True)
-    low, high = min(ratios), max(ratios)
-    print(f"none / timm: {statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})")
+        else:
+            compare(turns, given.rounds, given.steps)
 
 
 if __name__ == "__main__":
