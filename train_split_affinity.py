@@ -3727,6 +3727,7 @@ def versions() -> dict[str, str]:
         "torchvision": str(torchvision.__version__),
         "psutil": psutil.__version__,
         "system": f"{platform.system()} {platform.release()}",
+        Path(__file__).stem: __version__,
     }
 
 

@@ -148,7 +148,9 @@ def test_what_a_run_writes(in_tmp, photos):
     assert run["settings"]["num_classes"] == 2
     assert run["settings"]["steps"] == 3
     assert run["plan"]["forward"]["cpus"] == sorted(tsa.ALLOWED_CPUS)[: len(tsa.ALLOWED_CPUS) // 2]
-    assert set(run["versions"]) == {"python", "torch", "torchvision", "psutil", "system"}
+    names = ["python", "torch", "torchvision", "psutil", "system", "train_split_affinity"]
+    assert list(run["versions"]) == names
+    assert run["versions"]["train_split_affinity"] == tsa.__version__
     assert [line["step"] for line in steps] == [1, 2, 3]
     for line in steps:
         assert line["images"] == 8
