@@ -6906,7 +6906,7 @@ def micro_batches(batch_size: int) -> int:
 
 
 def all_ways(settings: Settings, topology: Topology) -> list[Way]:
-    """The ways to train, with their cores: of lists all have the same, together."""
+    """The ways to train, with their cores: where these are listed, each way has all of them."""
     listed = {*(settings.forward_cores or ()), *(settings.backward_cores or ())}
     ways = []
     for name, chosen in way_settings(settings).items():
