@@ -129,7 +129,7 @@ class Stopped(Exception):
 
 
 def number(
-    allowed: str, is_allowed: Callable[[float], bool], kind: type = float
+    allowed: str, is_allowed: Callable[[float], bool], kind: Callable[[str], float] = float
 ) -> Callable[[str], Any]:
     """A parser of those numbers that pass `is_allowed`; `allowed` says which these are."""
 
@@ -1226,9 +1226,15 @@ def one_of(choices: dict[str, Any]) -> Callable[[str], Any]:
     return parse
 
 
+def exact_number(text: str) -> float:
+    """A number, with all digits of a whole one."""
+    return int(text) if text.isdigit() else float(text)
+
+
 def number_or(nothing: float | None) -> Callable[[str], float | None]:
     """A parser of numbers above 0, and of null for `nothing`."""
-    parse = number("a number above 0, or null", lambda value: 0 < value < math.inf)
+    largest = sys.float_info.max
+    parse = number("a number above 0, or null", lambda value: 0 < value <= largest, exact_number)
     return lambda text: nothing if text == "null" else parse(text)
 
 

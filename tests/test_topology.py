@@ -465,6 +465,12 @@ def test_a_described_machine_is_the_same_machine(topology, bf16, memory_bytes):
     assert tsa.parse_machine(tsa.machine_text(topology)) == topology
 
 
+def test_memory_is_described_to_the_byte():
+    for memory_bytes in (2**53 + 1, 2**60 - 1):  # which no float is
+        topology = tsa.parse_machine(described(memory_bytes=memory_bytes))
+        assert topology.memory_bytes == memory_bytes
+
+
 def test_a_machine_from_a_folder_or_from_a_file(tmp_path):
     """All CPUs of a folder's machine may be used, whatever this process may use, and whatever this
     system can do.
@@ -526,6 +532,7 @@ NO_DESCRIPTION = "not a machine's description, as plan --record writes it"
         (described(has_affinity="maybe"), "has_affinity: 'maybe' is not 'true' or 'false'"),
         (described(bf16="avx2"), "bf16: 'avx2' is not '' or 'amx_bf16' or 'avx512_bf16' or 'bf16'"),
         (described(memory_bytes=True), "memory_bytes: 'true' is not a number above 0, or null"),
+        (described(memory_bytes=10**400), "is not a number above 0, or null"),
     ],
 )
 def test_what_is_no_description_of_a_machine(tmp_path, text, message):
