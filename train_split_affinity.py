@@ -7501,19 +7501,20 @@ def verdict(compared: Sequence[Compared]) -> str:
     best = max(candidates, key=lambda row: row.to_none)
     low, high = min(best.to_none_rounds), max(best.to_none_rounds)
     judgement = judge_rounds(best.to_none_rounds, len(candidates))
+    listed = best.split == "lists"
     advice = "train with --split none"
     if judgement == "the split pays":
-        cores = "on these cores" if best.split == "lists" else f"with --split {best.split}"
-        advice = f"train {cores} --schedule {best.schedule}"
+        how = "on these cores with" if listed else f"with --split {best.split}"
+        advice = f"train {how} --schedule {best.schedule}"
     elif judgement != "the split costs speed":
         advice = "either will do"
     old = " Delayed has weights one update old." if best.schedule == "delayed" else ""
     return (
         f"Verdict: {judgement}. The fastest schedule of the split, {best.way}, trains at "
-        f"{best.to_none:.2f} of the speed of one lane over all cores ({low:.2f} to {high:.2f} in "
-        f"{plural(len(best.to_none_rounds), 'round')}), and at {best.to_plain:.2f} of that of a "
-        f"plain PyTorch loop with the best flags, {best_plain(row.way for row in compared)}. For "
-        f"speed alone, {advice}.{old}"
+        f"{best.to_none:.2f} of the speed of one lane over all {'of these ' * listed}cores "
+        f"({low:.2f} to {high:.2f} in {plural(len(best.to_none_rounds), 'round')}), and at "
+        f"{best.to_plain:.2f} of that of a plain PyTorch loop with the best flags, "
+        f"{best_plain(row.way for row in compared)}. For speed alone, {advice}.{old}"
     )
 
 

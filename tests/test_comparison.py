@@ -595,6 +595,13 @@ def test_the_verdict(ratios, judgement):
     assert f"{advice[judgement]} Delayed has weights one update old." in text
 
 
+def test_the_verdict_on_listed_cores():
+    rounds = {"to_none": 1.2, "to_none_rounds": (1.2,) * 7, "split": "lists"}
+    text = tsa.verdict([dataclasses.replace(row, **rounds) for row in make_rows()])
+    assert "at 1.20 of the speed of one lane over all of these cores (1.20 to 1.20 in 7 " in text
+    assert "For speed alone, train on these cores with --schedule " in text
+
+
 def test_the_best_of_many_schedules_needs_all_rounds():
     ratios = (0.99, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1)
     assert tsa.judge_rounds(ratios, candidates=9) == "the split pays"
