@@ -6974,7 +6974,7 @@ class PlainLoop:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # no team yet: loaders are forked, and its threads are counted
         self._supply = stack.enter_context(supplied(settings, way.plan.loader_cpus))
-        if group.cpu_set < process_cpus():
+        if group.cpu_set < process_cpus():  # of cores that were listed
             os.sched_setaffinity(0, group.cpus)
             threads = group.threads
         torch.set_num_threads(threads)
