@@ -157,6 +157,16 @@ def parse_milestones(text: str) -> tuple[int, ...]:
     raise argparse.ArgumentTypeError(f"{text!r} is not a list of ascending epochs such as 30,60,80")
 
 
+def parse_channels(text: str) -> tuple[float, ...]:
+    """A number above 0 for each channel, such as 0.485,0.456,0.406."""
+    with contextlib.suppress(ValueError):
+        values = tuple(map(float, text.split(",")))
+        if len(values) == 3 and all(0 < value < math.inf for value in values):
+            return values
+    allowed = "three numbers above 0, such as 0.485,0.456,0.406"
+    raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+
+
 def parse_cpu_list(text: str) -> tuple[int, ...]:
     """Logical CPUs of a list as the kernel and taskset write it: `0-3,8-11`, stride `0-15:2`.
 
@@ -354,17 +364,34 @@ class DataSettings:
     """model and data"""
 
     model: str = fixed("resnet50", "torchvision classifier by name, or resnet56 (for small "
-        "images), hybrid, hybrid-light, hybrid-heavy", metavar="NAME")
+        "images), hybrid, hybrid-light, hybrid-heavy; timm/NAME: one of timm's, where that is "
+        "installed", metavar="NAME")
     data_path: Path | None = free(None, "image folder, PATH/train/<class>/*.jpg and PATH/val "
         "(or valid, or validation), or PATH/<class>/*.jpg; or a folder with CIFAR-10's "
         "cifar-10-batches-py (default: synthetic images for timing, of the first 10 classes, "
         "with a noisy pattern for each)",
         type=Path)
-    download: bool = free(False, "let torchvision fetch CIFAR-10 into --data-path, and verify it")
+    dataset: str | None = fixed(None, "data set by name, in --data-path: see --list-data-sets",
+        metavar="NAME")
+    download: bool = free(False, "let torchvision fetch the --dataset (without one, CIFAR-10) "
+        "into --data-path, and verify it")
+    val_share: float | None = fixed(None, "part of the images of each class to keep apart and "
+        "validate with, where the data has none for that (default: 0.2 of a --dataset, else none)",
+        type=BELOW_1)
     num_classes: int | None = fixed(None, "number of classes (default: as many as the data has; "
         "1000 for synthetic images)", type=whole_number(2, MOST_CLASSES), metavar="N")
-    image_size: int | None = option(None, "side of the square images in pixels (default: 32 for "
-        "CIFAR-10, else 224)", type=COUNT)
+    image_size: int | None = option(None, "side of the square images in pixels (default: that of "
+        "--weights or of the --dataset, else 224)", type=COUNT)
+    val_resize: int | None = option(None, "pixels of the shorter side that a picture is resized "
+        "to before its middle is cut out, to validate or to predict (default: in proportion to "
+        "--image-size as with --weights or the --dataset, else as 256 to 224)", type=COUNT)
+    interpolation: str | None = option(None, "how pictures are resized (default: as with "
+        "--weights, else bilinear)", choices=("nearest", "bilinear", "bicubic"))
+    mean: tuple[float, ...] | None = option(None, "mean of each channel, of values from 0 to 1 "
+        "(default: that of --weights or of the --dataset, else ImageNet's)", type=parse_channels,
+        metavar="R,G,B")
+    std: tuple[float, ...] | None = option(None, "standard deviation of each channel, likewise",
+        type=parse_channels, metavar="R,G,B")
     min_res: int | None = option(None, "progressive resizing: side of the training images in the "
         "first epoch; it grows to --max-res in steps of 32", type=COUNT)
     max_res: int | None = option(None, "side of the training images from --end-ramp on (default: "
@@ -395,6 +422,8 @@ class AugmentationSettings:
     mixup_alpha: float = option(0.0, "strength of mixup; 0: off", type=MIXING)
     cutmix_alpha: float = option(0.0, "strength of CutMix; 0: off; with both, one is drawn for "
         "each batch", type=MIXING)
+    augment_confused: Path | None = option(None, "confused.json of a --test-only: the images of "
+        "the classes in it get a stronger RandAugment", type=Path)
 
 
 @dataclass(frozen=True)
@@ -409,9 +438,11 @@ class TrainingSettings:
         "--epochs; find-lr 100, compare as many as its time allows)", type=COUNT)
     epochs: int | None = rate(None, "passes over the data to train, with a validation after each",
         type=COUNT)
-    opt: str = fixed("sgd", "optimizer", choices=("sgd", "adam", "adamw"))
+    opt: str = fixed("sgd", "optimizer", choices=("sgd", "adam", "adamw", "nadam", "rmsprop"))
     lr: float | None = rate(None, "learning rate, the highest one (default: SGD 0.1 for 256 "
         "images a step, and in proportion; Adam and AdamW 0.001)", type=NOT_NEGATIVE)
+    lr_body_factor: float = fixed(1.0, "the learning rate of all but the classifier, as a part of "
+        "the classifier's", type=PART)
     momentum: float = rate(0.9, "momentum of SGD", type=SHARE)
     weight_decay: float = rate(1e-4, "weight decay", type=NOT_NEGATIVE)
     norm_weight_decay: float | None = fixed(None, "weight decay of normalisation layers (default: "
@@ -435,6 +466,17 @@ class TrainingSettings:
     label_smoothing: float = option(0.0, "label smoothing", type=SHARE)
     clip_grad_norm: float = option(0.0, "largest norm of all gradients; 0: not clipped",
         type=NOT_NEGATIVE)
+    freeze: str | None = option(None, "leave weights as they are: body (all but the classifier), "
+        "or layer groups such as conv1,bn1,layer1, as gradients.png names them", metavar="LIST")
+    freeze_epochs: int | None = option(None, "epochs after which all weights are trained (default: "
+        "what --freeze names never is)", type=COUNT)
+    stochastic_depth: float = option(0.0, "probability of leaving out the last residual block for "
+        "an image, rising in proportion from the first", type=BELOW_1)
+    teacher: str | None = option(None, "model whose probabilities are part of the target "
+        "(distillation); it runs in the forward phase", metavar="NAME")
+    teacher_weights: str | None = option(None, "its weights: torchvision's by name, or a "
+        "checkpoint or state dict", metavar="NAME|PATH")
+    teacher_share: float = option(0.5, "the teacher's part of the target", type=SHARE)
     model_ema: bool = fixed(False, "keep an exponential moving average of the weights: best.pt "
         "and reasons to stop go by it, the raw weights are validated beside it")
     model_ema_decay: float = option(0.9999, "decay of that average per optimizer step; after t "
@@ -453,6 +495,8 @@ class CheckpointSettings:
 
     resume: Path | None = free(None, "checkpoint to go on from, exactly; auto: the newest good "
         "one in --output-dir, if any", only="train", type=Path, metavar="PATH|auto")
+    weights: str | None = free(None, "trained weights by torchvision's name for them, such as "
+        "DEFAULT or IMAGENET1K_V2, to start a new run from", metavar="NAME")
     init_from: Path | None = free(None, "checkpoint to take the weights from, for a new run; "
         "with --resume auto it counts if there is nothing to go on from", type=Path)
     test_only: bool = free(False, "evaluate the checkpoint of --resume, train nothing")
@@ -529,6 +573,8 @@ class ReportSettings:
     output_dir: Path | None = free(None, "folder for checkpoints, metrics.jsonl and pictures "
         "(default: not written)", type=Path)
     print_freq: int = free(10, "steps between two lines of figures", type=COUNT)
+    tensorboard: bool = free(False, "write what is measured for TensorBoard too, into "
+        "tensorboard in --output-dir (needs the package tensorboard)")
     json: Path | None = free(None, "file for the figures of compare (default: not written)",
         only="compare", type=Path)
 
@@ -593,11 +639,13 @@ def resizing_contradictions(settings: DataSettings, native_size: int = 224) -> I
     native size.
     """
     low, high, size = settings.min_res, settings.max_res, settings.image_size
+    whole, end = settings.val_resize, high or size or native_size
+    if whole and whole < end:
+        yield f"--val-resize {whole}: at least the image size, {end}, is allowed"
     if (low is None) != (settings.end_ramp is None):
         yield "--min-res and --end-ramp belong together: give both"
     if high and not low:
         yield f"--max-res {high} needs --min-res, where the ramp begins"
-    end = high or size or native_size
     if low and (low % RESIZING_STEP or end % RESIZING_STEP or low > end):
         allowed = f"multiples of {RESIZING_STEP} are allowed, the smaller one first"
         yield f"--min-res {low} --max-res {end}: {allowed}"
@@ -670,6 +718,8 @@ def command_contradictions(command: str, settings: Settings) -> Iterator[str]:
 ALIASES = {
     "--wd": "weight_decay",
     "--img-size": "image_size",
+    "--val-resize-size": "val_resize",
+    "--drop-path": "stochastic_depth",
     "--smoothing": "label_smoothing",
     "--aa": "auto_augment",
     "--mixup": "mixup_alpha",
@@ -2095,9 +2145,10 @@ class Lanes:
 # ==================================================================================================
 # 4  Models
 # torchvision's classifiers by name, a ResNet for small images, and a hybrid of convolutions and a
-# transformer, all with random weights. Knows nothing of cores.
+# transformer; how pictures are made ready for a model. Knows nothing of cores.
 # ==================================================================================================
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LESS_MEMORY = "lower --batch-size, --image-size or --num-classes"
 
 
@@ -2383,6 +2434,40 @@ def memory_errors() -> Iterator[None]:
         raise UserError(f"not enough memory: {reason}; {LESS_MEMORY}") from None
 
 
+def largest_size(settings: DataSettings, native: int) -> int:
+    """The side of the images in pixels, at the end of progressive resizing if there is any."""
+    return settings.max_res or settings.image_size or native
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture is made ready for a model that is tested or asked: resized until its shorter
+    side has `val_resize` pixels, its middle of `image_size` pixels cut out, and each channel, from
+    0 to 1, brought to the mean 0 and the deviation 1.
+
+    Data sets and trained weights have one of their own; the settings of these names overrule it.
+    """
+
+    image_size: int = 224
+    val_resize: int = 256
+    interpolation: str = "bilinear"
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+
+    def overruled(self, settings: DataSettings) -> Preprocessing:
+        """The same, but for what the settings say otherwise; another image size has a `val_resize`
+        in proportion to it.
+        """
+        size = largest_size(settings, self.image_size)
+        return Preprocessing(
+            size,
+            settings.val_resize or round(size * self.val_resize / self.image_size),
+            settings.interpolation or self.interpolation,
+            settings.mean or self.mean,
+            settings.std or self.std,
+        )
+
+
 # ==================================================================================================
 # 5  Data
 # Image folders, CIFAR-10 and synthetic images as streams of batches. What a sample looks like
@@ -2390,7 +2475,6 @@ def memory_errors() -> Iterator[None]:
 # was resumed. Knows nothing of lanes; loader processes are told which CPUs to stay on.
 # ==================================================================================================
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR10_FOLDER = "cifar-10-batches-py"
 VALIDATION_FOLDERS = ("val", "valid", "validation")  # the first that exists is used
@@ -2447,16 +2531,15 @@ class ImageData:
     """A data set: pictures (PIL) with class indices, to train and, if there are any, to validate.
 
     `kind` is folder, cifar10 or synthetic; `chosen` are the indices of the pictures to train on;
-    `left_out` tells of files and folders that are not used: what each is, and its path.
+    `left_out` tells of files and folders that are not used: what each is, and its path; `native` is
+    how its pictures are made ready unless trained weights or settings say otherwise.
     """
 
     kind: str
     train: Dataset
     val: Dataset | None
     classes: tuple[str, ...]
-    native_size: int
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
+    native: Preprocessing = Preprocessing()
     chosen: Sequence[int] = ()
     left_out: Sequence[tuple[str, str]] = ()
 
@@ -2523,7 +2606,10 @@ def synthetic_data(settings: Settings) -> ImageData:
     classes = settings.num_classes or SYNTHETIC_CLASSES
     images = max(SYNTHETIC_IMAGES, settings.batch_size * settings.accumulate)
     train = SyntheticImages(images, largest_size(settings, 224), classes, settings.seed)
-    return ImageData("synthetic", train, None, tuple(map(str, range(classes))), 224)
+    return ImageData("synthetic", train, None, tuple(map(str, range(classes))))
+
+
+CIFAR10 = Preprocessing(32, 32, mean=CIFAR10_MEAN, std=CIFAR10_STD)
 
 
 def cifar10_data(path: Path, download: bool) -> ImageData:
@@ -2534,7 +2620,7 @@ def cifar10_data(path: Path, download: bool) -> ImageData:
     except Exception as error:  # of the network, of the disk, of pickle, or a checksum's
         reason = one_line(error).replace("download=True", "--download")
         raise UserError(f"--data-path {path}: no CIFAR-10: {reason}") from None
-    return ImageData("cifar10", train, val, tuple(train.classes), 32, CIFAR10_MEAN, CIFAR10_STD)
+    return ImageData("cifar10", train, val, tuple(train.classes), CIFAR10)
 
 
 def folder_data(path: Path) -> ImageData:
@@ -2560,7 +2646,7 @@ def folder_data(path: Path) -> ImageData:
         unused = sorted(name for name in {*beside} - {"train", *parts} if name[0] != ".")
         left_out += [("unused folder", str(path / name)) for name in unused]
     classes = tuple(map(readable, train.classes))
-    return ImageData("folder", train, val, classes, 224, left_out=left_out)
+    return ImageData("folder", train, val, classes, left_out=left_out)
 
 
 def what_is(entry: os.DirEntry, above: Sequence[Path]) -> str:
@@ -2688,11 +2774,6 @@ def describe_images(data: ImageData) -> dict[str, Any]:
     }
 
 
-def largest_size(settings: DataSettings, native: int) -> int:
-    """The side of the images in pixels, at the end of progressive resizing if there is any."""
-    return settings.max_res or settings.image_size or native
-
-
 def image_size_in(settings: DataSettings, epoch: int) -> int:
     """The side of the training images in an epoch (from 1): a linear ramp in steps of 32 pixels."""
     low, high = settings.min_res, settings.image_size
@@ -2702,18 +2783,21 @@ def image_size_in(settings: DataSettings, epoch: int) -> int:
     return low + RESIZING_STEP * math.floor(part * (high - low) / RESIZING_STEP)
 
 
-def to_tensor(data: ImageData) -> list[Any]:
+def to_tensor(ready: Preprocessing) -> list[Any]:
     """Transforms from a picture to a normalised float32 tensor (3, height, width)."""
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)]
+    normalize = v2.Normalize(ready.mean, ready.std)
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize]
 
 
 def training_transform(data: ImageData, settings: Settings, size: int) -> v2.Transform:
     """The augmentation of one picture, to a tensor (3, size, size)."""
+    ready = data.native.overruled(settings)
+    resized = {"interpolation": v2.InterpolationMode(ready.interpolation), "antialias": True}
     if data.kind == "synthetic":
-        return v2.Compose([v2.Resize((size, size)), *to_tensor(data)])
-    steps: list[Any] = [v2.RandomResizedCrop(size, (settings.min_scale, 1), antialias=True)]
+        return v2.Compose([v2.Resize((size, size), **resized), *to_tensor(ready)])
+    steps: list[Any] = [v2.RandomResizedCrop(size, (settings.min_scale, 1), **resized)]
     if data.kind == "cifar10":
-        steps = [v2.RandomCrop(32, padding=4), v2.Resize(size)]
+        steps = [v2.RandomCrop(32, padding=4), v2.Resize(size, **resized)]
     steps.append(v2.RandomHorizontalFlip(settings.hflip))
     policy = v2.AutoAugmentPolicy("cifar10" if data.kind == "cifar10" else "imagenet")
     auto = {
@@ -2725,13 +2809,14 @@ def training_transform(data: ImageData, settings: Settings, size: int) -> v2.Tra
         steps.append(auto[settings.auto_augment])
     if settings.color_jitter:
         steps.append(v2.ColorJitter(*3 * (settings.color_jitter,)))
-    return v2.Compose([*steps, *to_tensor(data), v2.RandomErasing(settings.random_erase)])
+    return v2.Compose([*steps, *to_tensor(ready), v2.RandomErasing(settings.random_erase)])
 
 
-def validation_transform(data: ImageData, size: int) -> v2.Transform:
-    """A picture's middle, as a tensor (3, size, size): 224 of 256 pixels, or in that proportion."""
-    whole = size if data.kind == "cifar10" else round(size * 256 / 224)
-    return v2.Compose([v2.Resize(whole, antialias=True), v2.CenterCrop(size), *to_tensor(data)])
+def validation_transform(ready: Preprocessing) -> v2.Transform:
+    """A picture's middle, as a tensor (3, image_size, image_size)."""
+    how = v2.InterpolationMode(ready.interpolation)
+    resize = v2.Resize(ready.val_resize, how, antialias=True)
+    return v2.Compose([resize, v2.CenterCrop(ready.image_size), *to_tensor(ready)])
 
 
 def mixing_transform(settings: Settings) -> v2.Transform | None:
@@ -3085,7 +3170,7 @@ def validation_feed(data: ImageData, settings: Settings, cpus: Sequence[int]) ->
     """The validation images in order, if there are any."""
     if data.val is None:
         return None
-    transform = validation_transform(data, settings.image_size)
+    transform = validation_transform(data.native.overruled(settings))
     samples = Samples(data.val, settings.seed, partial(same_transform, transform))
     order = EpochOrder(range(len(data.val)), settings.batch_size, None)
     return Feed(samples, order, settings, cpus)
@@ -3851,7 +3936,8 @@ def check_resumable(
     differences, former = [], saved_settings(saved)
     for name, value in plain_settings(settings).items():
         before = former[name]
-        if ON_RESUME[name] == "free" or before == value:
+        unknown = before is None and name not in saved["settings"]  # to the version that saved it
+        if ON_RESUME[name] == "free" or before == value or unknown:
             continue
         flag = f"--{name.replace('_', '-')}"
         if ON_RESUME[name] == "fixed":
@@ -6237,12 +6323,12 @@ def build_work(
 def settings_in_force(
     settings: Settings, topology: Topology, data: ImageData, **others: Any
 ) -> Settings:
-    """The settings with classes, image size and precision decided, and with the `others`."""
+    """The settings with classes, preprocessing and precision decided, and with the `others`."""
     return dataclasses.replace(
         settings,
         num_classes=settings.num_classes or len(data.classes),
-        image_size=largest_size(settings, data.native_size),
         precision=choose_precision(settings, topology)[0],
+        **vars(data.native.overruled(settings)),
         **others,
     )
 
@@ -6293,7 +6379,7 @@ def prepared(settings: Settings, topology: Topology, plan: CorePlan) -> Iterator
     """
     check_model_name(settings.model)
     data = open_data(settings)
-    for message in resizing_contradictions(settings, data.native_size):
+    for message in resizing_contradictions(settings, data.native.image_size):
         raise UserError(message)
     check_validation(settings, data)
     check_writable(settings)
@@ -7684,7 +7770,7 @@ def print_model(settings: Settings, topology: Topology, plan: CorePlan) -> None:
     exists = path and path.exists()
     if exists:
         data = open_data(settings)
-        classes, native_size = len(data.classes), data.native_size
+        classes, native_size = len(data.classes), data.native.image_size
         say("\n".join(describe_data(data)))
     shape = settings.num_classes or classes, largest_size(settings, native_size)
     if path and not exists:

@@ -157,7 +157,7 @@ def test_an_image_folder_with_validation_images(with_val):
     (with_val / "val/temple/0005.jpg").unlink()
     data = tsa.open_data(small(data_path=with_val))
     assert (len(data.train), len(data.val)) == (12, 11)
-    assert data.native_size == 224
+    assert data.native == tsa.Preprocessing(224, 256)
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
@@ -419,7 +419,7 @@ def test_what_was_found_and_left_out_in_two_lines(tmp_path):
 
 def test_many_classes_are_shortened():
     classes = tuple(f"class{number}" for number in range(100))
-    data = tsa.ImageData("cifar10", Labels([0]), Labels([0, 1]), classes, 32, chosen=[0])
+    data = tsa.ImageData("cifar10", Labels([0]), Labels([0, 1]), classes, chosen=[0])
     assert tsa.describe_data(data) == [
         "data      1 image of 100 classes (class0, class1, class2, class3, class4, class5, class6, "
         "...) to train on, 2 to validate with"
@@ -615,7 +615,7 @@ def cifar(tmp_path, monkeypatch):
 
 def test_cifar10_is_recognised_and_read(cifar):
     data = tsa.open_data(Settings(data_path=cifar, batch_size=4))
-    assert (data.kind, data.native_size, data.classes) == ("cifar10", 32, DIGITS)
+    assert (data.kind, data.native, data.classes) == ("cifar10", tsa.CIFAR10, DIGITS)
     assert [target for _, target in data.train] == [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
     noise = np.random.default_rng(0).integers(0, 256, (13, 32, 32, 3), np.uint8)
     for (picture, _), pixels in zip(data.train, noise[:12], strict=True):
@@ -721,7 +721,14 @@ def test_cifar10_that_cannot_be_fetched(site, tmp_path):
 
 def plain(kind="folder"):
     """Data whose images keep their values from 0 to 1, to see what transforms do."""
-    return tsa.ImageData(kind, None, None, ("a", "b"), 32, (0, 0, 0), (1, 1, 1))
+    sides = (32, 32) if kind == "cifar10" else (224, 256)
+    native = tsa.Preprocessing(*sides, "bilinear", (0, 0, 0), (1, 1, 1))
+    return tsa.ImageData(kind, None, None, ("a", "b"), native)
+
+
+def validated(data, size):
+    """What validation makes of pictures at another image size."""
+    return tsa.validation_transform(data.native.overruled(small(image_size=size)))
 
 
 def transform(size=32, kind="folder", **settings):
@@ -863,7 +870,7 @@ def test_cifar10_at_another_size():
 
 
 def test_the_middle_of_a_picture_validates():
-    image = tsa.validation_transform(plain(), 224)(Image.fromarray(noise(256)))
+    image = validated(plain(), 224)(Image.fromarray(noise(256)))
     assert np.array_equal(as_bytes(image), noise(256)[16:240, 16:240])
 
 
@@ -872,11 +879,11 @@ def test_the_middle_of_a_picture_validates():
 )
 def test_pictures_of_any_shape_validate(size, width, height):
     picture = Image.new("RGB", (width, height))
-    assert tsa.validation_transform(plain(), size)(picture).shape == (3, size, size)
+    assert validated(plain(), size)(picture).shape == (3, size, size)
 
 
 def test_cifar10_validates_whole():
-    image = tsa.validation_transform(plain("cifar10"), 32)(Image.fromarray(noise()))
+    image = validated(plain("cifar10"), 32)(Image.fromarray(noise()))
     assert np.array_equal(as_bytes(image), noise())
 
 
@@ -886,7 +893,7 @@ def test_photographs_are_normalised_by_imagenets_colours(photos):
     picture = Image.new("RGB", (32, 32), (51, 102, 204))
     for transformation in (
         tsa.training_transform(data, small(), 32),
-        tsa.validation_transform(data, 32),
+        validated(data, 32),
     ):
         image = transformation(picture)
         expected = torch.tensor([-1.244541, -0.25, 1.751111]).view(3, 1, 1).expand(3, 32, 32)
@@ -1102,7 +1109,7 @@ class Labels(Dataset):
 
 
 def chosen_of(targets, **settings):
-    data = tsa.ImageData("folder", Labels(targets), None, ("a", "b", "c"), 224)
+    data = tsa.ImageData("folder", Labels(targets), None, ("a", "b", "c"))
     return tsa.choose_images(data, Settings(**settings))
 
 

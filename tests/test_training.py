@@ -646,7 +646,7 @@ def test_without_validation_images_there_are_no_validation_figures(
 def validation_images(epochs):
     """All of them at once, as the program prepares them."""
     data = tsa.open_data(dataclasses.replace(TINY, **epochs))
-    transform = tsa.validation_transform(data, 32)
+    transform = tsa.validation_transform(data.native.overruled(TINY))
     pictures, targets = zip(*data.val, strict=True)
     return torch.stack([transform(picture) for picture in pictures]), torch.tensor(targets)
 
