@@ -1,4 +1,20 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.10", "torchvision>=0.25", "pillow>=9.4", "psutil>=5.9", "fsspec>=2024.2",
+#     "tqdm>=4.60", "matplotlib>=3.8",
+# ]
+#
+# [[tool.uv.index]]
+# name = "pytorch-cpu"  # without gigabytes of CUDA
+# url = "https://download.pytorch.org/whl/cpu"
+# explicit = true
+#
+# [tool.uv.sources]
+# torch = { index = "pytorch-cpu" }
+# torchvision = { index = "pytorch-cpu" }
+# ///
 """Train image classifiers on CPUs, forward and backward each on their own cores.
 
 The machine's cores are divided into a forward group, which runs the forward pass, and a backward

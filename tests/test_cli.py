@@ -1,5 +1,6 @@
 """The command line, inside this process and outside. Run: python -m pytest tests/test_cli.py"""
 
+import ast
 import functools
 import itertools
 import json
@@ -23,6 +24,11 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 import train_split_affinity as tsa
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10, where pytest brings it
+    import tomli as tomllib
 
 SCRIPT = Path(tsa.__file__)
 ANY = str(min(tsa.ALLOWED_CPUS))
@@ -840,3 +846,36 @@ def test_readme_prints_the_commands_that_work():
     script = ".venv/bin/python train_split_affinity.py --batch-size 32 --steps 50"
     assert f"{setup} requirements.txt && {script}\n" in readme
     assert f"{setup} tests/requirements.txt && .venv/bin/python -m pytest\n" in readme
+
+
+def script_metadata(text):
+    """The TOML in a script's comments, found as PEP 723 has it found."""
+    block = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
+    (found,) = (match for match in re.finditer(block, text) if match["type"] == "script")
+    lines = found["content"].splitlines()
+    return tomllib.loads("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines))
+
+
+def test_the_bare_file_says_what_it_needs():
+    """As requirements.txt and the README say it, for `uv run` and the like."""
+    text = SCRIPT.read_text()
+    metadata = script_metadata(text)
+    required = SCRIPT.with_name("requirements.txt").read_text().splitlines()
+    lines = [line.partition("#")[0].strip() for line in required]
+    assert metadata["dependencies"] == [line for line in lines if line]
+    least = metadata["requires-python"].removeprefix(">=")
+    assert f"Python {least} or newer" in SCRIPT.with_name("README.md").read_text()
+    target = tomllib.loads(SCRIPT.with_name("pyproject.toml").read_text())["tool"]["ruff"]
+    assert target["target-version"] == f"py{least.replace('.', '')}"
+    assert text.startswith("#!/usr/bin/env python3\n# /// script\n")
+    assert ast.get_docstring(ast.parse(text)) == tsa.__doc__.rstrip(), "which still stands first"
+
+
+def test_the_bare_file_asks_for_the_build_of_pytorch_that_the_readme_names():
+    uv = script_metadata(SCRIPT.read_text())["tool"]["uv"]
+    (index,) = uv["index"]
+    assert f"torch torchvision --index-url {index['url']}\n" in (
+        SCRIPT.with_name("README.md").read_text()
+    )
+    assert index["explicit"], "other packages come from where they always do"
+    assert uv["sources"] == dict.fromkeys(("torch", "torchvision"), {"index": index["name"]})
