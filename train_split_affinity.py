@@ -173,14 +173,20 @@ def parse_milestones(text: str) -> tuple[int, ...]:
     raise argparse.ArgumentTypeError(f"{text!r} is not a list of ascending epochs such as 30,60,80")
 
 
-def parse_channels(text: str) -> tuple[float, ...]:
-    """A number above 0 for each channel, such as 0.485,0.456,0.406."""
-    with contextlib.suppress(ValueError):
-        values = tuple(map(float, text.split(",")))
-        if len(values) == 3 and all(0 < value < math.inf for value in values):
-            return values
-    allowed = "three numbers above 0, such as 0.485,0.456,0.406"
-    raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
+def channels(parse: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
+    """A parser of three numbers, one for each channel, such as 0.485,0.456,0.406; `parse` takes
+    each of them.
+    """
+
+    def parse_all(text: str) -> tuple[float, ...]:
+        values = tuple(map(parse, text.split(",")))
+        if len(values) != 3:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not three numbers, such as 0.485,0.456,0.406"
+            )
+        return values
+
+    return parse_all
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
@@ -404,10 +410,10 @@ class DataSettings:
     interpolation: str | None = option(None, "how pictures are resized (default: as with "
         "--weights, else bilinear)", choices=("nearest", "bilinear", "bicubic"))
     mean: tuple[float, ...] | None = option(None, "mean of each channel, of values from 0 to 1 "
-        "(default: that of --weights or of the --dataset, else ImageNet's)", type=parse_channels,
+        "(default: that of --weights or of the --dataset, else ImageNet's)", type=channels(SHARE),
         metavar="R,G,B")
     std: tuple[float, ...] | None = option(None, "standard deviation of each channel, likewise",
-        type=parse_channels, metavar="R,G,B")
+        type=channels(PART), metavar="R,G,B")
     min_res: int | None = option(None, "progressive resizing: side of the training images in the "
         "first epoch; it grows to --max-res in steps of 32", type=COUNT)
     max_res: int | None = option(None, "side of the training images from --end-ramp on (default: "
@@ -650,14 +656,15 @@ def contradictions(command: str, settings: Settings) -> Iterator[str]:
     yield from command_contradictions(command, settings)
 
 
-def resizing_contradictions(settings: DataSettings, native_size: int = 224) -> Iterator[str]:
+def resizing_contradictions(settings: DataSettings, native_size: int = 0) -> Iterator[str]:
     """Why a progressive resizing is no ramp; without an end of its own it goes up to the data's
-    native size.
+    native size, which may not be known yet.
     """
     low, high, size = settings.min_res, settings.max_res, settings.image_size
-    whole, end = settings.val_resize, high or size or native_size
-    if whole and whole < end:
-        yield f"--val-resize {whole}: at least the image size, {end}, is allowed"
+    whole, known = settings.val_resize, high or size or native_size
+    end = known or 224
+    if whole and whole < known:
+        yield f"--val-resize {whole}: at least the image size, {known}, is allowed"
     if (low is None) != (settings.end_ramp is None):
         yield "--min-res and --end-ramp belong together: give both"
     if high and not low:

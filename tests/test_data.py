@@ -1,6 +1,7 @@
 """Data. Run: python -m pytest tests/test_data.py"""
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import gc
@@ -898,6 +899,98 @@ def test_photographs_are_normalised_by_imagenets_colours(photos):
         image = transformation(picture)
         expected = torch.tensor([-1.244541, -0.25, 1.751111]).view(3, 1, 1).expand(3, 32, 32)
         torch.testing.assert_close(image, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("native", "asked", "ready"),  # in the order of Preprocessing
+    [
+        ((224, 256), {}, (224, 256)),
+        ((224, 256), {"image_size": 128}, (128, 146)),
+        ((224, 232), {"max_res": 160, "min_res": 96, "end_ramp": 3}, (160, 166)),
+        ((224, 256), {"val_resize": 224}, (224, 224)),
+        ((224, 256), {"val_resize": 320, "image_size": 288}, (288, 320)),
+        ((32, 32), {"image_size": 64}, (64, 64)),
+        ((32, 32), {"val_resize": 40}, (32, 40)),
+        ((224, 256, "bicubic"), {}, (224, 256, "bicubic")),
+        ((224, 256, "bicubic"), {"interpolation": "nearest"}, (224, 256, "nearest")),
+        (
+            (224, 256, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+            {"mean": (0.0, 0.0, 0.0)},
+            (224, 256, "bilinear", (0.0, 0.0, 0.0), (0.4, 0.5, 0.6)),
+        ),
+        (
+            (224, 256, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+            {"std": (1.0, 1.0, 1.0)},
+            (224, 256, "bilinear", (0.1, 0.2, 0.3), (1.0, 1.0, 1.0)),
+        ),
+    ],
+)
+def test_settings_overrule_how_pictures_are_made_ready(native, asked, ready):
+    found = tsa.Preprocessing(*native).overruled(Settings(**asked))
+    assert found == tsa.Preprocessing(*ready)
+    in_force = dataclasses.replace(Settings(), **vars(found))
+    assert tsa.Preprocessing(*native).overruled(in_force) == found, "settings in force say it all"
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+def test_a_picture_validates_as_torchvisions_preset_has_it(interpolation):
+    picture = Image.fromarray(noise(200))
+    ready = tsa.Preprocessing(48, 60, interpolation, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    preset = torchvision.transforms._presets.ImageClassification(
+        crop_size=48,
+        resize_size=60,
+        mean=ready.mean,
+        std=ready.std,
+        interpolation=v2.InterpolationMode(interpolation),
+    )
+    image = tsa.validation_transform(ready)(picture)  # by v2, which scales by 1/255: one rounding
+    torch.testing.assert_close(torch.Tensor(image), preset(picture), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("kind", ["folder", "cifar10"])
+def test_the_interpolation_of_training_images(kind, interpolation):
+    """Ours and torchvision's, with the same random crop."""
+    mode = {"interpolation": v2.InterpolationMode(interpolation), "antialias": True}
+    crop = [v2.RandomResizedCrop(48, (0.5, 1), **mode)]
+    if kind == "cifar10":
+        crop = [v2.RandomCrop(32, padding=4), v2.Resize(48, **mode)]
+    unused = v2.RandomHorizontalFlip(0), v2.RandomErasing(0)  # which draw nevertheless
+    to_tensor = v2.ToImage(), v2.ToDtype(torch.float32, scale=True)
+    expected = v2.Compose([*crop, unused[0], *to_tensor, unused[1]])
+    ours = transform(48, kind, interpolation=interpolation, min_scale=0.5)
+    pixels = noise(32 if kind == "cifar10" else 100)
+    for image, other in zip(draws(ours, pixels, 4), draws(expected, pixels, 4), strict=True):
+        assert torch.equal(image, other)
+
+
+def test_mean_and_deviation_that_are_asked_for(with_val):
+    """By hand, to train and to validate: a fifth, two fifths and four fifths."""
+    settings = small(data_path=with_val, mean=(0.0, 0.4, 0.5), std=(1.0, 0.5, 0.1))
+    data = tsa.open_data(settings)
+    picture = Image.new("RGB", (32, 32), (51, 102, 204))
+    for transformation in (
+        tsa.training_transform(data, settings, 32),
+        tsa.validation_transform(data.native.overruled(settings)),
+    ):
+        expected = torch.tensor([0.2, 0.0, 3.0]).view(3, 1, 1).expand(3, 32, 32)
+        torch.testing.assert_close(transformation(picture), expected, rtol=0, atol=1e-6)
+
+
+def test_the_shorter_side_of_a_picture_to_validate(with_val):
+    """With the side that is cut out, nothing is lost but what is longer."""
+    settings = small(data_path=with_val, val_resize=32, mean=(0, 0, 0), std=(1, 1, 1))
+    ready = tsa.open_data(settings).native.overruled(settings)
+    image = tsa.validation_transform(ready)(Image.fromarray(noise(32)))
+    assert np.array_equal(as_bytes(image), noise(32))
+
+
+def test_a_shorter_side_that_is_too_short_for_the_data(cifar, in_tmp, capsys):
+    cheap = ["--model", "squeezenet1_1", "-b", "2", "-j", "0", "--split", "none", "--steps", "1"]
+    assert tsa.main(["--data-path", str(cifar), "--val-resize", "31", *cheap]) == 2
+    message = "--val-resize 31: at least the image size, 32, is allowed\n"
+    assert capsys.readouterr().err.endswith(message)
+    assert tsa.main(["--data-path", str(cifar), "--val-resize", "40", *cheap]) == 0
 
 
 class Flat(Dataset):

@@ -157,6 +157,37 @@ def test_what_is_no_such_number(parse, text, allowed):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "mean", "std"),
+    [
+        ([], None, None),
+        (["--mean", "0.485,0.456,0.406"], (0.485, 0.456, 0.406), None),
+        (["--mean", "0,0,0", "--std", "1,1,1"], (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        (["--std", "0.5, .5,5e-1"], None, (0.5, 0.5, 0.5)),
+    ],
+)
+def test_mean_and_deviation_of_channels(arguments, mean, std):
+    _, settings = tsa.parse_arguments(arguments)
+    assert (settings.mean, settings.std) == (mean, std)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mean", "0.5"], "'0.5' is not three numbers, such as 0.485,0.456,0.406"),
+        (["--mean", "0.5,0.5,0.5,0.5"], "'0.5,0.5,0.5,0.5' is not three numbers"),
+        (["--mean", "123.7,116.3,103.5"], "'123.7' is not a number from 0 to 1"),
+        (["--mean", "0.5,0.5,"], "'' is not a number from 0 to 1"),
+        (["--mean", "nan,0.5,0.5"], "'nan' is not a number from 0 to 1"),
+        (["--std", "0.2,0,0.2"], "'0' is not above 0 and up to 1"),
+        (["--std", "58.4,57.1,57.4"], "'58.4' is not above 0 and up to 1"),
+    ],
+)
+def test_what_is_no_mean_or_deviation(arguments, message):
+    with pytest.raises(tsa.UserError, match=f"argument {arguments[0]}: {message}"):
+        tsa.parse_arguments(arguments)
+
+
+@pytest.mark.parametrize(
     ("text", "epochs"), [("1", (1,)), ("30,60,80", (30, 60, 80)), ("102,154", (102, 154))]
 )
 def test_milestones(text, epochs):
@@ -274,6 +305,16 @@ def message_for(**settings):
         ({"min_res": 224, "max_res": 224, "end_ramp": 1}, None),
         ({"min_res": 128, "max_res": 192, "image_size": 192, "end_ramp": 5}, None),
         ({"image_size": 100}, None),
+        (
+            {"val_resize": 95, "image_size": 96},
+            "--val-resize 95: at least the image size, 96, is allowed",
+        ),
+        (
+            {"val_resize": 160, "min_res": 128, "max_res": 192, "end_ramp": 5},
+            "--val-resize 160: at least the image size, 192, is allowed",
+        ),
+        ({"val_resize": 96, "image_size": 96}, None),
+        ({"val_resize": 40}, None),  # whether it is enough, the data say
     ],
 )
 def test_progressive_resizing_has_to_be_a_ramp(settings, message):
