@@ -5035,7 +5035,7 @@ COMPANY_IN_SUMMARY = 0.02  # below that it may be the error of the clocks
 METRICS, TIMELINE, TRACE = "metrics.jsonl", "timeline.png", "trace.json"
 TRACEBACK = "traceback.txt"
 CURVES, GRADIENTS, RANGE_PLOT = "curves.png", "gradients.png", "lr.png"
-CONFUSION, PAIRS = "confusion", "confusion-pairs.csv"
+CONFUSION, PAIRS, CONFUSED = "confusion", "confusion-pairs.csv", "confused.json"
 EPOCH_FIELDS = ("train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5")
 RAW_FIELDS = ("val_raw_loss", "val_raw_top1", "val_raw_top5")
 PARTS = {"train": "train", "val": "validation", "val_raw": "raw validation"}  # of these, in words
@@ -5320,21 +5320,50 @@ def confusion_csv(matrix: torch.Tensor, classes: Sequence[str]) -> str:
     return csv_text(itertools.chain([["true class", *classes]], rows))
 
 
+def worst_pairs(confusion: Confusion) -> list[tuple[tuple[int, int], int]]:
+    """The pairs of classes that were confused most often, with how often, the worst first."""
+    wrong = [(pair, images) for pair, images in confusion.items() if pair[0] != pair[1]]
+    return sorted(wrong, key=lambda each: (-each[1], each[0]))[:PAIRS_TO_WRITE]
+
+
 def pairs_csv(confusion: Confusion, classes: Sequence[str]) -> str:
-    """The pairs of classes that were confused most often, the worst first."""
-    wrong = [(-images, *pair) for pair, images in confusion.items() if pair[0] != pair[1]]
-    worst = sorted(wrong)[:PAIRS_TO_WRITE]
-    rows = ((classes[true], classes[predicted], -images) for images, true, predicted in worst)
+    """The worst pairs, with a row for each."""
+    rows = ((classes[a], classes[b], images) for (a, b), images in worst_pairs(confusion))
     return csv_text([("true class", "predicted class", "images"), *rows])
 
 
+def confused_json(confusion: Confusion, classes: Sequence[str], tested: dict[str, Any]) -> str:
+    """What was tested, and the worst pairs, a line for each, so that they are easily left out:
+    `images` of the `true` class, a `share` of them, were `taken_for` the other.
+    """
+    totals = images_by_class(confusion)
+    lines = (
+        {
+            "true": classes[true],
+            "taken_for": classes[predicted],
+            "images": images,
+            "share": round(images / totals[true], 4),
+        }
+        for (true, predicted), images in worst_pairs(confusion)
+    )
+    listed = ",\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    head = json.dumps({**tested, "pairs": []}, ensure_ascii=False).removesuffix("]}")
+    return f"{head}\n{listed}\n]}}\n"
+
+
 def write_confusion(
-    folder: Path, title: str, confusion: Confusion, classes: Sequence[str], footer: str = ""
+    folder: Path,
+    title: str,
+    confusion: Confusion,
+    classes: Sequence[str],
+    tested: dict[str, Any],
+    footer: str = "",
 ) -> None:
-    """Write the confusion matrix, as text and as a picture; of too many classes for one, the worst
-    pairs, and say so.
+    """Write the confused pairs of what was `tested`, and the confusion matrix, as text and as a
+    picture; of too many classes for one, the worst pairs instead, and say so.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / CONFUSED, confused_json(confusion, classes, tested))
     count = len(classes)
     if count > LARGEST_MATRIX:
         write_whole(folder / PAIRS, pairs_csv(confusion, classes))
@@ -5345,13 +5374,18 @@ def write_confusion(
     draw_confusion(folder / f"{CONFUSION}.png", title, matrix, classes, footer)
 
 
-def class_lines(confusion: Confusion, classes: Sequence[str]) -> list[str]:
-    """A table of the accuracy of each class, the worst first, of many classes only those."""
+def images_by_class(confusion: Confusion) -> Counter[int]:
+    """How many images there were of each class that had any."""
     totals: Counter[int] = Counter()
     for (true, _), images in confusion.items():
         totals[true] += images
+    return totals
+
+
+def class_lines(confusion: Confusion, classes: Sequence[str]) -> list[str]:
+    """A table of the accuracy of each class, the worst first, of many classes only those."""
     found = []
-    for true, total in totals.items():
+    for true, total in images_by_class(confusion).items():
         right = confusion[true, true]
         found.append((right / total, classes[true], f"{right / total:.1%}", str(right), str(total)))
     rows = [
@@ -6558,7 +6592,7 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
 
 def test(run: Run, found: tuple[Path, State] | None) -> None:
     """Evaluate a checkpoint, first its moving average if it has one: print the figures, and write
-    the confusion matrix.
+    the confusion matrix and the confused pairs.
     """
     if not found:
         raise UserError(f"--test-only: no checkpoint in {run.settings.output_dir}")
@@ -6588,7 +6622,9 @@ def test(run: Run, found: tuple[Path, State] | None) -> None:
     if run.settings.output_dir:
         title = f"{describe_run(run.settings)}: {figures}"
         footer = picture_footer(run.topology)
-        write_confusion(run.settings.output_dir, title, confusion, classes, footer)
+        tested = {"checkpoint": readable(str(path)), "images": results[0].images}
+        tested["top1"] = round(results[0].figures()["top1"], 4)
+        write_confusion(run.settings.output_dir, title, confusion, classes, tested, footer)
     else:
         say("note: no confusion matrix is drawn without --output-dir")
 

@@ -1457,9 +1457,16 @@ def test_test_only_gives_the_figures_of_the_epoch(trained, in_tmp, capsys, argum
     assert [sum(row) for row in counts] == [6, 6]
     assert counts[0][0] + counts[1][1] == round(row["val_top1"] * 12 / 100)
     assert sorted(path.name for path in (in_tmp / "out").iterdir()) == [
+        "confused.json",
         "confusion.csv",
         "confusion.png",
     ]
+    confused = json.loads((in_tmp / "out/confused.json").read_text())
+    pairs = {(pair["true"], pair["taken_for"]): pair["images"] for pair in confused.pop("pairs")}
+    wrong = {("flower", "temple"): counts[0][1], ("temple", "flower"): counts[1][0]}
+    assert pairs == {pair: images for pair, images in wrong.items() if images}
+    top1 = round(row["val_top1"], 4)
+    assert confused == {"checkpoint": str(trained / "last.pt"), "images": 12, "top1": top1}
 
 
 @pytest.mark.parametrize(

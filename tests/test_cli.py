@@ -322,6 +322,7 @@ def test_test_only(in_tmp, photos_with_val, capsys):
     assert captured.err == ""
     after = {path: path.stat().st_mtime_ns for path in in_tmp.rglob("*") if path.is_file()}
     assert {path.name for path in after.keys() - before.keys()} == {
+        "confused.json",
         "confusion.csv",
         "confusion.png",
     }
