@@ -444,8 +444,10 @@ class AugmentationSettings:
     mixup_alpha: float = option(0.0, "strength of mixup; 0: off", type=MIXING)
     cutmix_alpha: float = option(0.0, "strength of CutMix; 0: off; with both, one is drawn for "
         "each batch", type=MIXING)
-    augment_confused: Path | None = option(None, "confused.json of a --test-only: the images of "
-        "the classes in it get a stronger RandAugment", type=Path)
+    augment_confused: Path | None = free(None, "confused.json of a --test-only: images of the "
+        "classes that were confused most get a stronger RandAugment, with --auto-augment none the "
+        "usual one, else 3 operations at --ra-magnitude + 5; counted are the pairs with at least "
+        "half as many images as the worst", type=Path)
 
 
 @dataclass(frozen=True)
@@ -641,6 +643,9 @@ def contradictions(command: str, settings: Settings) -> Iterator[str]:
         yield "--download needs --data-path, the folder to put CIFAR-10 into"
     if settings.subset < 1 and not settings.data_path:
         yield f"--subset {settings.subset:g} needs --data-path: synthetic images are made"
+    if settings.augment_confused and not settings.data_path:
+        asked = as_option("augment_confused", settings.augment_confused)
+        yield f"{asked} needs --data-path: synthetic images are not augmented"
     for name in ("norm_weight_decay", "bias_weight_decay"):
         if settings.skip_decay_1d and getattr(settings, name) is not None:
             yield f"{as_option(name, getattr(settings, name))} and --skip-decay-1d: give one"
@@ -2555,7 +2560,8 @@ class ImageData:
 
     `kind` is folder, cifar10 or synthetic; `chosen` are the indices of the pictures to train on;
     `left_out` tells of files and folders that are not used: what each is, and its path; `native` is
-    how its pictures are made ready unless trained weights or settings say otherwise.
+    how its pictures are made ready unless trained weights or settings say otherwise; `confused` are
+    the classes, if they were asked for, whose pictures are augmented more strongly.
     """
 
     kind: str
@@ -2565,6 +2571,7 @@ class ImageData:
     native: Preprocessing = Preprocessing()
     chosen: Sequence[int] = ()
     left_out: Sequence[tuple[str, str]] = ()
+    confused: Sequence[int] | None = None
 
 
 def open_data(settings: Settings) -> ImageData:
@@ -2584,7 +2591,8 @@ def open_data(settings: Settings) -> ImageData:
     found = len(data.classes)
     if settings.num_classes and settings.num_classes < found:
         raise UserError(f"--num-classes {settings.num_classes}: {path} has {found} classes")
-    data = dataclasses.replace(data, chosen=choose_images(data, settings))
+    confused = confused_classes(settings, data.classes)
+    data = dataclasses.replace(data, chosen=choose_images(data, settings), confused=confused)
     if len(data.chosen) < images:
         step, remedy = f"--batch-size {settings.batch_size}", "lower -b"
         if settings.accumulate > 1:
@@ -2781,9 +2789,42 @@ def choose_images(data: ImageData, settings: Settings) -> list[int]:
     return sorted(chosen)
 
 
+def class_names(settings: Settings, classes: Sequence[str]) -> list[str]:
+    """A name for all that a model tells apart, which can be more than the classes of the data."""
+    more = range(len(classes), settings.num_classes or 0)
+    return [*classes, *(f"class {number}" for number in more)]
+
+
+def confused_classes(settings: Settings, classes: Sequence[str]) -> list[int] | None:
+    """The classes that were confused most, by the file of `--augment-confused`: those of its pairs
+    that have at least half as many images as its worst. None without such a file.
+
+    Raises UserError for a file that is none, or that knows other classes.
+    """
+    path = settings.augment_confused
+    if path is None or settings.test_only:
+        return None
+    try:
+        pairs = [
+            (each["images"], {str(each["true"]), str(each["taken_for"])})
+            for each in json.loads(path.read_bytes())["pairs"]
+        ]
+        least = max((images for images, _ in pairs), default=0) / 2
+        names = {name for images, pair in pairs if images >= least for name in pair}
+    except OSError as error:
+        raise UserError(f"--augment-confused {path}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise UserError(f"--augment-confused {path}: no confused.json of a --test-only") from None
+    known = class_names(settings, classes)
+    for name in sorted(set().union(*(pair for _, pair in pairs)).difference(known)):
+        raise UserError(f"--augment-confused {path}: the data have no class {readable(name)}")
+    return [number for number, name in enumerate(classes) if name in names]
+
+
 def describe_images(data: ImageData) -> dict[str, Any]:
-    """What a checkpoint says of its data, in plain types: the classes, and of the images to train
-    on their number and a fingerprint of their names and sizes (of files alone).
+    """What a checkpoint says of its data, in plain types: the classes, those that are augmented
+    more strongly, and of the images to train on their number and a fingerprint of their names and
+    sizes (of files alone).
     """
     digest = hashlib.sha256()
     for index in data.chosen if data.kind == "folder" else ():
@@ -2792,6 +2833,7 @@ def describe_images(data: ImageData) -> dict[str, Any]:
         digest.update(os.fsencode(f"{index} {os.path.relpath(path, data.train.root)} {size}\n"))
     return {
         "classes": list(data.classes),
+        "confused": [data.classes[number] for number in data.confused or ()],
         "images": len(data.chosen),
         "fingerprint": digest.hexdigest(),
     }
@@ -2812,7 +2854,24 @@ def to_tensor(ready: Preprocessing) -> list[Any]:
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize]
 
 
-def training_transform(data: ImageData, settings: Settings, size: int) -> v2.Transform:
+def auto_augmentation(data: ImageData, settings: Settings, stronger: bool) -> list[v2.Transform]:
+    """The augmentation by a policy, if there is one; `stronger` is that of confused classes."""
+    magnitude = settings.ra_magnitude
+    if stronger and settings.auto_augment != "none":
+        return [v2.RandAugment(3, min(magnitude + 5, 30))]
+    policy = v2.AutoAugmentPolicy("cifar10" if data.kind == "cifar10" else "imagenet")
+    chosen = {
+        "none": [],
+        "ra": [v2.RandAugment(magnitude=magnitude)],
+        "ta": [v2.TrivialAugmentWide()],
+        "aa": [v2.AutoAugment(policy)],
+    }
+    return chosen["ra" if stronger else settings.auto_augment]
+
+
+def training_transform(
+    data: ImageData, settings: Settings, size: int, stronger: bool = False
+) -> v2.Transform:
     """The augmentation of one picture, to a tensor (3, size, size)."""
     ready = data.native.overruled(settings)
     resized = {"interpolation": v2.InterpolationMode(ready.interpolation), "antialias": True}
@@ -2821,15 +2880,8 @@ def training_transform(data: ImageData, settings: Settings, size: int) -> v2.Tra
     steps: list[Any] = [v2.RandomResizedCrop(size, (settings.min_scale, 1), **resized)]
     if data.kind == "cifar10":
         steps = [v2.RandomCrop(32, padding=4), v2.Resize(size, **resized)]
-    steps.append(v2.RandomHorizontalFlip(settings.hflip))
-    policy = v2.AutoAugmentPolicy("cifar10" if data.kind == "cifar10" else "imagenet")
-    auto = {
-        "ra": v2.RandAugment(magnitude=settings.ra_magnitude),
-        "ta": v2.TrivialAugmentWide(),
-        "aa": v2.AutoAugment(policy),
-    }
-    if settings.auto_augment != "none":
-        steps.append(auto[settings.auto_augment])
+    steps += [v2.RandomHorizontalFlip(settings.hflip)]
+    steps += auto_augmentation(data, settings, stronger)
     if settings.color_jitter:
         steps.append(v2.ColorJitter(*3 * (settings.color_jitter,)))
     return v2.Compose([*steps, *to_tensor(ready), v2.RandomErasing(settings.random_erase)])
@@ -2902,7 +2954,8 @@ SampleKey = tuple[int, int]  # epoch and index
 
 
 class Samples(Dataset):
-    """Whole batches of a data set's pictures, by their keys, through the transform of the epoch.
+    """Whole batches of a data set's pictures, by their keys, through the transform of the epoch;
+    those of `confused` classes through `transform_in(epoch, True)`.
 
     torch's global generator is seeded for every sample, since torchvision's transforms draw from
     it, and then put back: without loader processes, the model's dropout uses the same one.
@@ -2912,20 +2965,24 @@ class Samples(Dataset):
         self,
         pictures: Dataset,
         seed: int,
-        transform_in: Callable[[int], v2.Transform],
+        transform_in: Callable[..., v2.Transform],
         mix: v2.Transform | None = None,
+        confused: Sequence[int] | None = None,
     ):
         self._pictures, self._seed, self._mix = pictures, seed, mix
-        self._transform_in = transform_in
+        self._transform_in, self._confused = transform_in, confused
 
     def __getitem__(self, keys: Sequence[SampleKey]) -> Loaded:
         start_s = time.perf_counter()
         samples, broken, batch = [], [], None
-        transform = self._transform_in(keys[0][0])  # a batch is of one epoch
+        epoch, _ = keys[0]  # a batch is of one epoch
+        transform, stronger = self._transform_in(epoch), {}
+        if self._confused:
+            stronger = dict.fromkeys(self._confused, self._transform_in(epoch, True))
         with torch.random.fork_rng(devices=()):
             for key in keys:
                 try:
-                    samples.append(self._sample(*key, transform))
+                    samples.append(self._sample(*key, transform, stronger))
                 except BrokenImage as error:
                     broken.append(str(error))
             if samples:
@@ -2940,10 +2997,12 @@ class Samples(Dataset):
         record = LoadRecord(process.id if process else -1, start_s, time.perf_counter())
         return Loaded(batch, record, tuple(broken))
 
-    def _sample(self, epoch: int, index: int, transform: v2.Transform) -> tuple[torch.Tensor, int]:
+    def _sample(
+        self, epoch: int, index: int, usual: v2.Transform, of_class: dict[int, v2.Transform]
+    ) -> tuple[torch.Tensor, int]:
         torch.default_generator.manual_seed(derived_seed(self._seed, epoch, index))
         picture, target = self._pictures[index]
-        return transform(picture), int(target)
+        return of_class.get(int(target), usual)(picture), int(target)
 
 
 class EpochOrder:
@@ -3179,14 +3238,16 @@ class Feed:
 def training_feed(data: ImageData, settings: Settings, cpus: Sequence[int]) -> Feed:
     """Shuffled, augmented training images; what does not fill a batch is left out of an epoch."""
     transform_in, mix = partial(transform_of_epoch, data, settings), mixing_transform(settings)
-    samples = Samples(data.train, settings.seed, transform_in, mix)
+    samples = Samples(data.train, settings.seed, transform_in, mix, data.confused)
     order = EpochOrder(data.chosen, settings.batch_size, settings.seed)
     return Feed(samples, order, settings, cpus)
 
 
-def transform_of_epoch(data: ImageData, settings: Settings, epoch: int) -> v2.Transform:
+def transform_of_epoch(
+    data: ImageData, settings: Settings, epoch: int, stronger: bool = False
+) -> v2.Transform:
     """The augmentation of one picture, to the image size of an epoch."""
-    return training_transform(data, settings, image_size_in(settings, epoch))
+    return training_transform(data, settings, image_size_in(settings, epoch), stronger)
 
 
 def validation_feed(data: ImageData, settings: Settings, cpus: Sequence[int]) -> Feed | None:
@@ -3977,6 +4038,9 @@ def check_resumable(
         if before["fingerprint"] != data["fingerprint"]:
             counts = f"{before['images']} -> {data['images']}"
             differences.append(f"images to train on (names or sizes) {counts}")
+        each = [", ".join(those.get("confused", [])) or "none" for those in (before, data)]
+        if each[0] != each[1]:
+            differences.append(f"classes that are augmented more strongly {' -> '.join(each)}")
     return differences
 
 
@@ -5495,6 +5559,11 @@ def describe_data(data: ImageData) -> list[str]:
         f"data      {part}{plural(len(data.train), 'image')} of "
         f"{plural(len(data.classes), 'class')} ({classes}) to train on, {val}"
     ]
+    if data.confused is not None:
+        names = ", ".join(data.classes[number] for number in data.confused)
+        names = textwrap.shorten(names, 60, placeholder=" ...")
+        count = f"{plural(len(data.confused), 'class')} ({names})" if names else "no class"
+        lines.append(f"confused  {count} with a stronger RandAugment")
     kinds: dict[str, list[str]] = {}
     for kind, path in data.left_out:
         kinds.setdefault(kind, []).append(path)
@@ -6612,8 +6681,7 @@ def test(run: Run, found: tuple[Path, State] | None) -> None:
     results = evaluate(run, confusion=confusion)
     for text in run.bad.messages:
         warn(f"{text}: left out")
-    classes = [*run.data.classes]
-    classes += [f"class {number}" for number in range(len(classes), run.settings.num_classes)]
+    classes = class_names(run.settings, run.data.classes)
     text = "loss {loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %"
     figures, *raw = (text.format_map(each.figures()) for each in results)
     lines = [f"{plural(results[0].images, 'image')}: {figures}"]

@@ -1135,6 +1135,7 @@ def changed(**settings):
         {"resume": Path("auto"), "mirror": "memory://m", "print_freq": 1},
         {"early_stopping": 3, "target_top1": 90.0, "max_bad_images": 4},
         {"split": "1:3", "loader_cores": (0,), "tuned_malloc": False},
+        {"augment_confused": Path("c.json")},  # what is in it counts
     ],
 )
 def test_settings_that_may_change(settings):
@@ -1261,6 +1262,23 @@ def test_other_classes_are_an_error(copied, capsys, arguments, renamed, options)
         "--data-path\n"
     )
     assert contents(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "listed"),
+    [
+        ({"confused": ["b"]}, ["b"], []),
+        ({"confused": []}, [], []),
+        ({}, [], []),  # an older version
+        ({"confused": ["b"]}, ["a", "b"], ["classes that are augmented more strongly b -> a, b"]),
+        ({}, ["a"], ["classes that are augmented more strongly none -> a"]),
+    ],
+)
+def test_other_classes_that_are_augmented_more_strongly_are_listed(before, now, listed):
+    data = {"classes": ["a", "b"], "images": 4, "fingerprint": "x"}
+    saved = SAVED | {"data": data | before}
+    found = tsa.check_resumable(Path("last.pt"), saved, BASE, data | {"confused": now})
+    assert found == listed
 
 
 @pytest.mark.parametrize("change", ["added", "resized", "renamed", "none"])

@@ -455,6 +455,7 @@ BAD_INPUT = [
     ([*TINY, "--test-only", "--resume", "nowhere.pt"], "--test-only needs validation images"),
     ([*TINY, "--mirror", "odd://x", "--output-dir", "out"], "--mirror odd://x: "),
     (["--data-path", "nowhere"], "--data-path nowhere does not exist"),
+    (["--augment-confused", "c.json"], "--augment-confused c.json needs --data-path"),
     (["--data-path", str(SCRIPT)], "is a file, not a folder"),
     (["--data-path", "."], "--data-path .: no images"),
     (["--log-file", "nowhere/logs.md"], "--log-file nowhere/logs.md: cannot be written"),

@@ -7,6 +7,7 @@ import functools
 import gc
 import hashlib
 import http.server
+import json
 import os
 import resource
 import shutil
@@ -1130,6 +1131,152 @@ def test_loading_leaves_the_random_state_alone(photos, workers):
     before = torch.get_rng_state()
     load(data, small(workers=workers, **AUGMENTED))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# Classes that were confused
+
+NUMBERS = ("one", "two", "three", "four")
+
+
+def confused_file(folder, *pairs, **more):
+    path = folder / "confused.json"
+    keys = "true", "taken_for", "images"
+    found = [dict(zip(keys, pair, strict=True)) for pair in pairs]
+    path.write_text(json.dumps({"pairs": found} | more))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("pairs", "confused"),
+    [
+        ([], []),
+        ([("two", "one", 1)], [0, 1]),
+        ([("two", "three", 9), ("three", "two", 4), ("one", "two", 4)], [1, 2]),
+        ([("two", "three", 9), ("four", "two", 5), ("one", "two", 4)], [1, 2, 3]),
+        ([("one", "two", 1), ("three", "four", 8)], [2, 3]),  # in any order
+        ([("one", "two", 2), ("two", "three", 2), ("four", "three", 1)], [0, 1, 2, 3]),
+        ([("four", "class 5", 3)], [3]),  # the model tells more classes apart than there are
+    ],
+)
+def test_the_classes_that_were_confused_most(tmp_path, pairs, confused):
+    settings = Settings(augment_confused=confused_file(tmp_path, *pairs), num_classes=6)
+    assert tsa.confused_classes(settings, NUMBERS) == confused
+
+
+def test_what_a_test_has_written_is_read(tmp_path):
+    confusion = tsa.Confusion({(0, 1): 9, (2, 1): 5, (1, 2): 4, (3, 3): 50, (4, 3): 1})
+    path = tmp_path / "confused.json"
+    path.write_text(tsa.confused_json(confusion, (*NUMBERS, "class 4"), {"images": 69}))
+    settings = Settings(augment_confused=path, num_classes=5)
+    assert tsa.confused_classes(settings, NUMBERS) == [0, 1, 2]
+
+
+def test_without_a_file_or_to_test_nothing_is_read(tmp_path):
+    assert tsa.confused_classes(Settings(), NUMBERS) is None
+    gone = Settings(augment_confused=tmp_path / "gone.json", test_only=True)
+    assert tsa.confused_classes(gone, NUMBERS) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "No such file or directory"),
+        (b"", "no confused.json of a --test-only"),
+        (b"\xff", "no confused.json of a --test-only"),
+        (b"true class,predicted class,images", "no confused.json of a --test-only"),
+        (b"[]", "no confused.json of a --test-only"),
+        (b"{}", "no confused.json of a --test-only"),
+        (b'{"pairs": 3}', "no confused.json of a --test-only"),
+        (b'{"pairs": ["one"]}', "no confused.json of a --test-only"),
+        (b'{"pairs": [{"true": "one", "images": 3}]}', "no confused.json of a --test-only"),
+        (
+            b'{"pairs": [{"true": "one", "taken_for": "two", "images": "3"}]}',
+            "no confused.json of a --test-only",
+        ),
+        (b"[" * 100_000, "no confused.json of a --test-only"),
+        (
+            b'{"pairs": [{"true": "one", "taken_for": "two", "images": 9},'
+            b'{"true": "one", "taken_for": "dog", "images": 1}]}',
+            "the data have no class dog",
+        ),
+    ],
+)
+def test_a_file_that_is_none_of_confused_classes(tmp_path, content, reason):
+    path = tmp_path / "c.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(tsa.UserError) as caught:
+        tsa.confused_classes(Settings(augment_confused=path), NUMBERS)
+    assert str(caught.value) == f"--augment-confused {path}: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("pairs", "line"),
+    [
+        ([], "confused  no class with a stronger RandAugment"),
+        ([("temple", "flower", 3)], "confused  2 classes (flower, temple) with a stronger "),
+    ],
+)
+def test_what_is_said_of_confused_classes(photos, tmp_path, in_tmp, capsys, pairs, line):
+    path = confused_file(tmp_path, *pairs)
+    cheap = [word for word in TINY if word not in ("--num-classes", "3")]
+    options = ["--data-path", str(photos), "--augment-confused", str(path)]
+    assert tsa.main(["plan", *cheap, *options]) == 0
+    assert line in capsys.readouterr().out.splitlines()[-2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "stronger"),
+    [
+        ({}, v2.RandAugment(2, 9)),
+        ({"ra_magnitude": 12}, v2.RandAugment(2, 12)),
+        ({"auto_augment": "ra"}, v2.RandAugment(3, 14)),
+        ({"auto_augment": "ra", "ra_magnitude": 30}, v2.RandAugment(3, 30)),
+        ({"auto_augment": "ta"}, v2.RandAugment(3, 14)),
+        ({"auto_augment": "aa", "ra_magnitude": 1}, v2.RandAugment(3, 6)),
+    ],
+)
+def test_the_stronger_augmentation(settings, stronger):
+    asked = small(min_scale=1.0, hflip=0.0, **settings)
+    ours = draws(tsa.training_transform(plain(), asked, 32, True), noise(), 8)
+    expected = transform().transforms
+    expected.insert(2, stronger)
+    for image, other in zip(ours, draws(v2.Compose(expected), noise(), 8), strict=True):
+        assert torch.equal(image, other)
+
+
+@ALL_WORKERS
+def test_only_the_pictures_of_confused_classes_are_augmented_more_strongly(
+    photos, monkeypatch, tmp_path, workers
+):
+    """Picture by picture as in one run where no class is, and one where all are."""
+    settings = small(data_path=photos, batch_size=3, workers=workers)
+    of_class, of_all = (
+        confused_file(tmp_path, ("temple", name, 2)).rename(tmp_path / f"{name}.json")
+        for name in ("temple", "flower")
+    )
+    usual, one, all_of_them = (
+        load(tsa.open_data(asked), asked, epoch=2)
+        for asked in (
+            settings,
+            dataclasses.replace(settings, augment_confused=of_class),
+            dataclasses.replace(settings, augment_confused=of_all),
+        )
+    )
+    seen = set()
+    for without, some, stronger in zip(usual, one, all_of_them, strict=True):
+        for place, target in enumerate(some[1].tolist()):
+            assert torch.equal(some[0][place], (stronger if target else without)[0][place])
+            seen.add((target, torch.equal(without[0][place], stronger[0][place])))
+    assert {(0, False), (1, False)} <= seen, "there is a difference to be seen"
+
+
+def test_confused_classes_and_a_run_that_goes_on(photos, tmp_path):
+    path = confused_file(tmp_path, ("temple", "temple", 2))
+    settings = small(data_path=photos, augment_confused=path, **AUGMENTED)
+    data = tsa.open_data(settings)
+    assert_same_batches(load(data, settings, 3, start=2), load(data, settings, 3)[2:])
+    assert tsa.describe_images(data)["confused"] == ["temple"]
 
 
 def keys_of(order):

@@ -449,6 +449,11 @@ def test_some_recipes_start_from_trained_weights(recipe):
         ({"skip_decay_1d": True, "weight_decay": 0.1}, None),
         ({"norm_weight_decay": 0.0, "bias_weight_decay": 0.0}, None),
         ({"target_top1": 97.5}, "--target-top1 97.5 needs --epochs"),
+        (
+            {"augment_confused": Path("c.json")},
+            "--augment-confused c.json needs --data-path: synthetic images are not augmented",
+        ),
+        ({"augment_confused": Path("c.json"), "data_path": Path("data")}, None),
         ({"download": True, "data_path": Path("data")}, None),
         ({"subset": 0.2, "data_path": Path("data")}, None),
         ({"early_stopping": 3, "target_top1": 97.5, "epochs": 9}, None),
