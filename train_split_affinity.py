@@ -597,8 +597,8 @@ class ReportSettings:
     output_dir: Path | None = free(None, "folder for checkpoints, metrics.jsonl and pictures "
         "(default: not written)", type=Path)
     print_freq: int = free(10, "steps between two lines of figures", type=COUNT)
-    tensorboard: bool = free(False, "write what is measured for TensorBoard too, into "
-        "tensorboard in --output-dir (needs the package tensorboard)")
+    tensorboard: bool = free(False, "write what is measured for TensorBoard too, into the folder "
+        "tensorboard in --output-dir (pip install tensorboard)")
     json: Path | None = free(None, "file for the figures of compare (default: not written)",
         only="compare", type=Path)
 
@@ -643,6 +643,8 @@ def contradictions(command: str, settings: Settings) -> Iterator[str]:
         yield "--download needs --data-path, the folder to put CIFAR-10 into"
     if settings.subset < 1 and not settings.data_path:
         yield f"--subset {settings.subset:g} needs --data-path: synthetic images are made"
+    if settings.tensorboard and not settings.output_dir:
+        yield "--tensorboard needs --output-dir, the folder for all that is written"
     if settings.augment_confused and not settings.data_path:
         asked = as_option("augment_confused", settings.augment_confused)
         yield f"{asked} needs --data-path: synthetic images are not augmented"
@@ -5097,6 +5099,7 @@ def trace_events(plan: CorePlan, steps: Sequence[StepResult]) -> dict[str, Any]:
 STRAY_WARNING_SHARE = 0.01
 COMPANY_IN_SUMMARY = 0.02  # below that it may be the error of the clocks
 METRICS, TIMELINE, TRACE = "metrics.jsonl", "timeline.png", "trace.json"
+TENSORBOARD = "tensorboard"
 TRACEBACK = "traceback.txt"
 CURVES, GRADIENTS, RANGE_PLOT = "curves.png", "gradients.png", "lr.png"
 CONFUSION, PAIRS, CONFUSED = "confusion", "confusion-pairs.csv", "confused.json"
@@ -5642,21 +5645,26 @@ def result_lines(
         top1, epoch = progress.best[0]
         lines.append(f"best validation top-1: {top1:.2f} % in epoch {epoch}")
     if folder := settings.output_dir:
-        names = (BEST, LAST, CURVES, GRADIENTS, TIMELINE, TRACE, METRICS)
+        names = (BEST, LAST, CURVES, GRADIENTS, TIMELINE, TRACE, METRICS, TENSORBOARD)
         there = [name for name in names if name in to_come or (folder / name).exists()]
         lines.append(f"files in {folder}: {', '.join(there)}")
     return lines
 
 
 def append_text(path: Path, text: str, header: str = "") -> None:
+    """Append text to a file, as `append_bytes`."""
+    append_bytes(path, readable(text).encode(), readable(header).encode())
+
+
+def append_bytes(path: Path, data: bytes, header: bytes = b"") -> None:
     """Append to a file under a lock, so that what two runs write stays whole; a new file gets the
-    header first. Raises RunError when the file cannot be written, and leaves no part of the text.
+    header first. Raises RunError when the file cannot be written, and leaves no part of the data.
     """
     try:
         with path.open("ab", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             size = os.fstat(file.fileno()).st_size
-            write_end(file, size, readable(text if size else header + text).encode())
+            write_end(file, size, data if size else header + data)
     except OSError as error:
         raise RunError(f"{path}: cannot be written: {error.strerror}") from None
 
@@ -5757,6 +5765,8 @@ def check_writable(settings: Settings) -> None:
             tempfile.TemporaryFile(dir=existing).close()  # files are replaced by new ones
             for name in (METRICS, TIMELINE, TRACE, CURVES, GRADIENTS, LAST):
                 check_appendable(output / name, existing)
+            if settings.tensorboard and (output / TENSORBOARD).exists():
+                tempfile.TemporaryFile(dir=output / TENSORBOARD).close()
         if settings.json:
             flag = f"--json {settings.json}"
             check_appendable(settings.json, settings.json.parent)
@@ -5965,6 +5975,69 @@ def machine_metrics(topology: Topology) -> dict[str, Any]:
     return {"host_kind": host_kind(), "machine": machine, "topology": cores}
 
 
+def event_record(**event: Any) -> bytes:
+    """An event as TensorBoard reads it: its message (event.proto), framed. Raises ImportError
+    without the package.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    file = io.BytesIO()
+    RecordWriter(file).write(Event(wall_time=time.time(), **event).SerializeToString())
+    return file.getvalue()
+
+
+def check_tensorboard(settings: Settings) -> None:
+    """Raise UserError if `--tensorboard` is asked for without the package, or with one that does
+    not work.
+    """
+    try:
+        if settings.tensorboard and not settings.test_only:
+            event_record()
+    except Exception as error:  # of imports, or of protobuf in a version that does not fit
+        remedy = "needs the package tensorboard: pip install tensorboard"
+        raise UserError(f"--tensorboard {remedy} ({one_line(error)})") from None
+
+
+class EventFile:
+    """A run's figures for TensorBoard, in a file of its own; what earlier ones in the same folder
+    have from `first_step` on is no longer shown.
+
+    The records are TensorBoard's, but they are written as all else is, not by SummaryWriter: a full
+    disk ends the thread of that with a traceback on the screen, and where there is TensorFlow, that
+    is imported for it.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
+        self._path = folder / name
+        purge = event_record(step=first_step, session_log={"status": "START"})
+        self._header = event_record(file_version="brain.Event:2") + purge
+
+    def add(self, step: int, scalars: dict[str, float]) -> None:
+        """Write figures after an optimizer step, by name. Raises RunError if that cannot be."""
+        values = [{"tag": tag, "simple_value": value} for tag, value in scalars.items()]
+        self._path.parent.mkdir(exist_ok=True)
+        append_bytes(self._path, event_record(step=step, summary={"value": values}), self._header)
+
+
+def step_scalars(result: StepResult) -> dict[str, float]:
+    """A step's figures for TensorBoard; accuracies in percent."""
+    scores = Scores(result.loss, result.images, result.top1, result.top5)
+    scalars = {f"step/{name}": value for name, value in scores.figures().items()}
+    scalars |= {"step/lr": result.lr, "speed/images_per_s": result.images / result.step_s}
+    phases = {record.phase for record in result.records}
+    times_s = {f"speed/{phase}_s": result.total("duration_s", phase) for phase in sorted(phases)}
+    return {**scalars, "speed/step_s": result.step_s, **times_s}
+
+
+def epoch_scalars(row: dict[str, Any]) -> dict[str, float]:
+    """A finished epoch's figures for TensorBoard, without those that were not measured."""
+    names = "epoch", *EPOCH_FIELDS, *RAW_FIELDS
+    scalars = {f"epoch/{name}": row[name] for name in names if row.get(name) is not None}
+    return scalars | {f"gradients/{name}": norm for name, norm in row["gradient_norms"].items()}
+
+
 class RunReport:
     """Everything that one run shows and writes while it goes on, and when it ends.
 
@@ -5999,6 +6072,9 @@ class RunReport:
             dynamic_ncols=True,
         )
         self._write_metrics({"type": "run", **run, **machine_metrics(topology)})
+        self._events: EventFile | None = None
+        if settings.tensorboard:
+            self._events = EventFile(settings.output_dir / TENSORBOARD, progress.step + 1)
         heading = log_heading(settings, asked or settings, topology, plan, progress.step)
         self._log = LogSection(settings.log_file, heading, bool(settings.epochs))
         self._write(self._log.begin)
@@ -6039,6 +6115,8 @@ class RunReport:
         """Take in one finished step."""
         self._tally.add(result)
         self._write_metrics(result.as_metrics())
+        if self._events:
+            self._write(self._events.add, result.step, step_scalars(result))
         self.check_placement(result.records)
         self.company(result.company)
         recent = itertools.islice(reversed(self._tally.latest), RECENT_STEPS)
@@ -6064,6 +6142,8 @@ class RunReport:
         if RAW_FIELDS[0] in row:
             say(epoch_line(row, RAW_FIELDS))
         self._write_metrics({"type": "epoch", **row})
+        if self._events:
+            self._write(self._events.add, self._progress.step, epoch_scalars(row))
         self._write(self._log.add_epoch, epoch_line(row))
         for text in gradient_warnings(row["gradient_norms"]):
             self.warn(text.partition(":")[0], f"epoch {row['epoch']}: {text}")
@@ -6635,6 +6715,7 @@ def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
 
 def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
     """A whole run; returns the trained model. Raises UserError before anything is written."""
+    check_tensorboard(settings)
     with prepared(settings, topology, plan) as run:
         data = None if run.settings.test_only else describe_images(run.data)
         checkpoints = Checkpoints(run.settings, warn, data)

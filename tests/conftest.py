@@ -38,6 +38,19 @@ TINY = [
 ]
 
 
+def scalars_in(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a folder: (step, value) of each figure, by its name; the test is
+    skipped without TensorBoard.
+    """
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = accumulator.EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    found.Reload()
+    return {
+        tag: [(scalar.step, scalar.value) for scalar in found.Scalars(tag)]
+        for tag in found.Tags()["scalars"]
+    }
+
+
 def as_loaded(batches: list) -> list[tsa.Loaded]:
     """Batches in the form in which a loader gives them."""
     return [tsa.Loaded(batch) for batch in batches]

@@ -19,7 +19,7 @@ from pathlib import Path
 import machines
 import pytest
 import torch
-from conftest import TINY, TWO_CPUS, needs_two_cpus, read_metrics
+from conftest import TINY, TWO_CPUS, needs_two_cpus, read_metrics, scalars_in
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
@@ -198,6 +198,46 @@ def test_a_run_over_epochs(in_tmp, photos_with_val, capsys):
     assert "step 1/12: loss " in captured.out
     assert re.search(r"^step 1/12: .* left \(epoch 1/2: \d+s\)$", captured.out, re.MULTILINE)
     assert "finished after 12 of 12 steps" in captured.out
+
+
+def test_a_run_for_tensorboard_says_no_more_than_others(in_tmp, photos_with_val):
+    """Nor has it another thread, of which the audit could warn."""
+    pytest.importorskip("tensorboard")
+    place = ["--data-path", str(photos_with_val), "--output-dir", "out", "--split", "even"]
+    done = run_script(*TINY, *place, "--epochs", "2", "--tensorboard")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "metrics.jsonl, tensorboard\n" in done.stdout
+    scalars = scalars_in(Path("out/tensorboard"))
+    losses = [(line["step"], line["loss"]) for line in read_metrics(Path("out"), "step")]
+    assert scalars["step/loss"] == [(step, pytest.approx(loss)) for step, loss in losses]
+    rows = read_metrics(Path("out"), "epoch")
+    expected = [(6 * row["epoch"], pytest.approx(row["val_top1"])) for row in rows]
+    assert scalars["epoch/val_top1"] == expected
+
+
+def test_tensorboard_that_is_not_installed(in_tmp, tmp_path):
+    fake = tmp_path / "fake/tensorboard"
+    fake.mkdir(parents=True)
+    fake.joinpath("__init__.py").write_text("raise ImportError('not there')")
+    options = ["--output-dir", "out", "--tensorboard", "--steps", "1"]
+    done = run_script(*TINY, *options, PYTHONPATH=str(fake.parent))
+    assert (done.returncode, done.stderr) == (
+        2,
+        "train_split_affinity.py: error: --tensorboard needs the package tensorboard: pip install "
+        "tensorboard (not there)\n",
+    )
+    assert not list(in_tmp.iterdir())
+
+
+def test_tensorboard_is_needed_to_train_alone(monkeypatch):
+    def fail():
+        raise TypeError("Descriptors cannot be created directly.\nIf this call came from ...")
+
+    monkeypatch.setattr(tsa, "event_record", fail)
+    tsa.check_tensorboard(tsa.Settings())
+    tsa.check_tensorboard(tsa.Settings(tensorboard=True, test_only=True))
+    with pytest.raises(tsa.UserError, match=r"tensorboard \(Descriptors cannot be .* directly.\)$"):
+        tsa.check_tensorboard(tsa.Settings(tensorboard=True))
 
 
 @pytest.fixture
@@ -437,6 +477,7 @@ BAD_INPUT = [
     (["--early-stopping", "3"], "--early-stopping 3 needs --epochs"),
     (["--target-top1", "90"], "--target-top1 90 needs --epochs"),
     (["--save-steps", "3"], "--save-steps needs --output-dir"),
+    (["--tensorboard"], "--tensorboard needs --output-dir"),
     (["--mirror", "memory://x"], "--mirror needs --output-dir"),
     (["--resume", "auto"], "--resume auto needs --output-dir"),
     (["--resume", "a.pt", "--init-from", "b.pt"], "--resume a.pt and --init-from b.pt: give one"),

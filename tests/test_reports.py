@@ -27,7 +27,7 @@ import machines
 import pytest
 import torch
 from cmarkgfm.cmark import Options
-from conftest import read_metrics
+from conftest import read_metrics, scalars_in
 from PIL import Image
 from records import PLAN, record, step, summarise
 from tqdm import tqdm
@@ -317,6 +317,9 @@ def test_best_accuracy_and_files(tmp_path):
     ]
     _, files = tsa.result_lines(Settings(output_dir=tmp_path), progress, ["timeline.png"])
     assert files.endswith(": best.pt, last.pt, curves.png, timeline.png, metrics.jsonl")
+    (tmp_path / "tensorboard").mkdir()
+    _, files = tsa.result_lines(Settings(output_dir=tmp_path), progress)
+    assert files.endswith(": best.pt, last.pt, curves.png, metrics.jsonl, tensorboard")
 
 
 # Files for several runs
@@ -683,6 +686,14 @@ def test_files_that_could_be_written_but_not_replaced(tmp_path, monkeypatch, nam
         tsa.check_writable(Settings(log_file=tmp_path / "logs.md", **{name: path}))
 
 
+def test_a_file_where_tensorboard_s_folder_is_to_be(tmp_path):
+    (tmp_path / "tensorboard").write_text("")
+    settings = Settings(log_file=tmp_path / "logs.md", output_dir=tmp_path)
+    tsa.check_writable(settings)
+    with pytest.raises(tsa.UserError, match=f"--output-dir {tmp_path}: cannot be .*: Not a dire"):
+        tsa.check_writable(dataclasses.replace(settings, tensorboard=True))
+
+
 def test_checking_leaves_no_trace(tmp_path):
     log = tmp_path / "logs.md"
     tsa.check_writable(Settings(log_file=log, output_dir=tmp_path / "a/b"))
@@ -878,6 +889,105 @@ def test_a_report_of_a_resumed_run(settings):
     assert read_metrics(settings.output_dir, "summary")[0]["outcome"] == (
         "finished after 12 of 30 steps"
     )
+
+
+@pytest.fixture
+def shown(settings):
+    """Settings of a run for TensorBoard, and where it writes for that."""
+    pytest.importorskip("tensorboard")
+    return dataclasses.replace(settings, tensorboard=True), settings.output_dir / "tensorboard"
+
+
+def test_what_tensorboard_shows_of_a_step(shown):
+    settings, folder = shown
+    report = report_on(settings)
+    result = dataclasses.replace(step(1), top1=2, top5=6, lr=0.25)
+    report.step(result)
+    values = {
+        "step/loss": 4.0,
+        "step/top1": 25.0,
+        "step/top5": 75.0,
+        "step/lr": 0.25,
+        "speed/images_per_s": 20.0,
+        "speed/step_s": 0.4,
+        "speed/forward_s": 0.1,
+        "speed/backward_s": 0.2,
+        "speed/update_s": 0.05,
+    }
+    assert scalars_in(folder) == {
+        tag: [(1, pytest.approx(value, rel=1e-6))] for tag, value in values.items()
+    }
+
+
+@pytest.mark.parametrize("more", [{}, RAW, NO_VALIDATION])
+def test_what_tensorboard_shows_of_an_epoch(shown, more):
+    """At the optimizer step that it ends with; without what was not measured."""
+    settings, folder = shown
+    report = report_on(settings, step=10)
+    row = epoch_row(2, **more)
+    report.epoch(row, [row])
+    names = ["epoch", *tsa.EPOCH_FIELDS, *tsa.RAW_FIELDS]
+    values = {f"epoch/{name}": row[name] for name in names if row.get(name) is not None}
+    values |= {"gradients/stem": 0.5, "gradients/fc": 2.0}
+    assert len(values) == 9 + 2 * (more == RAW) - 3 * (more == NO_VALIDATION)
+    assert scalars_in(folder) == {
+        tag: [(10, pytest.approx(value, rel=1e-6))] for tag, value in values.items()
+    }
+
+
+def test_tensorboard_shows_what_was_repeated_after_a_resume_once(shown):
+    settings, folder = shown
+    for first, last, lr in ((0, 6, 0.1), (4, 8, 0.2), (2, 3, 0.3)):
+        report = report_on(settings, step=first)
+        for number in range(first + 1, last + 1):
+            report.step(dataclasses.replace(step(number), lr=lr))
+        steps = [number for number, _ in scalars_in(folder)["step/loss"]]
+        assert steps == list(range(1, last + 1)), "none twice, and none missing"
+    rates = [round(rate, 6) for _, rate in scalars_in(folder)["step/lr"]]
+    assert rates == [0.1, 0.1, 0.3]
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_gradients_beyond_what_tensorboard_can_hold(shown):
+    settings, folder = shown
+    report = report_on(settings)
+    row = epoch_row(gradient_norms={"stem": 1e200})
+    report.epoch(row, [row])
+    assert scalars_in(folder)["gradients/stem"] == [(0, math.inf)]
+
+
+def test_no_room_for_tensorboard_ends_no_run_and_leaves_a_file_that_is_whole(
+    shown, capsys, monkeypatch
+):
+    settings, folder = shown
+    report = report_on(settings)
+    report.step(step(1))
+    (file,) = folder.iterdir()
+    room = file.stat().st_size + 20
+    monkeypatch.setattr(tsa, "append_text", lambda *args: None)  # of metrics.jsonl
+    with files_up_to(room):
+        report.step(step(2))
+        report.step(step(3))
+    report.step(step(4))
+    assert capsys.readouterr().err == f"warning: {file}: cannot be written: File too large\n"
+    assert [number for number, _ in scalars_in(folder)["step/loss"]] == [1, 4]
+
+
+def test_a_file_for_tensorboard_that_could_not_even_begin(shown):
+    _, folder = shown
+    folder.mkdir(parents=True)
+    events = tsa.EventFile(folder, 1)
+    with files_up_to(30), pytest.raises(tsa.RunError, match="cannot be written"):
+        events.add(1, {"loss": 2.5})
+    events.add(2, {"loss": 1.5})
+    assert scalars_in(folder) == {"loss": [(2, 1.5)]}
+
+
+def test_without_the_option_nothing_is_written_for_tensorboard(settings):
+    report = report_on(settings)
+    report.step(step(1))
+    report.epoch(epoch_row(), [epoch_row()])
+    assert not (settings.output_dir / "tensorboard").exists()
 
 
 def test_warnings_are_shown_once_and_alarms_each_time(settings, capsys):

@@ -454,6 +454,11 @@ def test_some_recipes_start_from_trained_weights(recipe):
             "--augment-confused c.json needs --data-path: synthetic images are not augmented",
         ),
         ({"augment_confused": Path("c.json"), "data_path": Path("data")}, None),
+        (
+            {"tensorboard": True},
+            "--tensorboard needs --output-dir, the folder for all that is written",
+        ),
+        ({"tensorboard": True, "output_dir": Path("out")}, None),
         ({"download": True, "data_path": Path("data")}, None),
         ({"subset": 0.2, "data_path": Path("data")}, None),
         ({"early_stopping": 3, "target_top1": 97.5, "epochs": 9}, None),
