@@ -847,7 +847,7 @@ def run_program(monkeypatch, name, *arguments):
     return ended.value.code
 
 
-@pytest.mark.parametrize("name", [*PROGRAMS, "convergence", "kill"])
+@pytest.mark.parametrize("name", [*PROGRAMS, "convergence", "finetune", "kill"])
 def test_programs_beside_the_tests_explain_themselves(in_tmp, capsys, monkeypatch, name):
     assert run_program(monkeypatch, name, "--help") == 0
     captured = capsys.readouterr()
