@@ -79,7 +79,6 @@ import math
 import multiprocessing.util
 import operator
 import os
-import pickle
 import platform
 import queue
 import re
@@ -95,7 +94,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -521,8 +520,9 @@ class CheckpointSettings:
         "one in --output-dir, if any", only="train", type=Path, metavar="PATH|auto")
     weights: str | None = free(None, "trained weights by torchvision's name for them, such as "
         "DEFAULT or IMAGENET1K_V2, to start a new run from", metavar="NAME")
-    init_from: Path | None = free(None, "checkpoint to take the weights from, for a new run; "
-        "with --resume auto it counts if there is nothing to go on from", type=Path)
+    init_from: Path | None = free(None, "file to take the weights from, for a new run: a "
+        "checkpoint, or a plain state dict (.pt, .pth, .safetensors); with --resume auto it counts "
+        "if there is nothing to go on from", type=Path)
     test_only: bool = free(False, "evaluate the checkpoint of --resume, train nothing")
     save_steps: int | None = free(None, "optimizer steps between two saves (default: after each "
         "epoch only)", type=COUNT)
@@ -2180,6 +2180,9 @@ class Lanes:
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LESS_MEMORY = "lower --batch-size, --image-size or --num-classes"
+DENSENET_NAMES = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
+
+Weights = dict[str, torch.Tensor]  # parameters, or buffers, by name
 
 
 class PadShortcut(nn.Module):
@@ -2418,6 +2421,46 @@ def check_input_shape(model: nn.Module, name: str, batch_size: int, image_size: 
         asked = f"--batch-size {batch_size} --image-size {image_size}"
         reason = f"{name} cannot train on such batches: {one_line(error)}"
         raise UserError(f"{asked}: {reason}") from None
+
+
+def listed_tensors(tensors: Weights, names: Collection[str], most: int = 4) -> str:
+    """The first names of some, each with its shape, and how many more there are."""
+    shapes = (", ".join(map(str, tensors[name].shape)) for name in names)
+    texts = [f"{name} ({shape})" for name, shape in zip(names, shapes, strict=True)]
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
+def take_weights(
+    model: nn.Module, saved: Weights, left_out: Collection[str] = (), least: float = 0.5
+) -> str:
+    """Give a model all saved tensors that have the name and the shape of one of its own, but for
+    those `left_out`; says what was taken, what is new, and which names the model does not know.
+
+    The model itself knows its names in older files (a ViT's), but for DenseNet's, which torchvision
+    looks after elsewhere; BatchNorm's counts of batches may be missing there. Raises UserError if
+    fewer than `least` of the tensors fit.
+    """
+    own = model.state_dict()
+    saved = {DENSENET_NAMES.sub(r"\1", name): value for name, value in saved.items()}
+    fitting = OrderedDict(
+        (name, value)
+        for name, value in saved.items()
+        if name not in left_out and (name not in own or own[name].shape == value.shape)
+    )
+    fitting._metadata = {"": {"version": model._version}}  # which MNASNet insists on
+    try:
+        new, unknown = model.load_state_dict(fitting, strict=False)
+    except RuntimeError as error:  # a name of older files, with another shape
+        raise UserError(str(error).splitlines()[-1].strip()) from None
+    counts = {name for name in own.keys() - saved.keys() if name.endswith("num_batches_tracked")}
+    total = len(own) - len(counts)
+    taken = total - len(new)
+    rest = f"; left over: {listed_tensors(saved, unknown)}" if unknown else ""
+    listed = listed_tensors(own, new)
+    if taken < least * total:
+        raise UserError(f"only {taken} of {total} tensors fit; missing: {listed}{rest}")
+    return (f"{taken} of {total} tensors; new: {listed}" if new else f"all {total} tensors") + rest
 
 
 @dataclass(frozen=True)
@@ -3273,7 +3316,6 @@ def same_transform(transform: v2.Transform, epoch: int) -> v2.Transform:
 # the gradients. Knows nothing of cores.
 # ==================================================================================================
 
-Weights = dict[str, torch.Tensor]  # parameters, or buffers, by name
 WARMUP_START = 0.01  # part of the learning rate at which a warm-up begins
 VANISHING_NORM, EXPLODING_NORM = 1e-7, 1e3
 STEPS_BETWEEN_NORMS = 10
@@ -3838,6 +3880,11 @@ KEPT = re.compile(r"(best|epoch)-(\d{4,})\.pt")
 LOCK = ".lock"
 UPLOAD_ATTEMPTS, LAST_UPLOADS_S = 3, 60
 
+# Where other programs keep weights in a file, a moving average first, as timm's own loading has it;
+# and what wrappers of a model (DataParallel, torch.compile) put before the names.
+WEIGHTS_IN = ("model_ema", "state_dict_ema", "ema", "state_dict", "model", "model_state_dict")
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+
 # What becomes of another value of each setting when a run is resumed: see `option`.
 ON_RESUME = {each.name: each.metadata["on_resume"] for each in dataclasses.fields(Settings)}
 
@@ -3971,46 +4018,20 @@ def restore_state(state: State, work: Work, settings: Settings) -> Progress:
     return progress
 
 
-def load_weights(
-    path: Path, model: nn.Module, classes: Sequence[str] = (), classifier: Iterable[str] = ()
-) -> str:
-    """Take the weights of a checkpoint, of its moving average if it has one, for a new run.
-
-    Layers of another shape stay as they are, and so do those of the classifier if it was trained
-    for other classes; says which, if any. Raises UserError if too few layers fit.
-    """
-    state = read_checkpoint(path)
-    saved, own = state["average"] or state["model"], model.state_dict()
-    trained_for = (state.get("data") or {}).get("classes", list(classes))
-    left_out = set(classifier if trained_for != list(classes) else ())
-    fitting = {
-        name: value
-        for name, value in saved.items()
-        if name in own and own[name].shape == value.shape and name not in left_out
-    }
-    if not fitting or len(fitting) < len(own) / 2:
-        raise UserError(
-            f"--init-from {path}: made by {state['settings']['model']}, whose weights do not fit"
-        )
-    model.load_state_dict(fitting, strict=False)
-    new = [
-        f"{name} ({' x '.join(map(str, value.shape))})"
-        for name, value in own.items()
-        if name not in fitting
-    ]
-    more = f" and {len(new) - 4} more" if len(new) > 4 else ""
-    listed = ", ".join(new[:4]) + more
-    reason = "knows other classes" if left_out else "has none of that shape"
-    return f"note: new, since {path} {reason}: {listed}" if new else ""
-
-
 def check_classes(path: Path, saved: State, classes: Sequence[str]) -> None:
     """Raise UserError if a checkpoint's classes are not those of the data."""
-    before = saved["data"]["classes"] if saved.get("data") else list(classes)
-    for number, pair in enumerate(itertools.zip_longest(before, classes)):
+    if saved.get("data"):
+        check_same_classes(str(path), saved["data"]["classes"], classes)
+
+
+def check_same_classes(where: str, known: Sequence[str], classes: Sequence[str]) -> None:
+    """Raise UserError if the classes that weights know, `where` these are, are not the data's."""
+    for number, pair in enumerate(itertools.zip_longest(known, classes)):
         if pair[0] != pair[1]:
             theirs, ours = (name or "missing" for name in pair)
-            raise UserError(f"{path}: its class {number} is {theirs}, not {ours} as in --data-path")
+            raise UserError(
+                f"{where}: its class {number} is {theirs}, not {ours} as in --data-path"
+            )
 
 
 def check_resumable(
@@ -4092,15 +4113,27 @@ def verify_checkpoint(path: Path) -> None:
 def read_checkpoint(path: Path) -> State:
     """A saved state, verified. Raises BadCheckpoint."""
     verify_checkpoint(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose text advises to load it all the same
-        raise BadCheckpoint(f"{path}: cannot be read: it holds more than plain data") from None
-    except Exception as error:  # torch raises many kinds
-        raise BadCheckpoint(f"{path}: cannot be read: {one_line(error)}") from None
+    state = load_plain(path)
     if fault := fault_of_state(state):
         raise BadCheckpoint(f"{path}: {fault}")
     return state
+
+
+def load_plain(path: Path, *harmless: type) -> Any:
+    """What torch.save wrote into a file: tensors and plain data, and objects of `harmless` classes.
+    Nothing that a file holds is run. Raises BadCheckpoint.
+    """
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([*harmless]):
+            warnings.simplefilter("ignore")  # of the kinds of files that cannot be read
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds
+        reason = "not a file of torch.save, or cut short"
+        if isinstance(error, (RuntimeError, OSError)):
+            reason = re.sub(r"\. (This|In PyTorch) .*", "", one_line(error))
+        elif found := re.search(r"GLOBAL (\S+)", str(error)):  # it advises to load it all the same
+            reason = f"it holds more than plain data: {found[1]}, which is not run"
+    raise BadCheckpoint(f"{path}: cannot be read: {reason}")
 
 
 def fault_of_state(state: Any) -> str:
@@ -4123,10 +4156,90 @@ def fault_of_state(state: Any) -> str:
             return f"{what}{missing[0]} is missing"
         if unknown := sorted(map(str, found.keys() - names)):
             return f"{what}{unknown[0]} is unknown to this version"
-    for name, value in state["model"].items():
-        if not value.isfinite().all():
+    return fault_of_values(state["model"])
+
+
+def fault_of_values(weights: Weights) -> str:
+    """What keeps weights from being of any use, if anything."""
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.float().isfinite().all():
             return f"{name} holds values that are infinite or no numbers: the run had diverged"
     return ""
+
+
+@dataclass(frozen=True)
+class SavedWeights:
+    """Weights from a file, by name; `classes` that they know, if the file says; `settings` (JSON
+    types) of the run that saved it, {} for a plain state dict; the `part` of the file that they
+    are, where it has several.
+    """
+
+    weights: Weights
+    classes: tuple[str, ...] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    part: str = ""
+
+
+def read_weights(path: Path, flag: str = "--init-from") -> SavedWeights:
+    """The weights of a checkpoint of this program, verified, of its moving average if it has one;
+    or those of any other file of weights. Raises BadCheckpoint, the message led by the flag.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return plain_weights(path, load_safetensors(path))
+        if not is_sealed(path):
+            return plain_weights(path, load_plain(path, argparse.Namespace))
+        state = read_checkpoint(path)
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"{flag} {error}") from None
+    except OSError as error:
+        raise BadCheckpoint(f"{flag} {path}: cannot be read: {error.strerror}") from None
+    classes = (state.get("data") or {}).get("classes")
+    known, settings = classes and tuple(classes), saved_settings(state)
+    if state["average"]:
+        return SavedWeights(state["average"], known, settings, "moving average")
+    return SavedWeights(state["model"], known, settings)
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file ends as a checkpoint of this program does, damaged or not. Raises OSError."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - SEAL_BYTES))
+        return file.read().startswith(SEAL)
+
+
+def load_safetensors(path: Path) -> Weights:
+    """The tensors of a file in the format of safetensors, an optional package. Raises BadCheckpoint
+    or OSError.
+    """
+    try:
+        import safetensors.torch
+    except ImportError:
+        reason = "the package safetensors is needed: pip install safetensors"
+        raise BadCheckpoint(f"{path}: {reason}") from None
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        reason = f"not a safetensors file, or cut short: {one_line(error)}"
+        raise BadCheckpoint(f"{path}: cannot be read: {reason}") from None
+
+
+def plain_weights(path: Path, content: Any) -> SavedWeights:
+    """The weights in what a file of another program holds: tensors by name, perhaps as a part of
+    it, the moving average first; wrappers' prefixes are taken off. Raises BadCheckpoint.
+    """
+    content = content if isinstance(content, dict) else {}
+    if str(content.get("format")).startswith(CHECKPOINT_FORMAT.split()[0]):
+        raise BadCheckpoint(f"{path}: damaged: it does not end with its SHA-256")
+    part = next((name for name in WEIGHTS_IN if isinstance(content.get(name), dict)), "")
+    content = content[part] if part else content
+    tensors = {str(name): each for name, each in content.items() if torch.is_tensor(each)}
+    weights = {WRAPPERS.sub("", name): value for name, value in tensors.items()}
+    fault = fault_of_values(weights) if weights else "no state dict: it holds no tensors by name"
+    if fault:
+        raise BadCheckpoint(f"{path}: {fault}")
+    return SavedWeights(weights, part=part)
 
 
 def flush_folder(folder: Path) -> None:
@@ -6484,11 +6597,32 @@ def starting_model(settings: Settings, classes: Sequence[str]) -> tuple[nn.Modul
     for size in dict.fromkeys((image_size_in(settings, 1), settings.image_size)):
         check_input_shape(model, settings.model, settings.batch_size, size)
     if settings.init_from:
-        classifier = classifier_weights(settings.model, *shape)
-        note = load_weights(settings.init_from, model, classes, classifier)
+        note = take_file(settings, model, classes)
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
     return model, note
+
+
+def take_file(settings: Settings, model: nn.Module, classes: Sequence[str]) -> str:
+    """Give a new model the weights of `--init-from`; says what was taken. The classifier stays new
+    if that of the file knows other classes than those of the data.
+    """
+    path, name = settings.init_from, settings.model
+    saved = read_weights(path)
+    differ = saved.classes is not None and list(saved.classes) != list(classes)
+    classifier = classifier_weights(name, settings.num_classes, settings.image_size)
+    try:
+        taken = take_weights(model, saved.weights, classifier if differ else ())
+    except UserError as error:
+        maker = f"made by {saved.settings['model']}, " if saved.settings else ""
+        raise UserError(f"--init-from {path}, {maker}for {name}: {error}") from None
+    part = f" ({saved.part})" if saved.part else ""
+    known = classifier & saved.weights.keys()
+    own, reason = model.state_dict(), "; it knows other classes" if differ else ""
+    fits = (own[each].shape == saved.weights[each].shape for each in known)
+    if saved.classes is None and known and all(fits):
+        reason = "; its classes, which it does not name, are taken to be those of the data"
+    return f"weights from {path}{part}: {taken}{reason}"
 
 
 def build_work(

@@ -1,5 +1,6 @@
 """Checkpoints and resuming. Run: python -m pytest tests/test_checkpoints.py"""
 
+import argparse
 import contextlib
 import copy
 import csv
@@ -27,6 +28,7 @@ from types import NoneType
 
 import fsspec
 import pytest
+import safetensors.torch
 import torch
 import torchvision
 from conftest import TINY, needs_two_cpus, read_metrics, small_model
@@ -969,7 +971,7 @@ def test_a_file_with_a_class_runs_none_of_its_code(tmp_path):
             return Path.touch, (tmp_path / "exploded",)
 
     (tmp_path / "last.pt").write_bytes(sealed(saved_by_torch(Bomb())))
-    with pytest.raises(tsa.BadCheckpoint, match="cannot be read: it holds more than plain data$"):
+    with pytest.raises(tsa.BadCheckpoint, match="plain data: .*getattr, which is not run$"):
         tsa.read_checkpoint(tmp_path / "last.pt")
     assert not (tmp_path / "exploded").exists()
 
@@ -1375,9 +1377,11 @@ def test_a_finished_run_writes_no_checkpoint(copied, arguments):
 def test_init_from_takes_the_averaged_weights_that_fit(trained, classes):
     model = small_model(classes, 32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    note = tsa.load_weights(trained / "last.pt", model)
-    since = f"note: new, since {trained / 'last.pt'} has none of that shape: "
-    assert note == (since + "6.weight (5 x 16), 6.bias (5)" if classes == 5 else "")
+    saved = tsa.read_weights(trained / "last.pt")
+    assert (saved.classes, saved.part) == (("flower", "temple"), "moving average")
+    assert saved.settings["model"] == "small"
+    some = "7 of 9 tensors; new: 6.weight (5, 16), 6.bias (5)"
+    assert tsa.take_weights(model, saved.weights) == (some if classes == 5 else "all 9 tensors")
     average = state_of(trained)["average"]
     for name, value in model.state_dict().items():
         kept = classes == 5 and name.startswith("6.")
@@ -1387,27 +1391,31 @@ def test_init_from_takes_the_averaged_weights_that_fit(trained, classes):
 def test_init_from_without_an_average_takes_the_weights(in_tmp, train):
     train(in_tmp / "out", epochs=1, lr_warmup_epochs=0, model_ema=False)
     model = small_model(2, 32)
-    assert tsa.load_weights(in_tmp / "out/last.pt", model) == ""
+    saved = tsa.read_weights(in_tmp / "out/last.pt")
+    assert saved.part == ""
+    assert tsa.take_weights(model, saved.weights) == "all 9 tensors"
     for name, value in state_of(in_tmp / "out")["model"].items():
         assert torch.equal(model.state_dict()[name], value), name
 
 
 def test_only_some_of_many_new_layers_are_named(trained):
     model = nn.Sequential(*small_model(2, 32), *(nn.Linear(2, 3) for _ in range(3)))
-    note = tsa.load_weights(trained / "last.pt", model)
-    assert note.endswith(": 7.weight (3 x 2), 7.bias (3), 8.weight (3 x 2), 8.bias (3) and 2 more")
+    note = tsa.take_weights(model, tsa.read_weights(trained / "last.pt").weights)
+    new = "7.weight (3, 2), 7.bias (3), 8.weight (3, 2), 8.bias (3) and 2 more"
+    assert note == f"9 of 15 tensors; new: {new}"
 
 
 def test_a_run_says_which_layers_are_new(trained, in_tmp, arguments, capsys):
     options = [*arguments, "--init-from", str(trained / "last.pt"), "--resume", "auto"]
     options += output(in_tmp / "out")
     assert tsa.main([*options, "--num-classes", "5", "--steps", "3"]) == 0
-    note = " has none of that shape: 6.weight (5 x 16), 6.bias (5)\n"
-    assert capsys.readouterr().out.count(note) == 1
+    note = f"weights from {trained / 'last.pt'} (moving average): "
+    some = f"{note}7 of 9 tensors; new: 6.weight (5, 16), 6.bias (5)\n"
+    assert capsys.readouterr().out.count(some) == 1
     assert tsa.main([*options, "--num-classes", "5"]) == 0
-    assert note not in capsys.readouterr().out, "nothing is new in a run that goes on"
+    assert note not in capsys.readouterr().out, "nothing is taken by a run that goes on"
     assert tsa.main([*options, *output(in_tmp / "other"), "--steps", "1"]) == 0
-    assert "has none of that shape" not in capsys.readouterr().out
+    assert capsys.readouterr().out.count(f"{note}all 9 tensors\n") == 1
 
 
 def test_init_from_for_other_classes_leaves_the_classifier_new(
@@ -1418,8 +1426,8 @@ def test_init_from_for_other_classes_leaves_the_classifier_new(
     options = [*arguments, "--data-path", str(renamed), "--epochs", "1", "--lr", "0"]
     options += ["--no-model-ema", "--init-from", str(path), *output(in_tmp / "out")]
     assert tsa.main(options) == 0
-    note = f"note: new, since {path} knows other classes: 6.weight (2 x 16), 6.bias (2)\n"
-    assert note in capsys.readouterr().out
+    some = "7 of 9 tensors; new: 6.weight (2, 16), 6.bias (2); it knows other classes\n"
+    assert f"weights from {path} (moving average): {some}" in capsys.readouterr().out
     average, model = state_of(trained)["average"], state_of(in_tmp / "out")["model"]
     assert torch.equal(model["0.weight"], average["0.weight"])
     assert not torch.equal(model["6.weight"], average["6.weight"])
@@ -1439,8 +1447,15 @@ def test_init_from_begins_a_new_run(trained, in_tmp, arguments):
 @pytest.mark.parametrize(
     ("model", "name", "message"),
     [
-        ("squeezenet1_1", "last.pt", "--init-from {}: made by small, whose weights do not fit"),
-        ("small", "nowhere.pt", "{}: no such checkpoint"),
+        (
+            "squeezenet1_1",
+            "last.pt",
+            "--init-from {}, made by small, for squeezenet1_1: only 0 of 52 tensors fit; missing: "
+            "features.0.weight (64, 3, 3, 3), features.0.bias (64), "
+            "features.3.squeeze.weight (16, 64, 1, 1), features.3.squeeze.bias (16) and 48 more; "
+            "left over: 0.weight (4, 3, 3, 3), 0.bias (4), 1.weight (4), 1.bias (4) and 5 more",
+        ),
+        ("small", "nowhere.pt", "--init-from {}: cannot be read: No such file or directory"),
     ],
 )
 def test_init_from_what_does_not_fit(trained, in_tmp, capsys, arguments, model, name, message):
@@ -1450,6 +1465,190 @@ def test_init_from_what_does_not_fit(trained, in_tmp, capsys, arguments, model, 
     error = f"train_split_affinity.py: error: {message.format(path)}\n"
     assert capsys.readouterr().err == error
     assert not list(in_tmp.iterdir())
+
+
+# Weights of other programs
+
+
+def small_weights():
+    """Values that tell the tensors apart."""
+    weights = small_model(2, 32).state_dict().items()
+    return {name: torch.full_like(value, number) for number, (name, value) in enumerate(weights)}
+
+
+def prefixed(prefix):
+    return {prefix + name: value for name, value in small_weights().items()}
+
+
+OTHER = {name: value + 50 for name, value in small_weights().items()}
+FILES = {
+    "a state dict": (small_weights(), ""),
+    "an OrderedDict": (OrderedDict(small_weights()), ""),
+    "DataParallel": (prefixed("module."), ""),
+    "compiled": (prefixed("_orig_mod."), ""),
+    "both": (prefixed("module._orig_mod."), ""),
+    "the other way round": (prefixed("_orig_mod.module."), ""),
+    "pytorch/examples": (
+        {"epoch": 3, "arch": "small", "state_dict": small_weights()},
+        "state_dict",
+    ),
+    "torchvision": (
+        {"model": OTHER, "args": argparse.Namespace(lr=0.1), "epoch": 3}
+        | {"model_ema": prefixed("module.") | {"n_averaged": torch.tensor(7)}},
+        "model_ema",
+    ),
+    "timm": (
+        {"arch": "small", "state_dict": OTHER, "state_dict_ema": small_weights()}
+        | {"args": argparse.Namespace(opt="sgd"), "version": 2, "metric": 71.5},
+        "state_dict_ema",
+    ),
+    "ema": ({"ema": small_weights(), "model": OTHER}, "ema"),
+    "no average yet": ({"model": small_weights(), "model_ema": None}, "model"),
+    "PyTorch's tutorial": (
+        {"model_state_dict": small_weights(), "optimizer_state_dict": {}, "loss": 0.1},
+        "model_state_dict",
+    ),
+    "more than tensors": (small_weights() | {"epoch": 3, "names": ["a"], 5: {"x": 1}}, ""),
+}
+
+
+@pytest.mark.parametrize("old_format", [False, True], ids=["zip", "pickle"])
+@pytest.mark.parametrize(("content", "part"), FILES.values(), ids=FILES)
+def test_state_dicts_of_other_programs(content, part, old_format, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=not old_format)
+    saved = tsa.read_weights(path)
+    assert (saved.classes, saved.settings, saved.part) == (None, {}, part)
+    model = small_model(2, 32)
+    taken = tsa.take_weights(model, saved.weights)
+    assert taken == "all 9 tensors" + ("; left over: n_averaged ()" if part == "model_ema" else "")
+    for name, value in small_weights().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_safetensors(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(prefixed("module."), path)
+    saved = tsa.read_weights(path)
+    assert (saved.classes, saved.settings, saved.part) == (None, {}, "")
+    assert saved.weights.keys() == small_weights().keys()
+    for name, value in small_weights().items():
+        assert torch.equal(saved.weights[name], value), name
+
+
+def test_safetensors_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    path = tmp_path / "weights.safetensors"
+    with pytest.raises(tsa.UserError) as caught:
+        tsa.read_weights(path)
+    reason = "the package safetensors is needed: pip install safetensors"
+    assert str(caught.value) == f"--init-from {path}: {reason}"
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def cut_short(path, kept):
+    """A file that ends early."""
+    path.write_bytes(path.read_bytes()[:kept])
+
+
+def write_bad(kind, path, trained):
+    """A file of weights that is of no use."""
+    if kind == "another model":
+        torch.save(torchvision.models.squeezenet1_1(num_classes=2).state_dict(), path)
+    elif kind in ("code", "code, nested"):
+        bomb = Bomb(path.with_name("exploded"))
+        torch.save({"state_dict": bomb} if "nested" in kind else bomb, path)
+    elif kind == "a whole model":
+        torch.save(small_model(2, 32), path)
+    elif kind == "no tensors":
+        torch.save({"epoch": 3, "state_dict": {"lr": 0.1}}, path)
+    elif kind == "a tensor":
+        torch.save(torch.ones(3), path)
+    elif kind == "not finite":
+        torch.save(small_weights() | {"0.bias": torch.full((4,), math.inf)}, path)
+    elif kind == "cut short":
+        torch.save(small_weights(), path)
+        cut_short(path, 2000)
+    elif kind == "safetensors":
+        safetensors.torch.save_file(small_weights(), path)
+        cut_short(path, path.stat().st_size - 5)
+    elif kind == "safetensors' head":
+        safetensors.torch.save_file(small_weights(), path)
+        cut_short(path, 100)
+    elif kind == "a checkpoint":  # which is told from a state dict, whatever is left of its end
+        shutil.copy(trained / "last.pt", path)
+        cut_short(path, path.stat().st_size - 10)
+    elif kind == "a checkpoint's middle":
+        content = bytearray((trained / "last.pt").read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("another model", "w.pth", ", for small: only 0 of 8 tensors fit; missing: 0.weight (4, 3"),
+        ("code", "w.pt", ": cannot be read: it holds more than plain data: posix.mkdir, which is "),
+        ("code, nested", "w.pth", "it holds more than plain data: posix.mkdir, which is not run"),
+        ("a whole model", "w.pth", "plain data: torch.nn.modules.container.Sequential, which is "),
+        ("no tensors", "w.pth", ": no state dict: it holds no tensors by name"),
+        ("a tensor", "w.pth", ": no state dict: it holds no tensors by name"),
+        ("not finite", "w.pth", ": 0.bias holds values that are infinite or no numbers: the run "),
+        ("cut short", "w.pth", "failed reading zip archive: failed finding central directory"),
+        (
+            "safetensors",
+            "w.safetensors",
+            ": cannot be read: not a safetensors file, or cut short: ",
+        ),
+        ("safetensors' head", "w.safetensors", "not a safetensors file, or cut short: "),
+        ("a checkpoint", "w.pt", ": damaged: it does not end with its SHA-256"),
+        (
+            "a checkpoint's middle",
+            "w.pt",
+            ": damaged: its SHA-256 is not the one that it ends with",
+        ),
+        ("nothing", ".", ": cannot be read: Is a directory"),
+    ],
+)
+def test_weights_of_no_use_are_one_line(
+    kind, name, message, tmp_path, in_tmp, trained, arguments, capsys
+):
+    path = tmp_path / name
+    write_bad(kind, path, trained)
+    before = sorted(tmp_path.iterdir())
+    assert tsa.main([*arguments, "--init-from", str(path), *output(in_tmp / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"train_split_affinity.py: error: --init-from {path}")
+    assert message in error
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before, "no code was run"
+    assert not list(in_tmp.iterdir()), "nothing written"
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_run_says_what_it_took_from_a_state_dict(in_tmp, arguments, capsys, classes):
+    """The classifier too, if it fits: a state dict does not name its classes."""
+    torch.save({"model": small_model(classes, 32).state_dict()}, "w.pth")
+    options = [*arguments, "--init-from", "w.pth", "--lr", "0", "--no-model-ema", "--steps", "1"]
+    assert tsa.main([*options, *output(in_tmp / "out")]) == 0
+    note = "all 9 tensors; its classes, which it does not name, are taken to be those of the data"
+    if classes == 3:
+        note = "7 of 9 tensors; new: 6.weight (2, 16), 6.bias (2)"
+    assert f"weights from w.pth (model): {note}\n" in capsys.readouterr().out
+    state, weights = state_of(in_tmp / "out")["model"], torch.load("w.pth")["model"]
+    for name in ("0.weight", "6.weight"):
+        kept = name == "0.weight" or classes == 2
+        assert (state[name].shape == weights[name].shape) == kept
+        assert not kept or torch.equal(state[name], weights[name])
 
 
 # Evaluating a checkpoint
