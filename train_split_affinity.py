@@ -496,10 +496,12 @@ class TrainingSettings:
     stochastic_depth: float = option(0.0, "probability of leaving out the last residual block for "
         "an image, rising in proportion from the first", type=BELOW_1)
     teacher: str | None = option(None, "model whose probabilities are part of the target "
-        "(distillation); it runs in the forward phase", metavar="NAME")
-    teacher_weights: str | None = option(None, "its weights: torchvision's by name, or a "
-        "checkpoint or state dict", metavar="NAME|PATH")
-    teacher_share: float = option(0.5, "the teacher's part of the target", type=SHARE)
+        "(distillation); it runs in the forward phase, on the same images (default: the one that "
+        "--teacher-weights was made by, if that is a checkpoint)", metavar="NAME")
+    teacher_weights: str | None = option(None, "the teacher's weights: torchvision's by name, such "
+        "as DEFAULT, or a file as for --init-from", metavar="NAME|PATH")
+    teacher_share: float = option(0.5, "the teacher's part of the target; the labels have the rest",
+        type=SHARE)
     model_ema: bool = fixed(False, "keep an exponential moving average of the weights: best.pt "
         "and reasons to stop go by it, the raw weights are validated beside it")
     model_ema_decay: float = option(0.9999, "decay of that average per optimizer step; after t "
@@ -639,6 +641,7 @@ def contradictions(command: str, settings: Settings) -> Iterator[str]:
     yield from resizing_contradictions(settings)
     yield from rate_contradictions(settings)
     yield from checkpoint_contradictions(settings)
+    yield from teacher_contradictions(settings)
     if settings.download and not settings.data_path:
         yield "--download needs --data-path, the folder to put CIFAR-10 into"
     if settings.subset < 1 and not settings.data_path:
@@ -723,6 +726,22 @@ def checkpoint_contradictions(settings: Settings) -> Iterator[str]:
         yield f"--resume {settings.resume} and --init-from {settings.init_from}: give one"
     if settings.test_only and not settings.resume:
         yield "--test-only needs --resume, the checkpoint to evaluate"
+
+
+def is_name(weights: str) -> bool:
+    """Whether weights are given by a name such as DEFAULT, and not by a file's path."""
+    return re.fullmatch(r"\w+", weights) is not None
+
+
+def teacher_contradictions(settings: TrainingSettings) -> Iterator[str]:
+    """What the options of a teacher lack."""
+    teacher, weights, share = settings.teacher, settings.teacher_weights, settings.teacher_share
+    if teacher and not weights:
+        yield f"--teacher {teacher} needs --teacher-weights, a name such as DEFAULT or a file"
+    if weights and not teacher and is_name(weights):
+        yield f"--teacher-weights {weights} needs --teacher, the model that they are of"
+    if share != Settings.teacher_share and not weights:
+        yield f"--teacher-share {share:g} needs --teacher and --teacher-weights"
 
 
 def command_contradictions(command: str, settings: Settings) -> Iterator[str]:
@@ -812,15 +831,15 @@ COMMANDS = {
         "cores by hand": "plan --forward-cores 0-1 --backward-cores 2-5",
     }, (CoreSettings, *"""
         model data_path num_classes image_size min_res max_res end_ramp workers recipe batch_size
-        accumulate precision""".split())),
+        accumulate teacher teacher_weights precision""".split())),
     "find-lr": Command("try learning rates, from low to high, and suggest one", {
         "for your own pictures, with a plot": "find-lr --data-path photos --output-dir out",
         "for a recipe": "find-lr --recipe cifar10 --data-path cifar",
         "for AdamW, in more steps": "find-lr --data-path photos --opt adamw --steps 200",
     }, (DataSettings, AugmentationSettings, CoreSettings, SpeedSettings, *"""
         recipe batch_size accumulate steps opt momentum weight_decay norm_weight_decay
-        bias_weight_decay skip_decay_1d label_smoothing clip_grad_norm seed deterministic init_from
-        output_dir""".split())),
+        bias_weight_decay skip_decay_1d label_smoothing clip_grad_norm teacher teacher_weights
+        teacher_share seed deterministic init_from output_dir""".split())),
     "compare": Command("train in all ways, in turn, and say which is fastest", {
         "ResNet-50: plain loops, one lane, and every schedule of the split": "compare",
         "two splits, with less to compute": "compare --quick --split even,1:2",
@@ -828,9 +847,9 @@ COMMANDS = {
             "compare --data-path photos --json compare.json",
     }, (AugmentationSettings, SpeedSettings, *"""
         model data_path download num_classes image_size subset max_bad_images workers recipe
-        batch_size accumulate steps opt label_smoothing clip_grad_norm seed deterministic split
-        forward_cores backward_cores loader_cores forward_threads backward_threads log_file
-        output_dir""".split())),
+        batch_size accumulate steps opt label_smoothing clip_grad_norm teacher teacher_weights
+        teacher_share seed deterministic split forward_cores backward_cores loader_cores
+        forward_threads backward_threads log_file output_dir""".split())),
 }
 # fmt: on
 
@@ -2357,11 +2376,11 @@ def classifier_names() -> list[str]:
     return [*OWN_MODELS, *torchvision.models.list_models(module=torchvision.models)]
 
 
-def check_model_name(name: str) -> None:
+def check_model_name(name: str, flag: str = "--model") -> None:
     """Raise UserError, with the nearest names, for a model that does not exist."""
     if name not in classifier_names():
         hint = nearest(name, classifier_names(), 0.4) or "; any torchvision classifier will do"
-        raise UserError(f"--model {name}: unknown{hint}")
+        raise UserError(f"{flag} {name}: unknown{hint}")
 
 
 def build_model(name: str, num_classes: int, image_size: int) -> nn.Module:
@@ -3563,6 +3582,10 @@ def gradient_warnings(norms: dict[str, float]) -> Iterator[str]:
 # while no forward pass runs (see Batches.prefetch).
 # ==================================================================================================
 
+# Of a forward phase: logits (n, classes) in float32, with the graph to go back through, targets as
+# in a batch, and if there is a teacher its probabilities (n, classes), without a graph.
+Output = tuple[torch.Tensor, ...]
+
 
 class Ranks:
     """The processes that train one model together: here a single one. Whatever depends on there
@@ -3638,13 +3661,42 @@ class StepEnd:
     weights: Weights | None = None
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """A trained model, frozen and in evaluation mode, whose probabilities for the very images that
+    the student sees, cropped and mixed alike, are `share` of the target, and the labels the rest
+    (Beyer et al. 2022, arXiv 2106.05237). The loss is linear in the target, so it is divided too.
+
+    Called with images, it gives the probabilities (n, classes). Images that are not normalised as
+    it was trained are first brought to that, channel by channel, by `scale` and `shift` (3, 1, 1).
+    """
+
+    model: nn.Module
+    share: float
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            if self.scale is not None:
+                images = images * self.scale + self.shift
+            return self.model(images).float().softmax(1)
+
+    def loss(
+        self, of_labels: torch.Tensor, logits: torch.Tensor, probabilities: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss of the student's logits, of which `of_labels` is the part without a teacher."""
+        taught = nn.functional.cross_entropy(logits, probabilities)
+        return (1 - self.share) * of_labels + self.share * taught
+
+
 @dataclass
 class Network:
     """A model and how it computes: everything but the update of its weights.
 
     The phases work on the model itself, or on a copy of it, made by `copy`, which has weights of
     its own; frozen weights and the buffers belong to both. A loss counts as one of `accumulate` in
-    a step. `note` says what is new in a model that starts from trained weights.
+    a step. `note` says what was taken by a model that starts from trained weights.
     """
 
     model: nn.Module
@@ -3653,24 +3705,35 @@ class Network:
     bf16: bool = False
     channels_last: bool = False
     note: str = ""
+    teacher: Teacher | None = None
 
-    def forward(self, batch: Batch, model: nn.Module | None = None) -> Batch:
-        """Logits (n, classes) in float32, with the graph to go back through, and the targets."""
-        images, targets = batch
+    def compute(self, model: Callable[..., torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        """What a model, or the teacher, makes of images (n, 3, size, size): (n, classes), float32,
+        in the memory format and the precision of the network.
+        """
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            logits = (model or self.model)(images)
-        return logits.float(), targets
+            computed = model(images)
+        return computed.float()
 
-    def backward(self, output: Batch) -> Scores:
+    def forward(self, batch: Batch, model: nn.Module | None = None) -> Output:
+        """The forward phase; the teacher's comes first, while the model has no activations yet."""
+        images, targets = batch
+        taught = (self.compute(self.teacher, images),) if self.teacher else ()
+        return self.compute(model or self.model, images), targets, *taught
+
+    def backward(self, output: Output) -> Scores:
         """Loss and backpropagation; adds to the gradients."""
-        loss = self.loss(*output)
+        logits, targets, *taught = output
+        loss = self.loss(logits, targets)
+        if taught:
+            loss = self.teacher.loss(loss, logits, *taught)
         value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteLoss(str(value))
         (loss / self.accumulate).backward()  # for CPU tensors this runs in the calling thread
-        return score(value, *output)
+        return score(value, logits, targets)
 
     def copy(self, begun: Weights | None = None) -> nn.Module:
         """A copy of the model to run phases with; with the weights of a step already begun, if a
@@ -3755,12 +3818,13 @@ class Work:
         own weights, and the classes (n,) that the first predicts; the model has to be in evaluation
         mode.
         """
-        models = [self.average.model] if self.average else []
+        network, (images, targets) = self.network, batch
+        models = [*([self.average.model] if self.average else []), network.model]
         with torch.inference_mode():
-            outputs = [self.network.forward(batch, model) for model in (*models, None)]
-            losses = [nn.functional.cross_entropy(*output).item() for output in outputs]
-            scores = [score(loss, *output) for loss, output in zip(losses, outputs, strict=True)]
-            return scores, outputs[0][0].argmax(1)
+            logits = [network.compute(model, images) for model in models]
+            losses = [nn.functional.cross_entropy(each, targets).item() for each in logits]
+            pairs = zip(losses, logits, strict=True)
+            return [score(*pair, targets) for pair in pairs], logits[0].argmax(1)
 
     def values(self) -> Weights:
         """The model's state as of the last step: what a step already begun has changed left out."""
@@ -5661,6 +5725,15 @@ def describe_model(name: str, num_classes: int, image_size: int) -> str:
     )
 
 
+def describe_teacher(name: str, num_classes: int, image_size: int) -> str:
+    """What a teacher amounts to, in a line: it runs forward only."""
+    figures = measure_model(name, num_classes, image_size)
+    return (
+        f"teacher {name}: {figures.weight_bytes / 2**20:.1f} MiB; an image takes "
+        f"{figures.flops['forward'] / 1e9:.2f} GFLOP more forward"
+    )
+
+
 def describe_data(data: ImageData) -> list[str]:
     """The images that were found, and what was left out, in a line each."""
     if data.kind == "synthetic":
@@ -5696,7 +5769,8 @@ def describe_run(settings: Settings) -> str:
     if settings.accumulate > 1:
         batches = f"{settings.accumulate} batches of {batches}"
     size = f"{settings.image_size} px"
-    return f"{settings.model}, {size}, {batches} a step, {settings.precision}"
+    taught = f", taught by {settings.teacher}" if settings.teacher else ""
+    return f"{settings.model}, {size}, {batches} a step, {settings.precision}{taught}"
 
 
 def as_options(settings: Settings) -> str:
@@ -6625,6 +6699,96 @@ def take_file(settings: Settings, model: nn.Module, classes: Sequence[str]) -> s
     return f"weights from {path}{part}: {taken}{reason}"
 
 
+def read_teacher(settings: Settings) -> SavedWeights:
+    """The teacher's weights: torchvision's by name, or those of a file."""
+    name, flag = settings.teacher_weights, "--teacher-weights"
+    if not is_name(name):
+        return read_weights(Path(name), flag)
+    found = find_weights(settings.teacher, name, flag)
+    return SavedWeights(found.load(), found.classes, dataclasses.asdict(found.native))
+
+
+def teacher_name(settings: Settings) -> str | None:
+    """The teacher's model: as asked for, or the one that its weights, of a checkpoint, were made
+    by. Raises UserError if it is unknown, or not that one.
+    """
+    weights, asked = settings.teacher_weights, settings.teacher
+    if weights is None or settings.test_only:
+        return asked
+    if asked:
+        check_model_name(asked, "--teacher")
+    if is_name(weights):
+        return asked
+    made_by = read_weights(Path(weights), "--teacher-weights").settings.get("model")
+    if asked and made_by not in (None, asked):
+        raise UserError(f"--teacher {asked}: {weights} was made by {made_by}")
+    if not (asked or made_by):
+        raise UserError(f"--teacher-weights {weights}: give --teacher too: it names no model")
+    return asked or made_by
+
+
+def check_teacher(settings: Settings, saved: SavedWeights, classes: Sequence[str]) -> None:
+    """Raise UserError if a teacher knows other classes than those of the data, in their order:
+    which ones, if both are known, and how many. Names of other people's weights may differ from
+    those of the data; unless some are the same, their number alone counts.
+    """
+    where, name = f"--teacher-weights {settings.teacher_weights}", settings.teacher
+    known, count = saved.classes or (), settings.num_classes
+    if classes and (known if not is_name(settings.teacher_weights) else {*known} & {*classes}):
+        check_same_classes(where, known, classes)
+    heads = classifier_weights(name, count, settings.image_size) & saved.weights.keys()
+    for head in sorted(heads):
+        if len(saved.weights[head]) != count:
+            raise UserError(
+                f"{where}: {name} knows {len(saved.weights[head])} classes, not {count}"
+            )
+
+
+def teacher_lines(settings: Settings) -> Iterator[str]:
+    """What a run says of its teacher, if it has one."""
+    if settings.teacher_weights:
+        share = f"{settings.teacher_share:g} of the target"
+        yield f"taught by {settings.teacher}, weights {settings.teacher_weights}: {share}"
+
+
+def build_teacher(settings: Settings, classes: Sequence[str]) -> Teacher | None:
+    """The teacher, if there is one. Draws no random numbers: the student's are those of a run
+    without it. Raises UserError for weights that are not whole, or know other classes.
+    """
+    if not settings.teacher_weights or settings.test_only:
+        return None
+    saved, name, size = read_teacher(settings), settings.teacher, settings.image_size
+    check_teacher(settings, saved, classes)
+    with torch.random.fork_rng(devices=()):
+        model = build_model(name, settings.num_classes, size).eval().requires_grad_(False)
+        for each in dict.fromkeys((image_size_in(settings, 1), size)):
+            check_input_shape(model, f"the teacher {name}", settings.batch_size, each)
+    try:
+        take_weights(model, saved.weights, least=1)
+    except UserError as error:
+        raise UserError(f"--teacher-weights {settings.teacher_weights}, {name}: {error}") from None
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    return Teacher(model, settings.teacher_share, *renormalised(settings, saved.settings))
+
+
+def renormalised(
+    settings: DataSettings, other: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[()]:
+    """Scale and shift (3, 1, 1) from images as they are normalised here to those of other settings,
+    if these say so and it is another mean or deviation.
+    """
+    here = settings.mean, settings.std
+    there = other.get("mean") or here[0], other.get("std") or here[1]
+    (mean, std), (mean_there, std_there) = (
+        [torch.tensor(each, dtype=torch.float64).view(3, 1, 1) for each in pair]
+        for pair in (here, there)
+    )
+    if torch.equal(mean, mean_there) and torch.equal(std, std_there):
+        return ()
+    return (std / std_there).float(), ((mean - mean_there) / std_there).float()
+
+
 def build_work(
     settings: Settings,
     lanes: Lanes,
@@ -6648,6 +6812,7 @@ def build_work(
         bf16=settings.precision == "bf16",
         channels_last=settings.channels_last,
         note=note,
+        teacher=lanes.forward.call(build_teacher, settings, classes),
     )
     return Work(
         network,
@@ -6663,9 +6828,12 @@ def build_work(
 def settings_in_force(
     settings: Settings, topology: Topology, data: ImageData, **others: Any
 ) -> Settings:
-    """The settings with classes, preprocessing and precision decided, and with the `others`."""
+    """The settings with classes, preprocessing, precision and teacher decided, and with the
+    `others`.
+    """
     return dataclasses.replace(
         settings,
+        teacher=teacher_name(settings),
         num_classes=settings.num_classes or len(data.classes),
         precision=choose_precision(settings, topology)[0],
         **vars(data.native.overruled(settings)),
@@ -6704,6 +6872,8 @@ def check_memory(settings: Settings, topology: Topology, images: int) -> None:
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
     image_bytes = 0 if settings.test_only else images * 3 * size**2 * 4
     needed_bytes = weight_copies(settings) * weight_bytes + 2 * image_bytes
+    if settings.teacher and not settings.test_only:
+        needed_bytes += measure_model(settings.teacher, classes, settings.image_size).weight_bytes
     if needed_bytes > topology.memory_bytes:
         raise UserError(
             f"{plural(images, 'image')} of {size} px, {settings.model} with {classes} classes: at "
@@ -6864,7 +7034,7 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
             check_subset(run, bool(progress.step))
             report = RunReport(run.settings, topology, run.plan, progress, settings)
             checkpoints.warn = report.alarm
-            for text in notes:
+            for text in (*notes, *teacher_lines(run.settings)):
                 say(text)
             for text in run.notes:
                 report.warn(text, text)
@@ -7413,12 +7583,17 @@ class PlainLoop:
         self._model, self._layout = model.to(memory_format=last), last
         self._optimizer = build_optimizer(model, dataclasses.replace(settings, fused=None))
         self._criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+        self._teacher = build_teacher(settings, ())
 
     def learn(self, images: torch.Tensor, targets: torch.Tensor) -> float:
         """Forward and backward pass of a batch; its loss."""
         settings, images = self._way.settings, images.contiguous(memory_format=self._layout)
         with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
-            loss = self._criterion(self._model(images), targets)
+            taught = self._teacher(images) if self._teacher else None
+            logits = self._model(images)
+            loss = self._criterion(logits, targets)
+            if self._teacher:
+                loss = self._teacher.loss(loss, logits, taught)
         (loss / settings.accumulate).backward()
         return loss.item()
 
@@ -8021,8 +8196,7 @@ def compare(settings: Settings, topology: Topology) -> list[Compared]:
     say("\n".join(split_lines(ways)))
     rounds = run_rounds(ways, topology.online, begun_s, bool(settings.output_dir))
     seconds = time.perf_counter() - begun_s
-    flops = measure_model(*shape).flops
-    found = Comparison(asked, settings, topology, ways, rounds, flops, seconds)
+    found = Comparison(asked, settings, topology, ways, rounds, image_flops(settings), seconds)
     say("\n".join(["", *comparison_notes(found), *tables_of(found), "", found.verdict]))
     append_text(settings.log_file, comparison_section(found), LOG_HEADER)
     if settings.json:
@@ -8031,6 +8205,15 @@ def compare(settings: Settings, topology: Topology) -> list[Compared]:
         settings.output_dir.mkdir(parents=True, exist_ok=True)
         draw_comparison(settings.output_dir / TIMELINE, found)
     return found.rows
+
+
+def image_flops(settings: Settings) -> ByLane:
+    """The floating-point operations of an image, by phase, those of a teacher included."""
+    shape = settings.num_classes, settings.image_size
+    flops = measure_model(settings.model, *shape).flops
+    if settings.teacher:
+        flops["forward"] += measure_model(settings.teacher, *shape).flops["forward"]
+    return flops
 
 
 def check_comparison(settings: Settings) -> None:
@@ -8118,6 +8301,8 @@ def print_model(settings: Settings, topology: Topology, plan: CorePlan) -> None:
     if path and not exists:
         say(f"note: {path} does not exist yet: {shape[0]} classes, {shape[1]} px taken instead")
     say(describe_model(settings.model, *shape))
+    if teacher := teacher_name(settings):
+        say(describe_teacher(teacher, *shape))
     if settings.record:
         try:
             write_whole(settings.record, machine_text(topology))

@@ -1651,6 +1651,168 @@ def test_a_run_says_what_it_took_from_a_state_dict(in_tmp, arguments, capsys, cl
         assert not kept or torch.equal(state[name], weights[name])
 
 
+# A teacher
+
+
+@needs_two_cpus
+@pytest.mark.parametrize(
+    "settings", [{}, OVERLAP, DELAYED], ids=["sequential", "overlap", "delayed"]
+)
+def test_a_run_with_a_teacher_goes_on_exactly(in_tmp, monkeypatch, train, trained, settings):
+    """It is read anew, and no part of the checkpoint."""
+    settings = settings | {"teacher_weights": str(trained / "last.pt"), "teacher_share": 0.7}
+    train(in_tmp / "whole", **settings)
+    interrupt(monkeypatch, "update", [2, 4])
+    for _ in range(2):
+        with pytest.raises(tsa.Stopped):
+            train(in_tmp / "parts", resume=Path("auto"), **settings)
+    train(in_tmp / "parts", resume=Path("auto"), **settings)
+    assert_same_result(in_tmp / "parts", in_tmp / "whole")
+    state, before = state_of(in_tmp / "whole"), state_of(trained)
+    assert state["model"].keys() == before["model"].keys() == state["average"].keys()
+    assert len(state["optimizer"]["state"]) == len(before["optimizer"]["state"])
+    assert state["flow"]["sums"].keys() == before["flow"]["sums"].keys()
+    assert state["settings"]["teacher"] == "small"
+
+
+def test_a_teacher_changes_what_is_learnt_but_not_how_it_begins(in_tmp, train, trained):
+    """No random number is drawn for it; with no share of the target it is as if it were not."""
+    teacher = {"teacher": "small", "teacher_weights": str(trained / "last.pt")}
+    shares = {"alone": {}, "zero": teacher | {"teacher_share": 0.0}, "half": teacher}
+    for name, settings in shares.items():
+        train(in_tmp / name, steps=2, **settings)
+    alone, zero, half = (state_of(in_tmp / name) for name in shares)
+    assert differences(alone, zero) == []
+    assert torch.equal(half["random_state"], alone["random_state"])
+    assert not torch.equal(half["model"]["0.weight"], alone["model"]["0.weight"])
+
+
+def test_a_run_says_who_teaches_it(trained, in_tmp, arguments, capsys):
+    path = trained / "last.pt"
+    options = [*arguments, "--teacher-weights", str(path), "--steps", "1", *output(in_tmp / "out")]
+    assert tsa.main(options) == 0
+    told = f"taught by small, weights {path}: 0.5 of the target\n"
+    assert told in capsys.readouterr().out
+    in_force = f"teacher small, teacher_weights {path}, teacher_share 0.5"
+    assert in_force in (in_tmp / "logs.md").read_text()
+    assert tsa.main([*options, "--resume", "auto", "--teacher-share", "0.2", "--steps", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert told.replace("0.5", "0.2") in printed
+    assert "--teacher-share 0.5 -> 0.2" in printed
+
+
+def test_a_teacher_that_is_gone_is_one_line(trained, in_tmp, arguments, capsys):
+    path = shutil.copy(trained / "last.pt", in_tmp / "teacher.pt")
+    options = [*arguments, "--teacher-weights", str(path), *output(in_tmp / "out")]
+    assert tsa.main([*options, "--steps", "1"]) == 0
+    (in_tmp / "teacher.pt").unlink()
+    assert tsa.main([*options, "--resume", "auto"]) == 2
+    message = f"--teacher-weights {path}: cannot be read: No such file or directory"
+    assert capsys.readouterr().err == f"train_split_affinity.py: error: {message}\n"
+    evaluated = ["--test-only", "--resume", str(in_tmp / "out/last.pt")]
+    assert tsa.main([*options, *evaluated]) == 0, "which needs no teacher"
+
+
+def test_a_teacher_of_torchvision_by_name(monkeypatch, one_lane_plan):
+    """Whose classes have other names, and images another mean."""
+    source, asked = small_model(3, 32), []
+    names, native = ("tench", "goldfish", "shark"), tsa.Preprocessing(mean=(0.5, 0.5, 0.5))
+
+    def find(*about):
+        asked.append(about)
+        return tsa.Pretrained(names, native, source.state_dict)
+
+    monkeypatch.setattr(tsa, "find_weights", find)
+    settings = Settings(
+        num_classes=3, image_size=32, teacher="small", teacher_weights="DEFAULT", teacher_share=0.3
+    )
+    settings = dataclasses.replace(settings, mean=tsa.IMAGENET_MEAN, std=tsa.IMAGENET_STD)
+    teacher = tsa.build_teacher(settings, ("n01440764", "n01443537", "n01484850"))
+    assert asked == [("small", "DEFAULT", "--teacher-weights")]
+    assert (teacher.share, teacher.model.training) == (0.3, False)
+    assert not any(weight.requires_grad for weight in teacher.model.parameters())
+    for name, value in source.state_dict().items():
+        assert torch.equal(teacher.model.state_dict()[name], value), name
+    expected = (torch.tensor(tsa.IMAGENET_MEAN) - 0.5) / torch.tensor(tsa.IMAGENET_STD)
+    assert teacher.scale.flatten().tolist() == pytest.approx([1, 1, 1])
+    assert teacher.shift.flatten().tolist() == pytest.approx(expected.tolist())
+    with pytest.raises(tsa.UserError, match="DEFAULT: its class 0 is tench, not goldfish as in"):
+        tsa.build_teacher(settings, ("goldfish", "shark", "tench"))
+
+
+def write_teacher(kind, trained):
+    """A file of weights that cannot teach."""
+    weights = small_weights()
+    if kind == "a checkpoint":
+        return str(trained / "last.pt")
+    if kind == "three classes":
+        weights = small_model(3, 32).state_dict()
+    elif kind == "a part":
+        del weights["0.bias"]
+    elif kind == "another model":
+        weights = torchvision.models.squeezenet1_1(num_classes=2).state_dict()
+    torch.save(Bomb(Path("exploded")) if kind == "code" else weights, "t.pth")
+    return "t.pth"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("a checkpoint", ["--teacher", "resnet18"], "--teacher resnet18: {} was made by small"),
+        ("a state dict", [], "--teacher-weights {}: give --teacher too: it names no model"),
+        (
+            "three classes",
+            ["--teacher", "small"],
+            "--teacher-weights {}: small knows 3 classes, not 2",
+        ),
+        (
+            "a checkpoint",
+            ["--num-classes", "3"],
+            "--teacher-weights {}: small knows 2 classes, not 3",
+        ),
+        (
+            "a part",
+            ["--teacher", "small"],
+            "--teacher-weights {}, small: only 8 of 9 tensors fit; missing: 0.bias (4)",
+        ),
+        (
+            "another model",
+            ["--teacher", "small"],
+            "--teacher-weights {}, small: only 0 of 8 tensors fit; missing: 0.weight (4, 3, 3, 3), "
+            "0.bias (4), 1.weight (4), 1.bias (4) and 4 more; left over: features.0.weight (64, 3, "
+            "3, 3), features.0.bias (64), features.3.squeeze.weight (16, 64, 1, 1), "
+            "features.3.squeeze.bias (16) and 48 more",
+        ),
+        (
+            "code",
+            ["--teacher", "small"],
+            "--teacher-weights {}: cannot be read: it holds more than plain data: posix.mkdir, "
+            "which is not run",
+        ),
+    ],
+)
+def test_a_teacher_that_cannot_teach(kind, options, message, trained, in_tmp, arguments, capsys):
+    path = write_teacher(kind, trained)
+    before = sorted(in_tmp.iterdir())
+    options = [*options, "--teacher-weights", path, *output(in_tmp / "out")]
+    assert tsa.main([*arguments, *options]) == 2
+    error = f"train_split_affinity.py: error: {message.format(path)}\n"
+    assert capsys.readouterr().err == error
+    assert sorted(in_tmp.iterdir()) == before, "nothing run, nothing written"
+
+
+def test_a_teacher_of_other_classes(trained, in_tmp, arguments, renamed, capsys):
+    """As many of them, under other names."""
+    path = trained / "last.pt"
+    options = [*arguments, "--data-path", str(renamed), "--teacher-weights", str(path)]
+    assert tsa.main([*options, *output(in_tmp / "out")]) == 2
+    assert capsys.readouterr().err == (
+        f"train_split_affinity.py: error: --teacher-weights {path}: its class 0 is flower, not "
+        "temple as in --data-path\n"
+    )
+    assert not list(in_tmp.iterdir())
+
+
 # Evaluating a checkpoint
 
 

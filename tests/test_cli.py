@@ -171,6 +171,16 @@ def test_plan_of_another_model(in_tmp, capsys):
     )
 
 
+def test_plan_shows_the_teacher(in_tmp, capsys):
+    arguments = "--model resnet56 --num-classes 10 --image-size 32".split()
+    arguments += "--teacher resnet18 --teacher-weights later.pth".split()
+    torch.save({"conv1.weight": torch.zeros(1)}, "later.pth")
+    assert tsa.main(["plan", *arguments]) == 0
+    model, teacher = capsys.readouterr().out.splitlines()[-2:]
+    assert model.startswith("model resnet56: 853,018 parameters for 10 classes")
+    assert teacher == "teacher resnet18: 42.7 MiB; an image takes 0.07 GFLOP more forward"
+
+
 @pytest.mark.parametrize(
     ("arguments", "size"),
     [
@@ -494,6 +504,26 @@ BAD_INPUT = [
     ([*TINY, "--resume", str(SCRIPT)], f"error: {SCRIPT}: damaged, or no checkpoint"),
     ([*TINY, "--init-from", "nowhere.pt"], "--init-from nowhere.pt: cannot be read: No such file"),
     ([*TINY, "--init-from", str(SCRIPT)], f"--init-from {SCRIPT}: cannot be read: not a file of "),
+    (["--teacher", "resnet50"], "--teacher resnet50 needs --teacher-weights"),
+    (["--teacher-weights", "DEFAULT"], "--teacher-weights DEFAULT needs --teacher"),
+    (["--teacher-share", "0.3"], "--teacher-share 0.3 needs --teacher and --teacher-weights"),
+    (["--teacher-share", "1.5"], "--teacher-share: '1.5' is not a number from 0 to 1"),
+    (
+        [*TINY, "--teacher", "resnet5", "--teacher-weights", "DEFAULT"],
+        "--teacher resnet5: unknown; did you mean ",
+    ),
+    (
+        [*TINY, "--teacher-weights", "nowhere.pt"],
+        "error: --teacher-weights nowhere.pt: cannot be read: No such file or directory",
+    ),
+    (
+        ["compare", *TINY, "--teacher", "resnet5", "--teacher-weights", "t.pt"],
+        "--teacher resnet5: unknown; did you mean ",
+    ),
+    (
+        ["plan", *TINY, "--teacher", "resnet5", "--teacher-weights", "t.pt"],
+        "--teacher resnet5: unknown; did you mean ",
+    ),
     ([*TINY, "--test-only", "--resume", "nowhere.pt"], "--test-only needs validation images"),
     ([*TINY, "--mirror", "odd://x", "--output-dir", "out"], "--mirror odd://x: "),
     (["--data-path", "nowhere"], "--data-path nowhere does not exist"),

@@ -249,8 +249,9 @@ def test_how_busy_the_plain_loop_is_by_physical_cores(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("precision", "layout"), [("fp32", False), ("bf16", True)])
-def test_a_plain_loop_is_the_textbook_one(monkeypatch, precision, layout):
-    """Two batches, then one update: as the same lines written out."""
+@pytest.mark.parametrize("share", [None, 0.3])
+def test_a_plain_loop_is_the_textbook_one(monkeypatch, precision, layout, share):
+    """Two batches, then one update: as the same lines written out; with a teacher too."""
     settings = Settings(
         batch_size=4,
         accumulate=2,
@@ -266,6 +267,9 @@ def test_a_plain_loop_is_the_textbook_one(monkeypatch, precision, layout):
     monkeypatch.setattr(tsa, "build_model", lambda name, *shape: small_model(*shape))
     monkeypatch.setattr(tsa, "start_team", set)
     torch.manual_seed(1)
+    teacher = small_model(3, 8).eval()
+    made = None if share is None else tsa.Teacher(teacher, share)
+    monkeypatch.setattr(tsa, "build_teacher", lambda settings, classes: made)
     group = tsa.Group("all", tuple(sorted(tsa.ALLOWED_CPUS)), 1)
     way = tsa.Way("plain", settings, tsa.CorePlan("none", group, group, group.cpus))
     with contextlib.ExitStack() as stack:
@@ -282,6 +286,9 @@ def test_a_plain_loop_is_the_textbook_one(monkeypatch, precision, layout):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             logits = reference(images)
             loss = nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+            if share:
+                target = teacher(images).detach().float().softmax(1)
+                loss = (1 - share) * loss + share * nn.functional.cross_entropy(logits, target)
         (loss / 2).backward()
     torch.optim.SGD(reference.parameters(), lr=0.1).step()
     pairs = zip(loop._model.parameters(), reference.parameters(), strict=True)
@@ -692,6 +699,15 @@ def test_a_comparison(in_tmp, capfd, monkeypatch):
     assert log.count("\n## ") == 1
     assert f"\n{figures['verdict']}\n" in log
     assert "compare, resnet18, split even" in log
+
+
+def test_the_work_of_a_teacher_is_counted():
+    settings = Settings(model="resnet56", num_classes=10, image_size=32)
+    alone, teacher = (tsa.measure_model(name, 10, 32).flops for name in ("resnet56", "resnet18"))
+    assert tsa.image_flops(settings) == alone
+    taught = tsa.image_flops(dataclasses.replace(settings, teacher="resnet18"))
+    assert taught["forward"] == alone["forward"] + teacher["forward"]
+    assert taught["backward"] == alone["backward"]
 
 
 @pytest.mark.parametrize("option", [["--split", "none"], ["--schedule", "delayed"]])

@@ -422,6 +422,31 @@ def test_checkpoint_options_need_each_other(settings, message):
     assert message_for(**settings) == message
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"teacher": "resnet50"},
+            "--teacher resnet50 needs --teacher-weights, a name such as DEFAULT or a file",
+        ),
+        (
+            {"teacher_weights": "IMAGENET1K_V2"},
+            "--teacher-weights IMAGENET1K_V2 needs --teacher, the model that they are of",
+        ),
+        (
+            {"teacher_share": 0.7},
+            "--teacher-share 0.7 needs --teacher and --teacher-weights",
+        ),
+        ({"teacher": "resnet50", "teacher_weights": "DEFAULT", "teacher_share": 0.7}, None),
+        ({"teacher": "resnet50", "teacher_weights": "t.pth"}, None),
+        ({"teacher_weights": "out/best.pt", "teacher_share": 1.0}, None),
+        ({"teacher_weights": "./weights"}, None),
+    ],
+)
+def test_the_options_of_a_teacher_need_each_other(settings, message):
+    assert message_for(**settings) == message
+
+
 @pytest.mark.parametrize("recipe", tsa.FROM_CHECKPOINT)
 def test_some_recipes_start_from_trained_weights(recipe):
     message = f"--recipe {recipe} starts from trained weights: give --init-from PATH"
@@ -735,7 +760,7 @@ def test_help_of_train_shows_what_belongs_to_no_other_command():
 
 def test_help_of_plan_shows_what_changes_a_plan():
     data = "model data_path num_classes image_size min_res max_res end_ramp workers".split()
-    training = ["recipe", "batch_size", "accumulate"]
+    training = ["recipe", "batch_size", "accumulate", "teacher", "teacher_weights"]
     cores = [*OF_CORES, "machine", "record"]
     assert shown_in("plan") == [*data, *training, *cores, "precision"]
 
@@ -747,14 +772,14 @@ def test_help_of_plan_shows_what_changes_a_plan():
             "find-lr",
             "model workers min_scale mixup_alpha recipe batch_size steps momentum weight_decay "
             "norm_weight_decay bias_weight_decay skip_decay_1d ra_magnitude init_from schedule "
-            "precision grads_to_none output_dir",
+            "teacher teacher_weights teacher_share precision grads_to_none output_dir",
             "epochs lr lr_scheduler min_lr model_ema early_stopping resume test_only save_freq "
             "log_file print_freq json",
         ),
         (
             "compare",
             "model workers hflip recipe batch_size accumulate steps opt seed split forward_cores "
-            "precision fused output_dir json",
+            "teacher teacher_weights teacher_share precision fused output_dir json",
             "min_res epochs lr lr_scheduler model_ema target_top1 resume init_from schedule "
             "print_freq",
         ),

@@ -506,6 +506,9 @@ def test_a_run_holds_no_less_than_is_asked_of_the_machine(one_lane_plan, schedul
         ({"image_size": 64, "min_res": 32}, 3 * 4 * 205 + 2 * 4 * 3 * 32 * 32 * 4),
         ({"num_classes": 105}, 3 * 4 * 1905 + 2 * 4 * 3 * 32 * 32 * 4),
         ({"test_only": True}, 4 * 205),
+        # the teacher's weights, and the 9 buffers of its BatchNorm, one of them in 64 bits
+        ({"teacher": "small"}, 3 * 4 * 205 + 2 * 4 * 3 * 32 * 32 * 4 + 4 * 205 + 4 * 8 + 8),
+        ({"teacher": "small", "test_only": True}, 4 * 205),
     ],
 )
 def test_a_machine_without_room_for_the_least_is_told_so(settings, needed_bytes):
