@@ -5270,7 +5270,7 @@ def trace_events(plan: CorePlan, steps: Sequence[StepResult]) -> dict[str, Any]:
 # ==================================================================================================
 # 11 Reports
 # What a run tells: progress on the screen, the summary table, a section of logs.md, metrics.jsonl,
-# the pictures. Pure functions turn figures into text; RunReport does the writing.
+# TensorBoard's files, the pictures. Pure functions turn figures into text; RunReport writes.
 # ==================================================================================================
 
 STRAY_WARNING_SHARE = 0.01
@@ -5576,11 +5576,13 @@ def pairs_csv(confusion: Confusion, classes: Sequence[str]) -> str:
     return csv_text([("true class", "predicted class", "images"), *rows])
 
 
-def confused_json(confusion: Confusion, classes: Sequence[str], tested: dict[str, Any]) -> str:
+def confused_json(confusion: Confusion, classes: Sequence[str], checkpoint: str) -> str:
     """What was tested, and the worst pairs, a line for each, so that they are easily left out:
     `images` of the `true` class, a `share` of them, were `taken_for` the other.
     """
     totals = images_by_class(confusion)
+    right, count = sum(confusion[true, true] for true in totals), totals.total()
+    top1 = round(100 * right / count, 4)
     lines = (
         {
             "true": classes[true],
@@ -5591,8 +5593,9 @@ def confused_json(confusion: Confusion, classes: Sequence[str], tested: dict[str
         for (true, predicted), images in worst_pairs(confusion)
     )
     listed = ",\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
-    head = json.dumps({**tested, "pairs": []}, ensure_ascii=False).removesuffix("]}")
-    return f"{head}\n{listed}\n]}}\n"
+    head = {"checkpoint": checkpoint, "images": count, "top1": top1, "pairs": []}
+    text = json.dumps(head, ensure_ascii=False).removesuffix("]}")
+    return f"{text}\n{listed}\n]}}\n"
 
 
 def write_confusion(
@@ -5600,14 +5603,14 @@ def write_confusion(
     title: str,
     confusion: Confusion,
     classes: Sequence[str],
-    tested: dict[str, Any],
+    checkpoint: str,
     footer: str = "",
 ) -> None:
-    """Write the confused pairs of what was `tested`, and the confusion matrix, as text and as a
-    picture; of too many classes for one, the worst pairs instead, and say so.
+    """Write the confused pairs of a checkpoint, and the confusion matrix, as text and as a picture;
+    of too many classes for one, the worst pairs instead, and say so.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / CONFUSED, confused_json(confusion, classes, tested))
+    write_whole(folder / CONFUSED, confused_json(confusion, classes, checkpoint))
     count = len(classes)
     if count > LARGEST_MATRIX:
         write_whole(folder / PAIRS, pairs_csv(confusion, classes))
@@ -7075,9 +7078,8 @@ def test(run: Run, found: tuple[Path, State] | None) -> None:
     if run.settings.output_dir:
         title = f"{describe_run(run.settings)}: {figures}"
         footer = picture_footer(run.topology)
-        tested = {"checkpoint": readable(str(path)), "images": results[0].images}
-        tested["top1"] = round(results[0].figures()["top1"], 4)
-        write_confusion(run.settings.output_dir, title, confusion, classes, tested, footer)
+        name = readable(str(path))
+        write_confusion(run.settings.output_dir, title, confusion, classes, name, footer)
     else:
         say("note: no confusion matrix is drawn without --output-dir")
 

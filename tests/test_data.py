@@ -1166,7 +1166,7 @@ def test_the_classes_that_were_confused_most(tmp_path, pairs, confused):
 def test_what_a_test_has_written_is_read(tmp_path):
     confusion = tsa.Confusion({(0, 1): 9, (2, 1): 5, (1, 2): 4, (3, 3): 50, (4, 3): 1})
     path = tmp_path / "confused.json"
-    path.write_text(tsa.confused_json(confusion, (*NUMBERS, "class 4"), {"images": 69}))
+    path.write_text(tsa.confused_json(confusion, (*NUMBERS, "class 4"), "a.pt"))
     settings = Settings(augment_confused=path, num_classes=5)
     assert tsa.confused_classes(settings, NUMBERS) == [0, 1, 2]
 

@@ -1599,9 +1599,11 @@ def test_the_pairs_of_classes_that_are_confused_most():
 def test_the_confused_pairs_in_a_file_for_programs_and_people():
     """The direction is kept, and each pair has a line of its own."""
     confusion = PAIRS + tsa.Confusion({(1, 0): 1, (1, 1): 5})
-    text = tsa.confused_json(confusion, ("bee", "château", "dog"), {"checkpoint": "a.pt"})
+    text = tsa.confused_json(confusion, ("bee", "château", "dog"), "a.pt")
     assert json.loads(text) == {
         "checkpoint": "a.pt",
+        "images": 14,
+        "top1": 71.4286,
         "pairs": [
             {"true": "dog", "taken_for": "bee", "images": 2, "share": 0.5},
             {"true": "bee", "taken_for": "château", "images": 1, "share": 0.25},
@@ -1609,20 +1611,24 @@ def test_the_confused_pairs_in_a_file_for_programs_and_people():
         ],
     }
     first, *pairs, last = text.splitlines()
-    assert (first, last) == ('{"checkpoint": "a.pt", "pairs": [', "]}")
+    assert (first, last) == (
+        '{"checkpoint": "a.pt", "images": 14, "top1": 71.4286, "pairs": [',
+        "]}",
+    )
     assert pairs[1] == '{"true": "bee", "taken_for": "château", "images": 1, "share": 0.25},'
 
 
 def test_without_a_mistake_no_pair_is_confused():
-    text = tsa.confused_json(tsa.Confusion({(0, 0): 3, (2, 2): 1}), CLASSES, {"images": 4})
-    assert json.loads(text) == {"images": 4, "pairs": []}
+    text = tsa.confused_json(tsa.Confusion({(0, 0): 3, (2, 2): 1}), CLASSES, "a.pt")
+    found = {"checkpoint": "a.pt", "images": 4, "top1": 100.0, "pairs": []}
+    assert json.loads(text) == found
 
 
 def test_of_many_pairs_the_worst_are_written():
     pairs = {(true, true + 1): images for true, images in enumerate(range(2000, 0, -1))}
     lines = tsa.pairs_csv(tsa.Confusion(pairs), range(2001)).splitlines()
     assert (len(lines), lines[1], lines[-1]) == (1001, "0,1,2000", "999,1000,1001")
-    found = json.loads(tsa.confused_json(tsa.Confusion(pairs), range(2001), {}))["pairs"]
+    found = json.loads(tsa.confused_json(tsa.Confusion(pairs), range(2001), ""))["pairs"]
     assert len(found) == 1000
     assert found[-1] == {"true": 999, "taken_for": 1000, "images": 1001, "share": 1.0}
 
@@ -1636,11 +1642,9 @@ def test_of_too_many_classes_for_a_matrix_the_worst_pairs(
 ):
     monkeypatch.setattr(tsa, "LARGEST_MATRIX", largest)
     folder = tmp_path / "out"
-    tsa.write_confusion(folder, "title", PAIRS, CLASSES, {"top1": 62.5})
+    tsa.write_confusion(folder, "title", PAIRS, CLASSES, "a.pt")
     assert sorted(path.name for path in folder.iterdir()) == ["confused.json", *written]
-    assert (folder / "confused.json").read_text() == (
-        tsa.confused_json(PAIRS, CLASSES, {"top1": 62.5})
-    )
+    assert (folder / "confused.json").read_text() == (tsa.confused_json(PAIRS, CLASSES, "a.pt"))
     text = (folder / written[0]).read_text()
     wide = written[0] == "confusion.csv"
     assert text == (
