@@ -4257,7 +4257,8 @@ def read_weights(path: Path, flag: str = "--init-from") -> SavedWeights:
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{flag} {error}") from None
     except OSError as error:
-        raise BadCheckpoint(f"{flag} {path}: cannot be read: {error.strerror}") from None
+        reason = error.strerror or one_line(error)  # safetensors raises one without a code
+        raise BadCheckpoint(f"{flag} {path}: cannot be read: {reason}") from None
     classes = (state.get("data") or {}).get("classes")
     known, settings = classes and tuple(classes), saved_settings(state)
     if state["average"]:

@@ -1617,6 +1617,7 @@ def write_bad(kind, path, trained):
             ": damaged: its SHA-256 is not the one that it ends with",
         ),
         ("nothing", ".", ": cannot be read: Is a directory"),
+        ("nothing", "nowhere.safetensors", ": cannot be read: No such file or directory"),
     ],
 )
 def test_weights_of_no_use_are_one_line(
