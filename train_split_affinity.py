@@ -3932,8 +3932,8 @@ def step_bound_s(schedule: str, times: PhaseTimes, accumulate: int) -> float:
 
 # ==================================================================================================
 # 8  Checkpoints
-# Everything that a run needs to go on, in files that are whole or not there at all. Knows nothing
-# of cores.
+# Everything that a run needs to go on, in files that are whole or not there at all; and weights in
+# files of other programs. Knows nothing of cores.
 # ==================================================================================================
 
 CHECKPOINT_FORMAT = "train_split_affinity 1"
