@@ -60,6 +60,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import base64
 import contextlib
 import copy
 import csv
@@ -94,6 +95,7 @@ import threading
 import time
 import traceback
 import warnings
+import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -361,6 +363,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # fmt: on
 FROM_CHECKPOINT = ("imagenet-finetune", "imagenet-full")  # these start with trained weights
+GIVE_WEIGHTS = "give --init-from PATH or --weights NAME"
 
 
 def recipe_defaults(name: str) -> dict[str, Any]:
@@ -521,11 +524,13 @@ class CheckpointSettings:
     resume: Path | None = free(None, "checkpoint to go on from, exactly; auto: the newest good "
         "one in --output-dir, if any", only="train", type=Path, metavar="PATH|auto")
     weights: str | None = free(None, "trained weights by torchvision's name for them, such as "
-        "DEFAULT or IMAGENET1K_V2, to start a new run from", metavar="NAME")
+        "DEFAULT or IMAGENET1K_V2, to start a new run from; with --resume auto they count if there "
+        "is nothing to go on from", metavar="NAME")
     init_from: Path | None = free(None, "file to take the weights from, for a new run: a "
         "checkpoint, or a plain state dict (.pt, .pth, .safetensors); with --resume auto it counts "
         "if there is nothing to go on from", type=Path)
-    test_only: bool = free(False, "evaluate the checkpoint of --resume, train nothing")
+    test_only: bool = free(False, "evaluate the checkpoint of --resume, train nothing; or "
+        "--weights, whose classes are found by the names of the folders")
     save_steps: int | None = free(None, "optimizer steps between two saves (default: after each "
         "epoch only)", type=COUNT)
     save_freq: int | None = free(None, "epochs between two checkpoints that are kept for good "
@@ -722,10 +727,13 @@ def checkpoint_contradictions(settings: Settings) -> Iterator[str]:
     for flag, value in needs_folder.items():
         if value and not settings.output_dir:
             yield f"{flag} needs --output-dir, where checkpoints are"
-    if settings.init_from and settings.resume and not from_newest:
-        yield f"--resume {settings.resume} and --init-from {settings.init_from}: give one"
-    if settings.test_only and not settings.resume:
-        yield "--test-only needs --resume, the checkpoint to evaluate"
+    starts = "resume", "init_from", "weights"
+    given = [as_option(name, value) for name in starts if (value := getattr(settings, name))]
+    others = given[from_newest and not settings.test_only :]  # of which one counts if auto fails
+    if len(others) > 1:
+        yield f"{' and '.join(others)}: give one"
+    if settings.test_only and not (settings.resume or settings.weights):
+        yield "--test-only needs --resume, the checkpoint to evaluate, or --weights NAME"
 
 
 def is_name(weights: str) -> bool:
@@ -746,9 +754,9 @@ def teacher_contradictions(settings: TrainingSettings) -> Iterator[str]:
 
 def command_contradictions(command: str, settings: Settings) -> Iterator[str]:
     """What a command lacks, and options that are for another one."""
-    has_weights = settings.resume or settings.init_from
+    has_weights = settings.resume or settings.init_from or settings.weights
     if command == "train" and settings.recipe in FROM_CHECKPOINT and not has_weights:
-        yield f"--recipe {settings.recipe} starts from trained weights: give --init-from PATH"
+        yield f"--recipe {settings.recipe} starts from trained weights: {GIVE_WEIGHTS}"
     for setting in dataclasses.fields(settings):
         only, value = setting.metadata["only"], getattr(settings, setting.name)
         if only not in (None, command) and value != setting.default:
@@ -831,7 +839,7 @@ COMMANDS = {
         "cores by hand": "plan --forward-cores 0-1 --backward-cores 2-5",
     }, (CoreSettings, *"""
         model data_path num_classes image_size min_res max_res end_ramp workers recipe batch_size
-        accumulate teacher teacher_weights precision""".split())),
+        accumulate weights teacher teacher_weights precision""".split())),
     "find-lr": Command("try learning rates, from low to high, and suggest one", {
         "for your own pictures, with a plot": "find-lr --data-path photos --output-dir out",
         "for a recipe": "find-lr --recipe cifar10 --data-path cifar",
@@ -839,7 +847,7 @@ COMMANDS = {
     }, (DataSettings, AugmentationSettings, CoreSettings, SpeedSettings, *"""
         recipe batch_size accumulate steps opt momentum weight_decay norm_weight_decay
         bias_weight_decay skip_decay_1d label_smoothing clip_grad_norm teacher teacher_weights
-        teacher_share seed deterministic init_from output_dir""".split())),
+        teacher_share seed deterministic weights init_from output_dir""".split())),
     "compare": Command("train in all ways, in turn, and say which is fastest", {
         "ResNet-50: plain loops, one lane, and every schedule of the split": "compare",
         "two splits, with less to compute": "compare --quick --split even,1:2",
@@ -1064,6 +1072,7 @@ try:
     from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import DataLoader, Dataset
     from torch.utils.flop_counter import FlopCounterMode
+    from torchvision.models import vision_transformer
     from torchvision.models.resnet import BasicBlock
     from torchvision.ops import Conv2dNormActivation
     from torchvision.transforms import v2
@@ -2199,7 +2208,12 @@ class Lanes:
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LESS_MEMORY = "lower --batch-size, --image-size or --num-classes"
+# How the names of a DenseNet's layers were before: with a dot in front of their number.
 DENSENET_NAMES = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
+TIMM = "timm/"  # what the names of timm's models begin with here
+# Models with auxiliary heads, which are left out. Their weights were trained with values from -1 to
+# 1: torchvision's model makes those of ImageNet's mean and deviation itself, ours has them at once.
+WITH_HEADS = ("googlenet", "inception_v3")
 
 Weights = dict[str, torch.Tensor]  # parameters, or buffers, by name
 
@@ -2394,7 +2408,7 @@ def build_model(name: str, num_classes: int, image_size: int) -> nn.Module:
     if name in OWN_MODELS:
         return OWN_MODELS[name](num_classes, image_size)
     options: dict[str, Any] = {}
-    if name in ("googlenet", "inception_v3"):
+    if name in WITH_HEADS:
         options = {"aux_logits": False, "init_weights": True}
     elif "resne" in name:  # ResNet, ResNeXt, Wide ResNet
         options = {"zero_init_residual": True}
@@ -2560,6 +2574,72 @@ class Preprocessing:
         )
 
 
+def imagenet_classes() -> tuple[str, ...]:
+    """ImageNet's 1,000 classes as torchvision names them."""
+    return tuple(torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"])
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Trained weights by name: the classes that they know, how pictures are made ready for them,
+    and `load`, which fetches them (name of tensor to tensor); `title` names them in full.
+    """
+
+    classes: tuple[str, ...]
+    native: Preprocessing
+    load: Callable[[], Weights]
+    title: str = ""
+
+
+def find_weights(
+    model: str, name: str, flag: str = "--weights", image_size: int | None = None
+) -> Pretrained:
+    """Trained weights of a model by their name; nothing is fetched yet. `image_size` is that of the
+    model they are for, if it is not theirs: a transformer's positions are then interpolated.
+
+    Raises UserError for a model without, or for an unknown name (the flag leads the message).
+    """
+    asked = f"{flag} {name}"
+    if model in OWN_MODELS:
+        raise UserError(f"{asked}: {model} has no weights by name; --init-from takes a file")
+    known = torchvision.models.get_model_weights(model)
+    member = name.removeprefix(f"{known.__name__}.").upper()
+    if member not in known.__members__:
+        raise UserError(f"{asked}: {model} has {', '.join(known.__members__) or 'none by name'}")
+    weights = known[member]
+    ready, classes = weights.transforms(), weights.meta.get("categories") or ()
+    native = Preprocessing(
+        *(ready.crop_size[0], ready.resize_size[0], ready.interpolation.value),
+        *(tuple(ready.mean), tuple(ready.std)),
+    )
+    if model in WITH_HEADS:
+        native = dataclasses.replace(native, mean=3 * (0.5,), std=3 * (0.5,))
+    load = partial(load_torchvision, weights, asked, image_size)
+    return Pretrained(tuple(classes), native, load, str(weights))
+
+
+def load_torchvision(weights: Any, asked: str, image_size: int | None) -> Weights:
+    """Weights of torchvision from torch's cache, or else the network; torchvision checks the hash
+    of what it fetches. Raises UserError for what it cannot have.
+    """
+    cached = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(weights.url).name)
+    try:
+        saved = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        # The classifier of VGG16_Weights.IMAGENET1K_FEATURES is NaN: it was never trained.
+        saved = {name: value for name, value in saved.items() if value.isfinite().all()}
+    except Exception as error:  # of the network, of the disk, of pickle, or a checksum's
+        reason = one_line(error)
+        if cached.exists():
+            remedy = "it is fetched anew once it is gone"
+            raise UserError(f"{asked}: {cached} holds no weights: {reason}; {remedy}") from None
+        remedy = f"if you have it from elsewhere, put it there as {cached}"
+        raise UserError(f"{asked}: cannot fetch {weights.url}: {reason}; {remedy}") from None
+    if image_size and "encoder.pos_embedding" in saved:
+        patch = saved["conv_proj.weight"].shape[-1]
+        saved = vision_transformer.interpolate_embeddings(image_size, patch, saved)
+    return dict(saved)
+
+
 # ==================================================================================================
 # 5  Data
 # Image folders, CIFAR-10 and synthetic images as streams of batches. What a sample looks like
@@ -2571,6 +2651,35 @@ CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR10_FOLDER = "cifar-10-batches-py"
 VALIDATION_FOLDERS = ("val", "valid", "validation")  # the first that exists is used
 SYNTHETIC_IMAGES, SYNTHETIC_CLASSES, SYNTHETIC_PATTERNS = 1280, 1000, 10
+
+# WordNet ids of ImageNet's 1,000 classes, which ascend: the steps from one to the next, of all the
+# first byte, then the second, then the third, compressed and in base 85 (see wordnet_ids).
+WORDNET_STEPS = """
+c-rk#XINBc7XI4(Zk=*xhAF@>GdM`Mg2+Y?OYpHpv4AKD8cTwrAR2wFAfOlvI?`4}1&xkqRF<NNHELWp3PxAiATbtn?Ir8F8bh*s
+HMqNf_uu~T{5ZEf=RMzf-}8PR;9dMb1bipKyJ!zji~wZF|L6?;f2tWm4FE#OAl%-=`m<1Bkysi7G@*!6X(Tg*>*(icVJu!4W9TcO
+K@3HVg&HIdQeOGT6XSRYk&Ia$v7CmoltZ0ZC_sQ9B=#Uokrm<qgo#FmvJ<LpNDd}g*2C!<!D<MHj9w0R0!lani5v<v3V<?Lg^`6r
+dQGH`+Vqmj=go8wK=kGXzn;IHFvM?}VF>?A2_@rp)a#Eonf!+Tw_@<^qrK=Y8n)NJX^J7MP~qR;Df9YZ#1af8{1K!S3#_JdpRQgK
+%L>DJg9dst976C@%Bu;DRQt=6rm!+bjO@Wt6|Y4w0&0~(8BD#zu@F;87@#N%35%4h7Szyy)SUy>IEQc{!B~*gff8?F)Y4#8Z*G_;
+(h-p&5daQhr6CJ=0!&I96J&ic&l5h1k!6C+tf~WIQK$qhz+Y`w_69-)2z7$UDhFCL&{MHa4-OC;)jF}n_GAF<=%+KuzDyXPm;g18
+z2u0&(29MC#saVp!wda<iB{VMqF7?=7ZmDEsBg5)8`J<AutC$+o5Ugt7|8PmmKyya6$s{_C&iST$zzr!f^icvX#kRtD$=Nt1g(dc
+w?amv7FC)+L}aI0k=;{*D!l}d9rq<7HXtBUsEngRA`1u*C_sq!WIDniPXnQl4^-PZBv1?~ffflt0mvGj>VUUa)+<|-lx4__ikBHq
+WfaVS5h=DZqG-V)_Lq4pP_Yb_<Y<m%v}V1=FI3M0DswW&>j2UrL7`yl*VP6^#g<?oHHlERV!$GxV$=*mS{2J$sec#-CWk_kl^7et
+NHPMXgEG8wDbx;)p3&=V$U{rao>;c?B9b_Vpu&pA&}7q6&O_8PjIs``BpLwAF<6wi-cV-*1Q88kJgAveZf<q-th*d35lbQ_f*(sk
+4-qN_P;n>ML1$G{R;8HJ?6Wk}I6jDFjG@zlNX)7}{)_gI1arA&#i<n4-Ls>wPwYFqTZt(9uwh%<E>D;l6tnl)v6|{}S^fS0<oYJ1
+;L{PwnNiszZ+P`ieW<y5%C9Uxcls^keBOTL-jG?zTe^Rd<SI<W0X-l8RA*W#p9?)*9oq9;!OOujdbU=5;w8jCa91>U^SN*&_)tJd
+v?DcpTWrSal8%$C#(8Ilv^>z%!{>Y5`{K)wR!84|=uTR;e7BUISaWkoNP}(7?ZP=(W4?g5<jM_&6(w9j(&4p>r|dZDkyi5T!-y#}
+uDMU`jw{~NGVSBM1#9<Zg5H&j=M)w-jvSV_|KPE@CGnMeX0FH`SGFc+vHRAF)s>Iz!)wwKE0PPE_7!~R&bVGh({Cgt4$YaK_e1TJ
+`I~%d%61oB%g>p6c~aE2`Y{PL`E}b1b=t_)DgX4XdN}LB*&i-7gwJ+AJ#gF!H-7Nm!hn=5lFuTq+{$k8w&2qDTzPG_ryCxftN-lz
+qVKOS{UxZraPy%<d3laI%rE8ZmUgpu*yTu#>vyrsUze+9MPz49zTEkvGkEMXTD)uj#&50W%s6i!!MF0rqiodWMgKNe=E|e)oLFb+
+jGQygw;FHf@1Of?XlwCTA#vVnd$y~(`1uD<y-uBKSzpjFpwVUSo8?SvD(lpzaADapeST`i7H5x6e!XH^59H49XgzSk(Apzr!{exg
+C$_G424wV$zHuqD?&~vuDZlDBbo<zXGcAM0{_)CgeCSByljtR;i`qZ*0m*wpgyTK7x@oFy`RUsi$BH-a*8iHYfz}4>UK5fZ<{TZX
+K6tmOtZv$>8P6V`tbLIc)3NmY`e(X^^MP@Ly07gXZMskxoSSs!(nMq54E5vL`}=;pulK_6KbQYK<b5Xo#IT~=jAJ1ILB<jX&bBA;
+{`pjxb$HbCuODqrx>q87k{^`TA6Pm)<!vplQD0WRI+2{avMT$lqfA6#Ywb>P>Fpu(AC1%1HPIRA4Q=V&Qk&<L-RhDQA6Fk8etu1A
+afSb!lix($nZNZ&^UD@zsmr*j#dqgXYm(vg-*$GUpQjuyVcsw8HGZCJqCDxrgt98ts=e7I_k-r#e_UN#o7ny7@}CQAk+I(|>(mhO
+<BlH}rJFXUExEZVA!6R%&x)pYnc%n-JZ^cb-}pn)T^n9|r7AOS@Kndac|+Ija}A3dx!`_s;?~A7qc#i-%Q*SF9Z#-)p7E+8A6K_U
+H@&bQneA%TyPllGkspSW;--t_r=j=6bzzgT1~rfHnLYS&(WsFlY&*L@At9t<eUM{7x;rr|jXOJcT*i6B<k4-fns(jjaQ)jaw`JaO
+zH}Aoho7FhE;#qV*~+N?wvA!Od&S2#^f_oQ>Qy>%dzNj}wKWN+=l;I@LTc@~?*=wcb|-8;7PsKi#0K-f0KI-R8~
+"""
 
 # Images (n, 3, size, size), and class indices (n,) or, of mixed images, probabilities (n, classes).
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -2657,6 +2766,9 @@ def open_data(settings: Settings) -> ImageData:
         raise UserError(f"--num-classes {settings.num_classes}: {path} has {found} classes")
     confused = confused_classes(settings, data.classes)
     data = dataclasses.replace(data, chosen=choose_images(data, settings), confused=confused)
+    if settings.weights:
+        native = find_weights(settings.model, settings.weights).native
+        data = dataclasses.replace(data, native=native)
     if len(data.chosen) < images:
         step, remedy = f"--batch-size {settings.batch_size}", "lower -b"
         if settings.accumulate > 1:
@@ -2832,6 +2944,81 @@ def open_image_folder(path: Path, root: Path) -> PictureFolder:
         return PictureFolder(root)
     except OSError as error:
         raise UserError(f"--data-path {path}: no images: {one_line(error)}") from None
+
+
+@functools.cache
+def wordnet_ids() -> tuple[str, ...]:
+    """The ids in WordNet 3.0 (nouns) of ImageNet's 1,000 classes, in their order."""
+    planes = zlib.decompress(base64.b85decode("".join(WORDNET_STEPS.split())))
+    steps = zip(planes[:1000], planes[1000:2000], planes[2000:], strict=True)
+    numbers = itertools.accumulate(int.from_bytes(step, "big") for step in steps)
+    return tuple(f"n{number:08}" for number in numbers)
+
+
+def spelling(name: str) -> str:
+    """A class's name without what differs between folders: capitals, underscores and hyphens."""
+    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+
+
+def match_classes(names: Iterable[str], known: Sequence[str], asked: str) -> list[int]:
+    """The index of each name among the classes that some weights know: spelt in the same way, or
+    else but for capitals, spaces, underscores and hyphens; ImageNet's by their WordNet ids, too.
+
+    Raises UserError for a name that is none of them, or could be several; `asked` for the weights.
+    """
+    exact: dict[str, list[int]] = {}
+    alike: dict[str, list[int]] = {}
+    ids = wordnet_ids() if tuple(known) == imagenet_classes() else ()
+    for index, name in itertools.chain(enumerate(known), enumerate(ids)):
+        exact.setdefault(name, []).append(index)
+        alike.setdefault(spelling(name), []).append(index)
+    found = []
+    for name in names:
+        places = exact.get(name) or alike.get(spelling(name)) or []
+        if not places:
+            hint = nearest(spelling(name), alike)
+            raise UserError(f"class {name} is none of the {len(known)} of {asked}{hint}")
+        if len(places) > 1:
+            which = ", ".join(ids[place] if ids else f"class {place}" for place in places)
+            raise UserError(f"class {name} can be several of {asked}: {which}; use such names")
+        found += places
+    return found
+
+
+class Renumbered(Dataset):
+    """Another data set's pictures; their classes have the numbers of a table in place of theirs."""
+
+    def __init__(self, pictures: Dataset, numbers: Sequence[int]):
+        self._pictures, self._numbers = pictures, numbers
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        picture, target = self._pictures[index]
+        return picture, self._numbers[target]
+
+    @property
+    def targets(self) -> list[int]:
+        """The numbers of the classes of all pictures."""
+        return [self._numbers[target] for target in self._pictures.targets]
+
+
+def with_known_classes(data: ImageData, settings: Settings) -> ImageData:
+    """The same pictures, with all classes that the weights to test know, by their numbers there.
+
+    Raises UserError for a class that the weights do not know.
+    """
+    known = find_weights(settings.model, settings.weights).classes
+    asked = f"--weights {settings.weights}"
+    if settings.num_classes not in (None, len(known)):
+        raise UserError(f"--num-classes {settings.num_classes}: {asked} know {len(known)} classes")
+    try:
+        numbers = match_classes(data.classes, known, asked)
+    except UserError as error:
+        raise UserError(f"--data-path {settings.data_path}: {error}") from None
+    train, val = (Renumbered(part, numbers) for part in (data.train, data.val))
+    return dataclasses.replace(data, train=train, val=val, classes=known)
 
 
 def choose_images(data: ImageData, settings: Settings) -> list[int]:
@@ -5738,6 +5925,15 @@ def describe_teacher(name: str, num_classes: int, image_size: int) -> str:
     )
 
 
+def describe_weights(known: Pretrained) -> str:
+    """What trained weights are for, in a line."""
+    ready, classes = known.native, plural(len(known.classes), "class")
+    sizes = (
+        f"{ready.image_size} px of pictures resized to {ready.val_resize} ({ready.interpolation})"
+    )
+    return f"weights   {known.title}: {classes}, {sizes}; fetched when a run needs them"
+
+
 def describe_data(data: ImageData) -> list[str]:
     """The images that were found, and what was left out, in a line each."""
     if data.kind == "synthetic":
@@ -6668,12 +6864,32 @@ def choose_precision(settings: Settings, topology: Topology) -> tuple[str, str]:
     return ("bf16" if topology.bf16 else "fp32"), native
 
 
+def knows_classes(known: Pretrained, classes: Sequence[str]) -> bool:
+    """Whether weights were trained for these very classes, in their order."""
+    with contextlib.suppress(UserError):
+        return match_classes(classes, known.classes, "") == [*range(len(known.classes))]
+    return False
+
+
+def start_with_weights(model: nn.Module, settings: Settings, classes: Sequence[str]) -> str:
+    """Put `--weights` into a model; its classifier stays as it is if they know other classes than
+    the data's. Says what was taken.
+    """
+    shape = settings.num_classes, settings.image_size
+    known = find_weights(settings.model, settings.weights, image_size=settings.image_size)
+    same = knows_classes(known, classes)
+    left_out = () if same else classifier_weights(settings.model, *shape)
+    return f"weights from {known.title}: {take_weights(model, known.load(), left_out)}"
+
+
 def starting_model(settings: Settings, classes: Sequence[str]) -> tuple[nn.Module, str]:
     """The model that a run starts from, and what is new in it if its weights have been trained."""
     shape, note = (settings.num_classes, settings.image_size), ""
     model = build_model(settings.model, *shape)
     for size in dict.fromkeys((image_size_in(settings, 1), settings.image_size)):
         check_input_shape(model, settings.model, settings.batch_size, size)
+    if settings.weights:
+        note = start_with_weights(model, settings, classes)
     if settings.init_from:
         note = take_file(settings, model, classes)
     if settings.channels_last:
@@ -6898,6 +7114,8 @@ def prepared(settings: Settings, topology: Topology, plan: CorePlan) -> Iterator
     check_validation(settings, data)
     check_writable(settings)
     say("\n".join(describe_data(data)))
+    if settings.test_only and settings.weights:
+        data = with_known_classes(data, settings)
     note = tune_allocator() if settings.tuned_malloc else ""
     tuned = settings.tuned_malloc and not note
     settings = settings_in_force(
@@ -6983,10 +7201,10 @@ def check_new(settings: Settings, checkpoints: Checkpoints) -> None:
             f"--output-dir {checkpoints.folder} has the checkpoints of an earlier run: go on with "
             "it by --resume auto, or choose another folder"
         )
-    if settings.recipe in FROM_CHECKPOINT and not settings.init_from:
+    if settings.recipe in FROM_CHECKPOINT and not (settings.init_from or settings.weights):
         raise UserError(
             f"--recipe {settings.recipe} starts from trained weights, and {checkpoints.folder} has "
-            "none: give --init-from PATH"
+            f"none: {GIVE_WEIGHTS}"
         )
 
 
@@ -7048,13 +7266,8 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
     return run.work.network.model
 
 
-def test(run: Run, found: tuple[Path, State] | None) -> None:
-    """Evaluate a checkpoint, first its moving average if it has one: print the figures, and write
-    the confusion matrix and the confused pairs.
-    """
-    if not found:
-        raise UserError(f"--test-only: no checkpoint in {run.settings.output_dir}")
-    path, state = found
+def load_to_test(run: Run, path: Path, state: State) -> None:
+    """Take the weights of a checkpoint, and its moving average if it has one."""
     for name in ("model", "num_classes"):
         ours, saved = getattr(run.settings, name), state["settings"].get(name)
         if ours != saved:
@@ -7066,6 +7279,20 @@ def test(run: Run, found: tuple[Path, State] | None) -> None:
         run.work.average = MovingAverage(model, 0.0) if state["average"] else None
         model.load_state_dict(state["model"])
     say(f"{path}: epoch {state['progress']['epoch']}, step {state['progress']['step']}")
+
+
+def test(run: Run, found: tuple[Path, State] | None) -> None:
+    """Evaluate a checkpoint, first its moving average if it has one, or else weights by name: print
+    the figures, and write the confusion matrix and the confused pairs.
+    """
+    name = f"--weights {run.settings.weights}"
+    if found:
+        load_to_test(run, *found)
+        name = readable(str(found[0]))
+    elif run.settings.weights:
+        say(run.work.network.note)
+    else:
+        raise UserError(f"--test-only: no checkpoint in {run.settings.output_dir}")
     confusion = Confusion()
     results = evaluate(run, confusion=confusion)
     for text in run.bad.messages:
@@ -7079,7 +7306,6 @@ def test(run: Run, found: tuple[Path, State] | None) -> None:
     if run.settings.output_dir:
         title = f"{describe_run(run.settings)}: {figures}"
         footer = picture_footer(run.topology)
-        name = readable(str(path))
         write_confusion(run.settings.output_dir, title, confusion, classes, name, footer)
     else:
         say("note: no confusion matrix is drawn without --output-dir")
@@ -7328,7 +7554,7 @@ def choose_split(
 
 def measured_settings(settings: Settings, topology: Topology) -> Settings:
     """The settings for measuring: without epochs, growing images and trained weights."""
-    left_out = {"epochs": None, "min_res": None, "init_from": None}
+    left_out = dict.fromkeys(("epochs", "min_res", "init_from", "weights"))
     return settings_in_force(settings, topology, open_data(settings), **left_out)
 
 
@@ -8295,6 +8521,10 @@ def print_model(settings: Settings, topology: Topology, plan: CorePlan) -> None:
     """What `plan` shows beside the cores: the data, if there are any, and the model."""
     check_model_name(settings.model)
     path, classes, native_size = settings.data_path, SYNTHETIC_CLASSES, 224
+    if settings.weights:
+        known = find_weights(settings.model, settings.weights)
+        native_size = known.native.image_size
+        say(describe_weights(known))
     exists = path and path.exists()
     if exists:
         data = open_data(settings)

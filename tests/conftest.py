@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+import urllib.error
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+import torchvision
 from photos import make_photos
 from torch import nn
 
@@ -117,6 +120,49 @@ def photos_with_val(photos, tmp_path_factory) -> Path:
     for part in ("train", "val"):
         shutil.copytree(photos / "train", root / part)
     return root
+
+
+def torchvision_model(name: str) -> nn.Module:
+    """A classifier with random weights, with all that torchvision's own weights have."""
+    whole = {"aux_logits": True, "init_weights": False} if name in tsa.WITH_HEADS else {}
+    model = torchvision.models.get_model(name, **whole)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.running_mean, -1, 0)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+    return model
+
+
+@pytest.fixture
+def torch_cache(tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """Puts random weights of a torchvision model into a cache of torch's, as the file that would be
+    fetched, and returns its path. There is no network.
+    """
+
+    def no_network(*args, **options):
+        raise urllib.error.URLError("no network")
+
+    def put(name: str, state: dict | None = None) -> Path:
+        url = torchvision.models.get_model_weights(name).DEFAULT.url
+        path = tmp_path / "torch/hub/checkpoints" / url.rpartition("/")[2]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(1)
+        torch.save(torchvision_model(name).state_dict() if state is None else state, path)
+        return path
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    return put
+
+
+@pytest.fixture
+def imagenet_photos(photos_with_val, tmp_path):
+    """The photographs, as two classes of ImageNet: temples are 999, flowers 0."""
+    names = {"temple": "n15075141", "flower": "tench"}
+    for part in ("train", "val"):
+        for name, known in names.items():
+            shutil.copytree(photos_with_val / part / name, tmp_path / "imagenet" / part / known)
+    return tmp_path / "imagenet"
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 import machines
 import pytest
 import torch
+import torchvision
 from conftest import TINY, TWO_CPUS, needs_two_cpus, read_metrics, scalars_in
 from PIL import Image
 from torchvision.datasets import CIFAR10
@@ -428,6 +429,98 @@ def test_test_only_needs_validation_images(in_tmp, photos, capsys):
     )
 
 
+WEIGHTS = [*TINY[:2], "--weights", "DEFAULT", "--precision", "fp32"]
+
+
+def test_a_run_that_starts_with_weights_by_name(in_tmp, photos_with_val, torch_cache, capsys):
+    """With a rate of 0 they stay as they are, but for the classifier, which is new."""
+    saved = torch.load(torch_cache("squeezenet1_1"))
+    options = ["--data-path", str(photos_with_val), "-b", "4", "-j", "0", "--image-size", "32"]
+    options += ["--output-dir", "out", "--epochs", "1", "--lr", "0"]
+    assert tsa.main([*WEIGHTS, *options]) == 0
+    captured = capsys.readouterr()
+    assert (
+        "SqueezeNet1_1_Weights.IMAGENET1K_V1: 50 of 52 tensors; new: classifier.1." in captured.out
+    )
+    state = torch.load("out/last.pt", weights_only=True)
+    for name, value in state["model"].items():
+        if not name.startswith("classifier"):
+            assert torch.equal(value, saved[name]), name
+    assert state["settings"]["weights"] == "DEFAULT"
+    # The run goes on where it stands, not from its weights.
+    options += ["--weights", "DEFAULT", "--resume", "auto", "--epochs", "2"]
+    assert tsa.main([*TINY[:2], "--precision", "fp32", *options]) == 0
+    captured = capsys.readouterr()
+    assert "resumed from out/last.pt, after step 3" in captured.out
+    assert "tensors; new" not in captured.out
+
+
+def test_weights_by_name_decide_how_pictures_are_made_ready(in_tmp, photos, torch_cache):
+    """What an option says otherwise holds."""
+    torch_cache("mobilenet_v3_small")
+    options = ["--model", "mobilenet_v3_small", "--weights", "DEFAULT", "--data-path", str(photos)]
+    options += ["-b", "2", "-j", "0", "--steps", "1", "--output-dir", "out"]
+    assert tsa.main([*options, "--image-size", "112", "--std", "0.5,0.5,0.5"]) == 0
+    settings = torch.load("out/last.pt", weights_only=True)["settings"]
+    assert [settings[name] for name in ("image_size", "val_resize", "mean", "std")] == [
+        *(112, 128, (0.485, 0.456, 0.406), (0.5, 0.5, 0.5))
+    ]
+
+
+def test_a_folder_of_all_classes_keeps_the_classifier(torch_cache):
+    saved = torch.load(torch_cache("squeezenet1_1"))
+    settings = tsa.Settings(
+        model="squeezenet1_1", weights="DEFAULT", num_classes=1000, image_size=64
+    )
+    model, note = tsa.starting_model(settings, tsa.wordnet_ids())
+    assert note == "SqueezeNet1_1_Weights.IMAGENET1K_V1: 52 of 52 tensors"
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    for classes in (tuple(reversed(tsa.wordnet_ids())), tuple(map(str, range(1000)))):
+        model, note = tsa.starting_model(settings, classes)
+        assert note.startswith("SqueezeNet1_1_Weights.IMAGENET1K_V1: 50 of 52 tensors; new: ")
+        assert not torch.equal(model.classifier[1].weight, saved["classifier.1.weight"])
+
+
+def test_weights_by_name_are_tested_without_any_training(
+    in_tmp, imagenet_photos, torch_cache, capsys, monkeypatch
+):
+    """Their figures are those of torchvision's model and preprocessing."""
+    monkeypatch.setattr(tsa, "LARGEST_MATRIX", 100)  # a picture of more takes seconds
+    torch_cache("squeezenet1_1")
+    weights = torchvision.models.SqueezeNet1_1_Weights.DEFAULT
+    model = torchvision.models.squeezenet1_1(weights=weights).eval()
+    logits, targets = [], []
+    for wordnet_id, target in (("n15075141", 999), ("tench", 0)):
+        for path in sorted((imagenet_photos / "val" / wordnet_id).iterdir()):
+            with torch.inference_mode():
+                logits.append(model(weights.transforms()(Image.open(path)).unsqueeze(0)))
+            targets.append(target)
+    logits, targets = torch.cat(logits), torch.tensor(targets)
+    loss = torch.nn.functional.cross_entropy(logits, targets).item()
+    (top1, top5) = (
+        (logits.topk(count).indices == targets[:, None]).any(1).float().mean().item() * 100
+        for count in (1, 5)
+    )
+    options = ["--test-only", "--data-path", str(imagenet_photos), "-b", "4", "-j", "1"]
+    assert tsa.main([*WEIGHTS, *options, "--output-dir", "out"]) == 0
+    printed = capsys.readouterr().out
+    assert "SqueezeNet1_1_Weights.IMAGENET1K_V1: all 52 tensors\n" in printed
+    assert f"12 images: loss {loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %" in printed
+    for name in ("toilet tissue", "tench"):
+        assert re.search(rf"^\| {name} +\| .*\| +6 \|$", printed, re.MULTILINE)
+    assert sorted(path.name for path in Path("out").iterdir()) == [tsa.CONFUSED, tsa.PAIRS]
+
+
+def test_plan_says_what_weights_are_for_and_fetches_nothing(in_tmp, torch_cache, capsys):
+    assert tsa.main(["plan", "--model", "efficientnet_b1", "--weights", "DEFAULT"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "\nweights   EfficientNet_B1_Weights.IMAGENET1K_V2: 1000 classes, 240 px of pictures "
+        "resized to 255 (bilinear); fetched when a run needs them\n"
+    ) in printed
+    assert "an image of 240 px takes" in printed
+
+
 BAD_INPUT = [
     (["--forward-cores", ""], "--forward-cores: '' is not a core list"),
     (["--forward-cores", "3-1"], "'3-1' runs backwards"),
@@ -496,6 +589,13 @@ BAD_INPUT = [
         ["--recipe", "imagenet-full", *TINY, "--resume", "auto"],
         "starts from trained weights, and out/imagenet-full has none: give --init-from PATH",
     ),
+    (["--weights", "V1", "--init-from", "b.pt"], "--init-from b.pt and --weights V1: give one"),
+    (["--weights", "V9", *TINY], "--weights V9: squeezenet1_1 has IMAGENET1K_V1, DEFAULT"),
+    (["--weights", "DEFAULT", *TINY], "squeezenet1_1-b8a52dc0.pth: <urlopen error no network>; if"),
+    (["--weights", "DEFAULT", "--model", "hybrid"], "--weights DEFAULT: hybrid has no weights by"),
+    (["find-lr", "--weights", "V9", *TINY], "--weights V9: squeezenet1_1 has IMAGENET1K_V1"),
+    (["compare", "--weights", "V9", *TINY], "--weights V9: squeezenet1_1 has IMAGENET1K_V1"),
+    (["plan", "--weights", "V9", *TINY], "--weights V9: squeezenet1_1 has IMAGENET1K_V1"),
     (["find-lr", "--resume", "a.pt"], "--resume a.pt is for train, not for find-lr"),
     (["plan", "--resume", "a.pt"], "--resume a.pt is for train, not for plan"),
     (["find-lr", "--model", "resnet5"], "--model resnet5: unknown"),
@@ -589,7 +689,7 @@ BAD_INPUT = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
-def test_bad_input_is_one_line(in_tmp, capsys, arguments, message):
+def test_bad_input_is_one_line(in_tmp, capsys, torch_cache, arguments, message):
     assert tsa.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("train_split_affinity.py: error: ")

@@ -9,6 +9,7 @@ import hashlib
 import http.server
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -1865,3 +1866,125 @@ def test_loaders_that_cannot_start_leave_none_behind(monkeypatch):
     assert loaders() == before
     gc.collect()
     assert not unraisable, "torch's half-made iterator stays"
+
+
+# Classes that trained weights know
+
+IMAGENET = tsa.imagenet_classes()
+
+
+def test_the_wordnet_ids_of_imagenet():
+    ids = tsa.wordnet_ids()
+    assert len(ids) == 1000
+    assert list(ids) == sorted(set(ids))
+    for number, name in {
+        0: "n01440764",  # tench
+        1: "n01443537",  # goldfish
+        134: "n02012849",  # the bird crane
+        207: "n02099601",  # golden retriever
+        281: "n02123045",  # tabby cat
+        517: "n03126707",  # the machine crane
+        620: "n03642806",  # laptop
+        981: "n09835506",  # ballplayer
+        999: "n15075141",  # toilet tissue
+    }.items():
+        assert ids[number] == name
+    for wordnet_id, names in torchvision.datasets.Imagenette._WNID_TO_CLASS.items():
+        assert IMAGENET[ids.index(wordnet_id)] == names[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("n01440764", 0),
+        ("tench", 0),
+        ("Tench", 0),
+        ("golden retriever", 207),
+        ("golden_retriever", 207),
+        ("Golden-Retriever", 207),
+        ("jack-o'-lantern", 607),
+        ("JACK_O'_LANTERN", 607),
+        ("n15075141", 999),
+        ("N15075141", 999),
+        ("Cardigan", 264),  # the dog
+        ("cardigan", 474),  # the garment
+    ],
+)
+def test_a_class_of_imagenet_by_name(name, number):
+    assert tsa.match_classes([name], IMAGENET, "the weights") == [number]
+
+
+def test_classes_are_found_by_name_whatever_their_place():
+    assert tsa.match_classes(["b", "C", "a"], ["a", "b", "c"], "w") == [1, 2, 0]
+    assert tsa.match_classes(IMAGENET, IMAGENET, "w") == [*range(1000)]
+    assert tsa.match_classes(tsa.wordnet_ids(), IMAGENET, "w") == [*range(1000)]
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "message"),
+    [
+        ("0", IMAGENET, "class 0 is none of the 1000 of the weights"),
+        ("goldfisch", IMAGENET, "class goldfisch is none of .*; did you mean goldfish,"),
+        ("n01440764", ["a", "b"], "class n01440764 is none of the 2 of the weights"),
+        ("CARDIGAN", IMAGENET, "can be several of the weights: n02113186, n02963159; use such"),
+        ("a", ["a", "b", "a"], "class a can be several of the weights: class 0, class 2"),
+    ],
+)
+def test_a_class_that_weights_do_not_know(name, known, message):
+    with pytest.raises(tsa.UserError, match=message):
+        tsa.match_classes([name], known, "the weights")
+
+
+def tested(**settings):
+    """Settings to test weights with."""
+    return small(model="resnet18", weights="DEFAULT", test_only=True, num_classes=None, **settings)
+
+
+def test_data_to_test_weights_with_have_all_classes_that_these_know(imagenet_photos):
+    settings = tested(data_path=imagenet_photos)
+    data = tsa.open_data(settings)
+    assert data.classes == ("n15075141", "tench")
+    known = tsa.with_known_classes(data, settings)
+    assert known.classes == IMAGENET
+    for part in (known.train, known.val):
+        assert part.targets == [{0: 999, 1: 0}[target] for target in data.val.targets]
+        assert part[0][1] == 999
+        assert part[11][1] == 0
+        assert part[0][0].tobytes() == data.train[0][0].tobytes()
+    assert len(pickle.loads(pickle.dumps(known.val))) == 12
+    with pytest.raises(tsa.UserError, match="^--num-classes 3: --weights DEFAULT know 1000 class"):
+        tsa.with_known_classes(data, dataclasses.replace(settings, num_classes=3))
+
+
+def test_data_with_a_class_that_the_weights_to_test_do_not_know(photos_with_val):
+    settings = tested(data_path=photos_with_val)
+    message = f"^--data-path {photos_with_val}: class flower is none of the 1000 of --weights DEFA"
+    with pytest.raises(tsa.UserError, match=message):
+        tsa.with_known_classes(tsa.open_data(settings), settings)
+
+
+@pytest.mark.parametrize(
+    ("model", "weights"),
+    [
+        ("resnet50", "IMAGENET1K_V2"),
+        ("efficientnet_b0", "DEFAULT"),
+        ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1"),
+        ("vgg16", "IMAGENET1K_FEATURES"),
+    ],
+)
+def test_pictures_are_made_ready_as_the_weights_say(photos, model, weights):
+    data = tsa.open_data(small(model=model, weights=weights, data_path=photos, image_size=None))
+    picture, _ = data.train[0]
+    theirs = torchvision.models.get_model_weights(model)[weights].transforms()(picture)
+    ours = tsa.validation_transform(data.native)(picture).as_subclass(torch.Tensor)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)  # a deviation may be 1 / 255
+
+
+def test_weights_are_asked_before_the_data_how_pictures_are_made_ready(cifar):
+    """And options before both."""
+    weights = {"model": "resnet18", "weights": "DEFAULT", "image_size": None, "num_classes": 10}
+    data = tsa.open_data(small(data_path=cifar, **weights))
+    assert data.native == tsa.Preprocessing(224, 256)
+    chosen = small(data_path=cifar, **weights | {"image_size": 112, "std": (0.5, 0.5, 0.5)})
+    expected = tsa.Preprocessing(112, 128, std=(0.5, 0.5, 0.5))
+    assert tsa.open_data(chosen).native.overruled(chosen) == expected

@@ -1,12 +1,15 @@
 """Models. Run: python -m pytest tests/test_models.py"""
 
+import dataclasses
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torchvision
 from conftest import as_loaded, needs_two_cpus
 from torch import nn
+from torchvision.models import vision_transformer
 
 import train_split_affinity as tsa
 
@@ -609,3 +612,183 @@ def test_half_precision_is_taken_in_full_precision():
     assert tsa.take_weights(model, half) == "all 2 tensors"
     assert model.weight.dtype == torch.float32
     assert torch.equal(model.weight, source.weight.bfloat16().float())
+
+
+# Trained weights by name
+
+
+def with_weights(name, classes=1000, size=64):
+    """A model of ours that has its weights by name."""
+    model = tsa.build_model(name, classes, size)
+    left_out = () if classes == 1000 else tsa.classifier_weights(name, classes, size)
+    tsa.take_weights(model, tsa.find_weights(name, "DEFAULT").load(), left_out)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "squeezenet1_1", "mobilenet_v3_small", "mnasnet0_5", "densenet121"]
+)
+def test_logits_with_weights_by_name_are_torchvisions(name, torch_cache):
+    path = torch_cache(name)
+    if name == "densenet121":  # the file has names from before, and no counts of batches
+        state = {key: value for key, value in torch.load(path).items() if value.ndim}
+        dotted = {re.sub(r"(denselayer.*(?:norm|conv))(?=[12])", r"\1.", key): key for key in state}
+        assert len(dotted.keys() - state.keys()) == 58 * (2 * 4 + 2)
+        torch_cache(name, {old: state[new] for old, new in dotted.items()})
+    theirs = torchvision.models.get_model(name, weights="DEFAULT").eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        logits = with_weights(name)(images)
+        assert torch.equal(logits, theirs(images))
+    assert logits[0].std() > 0
+
+
+def test_loaded_weights_are_those_of_the_file(torch_cache):
+    state = torch.load(torch_cache("resnet18"))
+    model = with_weights("resnet18", classes=7)
+    own = model.state_dict()
+    assert own.keys() == state.keys()
+    for name, value in own.items():
+        assert name.startswith("fc.") or torch.equal(value, state[name]), name
+    assert own["fc.weight"].shape == (7, 512)
+
+
+@pytest.mark.parametrize(("name", "size"), [("googlenet", 64), ("inception_v3", 96)])
+def test_weights_for_values_from_minus_one_to_one(name, size, torch_cache):
+    """torchvision's model makes them of ImageNet's mean and deviation; the same up to rounding."""
+    torch_cache(name)
+    theirs = torchvision.models.get_model(name, weights="DEFAULT").eval()
+    pixels = torch.rand(2, 3, size, size)
+    native = tsa.find_weights(name, "DEFAULT").native
+
+    def brought(mean, std):
+        return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+    with torch.inference_mode():
+        expected = theirs(brought(tsa.IMAGENET_MEAN, tsa.IMAGENET_STD))
+        logits = with_weights(name, size=size)(brought(native.mean, native.std))
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3 * expected.std().item())
+
+
+def test_what_weights_by_name_know():
+    found = tsa.find_weights("resnet50", "DEFAULT")
+    assert found.native == tsa.Preprocessing(224, 232)
+    assert found == dataclasses.replace(
+        tsa.find_weights("resnet50", "imagenet1k_v2"), load=found.load
+    )
+    assert found.title == "ResNet50_Weights.IMAGENET1K_V2"
+    assert found.classes[:2] == ("tench", "goldfish")
+    assert len(found.classes) == 1000
+    other = tsa.find_weights("vit_b_16", "ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1").native
+    assert other == tsa.Preprocessing(384, 384, "bicubic")
+    assert tsa.find_weights("vgg16", "IMAGENET1K_FEATURES").classes == ()
+    means = tsa.find_weights("efficientnet_v2_l", "DEFAULT").native.mean
+    assert means == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("name", torchvision.models.list_models(module=torchvision.models))
+def test_all_weights_of_torchvision_are_found(name):
+    for weights in torchvision.models.get_model_weights(name):
+        native, ready = tsa.find_weights(name, weights.name).native, weights.transforms()
+        assert [native.image_size] == ready.crop_size
+        assert [native.val_resize] == ready.resize_size
+        assert native.interpolation == ready.interpolation.value
+        own = name in tsa.WITH_HEADS
+        assert (list(native.mean), list(native.std)) == (
+            ([0.5] * 3, [0.5] * 3) if own else (ready.mean, ready.std)
+        )
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "message"),
+    [
+        ("resnet50", "V2", "--weights V2: resnet50 has IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
+        ("resnet18", "IMAGENET1K_V2", "--weights IMAGENET1K_V2: resnet18 has IMAGENET1K_V1, DEF"),
+        ("resnet18", "ResNet50_Weights.DEFAULT", "_Weights.DEFAULT: resnet18 has IMAGENET1K_V1"),
+        ("resnet56", "DEFAULT", "--weights DEFAULT: resnet56 has no weights by name; --init-from"),
+    ],
+)
+def test_weights_that_a_model_does_not_have(model, name, message):
+    with pytest.raises(tsa.UserError, match=message):
+        tsa.find_weights(model, name)
+    with pytest.raises(tsa.UserError, match=f"^--teacher-weights {name}: "):
+        tsa.find_weights(model, name, "--teacher-weights")
+
+
+def test_weights_that_cannot_be_fetched(torch_cache, tmp_path):
+    with pytest.raises(tsa.UserError) as caught:
+        tsa.find_weights("resnet18", "DEFAULT").load()
+    place = tmp_path / "torch/hub/checkpoints/resnet18-f37072fd.pth"
+    assert str(caught.value) == (
+        "--weights DEFAULT: cannot fetch https://download.pytorch.org/models/resnet18-f37072fd.pth:"
+        f" <urlopen error no network>; if you have it from elsewhere, put it there as {place}"
+    )
+
+
+def test_weights_whose_hash_is_wrong(torch_cache, monkeypatch):
+    """torchvision compares it with the one in the file's name."""
+    hashes = []
+
+    def fetch(url, path, hash_prefix, progress):
+        hashes.append(hash_prefix)
+        raise RuntimeError('invalid hash value (expected "f37072fd", got "0")')
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    with pytest.raises(tsa.UserError, match="cannot fetch .*: invalid hash value"):
+        tsa.find_weights("resnet18", "DEFAULT").load()
+    assert hashes == ["f37072fd"]
+
+
+class RunsCode:
+    """A pickle that would make a file."""
+
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:100_000]),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_text("<html>Not found</html>"),
+        lambda path: torch.save([1, 2], path),
+        lambda path: torch.save({"epoch": 3}, path),
+        lambda path: torch.save({"fc.weight": RunsCode()}, path),
+    ],
+)
+def test_a_cached_file_without_weights(torch_cache, spoil, in_tmp):
+    path = torch_cache("squeezenet1_1")
+    spoil(path)
+    message = f"--weights DEFAULT: {path} holds no weights: .+; it is fetched anew once it is gone$"
+    with pytest.raises(tsa.UserError, match=message) as caught:
+        tsa.find_weights("squeezenet1_1", "DEFAULT").load()
+    assert "\n" not in str(caught.value)
+    assert not list(in_tmp.iterdir()), "nothing ran"
+
+
+def loaded(state, image_size=None):
+    """What is loaded of a file with such a content."""
+    weights = SimpleNamespace(url="https://a/b.pth", get_state_dict=lambda **options: dict(state))
+    return tsa.load_torchvision(weights, "--weights A", image_size)
+
+
+def test_weights_that_are_no_numbers_are_left_out():
+    """vgg16's IMAGENET1K_FEATURES have a classifier of NaN."""
+    state = {"features": torch.ones(2), "classifier": torch.full((2,), torch.nan)}
+    assert loaded(state).keys() == {"features"}
+
+
+def test_positions_of_a_transformer_are_interpolated():
+    def transformer(size):
+        return vision_transformer.VisionTransformer(size, 8, 1, 2, 16, 32)
+
+    small, large = transformer(32), transformer(64)
+    taken = loaded(small.state_dict(), 64)
+    large.load_state_dict(taken)
+    expected = vision_transformer.interpolate_embeddings(64, 8, small.state_dict())
+    assert torch.equal(large.encoder.pos_embedding, expected["encoder.pos_embedding"])
+    assert large.encoder.pos_embedding.shape == (1, 65, 16)
+    for size in (None, 32):
+        same = loaded(small.state_dict(), size)
+        assert torch.equal(same["encoder.pos_embedding"], small.encoder.pos_embedding)

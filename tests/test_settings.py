@@ -409,7 +409,29 @@ OUT = Path("out")
             {"resume": Path("a.pt"), "init_from": Path("b.pt")},
             "--resume a.pt and --init-from b.pt: give one",
         ),
-        ({"test_only": True}, "--test-only needs --resume, the checkpoint to evaluate"),
+        (
+            {"resume": Path("a.pt"), "weights": "DEFAULT"},
+            "--resume a.pt and --weights DEFAULT: give one",
+        ),
+        (
+            {"init_from": Path("b.pt"), "weights": "DEFAULT"},
+            "--init-from b.pt and --weights DEFAULT: give one",
+        ),
+        (
+            {"resume": Path("auto"), "output_dir": OUT, "init_from": Path("b"), "weights": "V1"},
+            "--init-from b and --weights V1: give one",
+        ),
+        (
+            {"test_only": True, "resume": Path("auto"), "output_dir": OUT, "weights": "V1"},
+            "--resume auto and --weights V1: give one",
+        ),
+        (
+            {"test_only": True},
+            "--test-only needs --resume, the checkpoint to evaluate, or --weights NAME",
+        ),
+        ({"resume": Path("auto"), "output_dir": OUT, "weights": "DEFAULT"}, None),
+        ({"test_only": True, "weights": "DEFAULT"}, None),
+        ({"weights": "DEFAULT"}, None),
         ({"save_steps": 5, "output_dir": OUT}, None),
         ({"mirror": "memory://x", "output_dir": OUT}, None),
         ({"resume": Path("auto"), "output_dir": OUT}, None),
@@ -452,7 +474,8 @@ def test_some_recipes_start_from_trained_weights(recipe):
     message = f"--recipe {recipe} starts from trained weights: give --init-from PATH"
     with pytest.raises(tsa.UserError, match=message):
         tsa.parse_arguments(["--recipe", recipe])
-    for option in ("--init-from", "--resume"):
+    assert tsa.GIVE_WEIGHTS == "give --init-from PATH or --weights NAME"
+    for option in ("--init-from", "--resume", "--weights"):
         tsa.parse_arguments(["--recipe", recipe, option, "a.pt"])
     assert tsa.parse_arguments(["plan", "--recipe", recipe])[0] == "plan", "which trains nothing"
 
@@ -760,7 +783,7 @@ def test_help_of_train_shows_what_belongs_to_no_other_command():
 
 def test_help_of_plan_shows_what_changes_a_plan():
     data = "model data_path num_classes image_size min_res max_res end_ramp workers".split()
-    training = ["recipe", "batch_size", "accumulate", "teacher", "teacher_weights"]
+    training = "recipe batch_size accumulate teacher teacher_weights weights".split()
     cores = [*OF_CORES, "machine", "record"]
     assert shown_in("plan") == [*data, *training, *cores, "precision"]
 
@@ -772,7 +795,7 @@ def test_help_of_plan_shows_what_changes_a_plan():
             "find-lr",
             "model workers min_scale mixup_alpha recipe batch_size steps momentum weight_decay "
             "norm_weight_decay bias_weight_decay skip_decay_1d ra_magnitude init_from schedule "
-            "teacher teacher_weights teacher_share precision grads_to_none output_dir",
+            "weights teacher teacher_weights teacher_share precision grads_to_none output_dir",
             "epochs lr lr_scheduler min_lr model_ema early_stopping resume test_only save_freq "
             "log_file print_freq json",
         ),
