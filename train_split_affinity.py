@@ -524,8 +524,8 @@ class CheckpointSettings:
     resume: Path | None = free(None, "checkpoint to go on from, exactly; auto: the newest good "
         "one in --output-dir, if any", only="train", type=Path, metavar="PATH|auto")
     weights: str | None = free(None, "trained weights by torchvision's name for them, such as "
-        "DEFAULT or IMAGENET1K_V2, to start a new run from; with --resume auto they count if there "
-        "is nothing to go on from", metavar="NAME")
+        "DEFAULT or IMAGENET1K_V2, or timm's, such as a1_in1k, to start a new run from; with "
+        "--resume auto they count if there is nothing to go on from", metavar="NAME")
     init_from: Path | None = free(None, "file to take the weights from, for a new run: a "
         "checkpoint, or a plain state dict (.pt, .pth, .safetensors); with --resume auto it counts "
         "if there is nothing to go on from", type=Path)
@@ -2390,9 +2390,47 @@ def classifier_names() -> list[str]:
     return [*OWN_MODELS, *torchvision.models.list_models(module=torchvision.models)]
 
 
+def timm_package() -> Any:
+    """timm, an optional package, which takes seconds to import."""
+    try:
+        import timm
+    except ImportError as error:
+        reason = f"({one_line(error)}): pip install timm"
+        raise UserError(f"a model {TIMM}NAME needs the package timm {reason}") from None
+    return timm
+
+
+def timm_tags(architecture: str) -> list[str]:
+    """timm's names for the weights of one of its models."""
+    names = (name.partition(".") for name in timm_package().list_models(pretrained=True))
+    return [tag for found, _, tag in names if found == architecture]
+
+
+def check_timm_name(name: str, flag: str) -> None:
+    """Raise UserError, with the nearest names, for a model that timm does not have."""
+    architecture, _, tag = name.removeprefix(TIMM).partition(".")
+    names = timm_package().list_models()
+    if architecture not in names:
+        hint = nearest(architecture, names, 0.4) or "; any name of timm.list_models() will do"
+        raise UserError(f"{flag} {name}: unknown to timm{hint}")
+    if tag and tag not in timm_tags(architecture):
+        tags = ", ".join(timm_tags(architecture)) or "none"
+        raise UserError(f"{flag} {name}: weights unknown to timm, which has {tags}")
+
+
+def build_timm(name: str, num_classes: int, image_size: int, **options: Any) -> nn.Module:
+    """A classifier of timm, made for the image size where a model is made for one."""
+    timm, own = timm_package(), name.removeprefix(TIMM)
+    if timm.get_pretrained_cfg(own).fixed_input_size:
+        options["img_size"] = image_size
+    return timm.create_model(own, num_classes=num_classes, **options)
+
+
 def check_model_name(name: str, flag: str = "--model") -> None:
     """Raise UserError, with the nearest names, for a model that does not exist."""
-    if name not in classifier_names():
+    if name.startswith(TIMM):
+        check_timm_name(name, flag)
+    elif name not in classifier_names():
         hint = nearest(name, classifier_names(), 0.4) or "; any torchvision classifier will do"
         raise UserError(f"{flag} {name}: unknown{hint}")
 
@@ -2418,6 +2456,8 @@ def build_model(name: str, num_classes: int, image_size: int) -> nn.Module:
         options = {"input_size": (image_size, image_size)}
     try:
         with memory_errors():
+            if name.startswith(TIMM):
+                return build_timm(name, num_classes, image_size)
             return torchvision.models.get_model(name, num_classes=num_classes, **options)
     except NotImplementedError:
         raise
@@ -2600,6 +2640,8 @@ def find_weights(
     Raises UserError for a model without, or for an unknown name (the flag leads the message).
     """
     asked = f"{flag} {name}"
+    if model.startswith(TIMM):
+        return find_timm_weights(model, name, flag, image_size)
     if model in OWN_MODELS:
         raise UserError(f"{asked}: {model} has no weights by name; --init-from takes a file")
     known = torchvision.models.get_model_weights(model)
@@ -2616,6 +2658,62 @@ def find_weights(
         native = dataclasses.replace(native, mean=3 * (0.5,), std=3 * (0.5,))
     load = partial(load_torchvision, weights, asked, image_size)
     return Pretrained(tuple(classes), native, load, str(weights))
+
+
+def find_timm_weights(model: str, name: str, flag: str, image_size: int | None) -> Pretrained:
+    """The same for a model of timm: DEFAULT, or a tag such as a1_in1k, which may also follow the
+    model's name. What timm stretches or pads to a square is cut out here, as of other weights.
+    """
+    timm, own = timm_package(), model.removeprefix(TIMM)
+    architecture = own.partition(".")[0]
+    tags = timm_tags(architecture)
+    if name != "DEFAULT":
+        own = f"{architecture}.{name}"
+    if not tags or name not in ("DEFAULT", *tags):
+        raise UserError(f"{flag} {name}: {model} has {', '.join(tags) or 'none by name'}")
+    weights = timm.get_pretrained_cfg(own)
+    ready = timm.data.resolve_data_config(pretrained_cfg=weights.to_dict())
+    size, how = ready["input_size"][-1], ready["interpolation"]
+    native = Preprocessing(
+        *(size, math.floor(size / ready["crop_pct"]), how if how == "bilinear" else "bicubic"),
+        *(tuple(ready["mean"]), tuple(ready["std"])),
+    )
+    load = partial(load_timm, own, weights, f"{flag} {name}", image_size or size)
+    title = f"{TIMM}{architecture}.{weights.tag}".rstrip(".")
+    return Pretrained(timm_classes(weights.num_classes), native, load, title)
+
+
+def timm_classes(count: int) -> tuple[str, ...]:
+    """The classes of weights of timm, which tells their number: as torchvision names ImageNet's
+    1,000; of larger ImageNets, WordNet ids; numbers, if nothing is known of them.
+    """
+    if count == len(imagenet_classes()):
+        return imagenet_classes()
+    data = timm_package().data
+    subset = data.infer_imagenet_subset({"num_classes": count})
+    names = data.ImageNetInfo(subset).label_names() if subset else range(count)
+    return tuple(map(str, names))
+
+
+def load_timm(own: str, weights: Any, asked: str, image_size: int) -> Weights:
+    """Weights of timm from its cache, or else the network, for a model of that image size. Raises
+    UserError for what it cannot have.
+    """
+    try:
+        return build_timm(own, weights.num_classes, image_size, pretrained=True).state_dict()
+    except Exception as error:  # of the network, of the disk, of a file's format
+        source = weights.hf_hub_id or weights.url
+        remedy = f"if you have it from elsewhere, put it there as {timm_cache(weights)}"
+        raise UserError(f"{asked}: cannot load {source}: {one_line(error)}; {remedy}") from None
+
+
+def timm_cache(weights: Any) -> Path:
+    """Where timm keeps such weights: in Hugging Face's cache, or torch's."""
+    if not weights.hf_hub_id:
+        return Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(weights.url).name)
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE, f"models--{weights.hf_hub_id.replace('/', '--')}")
 
 
 def load_torchvision(weights: Any, asked: str, image_size: int | None) -> Weights:
@@ -8554,10 +8652,11 @@ def parameter_count(name: str) -> int:
 
 
 def list_models(settings: Settings, topology: Topology) -> None:
-    """What `--list-models` prints: the names, and parameters for 1000 classes."""
+    """What `--list-models` prints: the names, and parameters for 1000 classes; timm's are many."""
     say(f"{'model':24} {'parameters':>13}")
     for name in classifier_names():
         say(f"{name:24} {parameter_count(name):>13,}")
+    say(f"{TIMM + 'NAME':24} those of timm {installed_version('timm')}")
 
 
 def with_plan(run: Callable[[Settings, Topology, CorePlan], Any]) -> Callable[..., Any]:

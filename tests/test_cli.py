@@ -501,7 +501,7 @@ def test_weights_by_name_are_tested_without_any_training(
         (logits.topk(count).indices == targets[:, None]).any(1).float().mean().item() * 100
         for count in (1, 5)
     )
-    options = ["--test-only", "--data-path", str(imagenet_photos), "-b", "4", "-j", "1"]
+    options = ["--test-only", "--data-path", str(imagenet_photos), "-b", "4", "-j", "0"]
     assert tsa.main([*WEIGHTS, *options, "--output-dir", "out"]) == 0
     printed = capsys.readouterr().out
     assert "SqueezeNet1_1_Weights.IMAGENET1K_V1: all 52 tensors\n" in printed

@@ -2,6 +2,9 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +16,7 @@ from torchvision.models import vision_transformer
 
 import train_split_affinity as tsa
 
+ROOT = Path(tsa.__file__).parent
 OWN = ("resnet56", "hybrid", "hybrid-light", "hybrid-heavy")
 HYBRIDS = OWN[1:]
 
@@ -792,3 +796,140 @@ def test_positions_of_a_transformer_are_interpolated():
     for size in (None, 32):
         same = loaded(small.state_dict(), size)
         assert torch.equal(same["encoder.pos_embedding"], small.encoder.pos_embedding)
+
+
+# timm's models
+
+
+@pytest.fixture
+def timm():
+    """The package, which is not imported before a test needs it."""
+    return pytest.importorskip("timm")
+
+
+@pytest.fixture
+def timm_cache(timm, tmp_path, monkeypatch):
+    """Puts random weights of one of timm's models into a cache of Hugging Face's; there is no
+    network. Returns the path of the file.
+    """
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def put(name, **others):
+        folder = tmp_path / "hub" / f"models--timm--{name}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs/main").write_text("1234")
+        path = folder / "snapshots/1234/model.safetensors"
+        path.parent.mkdir(parents=True)
+        torch.manual_seed(1)
+        save_file(timm.create_model(name).state_dict(), path)
+        return path
+
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    return put
+
+
+def test_timm_is_not_imported_unless_it_is_asked_for():
+    code = "import sys, train_split_affinity; sys.exit('timm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_a_model_of_timm_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    message = r"^--model timm/NAME needs the package timm \(.+\): pip install timm$"
+    with pytest.raises(tsa.UserError, match=message):
+        tsa.check_model_name("timm/resnet18")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("timm/test_resnet", 64),
+        ("timm/test_resnet.r160_in1k", 64),
+        ("timm/test_vit", 64),
+        ("timm/test_vit", 96),
+        ("timm/test_convnext", 64),
+    ],
+)
+def test_a_model_of_timm_maps_images_to_logits(timm, name, size):
+    tsa.check_model_name(name)
+    model = build(name, 7, size)
+    assert model.training
+    assert model(torch.randn(2, 3, size, size)).shape == (2, 7)
+    assert tsa.measure_model(name, 7, size).parameters == parameters(model)
+    assert tsa.classifier_weights(name, 7, size) == {
+        name for name, value in model.state_dict().items() if value.shape[:1] == (7,)
+    }
+    tsa.check_input_shape(model, name, 2, size)
+
+
+def test_timms_models_are_timms(timm):
+    model = build("timm/test_resnet", 7)
+    torch.manual_seed(0)
+    theirs = timm.create_model("test_resnet", num_classes=7)
+    assert model.state_dict().keys() == theirs.state_dict().keys()
+    for value, expected in zip(
+        model.state_dict().values(), theirs.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("timm/resnet81", "--model timm/resnet81: unknown to timm; did you mean resnet18"),
+        ("timm/###", "--model timm/###: unknown to timm; any name of timm.list_models"),
+        ("timm/test_vit.a1", "--model timm/test_vit.a1: weights unknown to timm, which has r160_"),
+        ("timm/", "--model timm/: unknown to timm"),
+    ],
+)
+def test_a_model_that_timm_does_not_have(timm, name, message):
+    with pytest.raises(tsa.UserError, match=message):
+        tsa.check_model_name(name)
+
+
+def test_what_weights_of_timm_know(timm):
+    found = tsa.find_weights("timm/resnet18", "DEFAULT")
+    assert found.native == tsa.Preprocessing(224, 235, "bicubic")
+    assert found.title == "timm/resnet18.a1_in1k"
+    assert found.classes == tsa.imagenet_classes()
+    tagged = tsa.find_weights("timm/resnet18.tv_in1k", "DEFAULT")
+    assert tagged.native == tsa.Preprocessing(224, 256, "bilinear")
+    assert tagged.title == "timm/resnet18.tv_in1k"
+    assert tsa.find_weights("timm/resnet18", "tv_in1k").native == tagged.native
+    vit = tsa.find_weights("timm/vit_base_patch16_384", "augreg_in21k_ft_in1k").native
+    assert vit == tsa.Preprocessing(384, 384, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    large = tsa.find_weights("timm/vit_base_patch16_224", "augreg_in21k").classes
+    assert (len(large), large[2]) == (21843, "n00005787")
+    assert tsa.find_weights("timm/vit_small_patch16_224", "dino").classes == ()
+    with pytest.raises(tsa.UserError, match="^--weights V1: timm/test_vit has r160_in1k$"):
+        tsa.find_weights("timm/test_vit", "V1")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("test_resnet", None), ("test_vit", None), ("test_vit", 96)]
+)
+def test_logits_with_weights_of_timm_are_timms(timm, timm_cache, name, size):
+    """Positions of a transformer are those that timm makes for the image size."""
+    timm_cache(f"{name}.r160_in1k")
+    options = {"img_size": size} if size else {}
+    theirs = timm.create_model(name, pretrained=True, **options).eval()
+    model = tsa.build_model(f"timm/{name}", 1000, size or 160)
+    tsa.take_weights(model, tsa.find_weights(f"timm/{name}", "DEFAULT", image_size=size).load())
+    images = torch.randn(2, 3, size or 160, size or 160)
+    with torch.inference_mode():
+        assert torch.equal(model.eval()(images), theirs(images))
+
+
+def test_weights_of_timm_that_cannot_be_had(timm, timm_cache, tmp_path):
+    place = tmp_path / "hub/models--timm--test_vit.r160_in1k"
+    message = (
+        f"^--weights DEFAULT: cannot load timm/test_vit.r160_in1k: .+ put it there as {place}$"
+    )
+    with pytest.raises(tsa.UserError, match=message):
+        tsa.find_weights("timm/test_vit", "DEFAULT").load()
+    path = timm_cache("test_vit.r160_in1k")
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(tsa.UserError, match=message):
+        tsa.find_weights("timm/test_vit", "DEFAULT").load()
