@@ -38,7 +38,7 @@ Sections, each using only those above it:
     1  Settings and options    every option once, --help; the errors a user can meet
     2  Topology and core plan  what the machine has, and which cores each group gets
     3  Lanes                   threads that stay on their cores, and the audit that proves it
-    4  Models                  torchvision's classifiers by name, and our own
+    4  Models                  classifiers and trained weights by name; models of our own
     5  Data                    image folders, CIFAR-10 and synthetic images, as streams of batches
     6  Recipe                  optimizer, learning rate, moving average, gradient norms
     7  Schedules               optimizer steps over two lanes
@@ -327,7 +327,7 @@ free, fixed, rate = (partial(option, on_resume=kind) for kind in ("free", "fixed
 
 
 # Each recipe is a set of defaults. Its steps have 256 images where the rates are those of papers
-# that use 256, and 128 where it is made for small machines.
+# that use 256, and 128 where it is made for small machines; to fine-tune, 32.
 # fmt: off
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {
@@ -352,6 +352,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "epochs": 60, "batch_size": 32, "accumulate": 4, "lr": 0.02, "lr_scheduler": "cosine",
         "lr_warmup_epochs": 2, "label_smoothing": 0.1, "clip_grad_norm": 1.0, "model_ema": True,
     },
+    "finetune": {
+        "weights": "DEFAULT", "epochs": 10, "freeze": "body", "freeze_epochs": 1, "batch_size": 32,
+        "lr": 0.005, "lr_scheduler": "cosine", "auto_augment": "ra", "label_smoothing": 0.1,
+    },
     "cifar10": {
         "model": "resnet56", "epochs": 205, "batch_size": 128, "lr": 0.1,
         "lr_scheduler": "multistep", "lr_milestones": (102, 154),
@@ -373,9 +377,12 @@ def recipe_defaults(name: str) -> dict[str, Any]:
 
 def command_defaults(command: str, given: Any) -> dict[str, Any]:
     """What takes the place of Settings' own defaults: a recipe's, and what compare has in a step;
-    `given` are the options as they were parsed.
+    `given` are the options as they were parsed. A recipe's weights give way to a file's.
     """
     defaults = recipe_defaults(given.recipe) if given.recipe else {}
+    resumes = given.resume and (given.test_only or given.resume != Path("auto"))
+    if given.init_from or resumes:
+        defaults.pop("weights", None)
     if command == "compare" and (given.quick or not given.recipe):
         defaults["accumulate"] = 1 if given.quick else COMPARED_BATCHES
     return defaults
@@ -2202,8 +2209,9 @@ class Lanes:
 
 # ==================================================================================================
 # 4  Models
-# torchvision's classifiers by name, a ResNet for small images, and a hybrid of convolutions and a
-# transformer; how pictures are made ready for a model. Knows nothing of cores.
+# torchvision's and timm's classifiers by name, a ResNet for small images, and a hybrid of
+# convolutions and a transformer; how pictures are made ready for a model; trained weights by name.
+# Knows nothing of cores.
 # ==================================================================================================
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -2386,7 +2394,7 @@ OWN_MODELS: dict[str, Callable[[int, int], nn.Module]] = {
 
 
 def classifier_names() -> list[str]:
-    """The names that `--model` takes."""
+    """The names that `--model` takes, without timm's."""
     return [*OWN_MODELS, *torchvision.models.list_models(module=torchvision.models)]
 
 

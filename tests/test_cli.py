@@ -948,7 +948,8 @@ def test_the_list_of_models(in_tmp, capsys):
     assert tsa.main(["--list-models"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "model                       parameters"
-    assert [line.split()[0] for line in lines[1:]] == tsa.classifier_names()
+    assert [line.split()[0] for line in lines[1:]] == [*tsa.classifier_names(), "timm/NAME"]
+    assert lines[-1].endswith(f" those of timm {tsa.installed_version('timm')}")
     for line in (
         "resnet56                       917,368",
         "resnet50                    25,557,032",

@@ -237,6 +237,13 @@ def test_what_measuring_decides(photos):
     assert chosen.image_size == 224
 
 
+def test_measuring_needs_no_trained_weights_but_the_size_of_their_images(torch_cache):
+    """They are not even in the cache."""
+    asked = Settings(model="efficientnet_b1", weights="DEFAULT", batch_size=4)
+    chosen = tsa.measured_settings(asked, tsa.read_topology())
+    assert (chosen.weights, chosen.image_size, chosen.val_resize) == (None, 240, 255)
+
+
 @pytest.mark.parametrize("recipe", ["imagenet", "imagenet-subset", "cifar10", "hybrid"])
 def test_what_a_recipe_asks_for_can_be_measured(recipe, one_lane_plan):
     asked = {

@@ -50,6 +50,7 @@ def recipe(name):
 
 # By hand: the rate of an optimizer step, counted from 0, of 4 steps an epoch.
 RECIPE_RATES = {
+    "finetune": {0: 0.005, 10: 0.004267767, 20: 0.0025, 39: 7.706664e-6},  # half a cosine
     "imagenet": {  # 5 epochs up from a hundredth, then half a cosine over 85
         0: 0.001,
         1: 0.00595,

@@ -555,6 +555,16 @@ IN_FORCE = {
         "lr_warmup_epochs": 2,
         "lr_scheduler": "cosine",
     },
+    "finetune": {
+        "weights": "DEFAULT",
+        "epochs": 10,
+        "freeze": "body",
+        "freeze_epochs": 1,
+        "lr": 0.005,
+        "lr_scheduler": "cosine",
+        "auto_augment": "ra",
+        "label_smoothing": 0.1,
+    },
     "imagenet": {
         "epochs": 90,
         "accumulate": 8,
@@ -629,6 +639,24 @@ def test_what_a_recipe_sets(name):
     assert with_recipe(name) == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ([], "DEFAULT"),
+        (["--weights", "IMAGENET1K_V1"], "IMAGENET1K_V1"),
+        (["--init-from", "a.pt"], None),
+        (["--resume", "a.pt"], None),
+        (["--resume", "auto"], "DEFAULT"),
+        (["--resume", "auto", "--test-only"], None),
+        (["--test-only"], "DEFAULT"),
+    ],
+)
+def test_weights_of_a_recipe_give_way_to_those_of_a_file(options, weights):
+    assert with_recipe("finetune", *options).weights == weights
+    with pytest.raises(tsa.UserError, match="--init-from a.pt and --weights V1: give one"):
+        with_recipe("finetune", "--init-from", "a.pt", "--weights", "V1")
+
+
 def test_the_plain_program_has_the_other_rates_of_the_recipes():
     plain = tsa.Settings()
     assert (plain.model, plain.opt, plain.batch_size) == ("resnet50", "sgd", 32)
@@ -657,6 +685,9 @@ OTHER_VALUES = {
     "output_dir": (["--output-dir", "elsewhere"], Path("elsewhere")),
     "model": (["--model", "resnet18"], "resnet18"),
     "epochs": (["--epochs", "33"], 33),
+    "weights": (["--weights", "IMAGENET1K_V1"], "IMAGENET1K_V1"),
+    "freeze": (["--freeze", "layer1"], "layer1"),
+    "freeze_epochs": (["--freeze-epochs", "2"], 2),
     "batch_size": (["-b", "6"], 6),
     "accumulate": (["--accumulate", "3"], 3),
     "subset": (["--subset", "1"], 1.0),
