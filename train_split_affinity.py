@@ -453,10 +453,10 @@ class AugmentationSettings:
     mixup_alpha: float = option(0.0, "strength of mixup; 0: off", type=MIXING)
     cutmix_alpha: float = option(0.0, "strength of CutMix; 0: off; with both, one is drawn for "
         "each batch", type=MIXING)
-    augment_confused: Path | None = free(None, "confused.json, which --test-only writes into "
-        "--output-dir: training images of the classes confused most (pairs with at least half as "
-        "many images as the worst) get a stronger RandAugment than others: with --auto-augment "
-        "none the usual one, else 3 operations at --ra-magnitude + 5", type=Path)
+    augment_confused: Path | None = free(None, "file that --test-only wrote, confused.json: images "
+        "of the classes that were confused most (in pairs with at least half as many images as the "
+        "worst) get a stronger RandAugment in training: the usual one if others get none, else 3 "
+        "operations at --ra-magnitude + 5", type=Path)
 
 
 @dataclass(frozen=True)
