@@ -837,7 +837,7 @@ def test_timm_is_not_imported_unless_it_is_asked_for():
 
 def test_a_model_of_timm_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    message = r"^--model timm/NAME needs the package timm \(.+\): pip install timm$"
+    message = r"^a model timm/NAME needs the package timm \(.+\): pip install timm$"
     with pytest.raises(tsa.UserError, match=message):
         tsa.check_model_name("timm/resnet18")
 
