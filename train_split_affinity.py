@@ -656,6 +656,8 @@ def contradictions(command: str, settings: Settings) -> Iterator[str]:
     yield from teacher_contradictions(settings)
     if settings.download and not settings.data_path:
         yield "--download needs --data-path, the folder to put CIFAR-10 into"
+    if settings.val_share and not settings.data_path:
+        yield f"--val-share {settings.val_share:g} needs --data-path: synthetic images are made"
     if settings.subset < 1 and not settings.data_path:
         yield f"--subset {settings.subset:g} needs --data-path: synthetic images are made"
     if settings.tensorboard and not settings.output_dir:
@@ -1077,7 +1079,7 @@ try:
     from torch import nn
     from torch.optim import lr_scheduler
     from torch.optim.lr_scheduler import LRScheduler
-    from torch.utils.data import DataLoader, Dataset
+    from torch.utils.data import DataLoader, Dataset, Subset
     from torch.utils.flop_counter import FlopCounterMode
     from torchvision.models import vision_transformer
     from torchvision.models.resnet import BasicBlock
@@ -2840,7 +2842,8 @@ class ImageData:
     `kind` is folder, cifar10 or synthetic; `chosen` are the indices of the pictures to train on;
     `left_out` tells of files and folders that are not used: what each is, and its path; `native` is
     how its pictures are made ready unless trained weights or settings say otherwise; `confused` are
-    the classes, if they were asked for, whose pictures are augmented more strongly.
+    the classes, if they were asked for, whose pictures are augmented more strongly. Where some of
+    the pictures to train on are kept apart to validate with, `val` is a Subset of `train`.
     """
 
     kind: str
@@ -2867,6 +2870,7 @@ def open_data(settings: Settings) -> ImageData:
         data = cifar10_data(path, settings.download)
     else:
         data = folder_data(path)
+    data = with_validation(data, settings)
     found = len(data.classes)
     if settings.num_classes and settings.num_classes < found:
         raise UserError(f"--num-classes {settings.num_classes}: {path} has {found} classes")
@@ -3127,22 +3131,20 @@ def with_known_classes(data: ImageData, settings: Settings) -> ImageData:
     return dataclasses.replace(data, train=train, val=val, classes=known)
 
 
-def choose_images(data: ImageData, settings: Settings) -> list[int]:
-    """Indices of the images to train on: all, or `--subset` of each class, at least one of it.
-
-    The choice depends on the seed and on the classes of the images, on nothing else.
+def drawn(
+    targets: Sequence[int], among: Iterable[int], seed: int, count_of: Callable[[int], int]
+) -> list[int]:
+    """Indices of images, drawn from those `among` all: of each class as many as `count_of` says of
+    the number that it has. They depend on the arguments alone.
     """
-    if settings.subset == 1:
-        return list(range(len(data.train)))
     of_class: dict[int, list[int]] = {}
-    for index, target in enumerate(data.train.targets):
-        of_class.setdefault(target, []).append(index)
-    generator = torch.Generator().manual_seed(derived_seed(settings.seed, "subset"))
+    for index in among:
+        of_class.setdefault(targets[index], []).append(index)
+    generator = torch.Generator().manual_seed(seed)
     chosen = []
     for _, indices in sorted(of_class.items()):
         order = torch.randperm(len(indices), generator=generator).tolist()
-        count = max(1, round(settings.subset * len(indices)))
-        chosen += [indices[place] for place in order[:count]]
+        chosen += [indices[place] for place in order[: count_of(len(indices))]]
     return sorted(chosen)
 
 
@@ -3178,16 +3180,55 @@ def confused_classes(settings: Settings, classes: Sequence[str]) -> list[int] | 
     return [number for number, name in enumerate(classes) if name in names]
 
 
+def kept_apart(data: ImageData) -> Sequence[int]:
+    """Indices of those of the training pictures that validate."""
+    return data.val.indices if isinstance(data.val, Subset) else ()
+
+
+def with_validation(data: ImageData, settings: Settings) -> ImageData:
+    """The data, with `--val-share` of each class kept apart to validate with if there are no images
+    for that; of two images or more, at least one, and never all.
+    """
+    share = settings.val_share
+    if share and data.val:
+        told = f"{settings.data_path} has {plural(len(data.val), 'image')} to validate with"
+        raise UserError(f"--val-share {share:g}: {told}; leave it out")
+    if not share or data.val:
+        return data
+    targets, seed = data.train.targets, derived_seed(settings.seed, "val")
+    kept = drawn(targets, range(len(targets)), seed, lambda n: min(max(1, round(share * n)), n - 1))
+    if not kept:
+        raise UserError(f"--val-share {share:g}: no class of {settings.data_path} has two images")
+    return dataclasses.replace(data, val=Subset(data.train, kept))
+
+
+def choose_images(data: ImageData, settings: Settings) -> list[int]:
+    """Indices of the images to train on: all that do not validate, or `--subset` of each class, at
+    least one of it.
+
+    The choice depends on the seed and on the classes of the images, on nothing else.
+    """
+    kept = set(kept_apart(data))
+    rest = [index for index in range(len(data.train)) if index not in kept]
+    if settings.subset == 1:
+        return rest
+    seed = derived_seed(settings.seed, "subset")
+    return drawn(data.train.targets, rest, seed, lambda n: max(1, round(settings.subset * n)))
+
+
 def describe_images(data: ImageData) -> dict[str, Any]:
     """What a checkpoint says of its data, in plain types: the classes, those that are augmented
     more strongly, and of the images to train on their number and a fingerprint of their names and
-    sizes (of files alone).
+    sizes (of files alone), and of which images are kept apart.
     """
     digest = hashlib.sha256()
-    for index in data.chosen if data.kind == "folder" else ():
-        path = Path(data.train.samples[index][0])
+    samples = getattr(data.train, "samples", ())
+    for index in data.chosen if samples else ():
+        path = Path(samples[index][0])
         size = path.stat().st_size if path.exists() else 0  # a link into nowhere, say
         digest.update(os.fsencode(f"{index} {os.path.relpath(path, data.train.root)} {size}\n"))
+    if kept := kept_apart(data):
+        digest.update(repr(kept).encode())
     return {
         "classes": list(data.classes),
         "confused": [data.classes[number] for number in data.confused or ()],
@@ -6046,13 +6087,18 @@ def describe_data(data: ImageData) -> list[str]:
         images, classes = plural(len(data.train), "image"), plural(len(data.classes), "class")
         some = f"{data.train.patterns} of " if data.train.patterns < len(data.classes) else ""
         return [f"data      synthetic: {images} of {some}{classes}, a noisy pattern for each"]
-    part = f"{len(data.chosen)} of " if len(data.chosen) < len(data.train) else ""
+    kept = kept_apart(data)
+    all_images = len(data.train) - len(kept)
+    part = f"{len(data.chosen)} of " if len(data.chosen) < all_images else ""
     classes = textwrap.shorten(", ".join(data.classes), 60, placeholder=" ...")
-    where = f" in {data.val.root}" if data.kind == "folder" and data.val else ""
+    where = f" in {data.val.root}" if data.kind == "folder" and data.val and not kept else ""
+    if kept:
+        where = f" ({len(kept) / len(data.train):.2g} of each class) kept apart"
     val = f"{len(data.val)}{where} to validate with" if data.val else "none to validate with"
     lines = [
-        f"data      {part}{plural(len(data.train), 'image')} of "
-        f"{plural(len(data.classes), 'class')} ({classes}) to train on, {val}"
+        f"data      {part}{plural(all_images, 'image')} of "
+        f"{plural(len(data.classes), 'class')} ({classes}) to train on, {val}",
+        *unvalidated_classes(data),
     ]
     if data.confused is not None:
         names = ", ".join(data.classes[number] for number in data.confused)
@@ -6067,6 +6113,15 @@ def describe_data(data: ImageData) -> list[str]:
         for kind, paths in kinds.items()
     ]
     return [*lines, *([f"left out  {', '.join(texts)}"] if texts else ())]
+
+
+def unvalidated_classes(data: ImageData) -> Iterator[str]:
+    """A line on the classes that are too small to keep an image apart, if there are any."""
+    kept, targets = kept_apart(data), data.train.targets
+    alone = {*targets}.difference(targets[index] for index in kept) if kept else set()
+    if alone:
+        names = textwrap.shorten(", ".join(data.classes[each] for each in sorted(alone)), 60)
+        yield f"note      the only image of {plural(len(alone), 'class')} ({names}) is trained on"
 
 
 def describe_run(settings: Settings) -> str:
@@ -7176,7 +7231,8 @@ def check_validation(settings: Settings, data: ImageData) -> None:
     }
     for flag, value in wanted.items():
         if value and data.val is None:
-            raise UserError(f"{flag} needs validation images (DIR/val/<class>/*.jpg)")
+            places = "DIR/val/<class>/*.jpg, or --val-share"
+            raise UserError(f"{flag} needs validation images ({places})")
 
 
 def weight_copies(settings: Settings) -> int:
@@ -7372,6 +7428,14 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
     return run.work.network.model
 
 
+def warn_of_known_images(path: Path, state: State, data: ImageData) -> None:
+    """Warn if a checkpoint may have been trained on images that are kept apart now."""
+    trained_on = (state.get("data") or {}).get("fingerprint")
+    if kept_apart(data) and trained_on != describe_images(data)["fingerprint"]:
+        asked = "--seed, --val-share and --subset"
+        warn(f"{path} was trained on other images than {asked} leave: it may know some of these")
+
+
 def load_to_test(run: Run, path: Path, state: State) -> None:
     """Take the weights of a checkpoint, and its moving average if it has one."""
     for name in ("model", "num_classes"):
@@ -7379,6 +7443,7 @@ def load_to_test(run: Run, path: Path, state: State) -> None:
         if ours != saved:
             raise UserError(f"--{name.replace('_', '-')} {ours}: {path} has {saved}")
     check_classes(path, state, run.data.classes)
+    warn_of_known_images(path, state, run.data)
     with fitting(path, run.settings):
         model = run.work.network.model
         model.load_state_dict(state["average"] or state["model"])

@@ -425,7 +425,7 @@ def test_test_only_needs_validation_images(in_tmp, photos, capsys):
     assert tsa.main([*arguments, "--test-only", "--resume", "auto"]) == 2
     assert capsys.readouterr().err == (
         "train_split_affinity.py: error: --test-only needs validation images "
-        "(DIR/val/<class>/*.jpg)\n"
+        "(DIR/val/<class>/*.jpg, or --val-share)\n"
     )
 
 
