@@ -39,7 +39,7 @@ Sections, each using only those above it:
     2  Topology and core plan  what the machine has, and which cores each group gets
     3  Lanes                   threads that stay on their cores, and the audit that proves it
     4  Models                  classifiers and trained weights by name; models of our own
-    5  Data                    image folders, CIFAR-10 and synthetic images, as streams of batches
+    5  Data                    image folders, data sets by name and synthetic images, as batches
     6  Recipe                  optimizer, learning rate, moving average, gradient norms
     7  Schedules               optimizer steps over two lanes
     8  Checkpoints             everything that a run needs to go on, in files that stay whole
@@ -376,16 +376,91 @@ def recipe_defaults(name: str) -> dict[str, Any]:
 
 
 def command_defaults(command: str, given: Any) -> dict[str, Any]:
-    """What takes the place of Settings' own defaults: a recipe's, and what compare has in a step;
-    `given` are the options as they were parsed. A recipe's weights give way to a file's.
+    """What takes the place of Settings' own defaults: a recipe's, what suits a data set, and what
+    compare has in a step; `given` are the options as they were parsed. A recipe's weights give way
+    to a file's.
     """
     defaults = recipe_defaults(given.recipe) if given.recipe else {}
+    if given.dataset:
+        defaults |= NAMED_DATA[given.dataset].defaults
     resumes = given.resume and (given.test_only or given.resume != Path("auto"))
     if given.init_from or resumes:
         defaults.pop("weights", None)
     if command == "compare" and (given.quick or not given.recipe):
         defaults["accumulate"] = 1 if given.quick else COMPARED_BATCHES
     return defaults
+
+
+@dataclass(frozen=True)
+class NamedData:
+    """What `--dataset` takes, in words and figures: what it is, its title first; what torchvision
+    reads in --data-path; images to train and to validate on (0: some of the former are drawn), and
+    which part of it the latter are; classes; defaults of its own; and what it needs beside
+    torchvision.
+    """
+
+    what: str
+    layout: str
+    train: int
+    val: int
+    part: str
+    classes: int
+    defaults: dict[str, Any] = field(default_factory=dict)
+    needs: str = ""
+
+
+# What stands in a picture of these is something else in a mirror.
+NOT_MIRRORED = {"hflip": 0.0}
+IMAGENET_FILES = (
+    "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, from "
+    "https://image-net.org/download.php"
+)
+VAL_SHARE = 0.2  # of a data set by name without images to validate with
+# fmt: off
+NAMED_DATA = {
+    "imagenet": NamedData("ImageNet: photographs of animals and things (ILSVRC 2012)",
+        f"PATH/train and PATH/val, unpacked there from {IMAGENET_FILES}, which you put into PATH",
+        1281167, 50000, "val", 1000, needs="scipy, to unpack it"),
+    "imagenette": NamedData("Imagenette: ten of ImageNet's classes, easily told apart",
+        "PATH/imagenette2", 9469, 3925, "val", 10),
+    "imagenette-320": NamedData("Imagenette-320: the same, with shorter sides of 320 px",
+        "PATH/imagenette2-320", 9469, 3925, "val", 10),
+    "imagenette-160": NamedData("Imagenette-160: the same, with shorter sides of 160 px",
+        "PATH/imagenette2-160", 9469, 3925, "val", 10),
+    "cifar10": NamedData("CIFAR-10: photographs of animals and vehicles, 32 px",
+        "PATH/cifar-10-batches-py", 50000, 10000, "test", 10),
+    "cifar100": NamedData("CIFAR-100: photographs of things, plants, animals and people, 32 px",
+        "PATH/cifar-100-python", 50000, 10000, "test", 100),
+    "fashion-mnist": NamedData("Fashion-MNIST: clothes and shoes in grey, 28 px",
+        "PATH/FashionMNIST/raw", 60000, 10000, "test", 10),
+    "flowers102": NamedData("Flowers-102: photographs of British flowers",
+        "PATH/flowers-102", 1020, 1020, "val", 102, needs="scipy"),
+    "food101": NamedData("Food-101: photographs of dishes",
+        "PATH/food-101", 75750, 25250, "test", 101),
+    "oxford-pets": NamedData("Oxford-IIIT Pet: photographs of breeds of cats and dogs",
+        "PATH/oxford-iiit-pet", 3680, 3669, "test", 37),
+    "eurosat": NamedData("EuroSAT: use of land as satellites see it, 64 px",
+        "PATH/eurosat/2750", 27000, 0, "", 10),
+    "dtd": NamedData("DTD: photographs of textures, its first partition",
+        "PATH/dtd/dtd", 1880, 1880, "val", 47),
+    "gtsrb": NamedData("GTSRB: German traffic signs, 15 to 250 px",
+        "PATH/gtsrb", 26640, 12630, "test", 43, {**NOT_MIRRORED, "min_scale": 0.6}),
+    "svhn": NamedData("SVHN: digits of house numbers, 32 px",
+        "PATH/train_32x32.mat and PATH/test_32x32.mat", 73257, 26032, "test", 10, NOT_MIRRORED,
+        needs="scipy"),
+    "stl10": NamedData("STL-10: photographs of animals and vehicles, 96 px",
+        "PATH/stl10_binary", 5000, 8000, "test", 10),
+}
+# fmt: on
+
+
+def parse_data_set(text: str) -> str:
+    """The name of a data set."""
+    if text in NAMED_DATA:
+        return text
+    hint = nearest(text.lower(), NAMED_DATA, 0.6)
+    known = ", ".join(NAMED_DATA)
+    raise argparse.ArgumentTypeError(f"no data set {text!r} (choose from {known}){hint}")
 
 
 # Settings, in the groups of --help. A group's docstring is its title there.
@@ -403,7 +478,7 @@ class DataSettings:
         "with a noisy pattern for each)",
         type=Path)
     dataset: str | None = fixed(None, "data set by name, in --data-path: see --list-data-sets",
-        metavar="NAME")
+        type=parse_data_set, metavar="NAME")
     download: bool = free(False, "let torchvision fetch the --dataset (without one, CIFAR-10) "
         "into --data-path, and verify it")
     val_share: float | None = fixed(None, "part of the images of each class to keep apart and "
@@ -441,8 +516,10 @@ class AugmentationSettings:
     """augmentation"""
 
     min_scale: float = option(0.08, "smallest part of a picture's area that a training crop may "
-        "show; not for CIFAR-10, which is padded by 4 and cropped", type=PART)
-    hflip: float = option(0.5, "probability of a horizontal flip", type=SHARE)
+        "show; not for CIFAR-10 and other pictures of one small size, which are padded by an "
+        "eighth and cropped; 0.6 for gtsrb unless given", type=PART)
+    hflip: float = option(0.5, "probability of a horizontal flip; 0 for svhn and gtsrb unless "
+        "given", type=SHARE)
     color_jitter: float = option(0.0, "strength of random brightness, contrast and saturation",
         type=NOT_NEGATIVE)
     auto_augment: str = option("none", "ra: RandAugment, ta: TrivialAugment, aa: AutoAugment",
@@ -654,10 +731,7 @@ def contradictions(command: str, settings: Settings) -> Iterator[str]:
     yield from rate_contradictions(settings)
     yield from checkpoint_contradictions(settings)
     yield from teacher_contradictions(settings)
-    if settings.download and not settings.data_path:
-        yield "--download needs --data-path, the folder to put CIFAR-10 into"
-    if settings.val_share and not settings.data_path:
-        yield f"--val-share {settings.val_share:g} needs --data-path: synthetic images are made"
+    yield from data_contradictions(settings)
     if settings.subset < 1 and not settings.data_path:
         yield f"--subset {settings.subset:g} needs --data-path: synthetic images are made"
     if settings.tensorboard and not settings.output_dir:
@@ -678,6 +752,20 @@ def contradictions(command: str, settings: Settings) -> Iterator[str]:
     if settings.target_top1 and not settings.epochs:
         yield f"--target-top1 {settings.target_top1:g} needs --epochs"
     yield from command_contradictions(command, settings)
+
+
+def data_contradictions(settings: DataSettings) -> Iterator[str]:
+    """What the options of data sets lack."""
+    name = settings.dataset or "CIFAR-10"
+    if settings.download and not settings.data_path:
+        yield f"--download needs --data-path, the folder to put {name} into"
+    if settings.dataset and not settings.data_path:
+        yield f"--dataset {name} needs --data-path, the folder where it is"
+    if settings.val_share and not settings.data_path:
+        yield f"--val-share {settings.val_share:g} needs --data-path: synthetic images are made"
+    if settings.download and name == "imagenet":
+        remedy = f"put {IMAGENET_FILES}, into --data-path"
+        yield f"--download: imagenet is given to those alone who ask for it: {remedy}"
 
 
 def resizing_contradictions(settings: DataSettings, native_size: int = 0) -> Iterator[str]:
@@ -801,25 +889,45 @@ ALIASES = {
     "--log-interval": "print_freq",
 }
 
-DATA_SETS = """\
+IMAGE_FOLDER = """\
 image folder
   what     your own pictures, in a folder for each class
   layout   PATH/train/<class>/*.jpg and, to validate, PATH/val/<class>/*.jpg
-           (or valid, or validation); or PATH/<class>/*.jpg, not validated
+           (or valid, or validation); or PATH/<class>/*.jpg, of which
+           --val-share keeps some apart to validate with
   images   all that the folders hold: .jpg, .png, .webp, .tif, .bmp and others
-  classes  as many as there are folders, two or more
+  classes  as many as there are folders, two or more"""
 
-cifar10
-  what     CIFAR-10: photographs of animals and vehicles, 32 px
-  layout   PATH/cifar-10-batches-py, its own format; --download fetches it
-  images   50000 to train, 10000 to validate
-  classes  10
-
+SYNTHETIC = """\
 synthetic
   what     images that are made, from --seed, to measure and to try things out
   layout   none: what a run without --data-path takes
   images   1280 to train, more if a step has more; none to validate
   classes  1000, or --num-classes"""
+
+
+def describe_data_set(name: str) -> str:
+    """A block of --list-data-sets."""
+    data = NAMED_DATA[name]
+    fetched = "" if name == "imagenet" else ", its own format; --download fetches it"
+    val = f"{data.val} to validate, its {data.part} part"
+    drawn = f"of which {VAL_SHARE:g} of each class validate"
+    facts = {
+        "what": data.what,
+        "layout": data.layout + fetched,
+        "images": f"{data.train} to train, {val if data.val else drawn}",
+        "classes": str(data.classes),
+        "needs": data.needs,
+    }
+    indents = {"subsequent_indent": " " * 11, "break_on_hyphens": False}
+    lines = (textwrap.fill(f"  {key:8} {facts[key]}", 79, **indents) for key in facts if facts[key])
+    return "\n".join([name, *lines])
+
+
+DATA_SETS = "\n\n".join(
+    [IMAGE_FOLDER, "Those below, but for the last, by --dataset NAME --data-path PATH:"]
+    + [*map(describe_data_set, NAMED_DATA), SYNTHETIC]
+)
 
 
 @dataclass(frozen=True)
@@ -847,8 +955,8 @@ COMMANDS = {
         "twice as many cores for backward as for forward": "plan --split 1:2",
         "cores by hand": "plan --forward-cores 0-1 --backward-cores 2-5",
     }, (CoreSettings, *"""
-        model data_path num_classes image_size min_res max_res end_ramp workers recipe batch_size
-        accumulate weights teacher teacher_weights precision""".split())),
+        model data_path dataset download val_share num_classes image_size min_res max_res end_ramp
+        workers recipe batch_size accumulate weights teacher teacher_weights precision""".split())),
     "find-lr": Command("try learning rates, from low to high, and suggest one", {
         "for your own pictures, with a plot": "find-lr --data-path photos --output-dir out",
         "for a recipe": "find-lr --recipe cifar10 --data-path cifar",
@@ -863,7 +971,7 @@ COMMANDS = {
         "your own pictures, loading included, and the figures in a file":
             "compare --data-path photos --json compare.json",
     }, (AugmentationSettings, SpeedSettings, *"""
-        model data_path download num_classes image_size subset max_bad_images workers recipe
+        model data_path dataset download num_classes image_size subset max_bad_images workers recipe
         batch_size accumulate steps opt label_smoothing clip_grad_norm teacher teacher_weights
         teacher_share seed deterministic split forward_cores backward_cores loader_cores
         forward_threads backward_threads log_file output_dir""".split())),
@@ -925,7 +1033,7 @@ def build_parser(command: str = "train") -> Parser:
     text = {"action": Tell, "nargs": 0, "default": argparse.SUPPRESS}
     parser.add_argument("--version", help="show versions and exit", const=version_line, **text)
     parser.add_argument("--list-models", help="list what --model takes", action="store_true")
-    places = {"help": "list what --data-path takes", "const": lambda: DATA_SETS}
+    places = {"help": "list what --dataset and --data-path take", "const": lambda: DATA_SETS}
     parser.add_argument("--list-data-sets", **places, **text)
     for group in reversed(Settings.__bases__):
         help_group = parser.add_argument_group(group.__doc__)
@@ -2750,9 +2858,9 @@ def load_torchvision(weights: Any, asked: str, image_size: int | None) -> Weight
 
 # ==================================================================================================
 # 5  Data
-# Image folders, CIFAR-10 and synthetic images as streams of batches. What a sample looks like
-# depends only on (seed, epoch, index): not on the number of loader processes, nor on where a run
-# was resumed. Knows nothing of lanes; loader processes are told which CPUs to stay on.
+# Image folders, data sets by name and synthetic images as streams of batches. What a sample looks
+# like depends only on (seed, epoch, index): not on the number of loader processes, nor on where a
+# run was resumed. Knows nothing of lanes; loader processes are told which CPUs to stay on.
 # ==================================================================================================
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -2839,11 +2947,13 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 class ImageData:
     """A data set: pictures (PIL) with class indices, to train and, if there are any, to validate.
 
-    `kind` is folder, cifar10 or synthetic; `chosen` are the indices of the pictures to train on;
-    `left_out` tells of files and folders that are not used: what each is, and its path; `native` is
-    how its pictures are made ready unless trained weights or settings say otherwise; `confused` are
-    the classes, if they were asked for, whose pictures are augmented more strongly. Where some of
-    the pictures to train on are kept apart to validate with, `val` is a Subset of `train`.
+    `kind` is folder, synthetic or a name of NAMED_DATA; `chosen` are the indices of the pictures to
+    train on; `left_out` tells of files and folders that are not used: what each is, and its path;
+    `native` is how its pictures are made ready unless trained weights or settings say otherwise;
+    `padded` is the side in pixels of small pictures that are all alike, and are padded and cropped
+    to train; 0 for those that training shows parts of; `confused` are the classes, if they were
+    asked for, whose pictures are augmented more strongly. Where some of the pictures to train on
+    are kept apart to validate with, `val` is a Subset of `train`.
     """
 
     kind: str
@@ -2854,23 +2964,30 @@ class ImageData:
     chosen: Sequence[int] = ()
     left_out: Sequence[tuple[str, str]] = ()
     confused: Sequence[int] | None = None
+    padded: int = 0
+
+
+def find_data(settings: Settings) -> ImageData:
+    """The data of `--data-path`, read as `--dataset` or recognised by what is there; without it,
+    synthetic images.
+    """
+    name, path = settings.dataset, settings.data_path
+    if path is None:
+        return synthetic_data(settings)
+    if path.name == CIFAR10_FOLDER:
+        path = path.parent
+    if not name and (settings.download or (path / CIFAR10_FOLDER).is_dir()):
+        name = "cifar10"
+    return named_data(name, path, settings.download) if name else folder_data(path)
 
 
 def open_data(settings: Settings) -> ImageData:
-    """The data of `--data-path`, recognised by what is there; without it, synthetic images.
+    """The data, with the images chosen to train and to validate.
 
     Raises UserError for a path that holds no data set, or fewer images than an optimizer step.
     """
     path, images = settings.data_path, settings.batch_size * settings.accumulate
-    if path and path.name == CIFAR10_FOLDER:
-        path = path.parent
-    if path is None:
-        data = synthetic_data(settings)
-    elif settings.download or (path / CIFAR10_FOLDER).is_dir():
-        data = cifar10_data(path, settings.download)
-    else:
-        data = folder_data(path)
-    data = with_validation(data, settings)
+    data = with_validation(find_data(settings), settings)
     found = len(data.classes)
     if settings.num_classes and settings.num_classes < found:
         raise UserError(f"--num-classes {settings.num_classes}: {path} has {found} classes")
@@ -2926,18 +3043,155 @@ def synthetic_data(settings: Settings) -> ImageData:
     return ImageData("synthetic", train, None, tuple(map(str, range(classes))))
 
 
-CIFAR10 = Preprocessing(32, 32, mean=CIFAR10_MEAN, std=CIFAR10_STD)
+def whole(side: int, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
+    """For pictures of one small size, which are shown whole."""
+    return Preprocessing(side, side, mean=mean, std=std)
 
 
-def cifar10_data(path: Path, download: bool) -> ImageData:
-    """CIFAR-10 in its own format for Python, read and verified by torchvision."""
-    read = partial(torchvision.datasets.CIFAR10, path, download=download)
+CIFAR10 = whole(32, CIFAR10_MEAN, CIFAR10_STD)
+BY_FLAG = {"train": True}, {"train": False}
+TRAIN_VAL, TRAIN_TEST = (({"split": "train"}, {"split": part}) for part in ("val", "test"))
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a data set is read: torchvision's class, what that takes for the part to train on and for
+    the one to validate with (None if it has none), how its pictures are made ready, and whether
+    they are padded and cropped (see ImageData).
+    """
+
+    read: Callable[..., Dataset]
+    parts: tuple[dict[str, Any], dict[str, Any] | None]
+    native: Preprocessing = Preprocessing()
+    is_padded: bool = False
+
+
+# Means and deviations of the images to train on, as published; ImageNet's where none are known.
+# fmt: off
+sets = torchvision.datasets
+READERS = {
+    "imagenet": Reader(sets.ImageNet, TRAIN_VAL),
+    "imagenette": Reader(sets.Imagenette, TRAIN_VAL),
+    "imagenette-320": Reader(partial(sets.Imagenette, size="320px"), TRAIN_VAL),
+    "imagenette-160": Reader(partial(sets.Imagenette, size="160px"), TRAIN_VAL,
+        Preprocessing(128, 146)),
+    "cifar10": Reader(sets.CIFAR10, BY_FLAG, CIFAR10, True),
+    "cifar100": Reader(sets.CIFAR100, BY_FLAG,
+        whole(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)), True),
+    "fashion-mnist": Reader(sets.FashionMNIST, BY_FLAG, whole(28, 3 * (0.2860,), 3 * (0.3530,)),
+        True),
+    "flowers102": Reader(sets.Flowers102, TRAIN_VAL),
+    "food101": Reader(sets.Food101, TRAIN_TEST),
+    "oxford-pets": Reader(sets.OxfordIIITPet, ({"split": "trainval"}, {"split": "test"})),
+    "eurosat": Reader(sets.EuroSAT, ({}, None),
+        whole(64, (0.3444, 0.3803, 0.4078), (0.2027, 0.1365, 0.1155)), True),
+    "dtd": Reader(sets.DTD, TRAIN_VAL),
+    "gtsrb": Reader(sets.GTSRB, TRAIN_TEST,
+        whole(32, (0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669))),
+    "svhn": Reader(sets.SVHN, TRAIN_TEST,
+        whole(32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)), True),
+    "stl10": Reader(sets.STL10, TRAIN_TEST,
+        whole(96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)), True),
+}
+# fmt: on
+
+
+class Pictures(Dataset):
+    """Pictures in RGB, and class indices, of a data set that torchvision has read.
+
+    Those in files are opened as those of image folders are; `samples` are then their paths and
+    class indices, in torchvision's order.
+    """
+
+    def __init__(self, source: Dataset, root: Path):
+        self.source, self.root, self.samples = source, root, file_samples(source)
+        labels = [target for _, target in self.samples] or getattr(source, "targets", None)
+        self.targets = [int(label) for label in (source.labels if labels is None else labels)]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        target = self.targets[index]
+        if self.samples:
+            return load_image(self.samples[index][0]), target
+        return to_rgb(self.source[index][0]), target
+
+
+def file_samples(source: Dataset) -> list[tuple[str, int]]:
+    """Path and class index of each picture of one of torchvision's data sets; none if its pictures
+    are not in files. It has several names for these.
+    """
+    for name in ("samples", "_samples"):
+        if hasattr(source, name):
+            return getattr(source, name)
+    for name in ("_image_files", "_images"):
+        if hasattr(source, name):
+            return list(zip(map(str, getattr(source, name)), source._labels, strict=True))
+    return []
+
+
+def names_of_classes(source: Dataset, count: int) -> tuple[str, ...]:
+    """The names of a data set's classes: torchvision's, the first of several, or else numbers.
+
+    ImageNet's are as its weights have them, since two cranes have the same first name.
+    """
+    names = getattr(source, "classes", None)
+    if not names:
+        return tuple(f"{number:0{len(str(count - 1))}}" for number in range(count))
+    if len(names) == 1000:
+        names = imagenet_classes()
+    return tuple(name if isinstance(name, str) else name[0] for name in names)
+
+
+def prepare_imagenet(path: Path) -> None:
+    """Say that ImageNet is going to be unpacked, if it is. Raises UserError if it cannot be."""
+    archives = {name: archive for name, (archive, _) in sets.imagenet.ARCHIVE_META.items()}
+    unpacked = {"devkit": sets.imagenet.META_FILE, "train": "train", "val": "val"}
+    needed = [archives[name] for name, made in unpacked.items() if not (path / made).exists()]
+    missing = [name for name in needed if not (path / name).exists()]
+    if missing:
+        raise UserError(
+            f"--data-path {path}: no ImageNet: {', '.join(missing)} not found: put {IMAGENET_FILES}"
+            ", there; train and val alone are an image folder, for which you need no --dataset"
+        )
+    if needed:
+        tell(f"verifying and unpacking {', '.join(needed)} in {path}; this takes long", sys.stderr)
+
+
+def why_not_read(error: Exception) -> str:
+    """Why torchvision could not read a data set, in one line."""
+    if isinstance(error, ImportError) and error.name:
+        return f"it takes the package {error.name} to read it: pip install {error.name}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.replace("download=True", "--download")
+
+
+def named_data(name: str, path: Path, download: bool) -> ImageData:
+    """A data set by name, which torchvision fetches if asked to, verifies, unpacks and reads."""
+    told, reader = NAMED_DATA[name], READERS[name]
+    title = told.what.partition(":")[0]
+    if name == "imagenet":
+        prepare_imagenet(path)
+    options = {"download": True} if download else {}
     try:
-        train, val = read(train=True), read(train=False)
+        train, val = (
+            Pictures(reader.read(path, **part, **options), path) if part is not None else None
+            for part in reader.parts
+        )
     except Exception as error:  # of the network, of the disk, of pickle, or a checksum's
-        reason = one_line(error).replace("download=True", "--download")
-        raise UserError(f"--data-path {path}: no CIFAR-10: {reason}") from None
-    return ImageData("cifar10", train, val, tuple(train.classes), CIFAR10)
+        by_hand = f"; without a network, put {told.layout.replace('PATH', str(path))} there by hand"
+        remedy = by_hand if download else ""
+        raise UserError(f"--data-path {path}: no {title}: {why_not_read(error)}{remedy}") from None
+    for part, count in ((train, told.train), (val, told.val)):
+        # torchvision does not verify files any more once a folder for them is there.
+        if part and part.samples and len(part) < count:
+            found = f"{title} has {count} images, of which only {len(part)} are there"
+            remedy = "if unpacking was broken off, remove what came of it, and begin again"
+            raise UserError(f"--data-path {path}: {found}: {remedy}")
+    padded = reader.native.image_size if reader.is_padded else 0
+    classes = names_of_classes(train.source, told.classes)
+    return ImageData(name, train, val, classes, reader.native, padded=padded)
 
 
 def folder_data(path: Path) -> ImageData:
@@ -3193,6 +3447,8 @@ def with_validation(data: ImageData, settings: Settings) -> ImageData:
     if share and data.val:
         told = f"{settings.data_path} has {plural(len(data.val), 'image')} to validate with"
         raise UserError(f"--val-share {share:g}: {told}; leave it out")
+    if share is None and settings.dataset:
+        share = VAL_SHARE
     if not share or data.val:
         return data
     targets, seed = data.train.targets, derived_seed(settings.seed, "val")
@@ -3257,7 +3513,8 @@ def auto_augmentation(data: ImageData, settings: Settings, stronger: bool) -> li
     magnitude = settings.ra_magnitude
     if stronger and settings.auto_augment != "none":
         return [v2.RandAugment(3, min(magnitude + 5, 30))]
-    policy = v2.AutoAugmentPolicy("cifar10" if data.kind == "cifar10" else "imagenet")
+    small = "svhn" if data.kind == "svhn" else "cifar10"
+    policy = v2.AutoAugmentPolicy(small if data.padded else "imagenet")
     chosen = {
         "none": [],
         "ra": [v2.RandAugment(magnitude=magnitude)],
@@ -3276,8 +3533,8 @@ def training_transform(
     if data.kind == "synthetic":
         return v2.Compose([v2.Resize((size, size), **resized), *to_tensor(ready)])
     steps: list[Any] = [v2.RandomResizedCrop(size, (settings.min_scale, 1), **resized)]
-    if data.kind == "cifar10":
-        steps = [v2.RandomCrop(32, padding=4), v2.Resize(size, **resized)]
+    if side := data.padded:  # by 4 for 32 pixels, as in He et al. 2016 (arXiv 1512.03385)
+        steps = [v2.RandomCrop(side, padding=round(side / 8)), v2.Resize(size, **resized)]
     steps += [v2.RandomHorizontalFlip(settings.hflip)]
     steps += auto_augmentation(data, settings, stronger)
     if settings.color_jitter:
@@ -8692,11 +8949,13 @@ def print_model(settings: Settings, topology: Topology, plan: CorePlan) -> None:
     """What `plan` shows beside the cores: the data, if there are any, and the model."""
     check_model_name(settings.model)
     path, classes, native_size = settings.data_path, SYNTHETIC_CLASSES, 224
+    if name := settings.dataset:
+        classes, native_size = NAMED_DATA[name].classes, READERS[name].native.image_size
     if settings.weights:
         known = find_weights(settings.model, settings.weights)
         native_size = known.native.image_size
         say(describe_weights(known))
-    exists = path and path.exists()
+    exists = path and (path.exists() or settings.download)
     if exists:
         data = open_data(settings)
         classes, native_size = len(data.classes), data.native.image_size

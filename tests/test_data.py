@@ -727,7 +727,8 @@ def plain(kind="folder"):
     """Data whose images keep their values from 0 to 1, to see what transforms do."""
     sides = (32, 32) if kind == "cifar10" else (224, 256)
     native = tsa.Preprocessing(*sides, "bilinear", (0, 0, 0), (1, 1, 1))
-    return tsa.ImageData(kind, None, None, ("a", "b"), native)
+    padded = 32 if kind == "cifar10" else 0
+    return tsa.ImageData(kind, None, None, ("a", "b"), native, padded=padded)
 
 
 def validated(data, size):

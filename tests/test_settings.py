@@ -813,7 +813,8 @@ def test_help_of_train_shows_what_belongs_to_no_other_command():
 
 
 def test_help_of_plan_shows_what_changes_a_plan():
-    data = "model data_path num_classes image_size min_res max_res end_ramp workers".split()
+    data = ["model", "data_path", "dataset", "download", "val_share", "num_classes", "image_size"]
+    data += ["min_res", "max_res", "end_ramp", "workers"]
     training = "recipe batch_size accumulate teacher teacher_weights weights".split()
     cores = [*OF_CORES, "machine", "record"]
     assert shown_in("plan") == [*data, *training, *cores, "precision"]
