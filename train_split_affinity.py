@@ -27,6 +27,7 @@ cores, and how much of that time strayed outside its group. On two cores the spl
     python train_split_affinity.py --recipe cifar10 --data-path cifar --download    a whole training
     python train_split_affinity.py plan --split 1:2              show how cores would be divided
     python train_split_affinity.py compare                       every schedule beside plain loops
+    python train_split_affinity.py predict new --resume out/mine/best.pt    what new pictures show
 
 Vocabulary. A *lane* is one long-lived thread that owns one core group, used like a device queue. A
 *phase* is one piece of work on a lane: forward; backward (loss and backpropagation); update. A
@@ -47,7 +48,7 @@ Sections, each using only those above it:
     10 Timelines               what every lane and core did when, as a picture and as a trace
     11 Reports                 progress, the summary, logs.md, metrics.jsonl, curves
     12 Training                steps, epochs, validation, and reasons to stop
-    13 Runs                    how a run is set up, resumed, taken to its end, or tested
+    13 Runs                    how a run is set up, resumed, taken to its end; testing, asking it
     14 Measurement             phase times, and the split that suits a machine
     15 Comparison              all ways to train side by side, and a verdict
     16 Commands                commands to what they do, errors to exit codes
@@ -71,6 +72,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import io
@@ -305,18 +307,18 @@ def option(
     help: str,
     *short: str,
     on_resume: str = "told",
-    only: str | None = None,
+    only: str = "",
     **argument: Any,
 ) -> Any:
     """A field of Settings: its default, its help, and what else argparse needs to know.
 
     The help of a switch that is on by default says what `--no-...` does. `short` are further flags,
-    `on_resume` is what becomes of another value when a run is resumed, `only` the one command that
-    takes the option (without it, all do, and what Command.shows says is in their help), and
+    `on_resume` is what becomes of another value when a run is resumed, `only` the commands that
+    take the option (without it, all do, and what Command.shows says is in their help), and
     `argument` goes to `add_argument` (type, choices, metavar).
     """
     argument = {"metavar": METAVARS.get(argument.get("type"), "X"), **argument}
-    told = {"help": help, "short": short, "on_resume": on_resume, "only": only}
+    told = {"help": help, "short": short, "on_resume": on_resume, "only": only.split()}
     return field(default=default, metadata={**told, "argument": argument})
 
 
@@ -370,24 +372,27 @@ FROM_CHECKPOINT = ("imagenet-finetune", "imagenet-full")  # these start with tra
 GIVE_WEIGHTS = "give --init-from PATH or --weights NAME"
 
 
-def recipe_defaults(name: str) -> dict[str, Any]:
+Values = dict[str, Any]  # of settings, by name
+
+
+def recipe_defaults(name: str) -> Values:
     """What a recipe sets, its output folder included: nobody wants to lose a run of weeks."""
     return {"output_dir": Path("out") / name, **RECIPES[name]}
 
 
-def command_defaults(command: str, given: Any) -> dict[str, Any]:
+def command_defaults(command: str, typed: Values) -> Values:
     """What takes the place of Settings' own defaults: a recipe's, what suits a data set, and what
-    compare has in a step; `given` are the options as they were parsed. A recipe's weights give way
-    to a file's.
+    compare has in a step; `typed` are the options given. A recipe's weights give way to a file's.
     """
-    defaults = recipe_defaults(given.recipe) if given.recipe else {}
-    if given.dataset:
-        defaults |= NAMED_DATA[given.dataset].defaults
-    resumes = given.resume and (given.test_only or given.resume != Path("auto"))
-    if given.init_from or resumes:
+    recipe, quick, resume = (typed.get(name) for name in ("recipe", "quick", "resume"))
+    defaults = recipe_defaults(recipe) if recipe else {}
+    if dataset := typed.get("dataset"):
+        defaults |= NAMED_DATA[dataset].defaults
+    if command == "compare" and (quick or not recipe):
+        defaults["accumulate"] = 1 if quick else COMPARED_BATCHES
+    resumes = resume and (typed.get("test_only") or resume != Path("auto"))
+    if typed.get("init_from") or resumes:
         defaults.pop("weights", None)
-    if command == "compare" and (given.quick or not given.recipe):
-        defaults["accumulate"] = 1 if given.quick else COMPARED_BATCHES
     return defaults
 
 
@@ -605,8 +610,9 @@ class TrainingSettings:
 class CheckpointSettings:
     """checkpoints"""
 
-    resume: Path | None = free(None, "checkpoint to go on from, exactly; auto: the newest good "
-        "one in --output-dir, if any", only="train", type=Path, metavar="PATH|auto")
+    resume: Path | None = free(None, "checkpoint to go on from, exactly, or to ask; the settings "
+        "of its run are the defaults; auto: the newest good one in --output-dir, if any",
+        only="train predict", type=Path, metavar="PATH|auto")
     weights: str | None = free(None, "trained weights by torchvision's name for them, such as "
         "DEFAULT or IMAGENET1K_V2, or timm's, such as a1_in1k, to start a new run from; with "
         "--resume auto they count if there is nothing to go on from", metavar="NAME")
@@ -680,23 +686,31 @@ class ComparisonSettings:
 
 
 @dataclass(frozen=True)
+class PredictionSettings:
+    """predict"""
+
+    pictures: tuple[str, ...] = free((), "files, folders (with all that lies below) and patterns "
+        "such as 'new/*.jpg'", only="predict", nargs="*", metavar="PICTURE")
+
+
+@dataclass(frozen=True)
 class ReportSettings:
     """reports"""
 
     log_file: Path = free(Path("logs.md"), "Markdown file that gets a section for each run",
         type=Path)
     output_dir: Path | None = free(None, "folder for checkpoints, metrics.jsonl and pictures "
-        "(default: not written)", type=Path)
+        "(default: that of --resume, else not written)", type=Path)
     print_freq: int = free(10, "steps between two lines of figures", type=COUNT)
     tensorboard: bool = free(False, "write what is measured for TensorBoard too, into the folder "
         "tensorboard in --output-dir (pip install tensorboard)")
-    json: Path | None = free(None, "file for the figures of compare (default: not written)",
-        only="compare", type=Path)
+    json: Path | None = free(None, "file for the figures of compare, or for the answers of "
+        "predict (default: not written)", only="compare predict", type=Path)
 
 
 @dataclass(frozen=True)
-class Settings(ReportSettings, ComparisonSettings, SpeedSettings, CoreSettings, CheckpointSettings,
-               TrainingSettings, AugmentationSettings, DataSettings):
+class Settings(ReportSettings, PredictionSettings, ComparisonSettings, SpeedSettings, CoreSettings,
+               CheckpointSettings, TrainingSettings, AugmentationSettings, DataSettings):
     """What the user can choose. Derived values live elsewhere (see CorePlan), never here.
 
     The groups stand in reverse, since a dataclass has the fields of its last base first.
@@ -721,6 +735,7 @@ def plain_settings(settings: Settings) -> dict[str, Any]:
 
 def contradictions(command: str, settings: Settings) -> Iterator[str]:
     """What is wrong with options that contradict each other or a command, whatever the machine."""
+    yield from typed_contradictions(command, settings)
     asked = f"--schedule {settings.schedule} has nothing to overlap with"
     if settings.split == "none" and settings.schedule != "sequential":
         remedy = "choose another --split, or --schedule sequential"
@@ -815,20 +830,10 @@ def rate_contradictions(settings: TrainingSettings) -> Iterator[str]:
 
 def checkpoint_contradictions(settings: Settings) -> Iterator[str]:
     """What checkpoint options lack, or contradict each other in."""
-    from_newest = settings.resume == Path("auto")
-    needs_folder = {
-        "--save-steps": settings.save_steps,
-        "--mirror": settings.mirror,
-        "--resume auto": from_newest,
-    }
+    needs_folder = {"--save-steps": settings.save_steps, "--mirror": settings.mirror}
     for flag, value in needs_folder.items():
         if value and not settings.output_dir:
             yield f"{flag} needs --output-dir, where checkpoints are"
-    starts = "resume", "init_from", "weights"
-    given = [as_option(name, value) for name in starts if (value := getattr(settings, name))]
-    others = given[from_newest and not settings.test_only :]  # of which one counts if auto fails
-    if len(others) > 1:
-        yield f"{' and '.join(others)}: give one"
     if settings.test_only and not (settings.resume or settings.weights):
         yield "--test-only needs --resume, the checkpoint to evaluate, or --weights NAME"
 
@@ -849,15 +854,46 @@ def teacher_contradictions(settings: TrainingSettings) -> Iterator[str]:
         yield f"--teacher-share {share:g} needs --teacher and --teacher-weights"
 
 
+def typed_contradictions(command: str, settings: Settings) -> Iterator[str]:
+    """What is wrong with options for another command, and with those that say where weights are:
+    the defaults that a saved run gives change nothing in that.
+    """
+    for setting in dataclasses.fields(settings):
+        only, value = setting.metadata["only"], getattr(settings, setting.name)
+        if only and command not in only and value != setting.default:
+            takers = " and ".join(only)
+            yield f"{as_option(setting.name, value)} is for {takers}, not for {command}"
+    from_newest = settings.resume == Path("auto")
+    if from_newest and not settings.output_dir:
+        yield "--resume auto needs --output-dir, where checkpoints are"
+    starts = "resume", "init_from", "weights"
+    given = [as_option(name, value) for name in starts if (value := getattr(settings, name))]
+    others = given[from_newest and not settings.test_only :]  # of which one counts if auto fails
+    if len(others) > 1:
+        yield f"{' and '.join(others)}: give one"
+    if command == "predict":
+        yield from prediction_contradictions(settings)
+
+
+def prediction_contradictions(settings: Settings) -> Iterator[str]:
+    """What `predict` lacks, or has twice."""
+    if not settings.pictures:
+        yield "predict needs pictures: files, folders, or patterns such as 'new/*.jpg'"
+    if settings.init_from:
+        yield f"--init-from {settings.init_from}: predict takes --resume PATH or --weights NAME"
+    if settings.resume and settings.weights:
+        yield f"--resume {settings.resume} and --weights {settings.weights}: give one"
+    if not (settings.resume or settings.weights):
+        yield "predict needs a trained model: give --resume PATH, or --weights NAME and --model"
+    if settings.split == "auto":
+        yield "--split auto is for training, not for predict: give even, a ratio or none"
+
+
 def command_contradictions(command: str, settings: Settings) -> Iterator[str]:
     """What a command lacks, and options that are for another one."""
     has_weights = settings.resume or settings.init_from or settings.weights
     if command == "train" and settings.recipe in FROM_CHECKPOINT and not has_weights:
         yield f"--recipe {settings.recipe} starts from trained weights: {GIVE_WEIGHTS}"
-    for setting in dataclasses.fields(settings):
-        only, value = setting.metadata["only"], getattr(settings, setting.name)
-        if only not in (None, command) and value != setting.default:
-            yield f"{as_option(setting.name, value)} is for {only}, not for {command}"
     if "," in settings.split and command != "compare":
         yield f"--split {settings.split}: several splits are for compare, {command} takes one"
     if settings.preload and not settings.data_path:
@@ -943,6 +979,11 @@ class Command:
     shows: Collection[type | str] = Settings.__bases__
 
 
+# What makes a difference to the answers of a trained model, or to how long they take.
+ASKED_WITH = """
+    model image_size val_resize interpolation mean std workers batch_size deterministic precision
+    channels_last tuned_malloc flush_denormals""".split()
+
 # fmt: off
 COMMANDS = {
     "train": Command("train a model (the default)", {
@@ -975,6 +1016,15 @@ COMMANDS = {
         batch_size accumulate steps opt label_smoothing clip_grad_norm teacher teacher_weights
         teacher_share seed deterministic split forward_cores backward_cores loader_cores
         forward_threads backward_threads log_file output_dir""".split())),
+    "predict": Command("ask a trained model what pictures show", {
+        "a folder, with what a training has saved": "predict new --resume out/mine/best.pt",
+        "a picture, and the answer in a file":
+            "predict a.jpg --resume best.pt --json answers.json",
+        "with trained weights of torchvision":
+            "predict new/*.jpg --model resnet50 --weights DEFAULT",
+    }, ("pictures", *ASKED_WITH, *"""
+        weights output_dir split forward_cores backward_cores loader_cores
+        forward_threads""".split())),
 }
 # fmt: on
 
@@ -1011,7 +1061,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, *args: Any) -> argparse.Namespace:
         """As ArgumentParser's own; for what it does not know it names the nearest options."""
-        given, unknown = self.parse_known_args(*args)
+        given, unknown = self.parse_known_intermixed_args(*args)
         if unknown:
             flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
             hint = nearest_of_each(flags, self._option_string_actions)
@@ -1022,6 +1072,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser(command: str = "train") -> Parser:
     """The parser of a command, with all options; these and their defaults come from Settings."""
     name = f"[{'|'.join(COMMANDS)}]" if command == "train" else command
+    name += " PICTURE..." if command == "predict" else ""
     parser = Parser(
         prog=Path(__file__).name,
         usage=f"%(prog)s {name} [options]",
@@ -1038,14 +1089,19 @@ def build_parser(command: str = "train") -> Parser:
     for group in reversed(Settings.__bases__):
         help_group = parser.add_argument_group(group.__doc__)
         for setting in dataclasses.fields(group):
-            add_option(help_group, setting, is_shown(command, group, setting))
+            shown = is_shown(command, group, setting)
+            if setting.name != "pictures":
+                add_option(help_group, setting, shown)
+            elif shown:
+                text = setting.metadata["help"]
+                help_group.add_argument("pictures", help=text, **setting.metadata["argument"])
     return parser
 
 
 def is_shown(command: str, group: type, setting: dataclasses.Field) -> bool:
     """Whether a command's help shows an option: one of its own, or one of a run that matters."""
     if setting.metadata["only"]:
-        return setting.metadata["only"] == command
+        return command in setting.metadata["only"]
     return not {group, setting.name}.isdisjoint(COMMANDS[command].shows)
 
 
@@ -1111,20 +1167,40 @@ def add_option(help_group: Any, setting: dataclasses.Field, shown: bool) -> None
         help_group.add_argument(alias, **kind)
 
 
-def parse_arguments(argv: Sequence[str]) -> tuple[str, Settings]:
-    """The command and the settings. Raises UserError for arguments that make no sense."""
+def typed_options(command: str, options: Sequence[str]) -> Values:
+    """The options of a command line by the names of their settings; of those that are not there,
+    none. Raises UserError for one that does not exist, or for a value that it does not take.
+    """
+    nothing = argparse.Namespace(**{each.name: None for each in dataclasses.fields(Settings)})
+    given = vars(build_parser(command).parse_args(options, nothing))
+    given["pictures"] = tuple(given["pictures"] or ())
+    return {name: value for name, value in given.items() if value not in (None, ())}
+
+
+def parse_arguments(
+    argv: Sequence[str], saved: Callable[[str, Settings, Values], Values] | None = None
+) -> tuple[str, Settings]:
+    """The command and the settings. Raises UserError for arguments that make no sense.
+
+    `saved` gives the defaults that `--resume` brings with it, of the command, its settings without
+    them and the options typed. Without it these are left out, and what could depend on them is not
+    looked at.
+    """
     command, *options = argv if argv and not argv[0].startswith("-") else ["train", *argv]
     if command not in COMMANDS:
         hint = nearest(command, COMMANDS)
         raise UserError(f"unknown command {command!r} (choose from {', '.join(COMMANDS)}){hint}")
-    parser = build_parser(command)
-    given = parser.parse_args(options)
-    if defaults := command_defaults(command, given):
-        parser.set_defaults(**defaults)
-        given = parser.parse_args(options)
-    if vars(given).pop("list_models"):
+    typed = typed_options(command, options)
+    if typed.pop("list_models"):
         return "list-models", Settings()
-    settings = Settings(**vars(given))
+    defaults = command_defaults(command, typed)
+    settings = Settings(**defaults | typed)
+    if settings.resume:
+        for message in typed_contradictions(command, settings):
+            raise UserError(message)
+        if not saved:
+            return command, settings
+        settings = Settings(**defaults | saved(command, settings, typed) | typed)
     for message in contradictions(command, settings):
         raise UserError(message)
     return command, settings
@@ -3402,10 +3478,9 @@ def drawn(
     return sorted(chosen)
 
 
-def class_names(settings: Settings, classes: Sequence[str]) -> list[str]:
-    """A name for all that a model tells apart, which can be more than the classes of the data."""
-    more = range(len(classes), settings.num_classes or 0)
-    return [*classes, *(f"class {number}" for number in more)]
+def named_classes(names: Sequence[str], count: int) -> list[str]:
+    """The names of a model's classes, of which it may have more than the data."""
+    return [*names, *(f"class {number}" for number in range(len(names), count))]
 
 
 def confused_classes(settings: Settings, classes: Sequence[str]) -> list[int] | None:
@@ -3428,7 +3503,7 @@ def confused_classes(settings: Settings, classes: Sequence[str]) -> list[int] | 
         raise UserError(f"--augment-confused {path}: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"--augment-confused {path}: no confused.json of a --test-only") from None
-    known = class_names(settings, classes)
+    known = named_classes(classes, settings.num_classes or 0)
     for name in sorted(set().union(*(pair for _, pair in pairs)).difference(known)):
         raise UserError(f"--augment-confused {path}: the data have no class {readable(name)}")
     return [number for number, name in enumerate(classes) if name in names]
@@ -4539,6 +4614,13 @@ UPLOAD_ATTEMPTS, LAST_UPLOADS_S = 3, 60
 # and what wrappers of a model (DataParallel, torch.compile) put before the names.
 WEIGHTS_IN = ("model_ema", "state_dict_ema", "ema", "state_dict", "model", "model_state_dict")
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+# Settings that name a file or a folder, those that a machine decides where they are not given, and
+# those that a run which goes on does not take from the saved one: how that began, what it printed.
+PLACES = "data_path augment_confused teacher_weights mirror log_file".split()
+BY_MACHINE = "loader_cores forward_threads backward_threads precision tuned_malloc".split()
+NOT_TAKEN = """
+    resume weights init_from test_only download machine record quick preload pictures
+    json""".split()
 
 # What becomes of another value of each setting when a run is resumed: see `option`.
 ON_RESUME = {each.name: each.metadata["on_resume"] for each in dataclasses.fields(Settings)}
@@ -4546,7 +4628,7 @@ ON_RESUME = {each.name: each.metadata["on_resume"] for each in dataclasses.field
 State = dict[str, Any]  # what a checkpoint holds, or its part on the data: plain types, tensors
 STATE_FIELDS = set(
     """format model average optimizer scheduler flow ahead random_state progress settings versions
-    data""".split()
+    data asked""".split()
 )
 
 
@@ -4611,10 +4693,16 @@ def versions() -> dict[str, str]:
 
 
 def make_state(
-    settings: Settings, work: Work, progress: Progress, data: State | None = None
+    settings: Settings,
+    work: Work,
+    progress: Progress,
+    data: State | None = None,
+    asked: Values | None = None,
 ) -> State:
     """Everything needed to go on from the end of the latest optimizer step, in plain types and
     tensors. Raises BadCheckpoint if an update was broken off.
+
+    `settings` are those in force; `asked` are those that a run which goes on takes in their place.
     """
     if work.updating:
         raise BadCheckpoint("an error broke off the update of the weights")
@@ -4632,14 +4720,69 @@ def make_state(
         "settings": plain_settings(settings),
         "versions": versions(),
         "data": data,
+        "asked": asked or {},
     }
 
 
-def saved_settings(state: State) -> dict[str, Any]:
+def saved_settings(state: State) -> Values:
     """The settings of a saved run, as JSON types. One that its version did not know yet counts as
     its default, which is to leave things as they were.
     """
     return plain_settings(Settings()) | state["settings"]
+
+
+def asked_again(asked: Settings, in_force: Settings) -> Values:
+    """Settings that a run which goes on takes in place of those that were in force, in plain types:
+    what was left to the data or the machine is decided anew, and what lies somewhere is found from
+    any folder.
+    """
+    values, decided = plain_settings(asked), plain_settings(in_force)
+    for name in PLACES:
+        place = getattr(asked, name)
+        if isinstance(place, Path) or (place and Path(place).exists()):
+            values[name] = os.fspath(Path(place).absolute())
+    ready = vars(Preprocessing())
+    return {key: values[key] for key in values if values[key] != decided[key] and key not in ready}
+
+
+def settings_of(values: Values) -> Settings:
+    """Settings from JSON types; values of other names are left out."""
+
+    def typed(setting: dataclasses.Field) -> Any:
+        value = values[setting.name]
+        if isinstance(value, list):
+            return tuple(value)
+        is_path = setting.metadata["argument"].get("type") is Path
+        return Path(value) if is_path and value is not None else value
+
+    own = (each for each in dataclasses.fields(Settings) if each.name in values)
+    return Settings(**{setting.name: typed(setting) for setting in own})
+
+
+def settings_to_go_on(state: State) -> Settings:
+    """The settings that a run takes from the saved one which it goes on with. Versions that did not
+    save what was asked for had these decided anew each time.
+    """
+    asked = state.get("asked")
+    if asked is None:
+        plain = plain_settings(Settings())
+        asked = {name: plain[name] for name in BY_MACHINE}
+    taken = saved_settings(state) | asked
+    return settings_of({name: value for name, value in taken.items() if name not in NOT_TAKEN})
+
+
+def preprocessing_of(state: State) -> Preprocessing:
+    """How pictures were made ready to validate a saved model.
+
+    Versions that did not save it did so as for CIFAR-10 or as for ImageNet. Of their data only
+    image folders have a fingerprint of files, and the classes of synthetic images are numbers.
+    """
+    data = state.get("data") or {"classes": ["0"], "fingerprint": ""}
+    words = not data["classes"][0].isdigit()
+    files = data["fingerprint"] != hashlib.sha256().hexdigest()
+    native = CIFAR10 if words and not files else Preprocessing()
+    known = {name: state["settings"].get(name) for name in vars(native)}
+    return native.overruled(settings_of(known))
 
 
 def restore_state(state: State, work: Work, settings: Settings) -> Progress:
@@ -4695,11 +4838,12 @@ def check_resumable(
     """Settings, versions and images in which a run differs from the one that is resumed, so that
     it will not give the same numbers. Raises UserError for a difference that makes no sense.
     """
-    differences, former = [], saved_settings(saved)
+    differences, former, asked = [], saved_settings(saved), saved.get("asked") or {}
     for name, value in plain_settings(settings).items():
         before = former[name]
         unknown = before is None and name not in saved["settings"]  # to the version that saved it
-        if ON_RESUME[name] == "free" or before == value or unknown:
+        same = value in (before, asked.get(name, before))
+        if ON_RESUME[name] == "free" or same or unknown:
             continue
         flag = f"--{name.replace('_', '-')}"
         if ON_RESUME[name] == "fixed":
@@ -4802,7 +4946,7 @@ def fault_of_state(state: Any) -> str:
         return f"no checkpoint of this program ({CHECKPOINT_FORMAT})"
     progress = state.get("progress")
     for what, found, names, optional in (
-        ("", state, STATE_FIELDS, {"data"}),
+        ("", state, STATE_FIELDS, {"data", "asked"}),
         ("progress.", progress, {one.name for one in dataclasses.fields(Progress)}, set()),
     ):
         if not isinstance(found, dict):
@@ -5080,10 +5224,17 @@ class Checkpoints:
     once; the other names are links to the same file.
     """
 
-    def __init__(self, settings: Settings, warn: Callable[[str], None], data: State | None = None):
+    def __init__(
+        self,
+        settings: Settings,
+        warn: Callable[[str], None],
+        data: State | None = None,
+        asked: Values | None = None,
+    ):
         self.folder = settings.output_dir
         self.warn = warn
         self.data = data
+        self._asked = asked
         self._settings = settings
         self._saved: tuple[int, int] | None = None  # step and epoch of the newest state
         self._lock: io.FileIO | None = None
@@ -5110,7 +5261,7 @@ class Checkpoints:
             return
         temporary, last = self.folder / f"{LAST}.tmp", self.folder / LAST
         try:
-            state = make_state(self._settings, work, progress, self.data)
+            state = make_state(self._settings, work, progress, self.data, self._asked)
             if fault := fault_of_state(state):
                 raise BadCheckpoint(fault)
             write_verified(temporary, state)
@@ -6572,13 +6723,20 @@ def check_writable(settings: Settings) -> None:
                 check_appendable(output / name, existing)
             if settings.tensorboard and (output / TENSORBOARD).exists():
                 tempfile.TemporaryFile(dir=output / TENSORBOARD).close()
-        if settings.json:
-            flag = f"--json {settings.json}"
-            check_appendable(settings.json, settings.json.parent)
-            if settings.json.is_file():
-                tempfile.TemporaryFile(dir=settings.json.resolve().parent).close()
     except OSError as error:
         raise UserError(f"{flag}: cannot be written: {error.strerror}") from None
+    check_json(settings.json)
+
+
+def check_json(path: Path | None) -> None:
+    """Raise UserError if the file of `--json` cannot be written; leaves no trace."""
+    try:
+        if path:
+            check_appendable(path, path.parent)
+        if path and path.is_file():
+            tempfile.TemporaryFile(dir=path.resolve().parent).close()
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
 
 
 def check_appendable(path: Path, folder: Path) -> None:
@@ -7265,11 +7423,14 @@ def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoint
 
 # ==================================================================================================
 # 13 Runs
-# How a run is set up, resumed and taken to its end; testing a checkpoint, and finding a rate.
+# How a run is set up, resumed and taken to its end; testing a checkpoint, asking it what pictures
+# show, and finding a rate.
 # ==================================================================================================
 
 SUBSET = "subset.json"
 RANGE, RANGE_STEPS = (1e-6, 10.0), 100
+ANSWERS = 5  # classes that predict names
+MANY_PICTURES = 100  # take long enough to show how far it is
 
 
 def choose_precision(settings: Settings, topology: Topology) -> tuple[str, str]:
@@ -7600,6 +7761,80 @@ def find_resumed(settings: Settings, checkpoints: Checkpoints) -> tuple[Path, St
     return (settings.resume, read_checkpoint(settings.resume)) if settings.resume else None
 
 
+# Options that leave no room for others which a saved run brings with it.
+IN_PLACE_OF = {
+    "split": ("forward_cores", "backward_cores", "forward_threads", "backward_threads"),
+    "forward_cores": ("split",),
+    "image_size": ("max_res",),
+    "epochs": ("steps",),
+}
+
+
+def saved_defaults(command: str, settings: Settings, typed: Values) -> Values:
+    """The defaults that `--resume` brings with it: the settings of the saved run, or none if auto
+    finds no such run. `settings` are those without them, `typed` the options given.
+
+    Raises BadCheckpoint, and UserError if the run's data are gone.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # loaders are to be forked before a team of threads is born
+    try:
+        silent = Checkpoints(dataclasses.replace(settings, mirror=None), lambda text: None)
+        found = find_resumed(settings, silent)
+    finally:
+        torch.set_num_threads(threads)
+    if not found:
+        return {}
+    path, state = found
+    if command == "predict":
+        return defaults_to_ask(path, state, typed)
+    return defaults_to_go_on(path, state, typed)
+
+
+def defaults_to_ask(path: Path, state: State, typed: Values) -> Values:
+    """What `predict` takes from a saved run: what makes a difference to the answers."""
+    model = state["settings"]["model"]
+    if typed.get("model", model) != model:
+        raise UserError(f"--model {typed['model']}: {path} has {model}")
+    taken = vars(settings_to_go_on(state)) | vars(preprocessing_of(state))
+    ready = preprocessing_of(state).overruled(settings_of(typed))
+    return {name: taken[name] for name in ASKED_WITH} | vars(ready)
+
+
+def defaults_to_go_on(path: Path, state: State, typed: Values) -> Values:
+    """What a run takes from a saved one to go on with it, or to test it; the output folder is where
+    the checkpoint is now. A recipe that is not that of the saved run counts as typed.
+    """
+    taken = settings_to_go_on(state)
+    if (recipe := typed.get("recipe")) not in (None, taken.recipe):
+        typed = command_defaults("train", typed) | typed
+    defaults = vars(taken) | vars(preprocessing_of(state).overruled(settings_of(typed)))
+    for name in typed.keys() & IN_PLACE_OF.keys():
+        defaults |= {other: getattr(Settings(), other) for other in IN_PLACE_OF[name]}
+    defaults["output_dir"] = path.parent if taken.output_dir else None
+    if not taken.log_file.parent.is_dir():
+        defaults["log_file"] = Settings().log_file
+    if typed.get("test_only"):
+        defaults["mirror"] = None
+    if not {"data_path", "download"} & typed.keys():
+        defaults["data_path"] = find_again(path, state, taken.data_path)
+    return defaults | (typed if recipe else {})
+
+
+def find_again(path: Path, state: State, absolute: Path | None) -> Path | None:
+    """Where the images of a saved run are: as they were, or as they were given then, seen from this
+    folder. Raises UserError if they are gone.
+    """
+    as_given = settings_of(saved_settings(state)).data_path
+    for place in filter(None, (absolute, as_given)):
+        if place.exists():
+            return place
+    if absolute:
+        reason = f"its images are no longer in {absolute}"
+        raise UserError(f"{path}: {reason}: say by --data-path where they are")
+    return None
+
+
 @contextlib.contextmanager
 def fitting(path: Path, settings: Settings) -> Iterator[None]:
     """Turn the error for a state of other shapes, or with other contents, into one line."""
@@ -7663,7 +7898,7 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
     check_tensorboard(settings)
     with prepared(settings, topology, plan) as run:
         data = None if run.settings.test_only else describe_images(run.data)
-        checkpoints = Checkpoints(run.settings, warn, data)
+        checkpoints = Checkpoints(run.settings, warn, data, asked_again(settings, run.settings))
         with contextlib.closing(checkpoints):
             if run.settings.test_only:
                 test(run, find_resumed(run.settings, checkpoints))
@@ -7725,7 +7960,7 @@ def test(run: Run, found: tuple[Path, State] | None) -> None:
     results = evaluate(run, confusion=confusion)
     for text in run.bad.messages:
         warn(f"{text}: left out")
-    classes = class_names(run.settings, run.data.classes)
+    classes = named_classes(run.data.classes, run.settings.num_classes)
     text = "loss {loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %"
     figures, *raw = (text.format_map(each.figures()) for each in results)
     lines = [f"{plural(results[0].images, 'image')}: {figures}"]
@@ -7737,6 +7972,210 @@ def test(run: Run, found: tuple[Path, State] | None) -> None:
         write_confusion(run.settings.output_dir, title, confusion, classes, name, footer)
     else:
         say("note: no confusion matrix is drawn without --output-dir")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model in evaluation mode, with the moving average of its weights if there is one;
+    its classes, how pictures are made ready for it, and the checkpoint, if it is from one.
+    """
+
+    model: nn.Module
+    classes: Sequence[str]
+    ready: Preprocessing
+    settings: Settings
+    path: Path | None = None
+
+
+def load_trained(path: Path, overruling: Settings = Settings()) -> Trained:
+    """A checkpoint's model, to use it, with the settings that were in force; how pictures are made
+    ready can be overruled. Raises BadCheckpoint, or UserError for a size that does not fit.
+    """
+    return trained_model(path, read_checkpoint(path), overruling)
+
+
+def trained_model(path: Path, state: State, overruling: Settings) -> Trained:
+    """The model of a saved state, to use it; see `load_trained`."""
+    ready = preprocessing_of(state).overruled(overruling)
+    settings = dataclasses.replace(settings_of(saved_settings(state)), **vars(ready))
+    check_model_name(settings.model)
+    with fitting(path, settings):
+        model = build_model(settings.model, settings.num_classes, settings.image_size)
+        model.load_state_dict(state["average"] or state["model"])
+    names = (state.get("data") or {}).get("classes", ())
+    return Trained(model.eval(), named_classes(names, settings.num_classes), ready, settings, path)
+
+
+def load_pretrained(settings: Settings) -> Trained:
+    """The model with the trained weights of `--weights`, to use it."""
+    check_model_name(settings.model)
+    known = find_weights(settings.model, settings.weights)
+    ready = known.native.overruled(settings)
+    settings = dataclasses.replace(settings, num_classes=len(known.classes), **vars(ready))
+    model, _ = starting_model(settings, known.classes)
+    return Trained(model.eval(), known.classes, ready, settings)
+
+
+def model_to_ask(settings: Settings) -> Trained:
+    """What `--resume` or `--weights` names."""
+    if settings.weights:
+        return load_pretrained(settings)
+    found = find_resumed(settings, Checkpoints(dataclasses.replace(settings, mirror=None), warn))
+    if not found:
+        raise UserError(f"--resume auto: no checkpoint in {settings.output_dir}")
+    return trained_model(*found, settings)
+
+
+def pictures_in(text: str) -> list[str]:
+    """The picture files that an argument of `predict` names: a file, whatever its name; a folder's,
+    with all below it, or a pattern's, by their endings. Raises UserError if there are none.
+    """
+    if Path(text).exists() and not Path(text).is_dir():
+        return [text]
+    places = [text] if Path(text).is_dir() else glob.glob(text, recursive=True)  # noqa: PTH207
+    if not places:
+        raise UserError(f"{text}: no such file or folder")
+    files = {str(file) for place in places for file in picture_files(Path(place))}
+    if not files:
+        kinds = ", ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
+        raise UserError(f"{text}: no picture there ({kinds})")
+    return sorted(files)
+
+
+def picture_files(place: Path) -> Iterator[Path]:
+    """A file if it is a picture by its ending, or all such files below a folder; none is hidden."""
+    for file in place.rglob("*") if place.is_dir() else (place,):
+        hidden = any(part[0] == "." for part in file.relative_to(place).parts)
+        if torchvision.datasets.folder.is_image_file(file.name) and not hidden and file.is_file():
+            yield file
+
+
+class Pictures(Dataset):
+    """Pictures without classes: each has its own number in place of that."""
+
+    def __init__(self, paths: Sequence[str]):
+        self._paths = paths
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return load_image(self._paths[index]), index
+
+
+def picture_feed(
+    paths: Sequence[str], ready: Preprocessing, settings: Settings, cpus: Sequence[int]
+) -> Feed:
+    """Pictures in order, made ready as to validate; no more loaders than there are batches."""
+    batches = math.ceil(len(paths) / settings.batch_size)
+    workers = min(settings.workers, batches) if batches > 1 else 0
+    transform = partial(same_transform, validation_transform(ready))
+    order = EpochOrder(range(len(paths)), settings.batch_size, None)
+    samples = Samples(Pictures(paths), settings.seed, transform)
+    feed = Feed(samples, order, dataclasses.replace(settings, workers=workers), cpus)
+    order.begin(1)
+    return feed
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model takes a picture for: the likeliest classes, with their probabilities."""
+
+    path: str
+    classes: Sequence[str]
+    probabilities: Sequence[float]
+
+    def __str__(self) -> str:
+        pairs = zip(self.probabilities, self.classes, strict=True)
+        return "\n".join([self.path, *(f"{100 * share:10.2f} %  {name}" for share, name in pairs)])
+
+
+def probabilities(network: Network, batch: Batch) -> dict[int, torch.Tensor]:
+    """For each picture of a batch, by its number, the probabilities of all classes, (classes,)."""
+    with torch.inference_mode():
+        logits, numbers = network.forward(batch)
+        return dict(zip(numbers.tolist(), logits.softmax(1), strict=True))
+
+
+def likeliest(shares: torch.Tensor, classes: Sequence[str], path: str) -> Answer:
+    """A picture's answer, from the probabilities of all classes."""
+    order = shares.argsort(descending=True, stable=True)[:ANSWERS].tolist()
+    return Answer(readable(path), [classes[i] for i in order], [shares[i].item() for i in order])
+
+
+def answered(
+    feed: Feed, ask: Callable[[Batch], dict[int, torch.Tensor]], stop: StopRequest
+) -> Iterator[tuple[dict[int, torch.Tensor], Sequence[str]]]:
+    """For each batch what `ask` says, and why pictures cannot be read. Raises Stopped."""
+    for loaded in feed:
+        stop.check()
+        yield ask(loaded.batch) if loaded.batch else {}, loaded.broken
+
+
+@memory_errors()
+def set_up_to_ask(
+    stack: contextlib.ExitStack, settings: Settings, topology: Topology, paths: Sequence[str]
+) -> tuple[Trained, Iterator[tuple[dict[int, torch.Tensor], Sequence[str]]]]:
+    """A trained model and what it says of pictures, batch by batch; loader processes and lanes end
+    with the stack.
+    """
+    plan = plan_cores(topology, settings)
+    stop = stack.enter_context(StopRequest())
+    stack.enter_context(coordinating(settings, plan))
+    if settings.tuned_malloc:
+        tune_allocator()
+    trained = model_to_ask(settings)
+    if settings.channels_last:
+        trained.model.to(memory_format=torch.channels_last)
+    feed = picture_feed(paths, trained.ready, settings, plan.loader_cpus)
+    stack.callback(feed.close)
+    lanes = stack.enter_context(Lanes(plan, topology.online))
+    how = {"bf16": settings.precision == "bf16", "channels_last": settings.channels_last}
+    network = Network(trained.model, nn.CrossEntropyLoss(), **how)
+    return trained, answered(feed, partial(lanes.forward.call, probabilities, network), stop)
+
+
+def predict(settings: Settings, topology: Topology) -> list[Answer]:
+    """The `predict` command: print the likeliest classes of pictures, and write them. Raises
+    RunError, in the end, if some pictures cannot be read.
+    """
+    paths = [path for text in settings.pictures for path in pictures_in(text)]
+    check_json(settings.json)
+    precision = choose_precision(settings, topology)[0]
+    settings = dataclasses.replace(settings, precision=precision)
+    answers, broken = [], []
+    tqdm.monitor_interval = 0  # as in a run: no thread beside the lanes
+    hidden = len(paths) < MANY_PICTURES or None  # None: unless it is seen on a terminal
+    bar = tqdm(total=len(paths), unit=" pictures", leave=False, disable=hidden)
+    with contextlib.ExitStack() as stack, bar:
+        trained, batches = set_up_to_ask(stack, settings, topology, paths)
+        for shares, unread in batches:
+            for number, each in shares.items():
+                answers.append(likeliest(each, trained.classes, paths[number]))
+                say(str(answers[-1]))
+            for text in unread:
+                warn(text)
+            broken += unread
+            bar.update(len(shares) + len(unread))
+    if settings.json:
+        write_whole(settings.json, answers_json(settings, trained, answers, broken))
+    if broken:
+        raise RunError(f"{len(broken)} of {plural(len(paths), 'picture')} cannot be read")
+    return answers
+
+
+def answers_json(
+    settings: Settings, trained: Trained, answers: Sequence[Answer], broken: Sequence[str]
+) -> str:
+    """Answers for programs, with what they were made by."""
+    figures = {
+        "checkpoint": trained.path and readable(str(trained.path)),
+        "weights": settings.weights,
+        "model": trained.settings.model,
+        "preprocessing": vars(trained.ready),
+        "precision": settings.precision,
+        "versions": versions(),
+        "pictures": [vars(each) for each in answers],
+        "broken": [readable(text) for text in broken],
+    }
+    return json.dumps(figures, indent=1) + "\n"
 
 
 def quarter_decade(rates: Sequence[float]) -> int:
@@ -9001,6 +9440,7 @@ RUNS: dict[str, Callable[[Settings, Topology], Any]] = {
     "plan": with_plan(print_model),
     "find-lr": with_plan(find_lr_and_report),
     "compare": compare,
+    "predict": predict,
     "list-models": list_models,
 }
 
@@ -9011,8 +9451,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, value in DROPPED_VARIABLES.items():
         warn(f"{name}={value} is ignored: lanes have their own threads")
     try:
-        folder = None
-        command, settings = parse_arguments(sys.argv[1:] if argv is None else argv)
+        folder, argv = None, sys.argv[1:] if argv is None else argv
+        command, settings = parse_arguments(argv, saved_defaults)
         folder = settings.output_dir
         topology = read_machine(settings.machine) if settings.machine else read_topology()
         RUNS[command](settings, topology)
