@@ -352,7 +352,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "imagenet-full": {
         "epochs": 60, "batch_size": 32, "accumulate": 4, "lr": 0.02, "lr_scheduler": "cosine",
-        "lr_warmup_epochs": 2, "label_smoothing": 0.1, "clip_grad_norm": 1.0, "model_ema": True,
+        "lr_warmup_epochs": 2, "label_smoothing": 0.1, "clip_grad_norm": 1.0,
+        "stochastic_depth": 0.1, "model_ema": True,
     },
     "finetune": {
         "weights": "DEFAULT", "epochs": 10, "freeze": "body", "freeze_epochs": 1, "batch_size": 32,
@@ -586,7 +587,8 @@ class TrainingSettings:
     freeze_epochs: int | None = option(None, "epochs after which all weights are trained (default: "
         "what --freeze names never is)", type=COUNT)
     stochastic_depth: float = option(0.0, "probability of leaving out the last residual block for "
-        "an image, rising in proportion from the first", type=BELOW_1)
+        "an image, rising in proportion from the first; 0: what the model has by itself",
+        type=BELOW_1)
     teacher: str | None = option(None, "model whose probabilities are part of the target "
         "(distillation); it runs in the forward phase, on the same images (default: the one that "
         "--teacher-weights was made by, if that is a checkpoint)", metavar="NAME")
@@ -1266,8 +1268,8 @@ try:
     from torch.utils.data import DataLoader, Dataset, Subset
     from torch.utils.flop_counter import FlopCounterMode
     from torchvision.models import vision_transformer
-    from torchvision.models.resnet import BasicBlock
-    from torchvision.ops import Conv2dNormActivation
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+    from torchvision.ops import Conv2dNormActivation, StochasticDepth
     from torchvision.transforms import v2
     from tqdm import tqdm
 except (ImportError, RuntimeError, OSError) as import_error:
@@ -2629,34 +2631,88 @@ def check_model_name(name: str, flag: str = "--model") -> None:
         raise UserError(f"{flag} {name}: unknown{hint}")
 
 
-def build_model(name: str, num_classes: int, image_size: int) -> nn.Module:
+def build_model(
+    name: str, num_classes: int, image_size: int, stochastic_depth: float = 0.0
+) -> nn.Module:
     """A classifier in training mode, mapping (n, 3, size, size) to (n, classes).
 
     Transformers are built for the image size, and the auxiliary heads of GoogLeNet and Inception,
     which the papers use to train without batch normalisation, are left out. The blocks of a ResNet
     begin as identities (their last batch normalisation at 0; Goyal et al. 2017, 5.1): without that,
-    the loss of the first steps jumps.
+    the loss of the first steps jumps. `stochastic_depth` is the probability of leaving out the last
+    residual block; with 0 it is what the model has by itself.
     """
+    options = builder_options(name, image_size, stochastic_depth)
     if name in OWN_MODELS:
-        return OWN_MODELS[name](num_classes, image_size)
-    options: dict[str, Any] = {}
-    if name in WITH_HEADS:
-        options = {"aux_logits": False, "init_weights": True}
-    elif "resne" in name:  # ResNet, ResNeXt, Wide ResNet
-        options = {"zero_init_residual": True}
-    elif name.startswith("vit_"):
-        options = {"image_size": image_size}
-    elif name.startswith("maxvit_"):
-        options = {"input_size": (image_size, image_size)}
+        model = OWN_MODELS[name](num_classes, image_size)
+    else:
+        model = library_model(name, num_classes, image_size, options)
+    if stochastic_depth and options.keys().isdisjoint({"stochastic_depth_prob", "drop_path_rate"}):
+        leave_blocks_out(model, name, stochastic_depth)
+    return model
+
+
+def library_model(
+    name: str, num_classes: int, image_size: int, options: dict[str, Any]
+) -> nn.Module:
+    """A model of torchvision or timm. Raises UserError for an image size, or a stochastic depth,
+    that it does not take.
+    """
     try:
         with memory_errors():
             if name.startswith(TIMM):
-                return build_timm(name, num_classes, image_size)
+                return build_timm(name, num_classes, image_size, **options)
             return torchvision.models.get_model(name, num_classes=num_classes, **options)
     except NotImplementedError:
         raise
-    except (AssertionError, RuntimeError, ValueError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"--image-size {image_size}, {name}: {one_line(error)}") from None
+
+
+def builder_options(name: str, image_size: int, stochastic_depth: float) -> dict[str, Any]:
+    """What torchvision's or timm's builder of a model is given beside the number of classes."""
+    if name.startswith(TIMM):
+        return {"drop_path_rate": stochastic_depth} if stochastic_depth else {}
+    if name in WITH_HEADS:
+        return {"aux_logits": False, "init_weights": True}
+    if "resne" in name:  # ResNet, ResNeXt, Wide ResNet
+        return {"zero_init_residual": True}
+    if name.startswith("vit_"):
+        return {"image_size": image_size}
+    if name.startswith("maxvit_"):
+        return {"input_size": (image_size, image_size)}
+    if name.startswith(("convnext_", "efficientnet_")) and stochastic_depth:
+        return {"stochastic_depth_prob": stochastic_depth}
+    return {}
+
+
+def leave_blocks_out(model: nn.Module, name: str, highest: float) -> None:
+    """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): in training, each image skips
+    residual blocks, with a probability that rises linearly with the depth, to `highest`.
+
+    Layers that do so in a model of torchvision get other probabilities; those of Swin and MaxViT
+    are no option of their builders. Blocks of a ResNet, which have none, begin to do so behind
+    their last batch normalisation, without another name in the state dict.
+    """
+    own = [layer for layer in model.modules() if isinstance(layer, StochasticDepth)]
+    blocks = [block for block in model.modules() if isinstance(block, BasicBlock | Bottleneck)]
+    if not own and not blocks:
+        some = "ResNets, EfficientNets, ConvNeXt, Swin and MaxViT have some"
+        reason = f"{name} has no blocks that can be left out ({some}): give 0"
+        raise UserError(f"--stochastic-depth {highest:g}: {reason}")
+    factor = highest / max((layer.p for layer in own), default=1.0)
+    for layer in own:
+        layer.p *= factor
+    for number, block in enumerate(blocks, 1):
+        last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
+        last.register_forward_hook(partial(skipped, highest * number / len(blocks)))
+
+
+def skipped(
+    probability: float, norm: nn.Module, _: tuple[torch.Tensor], output: torch.Tensor
+) -> torch.Tensor:
+    """The output of a residual branch (n, ...), which is 0 for some images if it is trained."""
+    return torchvision.ops.stochastic_depth(output, probability, "row", norm.training)
 
 
 def meta_model(name: str, num_classes: int, image_size: int) -> nn.Module:
@@ -7464,7 +7520,7 @@ def start_with_weights(model: nn.Module, settings: Settings, classes: Sequence[s
 def starting_model(settings: Settings, classes: Sequence[str]) -> tuple[nn.Module, str]:
     """The model that a run starts from, and what is new in it if its weights have been trained."""
     shape, note = (settings.num_classes, settings.image_size), ""
-    model = build_model(settings.model, *shape)
+    model = build_model(settings.model, *shape, settings.stochastic_depth)
     for size in dict.fromkeys((image_size_in(settings, 1), settings.image_size)):
         check_input_shape(model, settings.model, settings.batch_size, size)
     if settings.weights:

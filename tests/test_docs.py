@@ -54,6 +54,7 @@ def shortened(arguments: list[str]) -> list[str]:
     """The arguments of the script, with those that make a command short."""
     short = [*SHORT, *(SHORT_RAMP if "imagenet-finetune" in arguments else ())]
     short += ["--subset", "0.02"] if "digits" in arguments else []
+    short += ["--stochastic-depth", "0"] if "imagenet-full" in arguments else []
     short += ["--lr-warmup-epochs", "0"] if "--recipe" in arguments else []
     over_epochs = not {"--recipe", "--epochs"}.isdisjoint(arguments)
     return [*arguments, *short, *(["--epochs", "1"] if over_epochs else ["--steps", "1"])]
