@@ -555,11 +555,12 @@ class TrainingSettings:
     epochs: int | None = rate(None, "passes over the data to train, with a validation after each",
         type=COUNT)
     opt: str = fixed("sgd", "optimizer", choices=("sgd", "adam", "adamw", "nadam", "rmsprop"))
-    lr: float | None = rate(None, "learning rate, the highest one (default: SGD 0.1 for 256 "
-        "images a step, and in proportion; Adam and AdamW 0.001)", type=NOT_NEGATIVE)
+    lr: float | None = rate(None, "learning rate, the highest one (default: SGD 0.1 and RMSprop "
+        "0.016 for 256 images a step, and in proportion; Adam, AdamW and NAdam 0.001)",
+        type=NOT_NEGATIVE)
     lr_body_factor: float = fixed(1.0, "the learning rate of all but the classifier, as a part of "
-        "the classifier's", type=PART)
-    momentum: float = rate(0.9, "momentum of SGD", type=SHARE)
+        "the classifier's, which is the one that is shown", type=PART)
+    momentum: float = rate(0.9, "momentum of SGD and RMSprop", type=SHARE)
     weight_decay: float = rate(1e-4, "weight decay", type=NOT_NEGATIVE)
     norm_weight_decay: float | None = fixed(None, "weight decay of normalisation layers (default: "
         "--weight-decay)", type=NOT_NEGATIVE)
@@ -578,7 +579,8 @@ class TrainingSettings:
     lr_gamma: float = rate(0.1, "step and multistep: factor of a reduction", type=PART)
     lr_restart_epochs: int = rate(10, "warm-restarts: epochs of the first cosine; each further "
         "one is twice as long", type=COUNT)
-    min_lr: float = rate(0.0, "cosine and warm-restarts: lowest rate", type=NOT_NEGATIVE)
+    min_lr: float = rate(0.0, "cosine and warm-restarts: lowest rate (of the "
+        "classifier, with --lr-body-factor)", type=NOT_NEGATIVE)
     label_smoothing: float = option(0.0, "label smoothing", type=SHARE)
     clip_grad_norm: float = option(0.0, "largest norm of all gradients; 0: not clipped",
         type=NOT_NEGATIVE)
@@ -669,7 +671,8 @@ class SpeedSettings:
         "autocast; auto: bf16 where the CPU computes it natively, else fp32",
         choices=("auto", "fp32", "bf16"))
     channels_last: bool = option(True, "keep images and weights in the default memory format, NCHW")
-    fused: bool = rate(True, "update the weights tensor by tensor, not in a fused kernel")
+    fused: bool = rate(True, "update the weights tensor by tensor, not in a fused kernel (NAdam "
+        "and RMSprop have none)")
     tuned_malloc: bool = free(True, "leave glibc's allocator as it is; by default it keeps the "
         "memory of a step for the next one")
     flush_denormals: bool = option(True, "compute with denormal numbers, not with 0 in their place")
@@ -746,6 +749,9 @@ def contradictions(command: str, settings: Settings) -> Iterator[str]:
         yield f"{asked} --accumulate 1: raise --accumulate to 2 or more, or use --schedule delayed"
     yield from resizing_contradictions(settings)
     yield from rate_contradictions(settings)
+    for name in ("freeze", "epochs"):
+        if settings.freeze_epochs and not getattr(settings, name):
+            yield f"--freeze-epochs {settings.freeze_epochs} needs --{name}"
     yield from checkpoint_contradictions(settings)
     yield from teacher_contradictions(settings)
     yield from data_contradictions(settings)
@@ -809,8 +815,9 @@ def learning_rate(settings: TrainingSettings) -> float:
     """The highest learning rate: as asked, or by the optimizer and the images of a step."""
     if settings.lr is not None:
         return settings.lr
+    of_256_images = {"sgd": 0.1, "rmsprop": 0.016}.get(settings.opt)
     images = settings.batch_size * settings.accumulate
-    return 0.1 * images / 256 if settings.opt == "sgd" else 1e-3
+    return of_256_images * images / 256 if of_256_images else 1e-3
 
 
 def rate_contradictions(settings: TrainingSettings) -> Iterator[str]:
@@ -999,15 +1006,17 @@ COMMANDS = {
         "cores by hand": "plan --forward-cores 0-1 --backward-cores 2-5",
     }, (CoreSettings, *"""
         model data_path dataset download val_share num_classes image_size min_res max_res end_ramp
-        workers recipe batch_size accumulate weights teacher teacher_weights precision""".split())),
+        workers recipe batch_size accumulate epochs freeze freeze_epochs weights teacher
+        teacher_weights precision""".split())),
     "find-lr": Command("try learning rates, from low to high, and suggest one", {
         "for your own pictures, with a plot": "find-lr --data-path photos --output-dir out",
         "for a recipe": "find-lr --recipe cifar10 --data-path cifar",
         "for AdamW, in more steps": "find-lr --data-path photos --opt adamw --steps 200",
     }, (DataSettings, AugmentationSettings, CoreSettings, SpeedSettings, *"""
-        recipe batch_size accumulate steps opt momentum weight_decay norm_weight_decay
-        bias_weight_decay skip_decay_1d label_smoothing clip_grad_norm teacher teacher_weights
-        teacher_share seed deterministic weights init_from output_dir""".split())),
+        recipe batch_size accumulate steps opt lr_body_factor momentum weight_decay
+        norm_weight_decay bias_weight_decay skip_decay_1d label_smoothing clip_grad_norm freeze
+        stochastic_depth teacher teacher_weights teacher_share seed deterministic weights init_from
+        output_dir""".split())),
     "compare": Command("train in all ways, in turn, and say which is fastest", {
         "ResNet-50: plain loops, one lane, and every schedule of the split": "compare",
         "two splits, with less to compute": "compare --quick --split even,1:2",
@@ -1015,9 +1024,9 @@ COMMANDS = {
             "compare --data-path photos --json compare.json",
     }, (AugmentationSettings, SpeedSettings, *"""
         model data_path dataset download num_classes image_size subset max_bad_images workers recipe
-        batch_size accumulate steps opt label_smoothing clip_grad_norm teacher teacher_weights
-        teacher_share seed deterministic split forward_cores backward_cores loader_cores
-        forward_threads backward_threads log_file output_dir""".split())),
+        batch_size accumulate steps opt label_smoothing clip_grad_norm freeze stochastic_depth
+        teacher teacher_weights teacher_share seed deterministic split forward_cores backward_cores
+        loader_cores forward_threads backward_threads log_file output_dir""".split())),
     "predict": Command("ask a trained model what pictures show", {
         "a folder, with what a training has saved": "predict new --resume out/mine/best.pt",
         "a picture, and the answer in a file":
@@ -2731,6 +2740,64 @@ def classifier_weights(name: str, num_classes: int, image_size: int) -> set[str]
     return {weight for weight, value in some.items() if value.shape != more[weight].shape}
 
 
+def trained(model: nn.Module) -> Weights:
+    """The weights that are trained, by name: all that are not frozen."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def layer_groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """Parameter names by the part of the model that they are in: its children; where those are
+    fewer than four, or one of them has nearly all, their children, and so on. Of a model with few
+    parts, the children's children.
+    """
+    names = list(names)
+    by_depth = []
+    for depth in range(1, 5):
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(".".join(name.split(".")[:-1][:depth]) or name, []).append(name)
+        if len(groups) >= 4 and max(map(len, groups.values())) < 0.8 * len(names):
+            return groups
+        by_depth.append(groups)
+    return by_depth[1]
+
+
+def freeze(
+    model: nn.Module, asked: str | None, name: str, num_classes: int, image_size: int
+) -> tuple[str, ...]:
+    """Have the weights that `--freeze` names stay as they are; returns their names. `body` is all
+    but the classifier; else it names layer groups. Raises UserError for one that does not exist,
+    or if nothing would be left to train.
+    """
+    if asked is None:
+        return ()
+    weights = trained(model)
+    classifier = classifier_weights(name, num_classes, image_size)
+    groups = layer_groups(weights) | {"body": [each for each in weights if each not in classifier]}
+    for group in asked.split(","):
+        if group not in groups:
+            known = f"its layer groups are {', '.join(groups)} (all but the classifier)"
+            raise UserError(f"--freeze {asked}: {name} has no {group!r}; {known}")
+    frozen = dict.fromkeys(each for group in asked.split(",") for each in groups[group])
+    if len(frozen) == len(weights):
+        raise UserError(f"--freeze {asked}: nothing of {name} would be left to train")
+    for each in frozen:
+        weights[each].requires_grad_(False)
+    begin_training(model)
+    return tuple(frozen)
+
+
+def begin_training(model: nn.Module) -> None:
+    """Put a model into training mode, but for those modules that have frozen weights only: they
+    stay in evaluation mode, buffers as they are, without dropout.
+    """
+    model.train()
+    for module in model.modules():
+        weights = list(module.parameters())
+        if weights and not any(weight.requires_grad for weight in weights):
+            module.eval()
+
+
 def check_input_shape(model: nn.Module, name: str, batch_size: int, image_size: int) -> None:
     """Raise UserError if the model cannot train on such batches (too small for its strides, say).
 
@@ -2797,10 +2864,15 @@ class ModelFigures:
     flops: dict[str, float]
 
 
-def measure_model(name: str, num_classes: int, image_size: int) -> ModelFigures:
-    """Count, without computing anything: the model is built and run on the meta device."""
+def measure_model(
+    name: str, num_classes: int, image_size: int, frozen: str | None = None
+) -> ModelFigures:
+    """Count, without computing anything: the model, with what is frozen, is built and run on the
+    meta device.
+    """
     model = meta_model(name, num_classes, image_size)
     check_input_shape(model, name, 2, image_size)
+    freeze(model, frozen, name, num_classes, image_size)
     images = torch.empty(2, 3, image_size, image_size, device="meta")
     with FlopCounterMode(display=False) as forward:
         output = model(images)
@@ -4084,8 +4156,20 @@ def planned_steps(settings: TrainingSettings, epoch_batches: int) -> int:
     return settings.epochs * steps_in_epoch(settings, epoch_batches)
 
 
-def weights_by_decay(model: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
-    """All parameters that are not frozen, as groups of an optimizer: behind the others those that
+def is_frozen(settings: TrainingSettings, epoch: int) -> bool:
+    """Whether an epoch, counted from 0, keeps the weights of `--freeze` as they are."""
+    return bool(settings.freeze) and epoch < (settings.freeze_epochs or math.inf)
+
+
+def mostly_frozen(settings: TrainingSettings) -> str | None:
+    """What is frozen in most of a run: all of `--freeze`, or nothing."""
+    return settings.freeze if is_frozen(settings, (settings.epochs or 0) // 2) else None
+
+
+def weights_by_decay(
+    model: nn.Module, settings: TrainingSettings, names: Collection[str]
+) -> list[dict[str, Any]]:
+    """The parameters of those names as groups of an optimizer: behind the others those that
     have a weight decay of their own, of one dimension, of normalisation layers, or biases. A bias
     of a normalisation layer is a bias first, as in torchvision's reference training.
     """
@@ -4095,7 +4179,7 @@ def weights_by_decay(model: nn.Module, settings: TrainingSettings) -> list[dict[
     norms = {each for layer in modules if isinstance(layer, NORMS) for each in layer.parameters()}
     biases = {getattr(layer, name, None) for layer in modules for name in BIASES}
     groups: dict[str, list[torch.Tensor]] = {kind: [] for kind in decays}
-    for weight in trained(model).values():
+    for weight in (weight for name, weight in model.named_parameters() if name in names):
         kinds = {"bias": weight in biases, "norm": weight in norms, "flat": weight.ndim <= 1}
         own = (kind for kind, is_so in kinds.items() if is_so and decays[kind] is not None)
         groups[next(own, "other")].append(weight)
@@ -4106,15 +4190,51 @@ def weights_by_decay(model: nn.Module, settings: TrainingSettings) -> list[dict[
     ]
 
 
+def optimizer_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """All parameters, frozen ones too, in groups with a learning rate and a weight decay each. If
+    the body has a rate of its own, the classifier's groups come first: the rate that is shown is
+    that of the first group.
+    """
+    lr, factor = learning_rate(settings), settings.lr_body_factor
+    names = {name for name, _ in model.named_parameters()}
+    parts = [(names, lr)]
+    if factor < 1:
+        shape = settings.model, settings.num_classes, settings.image_size
+        classifier = classifier_weights(*shape)
+        parts = [(classifier, lr), (names - classifier, factor * lr)]
+    return [
+        group | {"lr": rate}
+        for part, rate in parts
+        for group in weights_by_decay(model, settings, part)
+    ]
+
+
 def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """SGD with momentum, Adam or AdamW over all parameters that are not frozen."""
+    """The optimizer of `--opt` over all parameters, so that its layout is the same before and
+    after a thaw: torch leaves those without a gradient alone, and keeps nothing of them. RMSprop
+    has the constants of torchvision's reference training.
+    """
+    momentum, fused = settings.momentum, settings.fused
     kinds = {
-        "sgd": partial(torch.optim.SGD, momentum=settings.momentum),
-        "adam": torch.optim.Adam,
-        "adamw": torch.optim.AdamW,
+        "sgd": partial(torch.optim.SGD, momentum=momentum, fused=fused),
+        "adam": partial(torch.optim.Adam, fused=fused),
+        "adamw": partial(torch.optim.AdamW, fused=fused),
+        "nadam": torch.optim.NAdam,
+        "rmsprop": partial(torch.optim.RMSprop, momentum=momentum, alpha=0.9, eps=0.0316),
     }
-    groups = weights_by_decay(model, settings)
-    return kinds[settings.opt](groups, lr=learning_rate(settings), fused=settings.fused)
+    return kinds[settings.opt](optimizer_groups(model, settings), lr=learning_rate(settings))
+
+
+def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Have weights that are trained from here on, while others have been before, begin with a
+    momentum of 0, which is what SGD gives them by itself, but for its fused kernel: that fails.
+    """
+    if not isinstance(optimizer, torch.optim.SGD) or not optimizer.state:
+        return
+    for group in optimizer.param_groups:
+        for weight in group["params"] if group["momentum"] else ():
+            if weight.requires_grad and optimizer.state[weight].get("momentum_buffer") is None:
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
 
 
 def warmup_epochs(settings: TrainingSettings, epoch_steps: int, all_steps: int) -> float:
@@ -4130,6 +4250,25 @@ def warmup_epochs(settings: TrainingSettings, epoch_steps: int, all_steps: int) 
     if settings.lr_scheduler == "multistep":
         most = min(most, settings.lr_milestones[0] - 1)
     return min(most, all_steps // 10 / epoch_steps)
+
+
+class InProportion:
+    """Mixed into schedulers with a lowest rate, which torch gives to all groups alike: it becomes
+    that of the first group, to whose rate those of all others stay in proportion.
+    """
+
+    def get_lr(self) -> list[float]:
+        """The next rate of each group."""
+        first, highest = super().get_lr()[0], self.base_lrs[0] or 1.0
+        return [first * (base / highest) for base in self.base_lrs]
+
+
+class Cosine(InProportion, lr_scheduler.CosineAnnealingLR):
+    """Half a cosine."""
+
+
+class Restarts(InProportion, lr_scheduler.CosineAnnealingWarmRestarts):
+    """Half cosines, one after the other."""
 
 
 def build_lr_scheduler(
@@ -4159,7 +4298,7 @@ def main_scheduler(
     lowest, factor, steps = settings.min_lr, settings.lr_gamma, all_steps - warmup
     match settings.lr_scheduler:
         case "cosine":
-            return lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps), eta_min=lowest)
+            return Cosine(optimizer, T_max=max(1, steps), eta_min=lowest)
         case "step":
             every = settings.lr_step_epochs * epoch_steps
             return lr_scheduler.StepLR(optimizer, every, factor)
@@ -4167,20 +4306,15 @@ def main_scheduler(
             ends = [epoch * epoch_steps - warmup for epoch in settings.lr_milestones]
             return lr_scheduler.MultiStepLR(optimizer, ends, factor)
         case "onecycle":
-            highest = learning_rate(settings)
+            highest = [group["lr"] for group in optimizer.param_groups]
             # The rate alone: torch would cycle the momentum too, whatever --momentum says.
             return lr_scheduler.OneCycleLR(
                 optimizer, highest, total_steps=max(2, steps), cycle_momentum=False
             )
         case "warm-restarts":
             first = settings.lr_restart_epochs * epoch_steps
-            return lr_scheduler.CosineAnnealingWarmRestarts(optimizer, first, 2, lowest)
+            return Restarts(optimizer, first, 2, lowest)
     return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
-
-
-def trained(model: nn.Module) -> Weights:
-    """The weights that are trained, by name: all that are not frozen."""
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def with_tensors(model: nn.Module, tensors: Weights) -> nn.Module:
@@ -4221,23 +4355,6 @@ class MovingAverage:
                 self.values[name].copy_(values[name])
 
 
-def layer_groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Parameter names by the part of the model that they are in: its children; where those are
-    fewer than four, or one of them has nearly all, their children, and so on. Of a model with few
-    parts, the children's children.
-    """
-    names = list(names)
-    by_depth = []
-    for depth in range(1, 5):
-        groups: dict[str, list[str]] = {}
-        for name in names:
-            groups.setdefault(".".join(name.split(".")[:-1][:depth]) or name, []).append(name)
-        if len(groups) >= 4 and max(map(len, groups.values())) < 0.8 * len(names):
-            return groups
-        by_depth.append(groups)
-    return by_depth[1]
-
-
 class GradientFlow:
     """Norms of the gradients by layer group, every tenth optimizer step.
 
@@ -4245,9 +4362,16 @@ class GradientFlow:
     """
 
     def __init__(self, model: nn.Module):
-        self._groups = layer_groups(trained(model))
+        self.watch(model)
         self._sums: Counter[str] = Counter()
         self._measured = self._steps = 0
+
+    def watch(self, model: nn.Module) -> None:
+        """Look at what is trained from here on."""
+        watched = trained(model)
+        groups = layer_groups(name for name, _ in model.named_parameters())
+        parts = {group: [name for name in groups[group] if name in watched] for group in groups}
+        self._groups = {group: names for group, names in parts.items() if names}
 
     def measure(self, weights: Weights) -> dict[str, float]:
         """The norms of a step that is about to be made, if it is one to look at."""
@@ -4418,7 +4542,8 @@ class Network:
 
     The phases work on the model itself, or on a copy of it, made by `copy`, which has weights of
     its own; frozen weights and the buffers belong to both. A loss counts as one of `accumulate` in
-    a step. `note` says what was taken by a model that starts from trained weights.
+    a step. `note` says what was taken by a model that starts from trained weights; `frozen` names
+    the weights that `--freeze` keeps as they are.
     """
 
     model: nn.Module
@@ -4428,6 +4553,7 @@ class Network:
     channels_last: bool = False
     note: str = ""
     teacher: Teacher | None = None
+    frozen: Collection[str] = ()
 
     def compute(self, model: Callable[..., torch.Tensor], images: torch.Tensor) -> torch.Tensor:
         """What a model, or the teacher, makes of images (n, 3, size, size): (n, classes), float32,
@@ -4461,8 +4587,9 @@ class Network:
         """A copy of the model to run phases with; with the weights of a step already begun, if a
         run goes on there.
         """
-        now = trained(self.model) | (begun or {})
-        own = {name: nn.Parameter(weight.detach().clone()) for name, weight in now.items()}
+        names = trained(self.model)
+        now = names | (begun or {})
+        own = {name: nn.Parameter(now[name].detach().clone()) for name in names}
         return with_tensors(self.model, own)
 
     def refresh(self, copied: nn.Module) -> StepEnd:
@@ -4534,6 +4661,17 @@ class Work:
         self.optimizer.zero_grad(set_to_none=self.grads_to_none)
         if copied and self.grads_to_none:
             copied.zero_grad()
+
+    def thaw(self) -> None:
+        """Train all weights from here on; not within an epoch, where `delayed` has copies."""
+        model = self.network.model
+        for name in self.network.frozen:
+            model.get_parameter(name).requires_grad_(True)
+        self.network.frozen = ()
+        begin_training(model)
+        begin_momentum(self.optimizer)
+        if self.flow:
+            self.flow.watch(model)
 
     def evaluate(self, batch: Batch) -> tuple[list[Scores], torch.Tensor]:
         """The scores of a batch, first of the moving average if there is one, last of the model's
@@ -4867,6 +5005,7 @@ def restore_state(state: State, work: Work, settings: Settings) -> Progress:
         work.average.updates = progress.step  # one in each
     if work.flow and state["flow"]:
         work.flow.restore(state["flow"])
+    begin_momentum(work.optimizer)  # of what the saved run has kept frozen
     torch.set_rng_state(state["random_state"])
     work.end = work.network.step_end(state["ahead"] if settings.schedule == "delayed" else None)
     return progress
@@ -6516,15 +6655,31 @@ def cpu_mark(cpu: int | None, topology: Topology, plan: CorePlan) -> str:
     return (marks or ("-" if cpu in topology.allowed else "x")) + str(cpu)
 
 
-def describe_model(name: str, num_classes: int, image_size: int) -> str:
-    """What a model amounts to, in a line."""
-    figures = measure_model(name, num_classes, image_size)
+def describe_model(settings: Settings, num_classes: int, image_size: int) -> list[str]:
+    """What a model amounts to, in a line; in another one what of it is frozen. Work is that of
+    most epochs.
+    """
+    shape = settings.model, num_classes, image_size
+    figures = measure_model(*shape, mostly_frozen(settings))
     forward, backward = (figures.flops[phase] / 1e9 for phase in ("forward", "backward"))
-    return (
-        f"model {name}: {figures.parameters:,} parameters for {num_classes} classes, "
+    line = (
+        f"model {settings.model}: {figures.parameters:,} parameters for {num_classes} classes, "
         f"{figures.weight_bytes / 2**20:.1f} MiB; an image of {image_size} px takes "
         f"{forward:.2f} GFLOP forward, {backward:.2f} backward"
     )
+    if not settings.freeze:
+        return [line]
+    model = meta_model(*shape)
+    frozen = describe_frozen(settings, model, freeze(model, settings.freeze, *shape))
+    span = " in most epochs" if settings.freeze_epochs else ""
+    return [line, f"{frozen}; forward has {forward / (forward + backward):.2%} of the work{span}"]
+
+
+def describe_frozen(settings: Settings, model: nn.Module, frozen: Collection[str]) -> str:
+    """How much of a model is frozen, and for how long."""
+    count = plural(len(list(model.parameters())), "weight")
+    span = f" for {plural(settings.freeze_epochs, 'epoch')}" if settings.freeze_epochs else ""
+    return f"frozen: {len(frozen)} of {count} ({settings.freeze}){span}"
 
 
 def describe_teacher(name: str, num_classes: int, image_size: int) -> str:
@@ -7371,7 +7526,7 @@ def evaluate(
                 if confusion is not None:
                     confusion.update(zip(targets.tolist(), predicted.tolist(), strict=True))
     finally:
-        run.work.network.model.train()
+        begin_training(run.work.network.model)
         records = run.lanes.take_records()
     if report:
         report.check_placement(records)
@@ -7388,6 +7543,9 @@ def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
     stop = min(whole, progress.batches + left * settings.accumulate)
     if progress.batches >= stop:
         return
+    if run.work.network.frozen and not is_frozen(settings, progress.epoch):
+        say(f"thawed: epoch {progress.epoch + 1} trains all weights")
+        run.lanes.backward.call(run.work.thaw)
     batches = run.train.batches(run.bad, progress.epoch + 1, progress.batches, stop)
     for result in run_schedule(settings, run.lanes, run.work, batches, progress.step + 1):
         counts = result.images, result.loss, result.top1, result.top5
@@ -7656,6 +7814,7 @@ def build_work(
     those of the data.
     """
     model, note = lanes.forward.call(starting_model, settings, classes)
+    shape = settings.model, settings.num_classes, settings.image_size
     optimizer = lanes.backward.call(build_optimizer, model, settings)
     average = None
     if settings.model_ema:
@@ -7668,6 +7827,7 @@ def build_work(
         channels_last=settings.channels_last,
         note=note,
         teacher=lanes.forward.call(build_teacher, settings, classes),
+        frozen=freeze(model, settings.freeze, *shape),
     )
     return Work(
         network,
@@ -7709,14 +7869,18 @@ def check_validation(settings: Settings, data: ImageData) -> None:
             raise UserError(f"{flag} needs validation images ({places})")
 
 
-def weight_copies(settings: Settings) -> int:
-    """How often a run holds as much as the weights, at the least: themselves, their gradients, what
-    the optimizer keeps, the copies of `delayed`, the moving average.
+def weight_copies(settings: Settings, is_trained: bool = True) -> int:
+    """How often a run holds as much as the weights, at the least: themselves, the moving average;
+    if they are trained their gradients, what the optimizer keeps, the copies of `delayed`.
     """
     if settings.test_only:
         return 1
-    kept = {"sgd": settings.momentum > 0, "adam": 2, "adamw": 2}[settings.opt]
-    return 2 + kept + 2 * (settings.schedule == "delayed") + settings.model_ema
+    if not is_trained:
+        return 1 + settings.model_ema
+    momentum = settings.momentum > 0
+    kept = {"sgd": momentum, "adam": 2, "adamw": 2, "nadam": 2, "rmsprop": 1 + momentum}
+    copies = 2 * (settings.schedule == "delayed")
+    return 2 + kept[settings.opt] + copies + settings.model_ema
 
 
 def check_memory(settings: Settings, topology: Topology, images: int) -> None:
@@ -7724,10 +7888,14 @@ def check_memory(settings: Settings, topology: Topology, images: int) -> None:
     float32: one by one and as a batch, or as a batch and in another memory format.
     """
     size, classes = settings.min_res or settings.image_size, settings.num_classes
-    weights = meta_model(settings.model, classes, settings.image_size).parameters()
-    weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+    shape = settings.model, classes, settings.image_size
+    model = meta_model(*shape)
+    freeze(model, None if settings.freeze_epochs else settings.freeze, *shape)
     image_bytes = 0 if settings.test_only else images * 3 * size**2 * 4
-    needed_bytes = weight_copies(settings) * weight_bytes + 2 * image_bytes
+    needed_bytes = 2 * image_bytes + sum(
+        weight.nbytes * weight_copies(settings, weight.requires_grad)
+        for weight in model.parameters()
+    )
     if settings.teacher and not settings.test_only:
         needed_bytes += measure_model(settings.teacher, classes, settings.image_size).weight_bytes
     if needed_bytes > topology.memory_bytes:
@@ -7966,6 +8134,9 @@ def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
             check_subset(run, bool(progress.step))
             report = RunReport(run.settings, topology, run.plan, progress, settings)
             checkpoints.warn = report.alarm
+            if is_frozen(run.settings, progress.epoch):
+                network = run.work.network
+                notes.append(describe_frozen(run.settings, network.model, network.frozen))
             for text in (*notes, *teacher_lines(run.settings)):
                 say(text)
             for text in run.notes:
@@ -8106,7 +8277,7 @@ def picture_files(place: Path) -> Iterator[Path]:
             yield file
 
 
-class Pictures(Dataset):
+class NewPictures(Dataset):
     """Pictures without classes: each has its own number in place of that."""
 
     def __init__(self, paths: Sequence[str]):
@@ -8124,7 +8295,7 @@ def picture_feed(
     workers = min(settings.workers, batches) if batches > 1 else 0
     transform = partial(same_transform, validation_transform(ready))
     order = EpochOrder(range(len(paths)), settings.batch_size, None)
-    samples = Samples(Pictures(paths), settings.seed, transform)
+    samples = Samples(NewPictures(paths), settings.seed, transform)
     feed = Feed(samples, order, dataclasses.replace(settings, workers=workers), cpus)
     order.begin(1)
     return feed
@@ -8276,8 +8447,10 @@ def find_lr(run: Run) -> RangeTest:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     count = settings.steps or RANGE_STEPS
     low, high = RANGE
-    for group in work.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] = low
+    highest = work.optimizer.param_groups[0]["initial_lr"]
+    for group in work.optimizer.param_groups:  # the body's rate stays a part of the classifier's
+        part = group["initial_lr"] / highest if highest else 1.0
+        group["lr"] = group["initial_lr"] = part * low
     factor = (high / low) ** (1 / max(1, count - 1))
     work.scheduler = lr_scheduler.ExponentialLR(work.optimizer, factor)
     rates, losses, medians = [], [], []
@@ -8306,7 +8479,9 @@ def endless_steps(run: Run) -> Iterator[StepResult]:
 
 def find_lr_and_report(settings: Settings, topology: Topology, plan: CorePlan) -> RangeTest:
     """The `find-lr` command: the test, its suggestion, and the plot."""
-    settings = dataclasses.replace(settings, epochs=None, lr_warmup_epochs=0, model_ema=False)
+    others = {"freeze": mostly_frozen(settings), "freeze_epochs": None}
+    others |= {"epochs": None, "lr_warmup_epochs": 0, "model_ema": False}
+    settings = dataclasses.replace(settings, **others)
     with prepared(settings, topology, plan) as run:
         result = find_lr(run)
         for text in run.bad.messages:
@@ -8476,8 +8651,9 @@ def choose_split(
 
 
 def measured_settings(settings: Settings, topology: Topology) -> Settings:
-    """The settings for measuring: without epochs, growing images and trained weights."""
+    """The settings for measuring: without epochs, growing images, trained weights and a thaw."""
     left_out = dict.fromkeys(("epochs", "min_res", "init_from", "weights"))
+    left_out |= {"freeze": mostly_frozen(settings), "freeze_epochs": None}
     return settings_in_force(settings, topology, open_data(settings), **left_out)
 
 
@@ -8730,7 +8906,9 @@ class PlainLoop:
         torch.set_num_threads(threads)
         start_team()
         self._group = dataclasses.replace(group, threads=torch.get_num_threads())
-        model = build_model(settings.model, settings.num_classes, settings.image_size)
+        shape = settings.model, settings.num_classes, settings.image_size
+        model = build_model(*shape, settings.stochastic_depth)
+        freeze(model, settings.freeze, *shape)
         last = torch.channels_last if settings.channels_last else torch.contiguous_format
         self._model, self._layout = model.to(memory_format=last), last
         self._optimizer = build_optimizer(model, dataclasses.replace(settings, fused=None))
@@ -9362,7 +9540,7 @@ def compare(settings: Settings, topology: Topology) -> list[Compared]:
 def image_flops(settings: Settings) -> ByLane:
     """The floating-point operations of an image, by phase, those of a teacher included."""
     shape = settings.num_classes, settings.image_size
-    flops = measure_model(settings.model, *shape).flops
+    flops = measure_model(settings.model, *shape, settings.freeze).flops
     if settings.teacher:
         flops["forward"] += measure_model(settings.teacher, *shape).flops["forward"]
     return flops
@@ -9458,7 +9636,7 @@ def print_model(settings: Settings, topology: Topology, plan: CorePlan) -> None:
     shape = settings.num_classes or classes, largest_size(settings, native_size)
     if path and not exists:
         say(f"note: {path} does not exist yet: {shape[0]} classes, {shape[1]} px taken instead")
-    say(describe_model(settings.model, *shape))
+    say("\n".join(describe_model(settings, *shape)))
     if teacher := teacher_name(settings):
         say(describe_teacher(teacher, *shape))
     if settings.record:

@@ -247,16 +247,103 @@ def test_models_of_torchvision(in_tmp, monkeypatch, train, model, settings):
     assert_same_result(in_tmp / "parts", in_tmp / "whole")
 
 
+FROZEN = {"model": "blocks", "freeze": "stem,stage1", "freeze_epochs": 1, "stochastic_depth": 0.5}
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """`--model blocks`: a ResNet of three blocks."""
+    make = functools.partial(tsa.SmallResNet, blocks=1)
+    monkeypatch.setitem(tsa.OWN_MODELS, "blocks", lambda num_classes, image_size: make(num_classes))
+
+
+@needs_two_cpus
+@pytest.mark.parametrize(
+    "schedule",
+    [{"split": "none"}, {}, OVERLAP, DELAYED],
+    ids=["none", "sequential", "overlap", "delayed"],
+)
+@pytest.mark.parametrize(("opt", "model_ema"), [("sgd", True), ("adamw", False)])
+def test_stopped_before_at_and_after_a_thaw(
+    in_tmp, monkeypatch, train, blocks, schedule, opt, model_ema
+):
+    """At it twice: before and after the validation of the frozen epoch."""
+    settings = FROZEN | schedule | {"opt": opt, "model_ema": model_ema}
+    train(in_tmp / "whole", **settings)
+    interrupt(monkeypatch, "update", [1, 3, 4])
+    interrupt(monkeypatch, "epoch", [1])
+    for step in (1, 3, 3, 4):
+        with pytest.raises(tsa.Stopped):
+            train(in_tmp / "parts", resume=Path("auto"), **settings)
+        assert step_of(in_tmp / "parts") == step
+        held = state_of(in_tmp / "parts")["optimizer"]["state"]
+        assert len(held) == (14 if step < 4 else 23), "nothing of what is frozen"
+    train(in_tmp / "parts", resume=Path("auto"), **settings)
+    assert_same_result(in_tmp / "parts", in_tmp / "whole")
+
+
+@pytest.mark.parametrize("opt", ["sgd", "rmsprop", "nadam"])
+def test_frozen_from_beginning_to_end(in_tmp, monkeypatch, train, blocks, opt):
+    settings = FROZEN | {"freeze_epochs": None, "freeze": "body", "opt": opt}
+    train(in_tmp / "whole", **settings)
+    interrupt(monkeypatch, "update", [2, 4])
+    for _ in range(2):
+        with pytest.raises(tsa.Stopped):
+            train(in_tmp / "parts", resume=Path("auto"), **settings)
+    train(in_tmp / "parts", resume=Path("auto"), **settings)
+    assert_same_result(in_tmp / "parts", in_tmp / "whole")
+    torch.manual_seed(0)
+    begun = tsa.SmallResNet(2, blocks=1).state_dict()
+    for part in ("model", "average"):
+        values = state_of(in_tmp / "parts")[part]
+        for name, value in begun.items():
+            assert torch.equal(value, values[name]) == (not name.startswith("fc.")), name
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("schedule", [{}, DELAYED], ids=["sequential", "delayed"])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"freeze": "stem"}, {}),
+        ({"freeze": "stem"}, {"freeze": "stage3,stem"}),
+        ({}, {"freeze": "body"}),
+        ({}, {"freeze": "stage1", "freeze_epochs": 1}),
+    ],
+)
+def test_what_is_frozen_may_change_when_a_run_is_resumed(
+    in_tmp, monkeypatch, train, blocks, capsys, schedule, first, then
+):
+    interrupt(monkeypatch, "update", [2])
+    with pytest.raises(tsa.Stopped):
+        train(in_tmp / "out", model="blocks", **schedule, **first)
+    before = state_of(in_tmp / "out")["model"]
+    train(in_tmp / "out", model="blocks", resume=Path("auto"), **schedule, **then)
+    after = state_of(in_tmp / "out")["model"]
+    stays = {name.partition(".")[0] for name in before if torch.equal(before[name], after[name])}
+    expected = {"body": {"stem", "stage1", "stage2", "stage3"}, "stage3,stem": {"stem", "stage3"}}
+    assert stays == expected.get(then.get("freeze"), set())
+    told = f"--freeze {first.get('freeze')} -> {then.get('freeze')}"
+    assert f"numbers can differ from those of an unbroken run: {told}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"opt": "adam", "lr_scheduler": "onecycle", "lr_warmup_epochs": 0},
         {"opt": "adamw", "lr_scheduler": "warm-restarts", "lr_restart_epochs": 1},
+        {"opt": "nadam", "lr_body_factor": 0.1, "min_lr": 0.01},
+        {
+            "opt": "rmsprop",
+            "lr_body_factor": 0.5,
+            "lr_scheduler": "onecycle",
+            "lr_warmup_epochs": 0,
+        },
         {"skip_decay_1d": True, "lr_scheduler": "multistep", "lr_milestones": (2,)},
         {"momentum": 0.0, "lr_scheduler": "step", "lr_step_epochs": 1, "model_ema": False},
         {"split": "none", "epochs": None, "steps": 5, "lr_warmup_epochs": 0},
     ],
-    ids=["adam", "adamw", "multistep", "step", "one lane, steps"],
+    ids=["adam", "adamw", "nadam", "rmsprop", "multistep", "step", "one lane, steps"],
 )
 def test_optimizers_and_courses_of_the_rate(in_tmp, monkeypatch, train, settings):
     train(in_tmp / "whole", **settings)

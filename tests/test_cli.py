@@ -183,6 +183,35 @@ def test_plan_shows_the_teacher(in_tmp, capsys):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "work", "frozen"),
+    [
+        (
+            [],
+            "3.63 GFLOP forward, 0.00 backward",
+            "frozen: 60 of 62 weights (body); forward has 99.97% of the work",
+        ),
+        (
+            ["--epochs", "10", "--freeze-epochs", "1"],
+            "3.63 GFLOP forward, 7.02 backward",
+            "frozen: 60 of 62 weights (body) for 1 epoch; forward has 34.07% of the work in most "
+            "epochs",
+        ),
+        (
+            ["--epochs", "10", "--freeze-epochs", "9"],
+            "3.63 GFLOP forward, 0.00 backward",
+            "frozen: 60 of 62 weights (body) for 9 epochs; forward has 99.97% of the work in most "
+            "epochs",
+        ),
+    ],
+)
+def test_plan_of_a_model_with_a_frozen_body(in_tmp, capsys, arguments, work, frozen):
+    assert tsa.main(["plan", "--model", "resnet18", "--freeze", "body", *arguments]) == 0
+    *_, model, last = capsys.readouterr().out.splitlines()
+    assert model.endswith(f"an image of 224 px takes {work}")
+    assert last == frozen
+
+
+@pytest.mark.parametrize(
     ("arguments", "size"),
     [
         ([], 224),
@@ -577,6 +606,24 @@ BAD_INPUT = [
     (["--min-res", "100", "--end-ramp", "3"], "multiples of 32 are allowed"),
     (["--lr-warmup-epochs", "3"], "--lr-warmup-epochs 3 needs --epochs"),
     (["--recipe", "hybrid", "--lr", "1e-7"], "--min-lr 1e-06 is above the learning rate, 1e-07"),
+    (["--freeze-epochs", "3", "--epochs", "4"], "--freeze-epochs 3 needs --freeze\n"),
+    (["--freeze-epochs", "3", "--freeze", "body"], "--freeze-epochs 3 needs --epochs\n"),
+    (
+        [*TINY, "--freeze", "features.3,body,x"],
+        "--freeze features.3,body,x: squeezenet1_1 has no 'x'; its layer groups are features.0, ",
+    ),
+    ([*TINY, "--freeze", ""], "--freeze : squeezenet1_1 has no ''; its layer groups are features"),
+    (["plan", *TINY, "--freeze", "layer1"], "classifier.1, body (all but the classifier)\n"),
+    (
+        [*TINY, "--freeze", "body,classifier.1"],
+        "--freeze body,classifier.1: nothing of squeezenet1_1 would be left to train\n",
+    ),
+    (["--lr-body-factor", "0"], "--lr-body-factor: '0' is not above 0 and up to 1"),
+    (["--stochastic-depth", "1"], "--stochastic-depth: '1' is not a number of 0 or more and bel"),
+    (
+        [*TINY, "--drop-path", "0.1"],
+        "--stochastic-depth 0.1: squeezenet1_1 has no blocks that can be left out (ResNets, ",
+    ),
     (["--early-stopping", "3"], "--early-stopping 3 needs --epochs"),
     (["--target-top1", "90"], "--target-top1 90 needs --epochs"),
     (["--save-steps", "3"], "--save-steps needs --output-dir"),
@@ -586,7 +633,7 @@ BAD_INPUT = [
     (["--resume", "a.pt", "--init-from", "b.pt"], "--resume a.pt and --init-from b.pt: give one"),
     (["--test-only"], "--test-only needs --resume"),
     (
-        ["--recipe", "imagenet-full", *TINY, "--resume", "auto"],
+        ["--recipe", "imagenet-full", *TINY, "--drop-path", "0", "--resume", "auto"],
         "starts from trained weights, and out/imagenet-full has none: give --init-from PATH",
     ),
     (["--weights", "V1", "--init-from", "b.pt"], "--init-from b.pt and --weights V1: give one"),

@@ -237,7 +237,7 @@ def test_how_busy_the_plain_loop_is_by_physical_cores(tmp_path, monkeypatch):
     settings = Settings(batch_size=2, num_classes=3, image_size=8, precision="fp32", split="1:2")
     plain = tsa.all_ways(settings, topology)[0]
     step = tsa.StepResult(0, 1.0, 2, step_s=0.5, records=(), main_thread_s=2.0)
-    monkeypatch.setattr(tsa, "build_model", lambda name, *shape: small_model(*shape))
+    monkeypatch.setattr(tsa, "build_model", lambda name, *shape: small_model(*shape[:2]))
     monkeypatch.setattr(tsa.PlainLoop, "step", lambda *args: (step, 0.125))
     monkeypatch.setattr(tsa, "start_team", set)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
@@ -253,6 +253,7 @@ def test_how_busy_the_plain_loop_is_by_physical_cores(tmp_path, monkeypatch):
 def test_a_plain_loop_is_the_textbook_one(monkeypatch, precision, layout, share):
     """Two batches, then one update: as the same lines written out; with a teacher too."""
     settings = Settings(
+        model="small",
         batch_size=4,
         accumulate=2,
         num_classes=3,
@@ -264,7 +265,7 @@ def test_a_plain_loop_is_the_textbook_one(monkeypatch, precision, layout, share)
         weight_decay=0.0,
         label_smoothing=0.1,
     )
-    monkeypatch.setattr(tsa, "build_model", lambda name, *shape: small_model(*shape))
+    monkeypatch.setitem(tsa.OWN_MODELS, "small", small_model)
     monkeypatch.setattr(tsa, "start_team", set)
     torch.manual_seed(1)
     teacher = small_model(3, 8).eval()
@@ -293,6 +294,42 @@ def test_a_plain_loop_is_the_textbook_one(monkeypatch, precision, layout, share)
     torch.optim.SGD(reference.parameters(), lr=0.1).step()
     pairs = zip(loop._model.parameters(), reference.parameters(), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+@needs_two_cpus
+def test_all_ways_freeze_alike(monkeypatch, split_plan, one_lane_plan):
+    """Plain loops too, and blocks are left out in all of them."""
+    monkeypatch.setitem(tsa.OWN_MODELS, "blocks", lambda classes, _: tsa.SmallResNet(classes, 1))
+    monkeypatch.setattr(tsa, "start_team", set)
+    settings = Settings(
+        model="blocks",
+        num_classes=3,
+        image_size=8,
+        batch_size=4,
+        precision="fp32",
+        freeze="body",
+        stochastic_depth=0.5,
+        opt="rmsprop",
+        lr=0.0,
+        preload=True,
+    )
+    built, real = [], tsa.build_optimizer
+    monkeypatch.setattr(
+        tsa, "build_optimizer", lambda model, *_: built.append(model) or real(model, *_)
+    )
+    for name, chosen in tsa.way_settings(settings).items():
+        loop = tsa.PlainLoop if name.startswith("plain") else tsa.LaneLoop
+        with contextlib.ExitStack() as stack:
+            plan = one_lane_plan if chosen.split == "none" else split_plan
+            loop(tsa.Way(name, chosen, plan), (), stack).round(tsa.Order(1, 1, 1, True))
+    assert len(built) == 6
+    begun = tsa.SmallResNet(3, blocks=1).state_dict()
+    for model in built:
+        assert list(tsa.trained(model)) == ["fc.weight", "fc.bias"]
+        assert {name for name, each in model.named_modules() if each.training} == {"", "fc"}
+        for name, value in model.named_buffers():
+            assert torch.equal(value, begun[name]), name
+        assert [len(block.bn2._forward_hooks) for block in (*model.stage1, *model.stage3)] == [1, 1]
 
 
 def threads_of_plain_loops(ways):
@@ -345,7 +382,7 @@ def test_a_plain_loop_stays_on_listed_cores(photos):
 @pytest.mark.parametrize("schedule", list(tsa.SCHEDULES))
 @pytest.mark.parametrize("preload", [False, True])
 def test_a_round_on_lanes(photos, split_plan, monkeypatch, schedule, preload):
-    monkeypatch.setattr(tsa, "build_model", lambda name, *shape: small_model(*shape))
+    monkeypatch.setattr(tsa, "build_model", lambda name, *shape: small_model(*shape[:2]))
     monkeypatch.setattr(tsa, "matrix_flops", lambda bf16: 1e9)
     options = {"precision": "fp32", "tuned_malloc": False, "workers": 0, "preload": preload}
     settings = of_photos(photos, split="even", schedule=schedule, **options)

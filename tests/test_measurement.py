@@ -244,6 +244,36 @@ def test_measuring_needs_no_trained_weights_but_the_size_of_their_images(torch_c
     assert (chosen.weights, chosen.image_size, chosen.val_resize) == (None, 240, 255)
 
 
+@pytest.mark.parametrize(
+    ("freeze_epochs", "frozen"), [(None, "body"), (9, "body"), (6, "body"), (5, None), (1, None)]
+)
+def test_what_is_measured_is_frozen_as_most_of_the_run_is(photos, freeze_epochs, frozen):
+    settings = Settings(
+        data_path=photos, batch_size=4, freeze="body", freeze_epochs=freeze_epochs, epochs=10
+    )
+    chosen = tsa.measured_settings(settings, tsa.read_topology())
+    assert (chosen.freeze, chosen.freeze_epochs, chosen.epochs) == (frozen, None, None)
+
+
+def test_phases_are_timed_with_what_is_frozen(one_lane_plan, monkeypatch):
+    """With a frozen body nothing goes back but through the classifier."""
+    seen, backward = [], tsa.Network.backward
+
+    def watched(network, output):
+        scores = backward(network, output)
+        grads = {
+            name for name, weight in network.model.named_parameters() if weight.grad is not None
+        }
+        seen.append((grads, network.model.training, network.model.layer4.training))
+        return scores
+
+    monkeypatch.setattr(tsa.Network, "backward", watched)
+    settings = dataclasses.replace(TINY, freeze="body", precision="fp32", tuned_malloc=False)
+    (times,) = tsa.time_groups(settings, (), [one_lane_plan.forward])
+    assert times.forward_s > times.backward_s
+    assert seen == [({"fc.weight", "fc.bias"}, True, False)] * 3
+
+
 @pytest.mark.parametrize("recipe", ["imagenet", "imagenet-subset", "cifar10", "hybrid"])
 def test_what_a_recipe_asks_for_can_be_measured(recipe, one_lane_plan):
     asked = {

@@ -1,5 +1,6 @@
 """Models. Run: python -m pytest tests/test_models.py"""
 
+import copy
 import dataclasses
 import re
 import subprocess
@@ -13,6 +14,7 @@ import torchvision
 from conftest import as_loaded, needs_two_cpus
 from torch import nn
 from torchvision.models import vision_transformer
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import train_split_affinity as tsa
 
@@ -313,6 +315,199 @@ def test_the_blocks_of_a_resnet_begin_as_identities(name, blocks, last):
     assert all(norm.weight.eq(1).all() for at, norm in norms.items() if at not in zero)
 
 
+def branches(model, rows):
+    """What the last layer of each residual branch of a ResNet gives for some rows, (rows,
+    channels): 1 if it left none out.
+    """
+    blocks = [each for each in model.modules() if isinstance(each, BasicBlock | Bottleneck)]
+    last = [each.bn3 if isinstance(each, Bottleneck) else each.bn2 for each in blocks]
+    for norm in last:
+        nn.init.ones_(norm.bias)
+    with torch.no_grad():
+        return [norm(torch.zeros(rows, norm.num_features, 1, 1)).flatten(1) for norm in last]
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("resnet18", 8), ("resnet50", 16), ("resnext50_32x4d", 16), ("resnet56", 27), ("hybrid", 3)],
+)
+def test_blocks_of_a_resnet_are_left_out_more_often_the_deeper_they_are(name, blocks):
+    """Scaled by 1 / (1 - p) where they are not, so that the mean remains."""
+    torch.manual_seed(0)
+    outputs = branches(tsa.build_model(name, 10, 32, stochastic_depth=0.5), 400)
+    for number, output in enumerate(outputs, 1):
+        probability = 0.5 * number / blocks
+        left_out = output.eq(0).all(1)
+        assert left_out.double().mean().item() == pytest.approx(probability, abs=0.1), number
+        kept = torch.full_like(output[~left_out], 1 / (1 - probability))
+        torch.testing.assert_close(output[~left_out], kept)
+    assert len(outputs) == blocks
+
+
+def test_every_image_is_drawn_for_itself_and_in_every_block():
+    outputs = branches(tsa.build_model("resnet18", 10, 32, stochastic_depth=0.5), 64)
+    drawn = torch.stack([rows.eq(0).all(1) for rows in outputs])
+    assert len(drawn.unique(dim=1).T) > 30, "of 2 ** 8 combinations"
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet56"])
+def test_skipping_blocks_changes_neither_names_nor_an_evaluation(name):
+    torch.manual_seed(0)
+    model = tsa.build_model(name, 10, 32, stochastic_depth=0.9)
+    reference = build(name)
+    assert list(model.state_dict()) == list(reference.state_dict())
+    for each in model.modules():
+        if isinstance(each, nn.BatchNorm2d):
+            nn.init.ones_(each.weight)
+    reference.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model.eval()(images), reference.eval()(images))
+    model.train()
+    reference.train()
+    assert not torch.equal(model(images), reference(images))
+    tsa.freeze(model, "body", name, 10, 32)
+    tsa.freeze(reference, "body", name, 10, 32)
+    reference.load_state_dict(model.state_dict())
+    assert torch.equal(model(images), reference(images)), "nor what is frozen"
+
+
+def test_a_copy_of_a_model_skips_blocks_too():
+    model = tsa.build_model("resnet18", 10, 32, stochastic_depth=0.9)
+    copied = tsa.Network(model, nn.CrossEntropyLoss()).copy()
+    assert copied.layer4[1].bn2.weight is not model.layer4[1].bn2.weight
+    left_out = branches(copied, 200)[-1].eq(0).all(1).double().mean().item()
+    assert left_out == pytest.approx(0.9, abs=0.1)
+    assert not branches(copied.eval(), 200)[-1].eq(0).any()
+
+
+def own_probabilities(model):
+    return [each.p for each in model.modules() if isinstance(each, torchvision.ops.StochasticDepth)]
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "convnext_tiny"])
+def test_stochastic_depth_of_torchvision_is_an_option_of_its_builders(name):
+    with torch.device("meta"):
+        model = tsa.build_model(name, 10, 64, stochastic_depth=0.3)
+        theirs = torchvision.models.get_model(name, num_classes=10, stochastic_depth_prob=0.3)
+        own = torchvision.models.get_model(name, num_classes=10)
+    assert own_probabilities(model) == own_probabilities(theirs) != own_probabilities(own)
+    assert own_probabilities(on_meta(name, 10, 64)) == own_probabilities(own)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "default"), [("swin_t", 12, 0.2), ("maxvit_t", 32, 0.2)]
+)
+def test_stochastic_depth_of_builders_without_that_option(name, layers, default):
+    """It rises from 0 to what was asked for, as to the default."""
+    before = own_probabilities(on_meta(name, 10, 224))
+    with torch.device("meta"):
+        after = own_probabilities(tsa.build_model(name, 10, 224, stochastic_depth=0.3))
+    assert len(before) == layers
+    assert (min(before), max(before)) == (0, default)
+    assert after == pytest.approx([p * 0.3 / default for p in before])
+
+
+@pytest.mark.parametrize("name", ["alexnet", "vgg11", "vit_b_32", "densenet121", "regnet_x_400mf"])
+def test_models_without_blocks_to_leave_out(name):
+    with pytest.raises(tsa.UserError, match=f"^--stochastic-depth 0.2: {name} has no blocks that"):
+        tsa.build_model(name, 10, 64, stochastic_depth=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "left"),  # what is trained
+    [
+        ("resnet18", "body", ["fc.weight", "fc.bias"]),
+        ("squeezenet1_1", "body", ["classifier.1.weight", "classifier.1.bias"]),
+        ("vit_b_32", "body", ["heads.head.weight", "heads.head.bias"]),
+        ("hybrid-light", "body", ["head.7.weight", "head.7.bias"]),
+        ("resnet56", "stem,stage1,stage2,fc", "stage3"),
+        ("resnet56", "stage3,body", ["fc.weight", "fc.bias"]),
+        ("vit_b_32", ",".join(f"encoder.layers.encoder_layer_{n}" for n in range(12)), None),
+    ],
+)
+def test_what_is_frozen(name, asked, left):
+    model = on_meta(name, 10, 32)
+    names = [name for name, _ in model.named_parameters()]
+    frozen = tsa.freeze(model, asked, name, 10, 32)
+    if isinstance(left, str):
+        left = [each for each in names if each.startswith(left)]
+    left = left or [each for each in names if not each.startswith("encoder.layers.")]
+    assert list(tsa.trained(model)) == left
+    assert sorted(frozen) == sorted(set(names) - set(left))
+
+
+def test_without_an_option_nothing_is_frozen():
+    model = on_meta("resnet18", 10, 32)
+    assert tsa.freeze(model, None, "resnet18", 10, 32) == ()
+    assert len(tsa.trained(model)) == 62
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            "layer9",
+            "--freeze layer9: resnet18 has no 'layer9'; its layer groups are conv1, bn1, layer1, "
+            "layer2, layer3, layer4, fc, body (all but the classifier)",
+        ),
+        ("layer1,,fc", "--freeze layer1,,fc: resnet18 has no ''; its"),
+        ("fc,body", "--freeze fc,body: nothing of resnet18 would be left to train"),
+        (
+            "conv1,bn1,layer1,layer2,layer3,layer4,fc",
+            "--freeze conv1,bn1,layer1,layer2,layer3,layer4,fc: nothing of resnet18 would be",
+        ),
+    ],
+)
+def test_what_cannot_be_frozen(asked, message):
+    with pytest.raises(tsa.UserError) as caught:
+        tsa.freeze(on_meta("resnet18", 10, 32), asked, "resnet18", 10, 32)
+    assert str(caught.value).startswith(message)
+
+
+def test_modules_with_frozen_weights_alone_are_in_evaluation_mode():
+    model = on_meta("hybrid-light", 10, 32)
+    tsa.freeze(model, "stem,stages,embedding", "hybrid-light", 10, 32)
+    for _ in range(2):
+        for name, module in model.named_modules():
+            part = name.partition(".")[0]
+            assert module.training is (part not in ("stem", "stages", "embedding")), name
+        assert not model.embedding[5].training, "dropout among them too"
+        model.eval()
+        tsa.begin_training(model)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_frozen_front_part_runs_without_a_graph(bf16, channels_last, copied):
+    """Nothing is kept of it for a backward pass, by copies of the model neither."""
+    model = build("resnet18")
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
+    tsa.freeze(model, "body", "resnet18", 10, 32)
+    network = tsa.Network(model, nn.CrossEntropyLoss(), bf16=bf16, channels_last=channels_last)
+    runs, features, kept = network.copy() if copied else model, [], []
+    for name, module in runs.named_modules():
+        if name and name != "fc":
+            module.register_forward_hook(lambda module, args, output: features.append(output))
+    buffers = copy.deepcopy(dict(model.named_buffers()))
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda each: kept.append(each) or each, lambda each: each
+    ):
+        output = network.forward((torch.randn(4, 3, 32, 32), torch.zeros(4).long()), runs)
+    assert len(features) > 60
+    assert all(each.grad_fn is None and not each.requires_grad for each in features)
+    assert {tuple(each.shape) for each in kept} <= {(4, 512), (10, 512), (512, 10)}, "of fc"
+    network.backward(output)
+    assert {name for name, weight in runs.named_parameters() if weight.grad is not None} == {
+        "fc.weight",
+        "fc.bias",
+    }
+    for name, value in model.named_buffers():
+        assert torch.equal(value, buffers[name]), name
+
+
 @pytest.mark.parametrize(("name", "count"), [("resnet56", 55), ("hybrid-light", 10)])
 def test_batch_normalisation_begins_with_one_and_zero(name, count):
     norms = [module for module in build(name).modules() if isinstance(module, nn.BatchNorm2d)]
@@ -400,6 +595,25 @@ def test_what_a_model_amounts_to(name, classes, size, figures):
     measured = tsa.measure_model(name, classes, size)
     forward, backward = measured.flops["forward"], measured.flops["backward"]
     assert (measured.parameters, measured.weight_bytes, forward, backward) == figures
+
+
+@pytest.mark.parametrize(
+    ("frozen", "backward"),  # by hand: of the whole model, of fc alone, and of layer4 too
+    [
+        (None, 2 * 3_627_132_928 - 2 * 112**2 * 64 * 49 * 3),  # none goes below the first layer
+        ("body", 2 * 512 * 10),
+        # 3 x 3 of 512 channels at 7 x 7: the first halves the side of 256, and none goes below it
+        (
+            "conv1,bn1,layer1,layer2,layer3",
+            2 * (2 * 512 * 10) + 2 * 49 * 512 * (9 * 256 + 256) + 4 * 3 * 49 * 512 * 9 * 512,
+        ),
+    ],
+)
+def test_the_work_of_a_model_with_frozen_weights(frozen, backward):
+    figures = tsa.measure_model("resnet18", 10, 224, frozen)
+    assert figures.parameters == 11_181_642
+    assert figures.flops["forward"] == 3_627_132_928
+    assert figures.flops["backward"] == backward
 
 
 def test_a_model_that_computes_its_widths_with_tensors_is_measured():

@@ -1,5 +1,6 @@
 """Recipe. Run: python -m pytest tests/test_recipe.py"""
 
+import dataclasses
 import io
 import math
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 import torch
 import torchvision
+from conftest import small_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -249,7 +251,7 @@ def test_all_groups_have_the_same_rate():
     st.integers(0, 3),
     st.integers(1, 7),
     st.integers(4, 20),
-    st.sampled_from(("sgd", "adam", "adamw")),
+    st.sampled_from(("sgd", "adam", "adamw", "nadam", "rmsprop")),
 )
 def test_rates_stay_between_nothing_and_the_highest(scheduler, warmup, epoch_steps, epochs, opt):
     settings = Settings(
@@ -356,7 +358,13 @@ def test_the_kind_of_optimizer(opt, kind, fused):
 
 @pytest.mark.parametrize(
     ("opt", "weights"),  # of 1, after each of two updates with a gradient of 1, by hand
-    [("sgd", [0.85, 0.5875]), ("adam", [0.9, 0.8001031]), ("adamw", [0.85, 0.7075])],
+    [
+        ("sgd", [0.85, 0.5875]),
+        ("adam", [0.9, 0.8001031]),
+        ("adamw", [0.85, 0.7075]),
+        ("nadam", [0.8943548, 0.8172429]),
+        ("rmsprop", [0.7035231, 0.2591007]),
+    ],
 )
 def test_what_an_update_does(opt, weights):
     model = one_weight()
@@ -366,6 +374,34 @@ def test_what_an_update_does(opt, weights):
         model.weight.grad = torch.ones(1, 1)
         optimizer.step()
         assert model.weight.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("opt", "kind"), [("nadam", torch.optim.NAdam), ("rmsprop", torch.optim.RMSprop)]
+)
+def test_optimizers_without_a_fused_kernel(opt, kind):
+    optimizer = tsa.build_optimizer(one_weight(), Settings(opt=opt, momentum=0.8))
+    assert type(optimizer) is kind
+    assert "fused" not in optimizer.param_groups[0]
+
+
+def test_rmsprop_is_that_of_torchvision_s_reference_training():
+    group = tsa.build_optimizer(one_weight(), Settings(opt="rmsprop")).param_groups[0]
+    assert [group[name] for name in ("momentum", "alpha", "eps")] == [0.9, 0.9, 0.0316]
+
+
+@pytest.mark.parametrize(
+    ("opt", "rates"),
+    [
+        ("sgd", (0.0125, 0.1)),
+        ("rmsprop", (0.002, 0.016)),
+        *((opt, (1e-3, 1e-3)) for opt in ("adam", "adamw", "nadam")),
+    ],
+)
+def test_the_rate_that_an_optimizer_has_by_default(opt, rates):
+    """Of 32 images a step, and of 256."""
+    asked = [Settings(opt=opt), Settings(opt=opt, accumulate=8)]
+    assert tuple(map(tsa.learning_rate, asked)) == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adam", "adamw"])
@@ -404,6 +440,8 @@ NORM_WEIGHTS = "batch.weight group.weight instance.weight layer.weight rms.weigh
 NORM_BIASES = "batch.bias group.bias instance.bias layer.bias".split()
 OTHER_BIASES = "first.bias norm.bias attention.in_proj_bias attention.out_proj.bias".split()
 WEIGHTS = "first.weight norm.weight attention.in_proj_weight attention.out_proj.weight".split()
+OTHER_BIASES += ["frozen.bias"]  # what is frozen may be thawed: it has its place from the beginning
+WEIGHTS += ["frozen.weight"]
 
 
 @pytest.mark.parametrize(
@@ -453,7 +491,7 @@ def test_an_equal_decay_keeps_its_group():
     """So that --weight-decay may change when a run is resumed."""
     settings = Settings(weight_decay=0.01, norm_weight_decay=0.01, bias_weight_decay=0.01)
     groups = tsa.build_optimizer(Layers(), settings).param_groups
-    assert [len(group["params"]) for group in groups] == [5, 5, 8]
+    assert [len(group["params"]) for group in groups] == [6, 5, 9]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "vit_b_16", "swin_t"])
@@ -466,6 +504,182 @@ def test_decay_of_normalisation_layers_is_torchvision_s(name):
         {*map(id, others)},
         {*map(id, norms)},
     ]
+
+
+KINDS = [("sgd", True), ("sgd", False), ("adam", True), ("adam", False), ("adamw", True)]
+KINDS += [("adamw", False), ("nadam", False), ("rmsprop", False)]
+
+
+def learn(model, optimizer, steps=2):
+    """Some optimizer steps on a batch of random images, which are the same every time."""
+    torch.manual_seed(4)
+    for _ in range(steps):
+        model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.fixture
+def frozen(monkeypatch):
+    """A model, its optimizer and its names of frozen weights, from settings."""
+
+    def build(**settings):
+        monkeypatch.setitem(tsa.OWN_MODELS, "small", small_model)
+        settings = Settings(model="small", num_classes=3, image_size=8, lr=0.1, **settings)
+        torch.manual_seed(5)
+        model = small_model(3, 8)
+        names = tsa.freeze(model, settings.freeze, "small", 3, 8)
+        return model, tsa.build_optimizer(model, settings), names
+
+    return build
+
+
+@pytest.mark.parametrize(("opt", "fused"), KINDS)
+@pytest.mark.parametrize("grads_to_none", [True, False])
+def test_frozen_weights_have_no_optimizer_state_and_do_not_decay(frozen, opt, fused, grads_to_none):
+    model, optimizer, names = frozen(freeze="body", opt=opt, fused=fused, weight_decay=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(2):
+        learn(model, optimizer, 1)
+        optimizer.zero_grad(set_to_none=grads_to_none)
+    saved = optimizer.state_dict()
+    assert [len(group["params"]) for group in saved["param_groups"]] == [6], "frozen ones too"
+    assert set(saved["state"]) == {4, 5}, "of the classifier"
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == (not name.startswith("6.")), name
+    assert names == ("0.weight", "0.bias", "1.weight", "1.bias")
+
+
+@pytest.mark.parametrize(("opt", "fused"), KINDS)
+def test_weights_begin_to_be_trained_as_with_an_optimizer_of_their_own(frozen, opt, fused):
+    """Of plain PyTorch: one that has never seen them before, beside the classifier's."""
+    options = {"opt": opt, "fused": fused, "weight_decay": 0.5}
+    model, optimizer, names = frozen(freeze="body", **options)
+    reference, ours, _ = frozen(freeze="body", **options)
+    work = tsa.Work(tsa.Network(model, nn.CrossEntropyLoss(), frozen=names), optimizer)
+    learn(model, optimizer)
+    learn(reference, ours)
+    work.thaw()
+    learn(model, optimizer)
+    reference.requires_grad_(True).train()
+    body, (head,) = [*reference[:2].parameters()], ours.param_groups
+    kept, options = head["params"][-2:], {key: head[key] for key in ours.defaults}
+    if opt == "adamw":
+        assert options.pop("decoupled_weight_decay")
+    theirs = type(ours)(body, **options)
+    head["params"] = kept
+    torch.manual_seed(4)
+    for _ in range(2):
+        reference(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        ours.step()
+        theirs.step()
+        reference.zero_grad()
+    for name, value in reference.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert work.network.frozen == ()
+    assert len(optimizer.state) == 6
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_a_moving_average_of_frozen_weights_stays_to_the_bit(frozen, opt):
+    model, optimizer, names = frozen(freeze="body", opt=opt)
+    average = tsa.MovingAverage(model, 0.9)
+    before = {name: value.clone() for name, value in average.values.items()}
+    for _ in range(5):
+        learn(model, optimizer, 1)
+        average.update(model.state_dict())
+    changed = {name for name in before if not torch.equal(average.values[name], before[name])}
+    assert changed == {"6.weight", "6.bias"}, "buffers of frozen layers neither"
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs"),  # that are frozen, of four
+    [
+        ({}, []),
+        ({"freeze": "body"}, [0, 1, 2, 3]),
+        ({"freeze": "body", "freeze_epochs": 1}, [0]),
+        ({"freeze": "body", "freeze_epochs": 3}, [0, 1, 2]),
+        ({"freeze": "body", "freeze_epochs": 9}, [0, 1, 2, 3]),
+    ],
+)
+def test_which_epochs_are_frozen(settings, epochs):
+    asked = Settings(epochs=4, **settings)
+    assert [epoch for epoch in range(4) if tsa.is_frozen(asked, epoch)] == epochs
+    assert tsa.mostly_frozen(asked) == ("body" if len(epochs) > 2 else None)
+    assert tsa.mostly_frozen(Settings(freeze="fc")) == "fc", "a run of steps"
+
+
+BODY = ["0.weight", "0.bias", "1.weight", "1.bias"]
+HEAD = ["6.weight", "6.bias"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "groups"),  # rate, decay and names
+    [
+        ({}, [(0.1, 0.01, BODY + HEAD)]),
+        ({"lr_body_factor": 1.0}, [(0.1, 0.01, BODY + HEAD)]),
+        ({"lr_body_factor": 0.25}, [(0.1, 0.01, HEAD), (0.025, 0.01, BODY)]),
+        (
+            {"lr_body_factor": 0.25, "skip_decay_1d": True},
+            [
+                (0.1, 0.01, ["6.weight"]),
+                (0.1, 0.0, ["6.bias"]),
+                (0.025, 0.01, ["0.weight"]),
+                (0.025, 0.0, ["0.bias", "1.weight", "1.bias"]),
+            ],
+        ),
+        (
+            {"lr_body_factor": 0.25, "norm_weight_decay": 0.0, "freeze": "0"},
+            [
+                (0.1, 0.01, HEAD),
+                (0.025, 0.01, ["0.weight", "0.bias"]),
+                (0.025, 0.0, ["1.weight", "1.bias"]),
+            ],
+        ),
+        ({"lr_body_factor": 0.25, "lr": 0.0}, [(0.0, 0.01, HEAD), (0.0, 0.01, BODY)]),
+    ],
+)
+def test_the_body_has_a_part_of_the_classifier_s_rate(monkeypatch, settings, groups):
+    monkeypatch.setitem(tsa.OWN_MODELS, "small", small_model)
+    model = small_model(3, 32)
+    chosen = {"model": "small", "num_classes": 3, "image_size": 32, "lr": 0.1} | settings
+    optimizer = tsa.build_optimizer(model, Settings(weight_decay=0.01, **chosen))
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    assert [
+        (group["lr"], group["weight_decay"], [names[id(weight)] for weight in group["params"]])
+        for group in optimizer.param_groups
+    ] == [(pytest.approx(lr), decay, each) for lr, decay, each in groups]
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+@pytest.mark.parametrize("min_lr", [0.0, 0.04])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_the_body_s_rate_keeps_its_part_in_every_course(monkeypatch, scheduler, min_lr, warmup):
+    """Also of a lowest rate that is above the body's highest."""
+    monkeypatch.setitem(tsa.OWN_MODELS, "small", small_model)
+    settings = Settings(
+        model="small",
+        num_classes=3,
+        image_size=32,
+        lr=0.1,
+        epochs=6,
+        lr_scheduler=scheduler,
+        lr_milestones=(3, 5),
+        lr_step_epochs=2,
+        lr_restart_epochs=2,
+        min_lr=min_lr,
+        lr_warmup_epochs=0 if scheduler == "onecycle" else warmup,
+    )
+    asked = dataclasses.replace(settings, lr_body_factor=0.25)
+    optimizer = tsa.build_optimizer(small_model(3, 32), asked)
+    course = tsa.build_lr_scheduler(optimizer, asked, STEPS, 24)
+    expected = take_rates(*begin(settings), 24)
+    for rate in expected:
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+            [rate, rate / 4], rel=1e-9
+        )
+        optimizer.step()
+        course.step()
 
 
 def test_a_step_without_gradients_shows_the_decay():
@@ -564,6 +778,19 @@ def test_layer_groups_of_small_models():
         "a.1": ["a.1.b.weight"],
         "c": ["c"],
     }
+
+
+def test_gradients_of_what_is_trained_alone_are_watched_by_the_usual_names():
+    with torch.device("meta"):
+        model = tsa.build_model("resnet18", 10, 32)
+    tsa.freeze(model, "conv1,bn1,layer1,layer2,layer3", "resnet18", 10, 32)
+    flow = tsa.GradientFlow(model)
+    flow.add(flow.measure(dict(model.named_parameters())))
+    assert list(flow.take()) == ["layer4", "fc"]
+    model.requires_grad_(True)
+    flow.watch(model)
+    flow.add(flow.measure(dict(model.named_parameters())))
+    assert list(flow.take()) == "conv1 bn1 layer1 layer2 layer3 layer4 fc".split()
 
 
 def two_layers():

@@ -578,6 +578,91 @@ def test_frozen_weights_stay_and_have_no_copies(schedule, split_plan):
 
 
 @ALL_SCHEDULES
+@pytest.mark.parametrize("switches", [{}, {"channels_last": True}, {"bf16": True}])
+@pytest.mark.parametrize("grads_to_none", [True, False])
+def test_what_is_frozen_stays_to_the_bit(
+    schedule, switches, grads_to_none, split_plan, monkeypatch
+):
+    """Buffers of batch normalisation too, after steps with decay, clipping and an average."""
+    monkeypatch.setitem(tsa.OWN_MODELS, "tiny", lambda num_classes, image_size: make_tiny_model())
+    model = make_tiny_model()
+    settings = tsa.Settings(opt="adam", lr=0.1, weight_decay=0.1)
+    frozen = tsa.freeze(model, "0,1,3,4", "tiny", 10, 16)
+    before = copy.deepcopy(model.state_dict())
+    network = tsa.Network(model, nn.CrossEntropyLoss(), 2, frozen=frozen, **switches)
+    work = tsa.Work(
+        network,
+        tsa.build_optimizer(model, settings),
+        average=tsa.MovingAverage(model, 0.9),
+        clip_grad_norm=0.1,
+        grads_to_none=grads_to_none,
+    )
+    with tsa.Lanes(split_plan, ()) as lanes:
+        list(tsa.SCHEDULES[schedule](lanes, work, make_stream(make_batches(6, side=16))))
+    for values in (work.values(), work.average.values):
+        changed = {name for name in before if not torch.equal(values[name], before[name])}
+        assert changed == {"9.weight", "9.bias"}
+    assert len(work.optimizer.state) == 2
+
+
+@ALL_SCHEDULES
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_thaw_is_that_of_a_plain_loop(schedule, fused, split_plan):
+    """Two epochs of three steps; in the first one batch normalisation computes with the running
+    statistics of its layers.
+    """
+    batches = make_batches(6, side=16)
+    model, reference = make_tiny_model(), make_tiny_model()
+    frozen = tuple(f"{layer}.{kind}" for layer in (0, 1) for kind in ("weight", "bias"))
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    tsa.begin_training(model)
+    settings = tsa.Settings(**LR, fused=fused)
+    work = tsa.Work(
+        tsa.Network(model, nn.CrossEntropyLoss(), frozen=frozen),
+        tsa.build_optimizer(model, settings),
+    )
+    torch.manual_seed(3)
+    with tsa.Lanes(with_threads(split_plan, 1), ()) as lanes:
+        losses = []
+        for epoch in (batches[:3], batches[3:]):
+            steps = tsa.SCHEDULES[schedule](lanes, work, make_stream(epoch))
+            losses += [scores.loss for (scores,) in steps]
+            work.thaw()
+    age = int(schedule == "delayed")
+    reference[:2].eval().requires_grad_(False)
+    assert losses == train_thawing(reference, batches, age, fused)
+    assert_same_state(model, reference)
+
+
+def train_thawing(model, batches, update_age, fused):
+    """A plain loop of three steps with the first two layers frozen, and three of the whole model,
+    with gradients of weights that are some updates old.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    front, rest = list(model[:2].parameters()), list(model[2:].parameters())
+    optimizers = [torch.optim.SGD(rest, **LR, fused=fused)]
+    history, losses = [copy.deepcopy([*front, *rest])], []
+    for step, (images, targets) in enumerate(batches):
+        if step == 3:
+            model[:2].train().requires_grad_(True)
+            optimizers.append(torch.optim.SGD(front, **LR, fused=fused))
+        set_values([*front, *rest], history[max(step - step % 3, step - update_age)])
+        loss = nn.functional.cross_entropy(model(images), targets)
+        loss.backward()
+        losses.append(loss.item())
+        set_values([*front, *rest], history[-1])
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        history.append(copy.deepcopy([*front, *rest]))
+    torch.set_num_threads(before)
+    return losses
+
+
+@ALL_SCHEDULES
 def test_no_work_strays(schedule, split_plan):
     _, records = records_of(schedule, split_plan, 2, 2)
     lanes = {"forward": "forward", "refresh": "forward", "backward": "backward"}

@@ -817,7 +817,8 @@ def test_help_of_train_shows_what_belongs_to_no_other_command():
 def test_help_of_plan_shows_what_changes_a_plan():
     data = ["model", "data_path", "dataset", "download", "val_share", "num_classes", "image_size"]
     data += ["min_res", "max_res", "end_ramp", "workers"]
-    training = "recipe batch_size accumulate teacher teacher_weights weights".split()
+    training = "recipe batch_size accumulate epochs freeze freeze_epochs".split()
+    training += ["teacher", "teacher_weights", "weights"]
     cores = [*OF_CORES, "machine", "record"]
     assert shown_in("plan") == [*data, *training, *cores, "precision"]
 
@@ -829,14 +830,16 @@ def test_help_of_plan_shows_what_changes_a_plan():
             "find-lr",
             "model workers min_scale mixup_alpha recipe batch_size steps momentum weight_decay "
             "norm_weight_decay bias_weight_decay skip_decay_1d ra_magnitude init_from schedule "
-            "weights teacher teacher_weights teacher_share precision grads_to_none output_dir",
+            "lr_body_factor freeze stochastic_depth weights teacher teacher_weights teacher_share "
+            "precision grads_to_none output_dir",
             "epochs lr lr_scheduler min_lr model_ema early_stopping resume test_only save_freq "
             "log_file print_freq json",
         ),
         (
             "compare",
             "model workers hflip recipe batch_size accumulate steps opt seed split forward_cores "
-            "teacher teacher_weights teacher_share precision fused output_dir json",
+            "freeze stochastic_depth teacher teacher_weights teacher_share precision fused "
+            "output_dir json",
             "min_res epochs lr lr_scheduler model_ema target_top1 resume init_from schedule "
             "print_freq",
         ),

@@ -468,14 +468,34 @@ def test_the_main_thread_coordinates_on_the_loader_cores(in_tmp, monkeypatch):
         ({"schedule": "delayed"}, 5),
         ({"opt": "adam", "model_ema": True, "schedule": "delayed"}, 7),
         ({"opt": "adam", "test_only": True}, 1),
+        ({"opt": "nadam"}, 4),
+        ({"opt": "rmsprop"}, 4),
+        ({"opt": "rmsprop", "momentum": 0.0}, 3),
     ],
 )
 def test_what_a_run_holds_of_the_size_of_the_weights(settings, copies):
     assert tsa.weight_copies(Settings(**settings)) == copies
 
 
+@pytest.mark.parametrize(
+    ("settings", "copies"),
+    [({}, 1), ({"opt": "adam", "schedule": "delayed"}, 1), ({"model_ema": True}, 2)],
+)
+def test_frozen_weights_are_held_without_what_updates_need(settings, copies):
+    assert tsa.weight_copies(Settings(**settings), is_trained=False) == copies
+
+
 @ALL_SCHEDULES
-@pytest.mark.parametrize("settings", [{}, {"momentum": 0.0}, {"opt": "adam", "model_ema": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"momentum": 0.0},
+        {"opt": "adam", "model_ema": True},
+        {"opt": "nadam"},
+        {"opt": "rmsprop"},
+    ],
+)
 def test_a_run_holds_no_less_than_is_asked_of_the_machine(one_lane_plan, schedule, settings):
     """Counted in the tensors that a step leaves behind."""
     settings = dataclasses.replace(
@@ -505,6 +525,8 @@ def test_a_run_holds_no_less_than_is_asked_of_the_machine(one_lane_plan, schedul
         ({"image_size": 64}, 3 * 4 * 205 + 2 * 4 * 3 * 64 * 64 * 4),
         ({"image_size": 64, "min_res": 32}, 3 * 4 * 205 + 2 * 4 * 3 * 32 * 32 * 4),
         ({"num_classes": 105}, 3 * 4 * 1905 + 2 * 4 * 3 * 32 * 32 * 4),
+        ({"freeze": "body"}, (120 + 3 * 85) * 4 + 2 * 4 * 3 * 32 * 32 * 4),
+        ({"freeze": "body", "freeze_epochs": 1}, 3 * 4 * 205 + 2 * 4 * 3 * 32 * 32 * 4),
         ({"test_only": True}, 4 * 205),
         # the teacher's weights, and the 9 buffers of its BatchNorm, one of them in 64 bits
         ({"teacher": "small"}, 3 * 4 * 205 + 2 * 4 * 3 * 32 * 32 * 4 + 4 * 205 + 4 * 8 + 8),
@@ -762,6 +784,60 @@ def test_a_validation_changes_nothing_of_what_is_trained(in_tmp, epochs, photos)
     )
     for name, value in with_val.state_dict().items():
         assert torch.equal(value, without.state_dict()[name]), name
+
+
+# What is frozen
+
+
+@ALL_SCHEDULES
+@pytest.mark.parametrize("model_ema", [False, True])
+def test_a_validation_leaves_what_is_frozen_in_evaluation_mode(
+    in_tmp, no_pictures, epochs, schedule, model_ema
+):
+    """So that its buffers stay, and its dropout is off, in the second epoch too."""
+    asked = epochs | {"split": "even", "schedule": schedule, "accumulate": 2, "batch_size": 2}
+    model = train(**asked, freeze="body", model_ema=model_ema)
+    torch.manual_seed(0)
+    begun = small_model(2, 32).state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, begun[name]) == (not name.startswith("6.")), name
+    assert [module.training for module in model] == [False, False, *5 * [True]]
+
+
+def test_a_run_says_what_is_frozen_and_when_that_ends(in_tmp, no_pictures, epochs, capsys):
+    train(**epochs, freeze="0,1", freeze_epochs=1)
+    lines = capsys.readouterr().out.splitlines()
+    begin = lines.index("frozen: 4 of 6 weights (0,1) for 1 epoch")
+    end = lines.index("thawed: epoch 2 trains all weights")
+    assert begin < end
+    assert sum(line.startswith("epoch: 1 ") for line in lines[begin:end]) == 1
+    train(**epochs, freeze="0,1")
+    printed = capsys.readouterr().out
+    assert "\nfrozen: 4 of 6 weights (0,1)\n" in printed
+    assert "thawed" not in printed
+
+
+def test_gradient_norms_are_of_what_is_trained(in_tmp, no_pictures, epochs):
+    train(**epochs, freeze="0,1", freeze_epochs=1, output_dir=in_tmp / "out")
+    norms = [list(row["gradient_norms"]) for row in read_metrics(in_tmp / "out", "epoch")]
+    assert norms == [["6"], ["0", "1", "6"]]
+
+
+def test_find_lr_tries_the_body_s_part_of_each_rate(in_tmp, photos, monkeypatch):
+    seen, update = [], tsa.Work.update
+
+    def watched(work, *args):
+        seen.append([group["lr"] for group in work.optimizer.param_groups])
+        return update(work, *args)
+
+    monkeypatch.setattr(tsa.Work, "update", watched)
+    asked = {"data_path": photos, "num_classes": None, "steps": 5, "lr_body_factor": 0.25}
+    for lr in (0.01, 0.0):
+        with_plan(tsa.find_lr_and_report, dataclasses.replace(TINY, **asked, lr=lr))
+    assert len(seen) == 10
+    for first, second in seen:
+        assert second == pytest.approx(first * (0.25 if seen.index([first, second]) < 5 else 1))
+    assert seen[0][0] == pytest.approx(1e-6)
 
 
 # When a run is over
