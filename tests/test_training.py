@@ -1343,10 +1343,10 @@ RECIPE_OPTIONS = {
 
 @pytest.fixture(scope="module")
 def weights(photos_with_val, tmp_path_factory):
-    """A checkpoint to start from."""
+    """A checkpoint to start from, of a model with blocks that can be left out."""
     folder = tmp_path_factory.mktemp("weights")
     settings = Settings(
-        model="squeezenet1_1",
+        model="resnet18",
         data_path=photos_with_val,
         image_size=32,
         batch_size=2,
@@ -1372,7 +1372,8 @@ def recipe_data(photos_with_val, tmp_path, monkeypatch):
     def arguments(recipe):
         if recipe == "cifar10":
             return ["--data-path", str(accept(monkeypatch, make_cifar_digits(tmp_path / "c", 15)))]
-        model = ["--model", "squeezenet1_1"] if recipe.startswith("imagenet") else []
+        name = "resnet18" if recipe in tsa.FROM_CHECKPOINT else "squeezenet1_1"
+        model = ["--model", name] if recipe.startswith("imagenet") else []
         return [*model, "--data-path", str(photos_with_val)]
 
     return arguments
