@@ -749,27 +749,17 @@ def contradictions(command: str, settings: Settings) -> Iterator[str]:
         yield f"{asked} --accumulate 1: raise --accumulate to 2 or more, or use --schedule delayed"
     yield from resizing_contradictions(settings)
     yield from rate_contradictions(settings)
-    for name in ("freeze", "epochs"):
-        if settings.freeze_epochs and not getattr(settings, name):
-            yield f"--freeze-epochs {settings.freeze_epochs} needs --{name}"
     yield from checkpoint_contradictions(settings)
     yield from teacher_contradictions(settings)
     yield from data_contradictions(settings)
-    if settings.subset < 1 and not settings.data_path:
-        yield f"--subset {settings.subset:g} needs --data-path: synthetic images are made"
     if settings.tensorboard and not settings.output_dir:
         yield "--tensorboard needs --output-dir, the folder for all that is written"
-    if settings.augment_confused and not settings.data_path:
-        asked = as_option("augment_confused", settings.augment_confused)
-        yield f"{asked} needs --data-path: synthetic images are not augmented"
     for name in ("norm_weight_decay", "bias_weight_decay"):
         if settings.skip_decay_1d and getattr(settings, name) is not None:
             yield f"{as_option(name, getattr(settings, name))} and --skip-decay-1d: give one"
-    images = settings.batch_size * settings.accumulate
-    if not settings.data_path and images > MOST_SYNTHETIC_IMAGES:
-        asked = f"--batch-size {settings.batch_size} --accumulate {settings.accumulate}"
-        allowed = f"at most {MOST_SYNTHETIC_IMAGES} synthetic ones are allowed"
-        yield f"{asked}: a step of {images} images; {allowed}"
+    for name in ("freeze", "epochs"):
+        if settings.freeze_epochs and not getattr(settings, name):
+            yield f"--freeze-epochs {settings.freeze_epochs} needs --{name}"
     if settings.early_stopping and not settings.epochs:
         yield f"--early-stopping {settings.early_stopping:g} needs --epochs"
     if settings.target_top1 and not settings.epochs:
@@ -777,8 +767,8 @@ def contradictions(command: str, settings: Settings) -> Iterator[str]:
     yield from command_contradictions(command, settings)
 
 
-def data_contradictions(settings: DataSettings) -> Iterator[str]:
-    """What the options of data sets lack."""
+def data_contradictions(settings: Settings) -> Iterator[str]:
+    """What the options on data lack, or synthetic images cannot be."""
     name = settings.dataset or "CIFAR-10"
     if settings.download and not settings.data_path:
         yield f"--download needs --data-path, the folder to put {name} into"
@@ -789,6 +779,16 @@ def data_contradictions(settings: DataSettings) -> Iterator[str]:
     if settings.download and name == "imagenet":
         remedy = f"put {IMAGENET_FILES}, into --data-path"
         yield f"--download: imagenet is given to those alone who ask for it: {remedy}"
+    if settings.subset < 1 and not settings.data_path:
+        yield f"--subset {settings.subset:g} needs --data-path: synthetic images are made"
+    if settings.augment_confused and not settings.data_path:
+        asked = as_option("augment_confused", settings.augment_confused)
+        yield f"{asked} needs --data-path: synthetic images are not augmented"
+    images = settings.batch_size * settings.accumulate
+    if not settings.data_path and images > MOST_SYNTHETIC_IMAGES:
+        asked = f"--batch-size {settings.batch_size} --accumulate {settings.accumulate}"
+        allowed = f"at most {MOST_SYNTHETIC_IMAGES} synthetic ones are allowed"
+        yield f"{asked}: a step of {images} images; {allowed}"
 
 
 def resizing_contradictions(settings: DataSettings, native_size: int = 0) -> Iterator[str]:
@@ -2821,6 +2821,15 @@ def listed_tensors(tensors: Weights, names: Collection[str], most: int = 4) -> s
     return ", ".join(texts[:most]) + more
 
 
+def versioned(weights: Weights, model: nn.Module) -> OrderedDict[str, torch.Tensor]:
+    """Weights as the model's `load_state_dict` takes them: MNASNet's insists on a version, which a
+    plain dictionary has not.
+    """
+    state = OrderedDict(weights)
+    state._metadata = {"": {"version": model._version}}
+    return state
+
+
 def take_weights(
     model: nn.Module, saved: Weights, left_out: Collection[str] = (), least: float = 0.5
 ) -> str:
@@ -2833,14 +2842,13 @@ def take_weights(
     """
     own = model.state_dict()
     saved = {DENSENET_NAMES.sub(r"\1", name): value for name, value in saved.items()}
-    fitting = OrderedDict(
-        (name, value)
+    fitting = {
+        name: value
         for name, value in saved.items()
         if name not in left_out and (name not in own or own[name].shape == value.shape)
-    )
-    fitting._metadata = {"": {"version": model._version}}  # which MNASNet insists on
+    }
     try:
-        new, unknown = model.load_state_dict(fitting, strict=False)
+        new, unknown = model.load_state_dict(versioned(fitting, model), strict=False)
     except RuntimeError as error:  # a name of older files, with another shape
         raise UserError(str(error).splitlines()[-1].strip()) from None
     counts = {name for name in own.keys() - saved.keys() if name.endswith("num_batches_tracked")}
@@ -4987,7 +4995,8 @@ def restore_state(state: State, work: Work, settings: Settings) -> Progress:
     """
     own = [dict(group, params=None) for group in work.optimizer.param_groups]
     progress = Progress(**state["progress"])
-    work.network.model.load_state_dict(state["model"])
+    model = work.network.model
+    model.load_state_dict(versioned(state["model"], model))
     work.optimizer.load_state_dict(state["optimizer"])
     ours, saved = plain_settings(settings), saved_settings(state)
     if all(saved[name] == ours[name] for name in ours if ON_RESUME[name] == "rate"):
@@ -7814,7 +7823,6 @@ def build_work(
     those of the data.
     """
     model, note = lanes.forward.call(starting_model, settings, classes)
-    shape = settings.model, settings.num_classes, settings.image_size
     optimizer = lanes.backward.call(build_optimizer, model, settings)
     average = None
     if settings.model_ema:
@@ -7827,7 +7835,9 @@ def build_work(
         channels_last=settings.channels_last,
         note=note,
         teacher=lanes.forward.call(build_teacher, settings, classes),
-        frozen=freeze(model, settings.freeze, *shape),
+        frozen=freeze(
+            model, settings.freeze, settings.model, settings.num_classes, settings.image_size
+        ),
     )
     return Work(
         network,
@@ -8165,9 +8175,9 @@ def load_to_test(run: Run, path: Path, state: State) -> None:
     warn_of_known_images(path, state, run.data)
     with fitting(path, run.settings):
         model = run.work.network.model
-        model.load_state_dict(state["average"] or state["model"])
+        model.load_state_dict(versioned(state["average"] or state["model"], model))
         run.work.average = MovingAverage(model, 0.0) if state["average"] else None
-        model.load_state_dict(state["model"])
+        model.load_state_dict(versioned(state["model"], model))
     say(f"{path}: epoch {state['progress']['epoch']}, step {state['progress']['step']}")
 
 
@@ -8228,7 +8238,7 @@ def trained_model(path: Path, state: State, overruling: Settings) -> Trained:
     check_model_name(settings.model)
     with fitting(path, settings):
         model = build_model(settings.model, settings.num_classes, settings.image_size)
-        model.load_state_dict(state["average"] or state["model"])
+        model.load_state_dict(versioned(state["average"] or state["model"], model))
     names = (state.get("data") or {}).get("classes", ())
     return Trained(model.eval(), named_classes(names, settings.num_classes), ready, settings, path)
 
@@ -8463,7 +8473,7 @@ def find_lr(run: Run) -> RangeTest:
             say(f"lr {result.lr:.2e}: loss {result.loss:.4f}, smoothed {medians[-1]:.4f}")
             if medians[-1] > 4 * min(medians):
                 break
-    model.load_state_dict(before)
+    model.load_state_dict(versioned(before, model))
     if not losses:
         raise RunError("find-lr: the loss is not finite even in the first step")
     return judge_rates(rates, losses)
