@@ -475,9 +475,9 @@ def parse_data_set(text: str) -> str:
 class DataSettings:
     """model and data"""
 
-    model: str = fixed("resnet50", "torchvision classifier by name, or resnet56 (for small "
-        "images), hybrid, hybrid-light, hybrid-heavy; timm/NAME: one of timm's, where that is "
-        "installed", metavar="NAME")
+    model: str = fixed("resnet50", "torchvision classifier by name, or resnet56 (for "
+        "small images), hybrid, hybrid-light, hybrid-heavy; timm/NAME: one of timm's, where that "
+        "is installed", metavar="NAME")
     data_path: Path | None = free(None, "image folder, PATH/train/<class>/*.jpg and PATH/val "
         "(or valid, or validation), or PATH/<class>/*.jpg; or a folder with CIFAR-10's "
         "cifar-10-batches-py (default: synthetic images for timing, of the first 10 classes, "
@@ -586,8 +586,8 @@ class TrainingSettings:
         type=NOT_NEGATIVE)
     freeze: str | None = option(None, "leave weights as they are: body (all but the classifier), "
         "or layer groups such as conv1,bn1,layer1, as gradients.png names them", metavar="LIST")
-    freeze_epochs: int | None = option(None, "epochs after which all weights are trained (default: "
-        "what --freeze names never is)", type=COUNT)
+    freeze_epochs: int | None = option(None, "epochs after which what --freeze names is trained "
+        "too (default: it never is)", type=COUNT)
     stochastic_depth: float = option(0.0, "probability of leaving out the last residual block for "
         "an image, rising in proportion from the first; 0: what the model has by itself",
         type=BELOW_1)
@@ -1211,7 +1211,9 @@ def parse_arguments(
             raise UserError(message)
         if not saved:
             return command, settings
-        settings = Settings(**defaults | saved(command, settings, typed) | typed)
+        found = saved(command, settings, typed)
+        begun = dict.fromkeys(("weights", "init_from")) if found else {}  # it has its weights
+        settings = Settings(**defaults | found | typed | begun)
     for message in contradictions(command, settings):
         raise UserError(message)
     return command, settings
@@ -3696,9 +3698,10 @@ def describe_images(data: ImageData) -> dict[str, Any]:
         digest.update(os.fsencode(f"{index} {os.path.relpath(path, data.train.root)} {size}\n"))
     if kept := kept_apart(data):
         digest.update(repr(kept).encode())
+    confused = [data.classes[number] for number in data.confused or ()]
     return {
         "classes": list(data.classes),
-        "confused": [data.classes[number] for number in data.confused or ()],
+        **({"confused": confused} if confused else {}),
         "images": len(data.chosen),
         "fingerprint": digest.hexdigest(),
     }

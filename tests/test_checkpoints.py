@@ -31,6 +31,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision
+from cifar import accept, make_cifar_digits
 from conftest import TINY, needs_two_cpus, read_metrics, small_model
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
@@ -136,8 +137,8 @@ def interrupt(monkeypatch, method, calls, signum=signal.SIGTERM):
 
 
 def differences(first, second):
-    """Where two states differ; settings and versions do not count."""
-    parts = (first.keys() | second.keys()) - {"settings", "versions"}
+    """Where two states differ; settings, in force and asked for, and versions do not count."""
+    parts = (first.keys() | second.keys()) - {"settings", "asked", "versions"}
     return [path for part in parts for path in differing(first[part], second[part], part)]
 
 
@@ -1457,6 +1458,349 @@ def test_a_finished_run_writes_no_checkpoint(copied, arguments):
     assert {path.name: path.stat().st_mtime_ns for path in copied.glob("*.pt")} == before
 
 
+# A checkpoint alone
+
+
+UNLIKE_DEFAULTS = {
+    "sequential": "--opt adam --mixup-alpha 0.2 --label-smoothing 0.1 --hflip 0 --seed 3",
+    "one lane": "--split none --no-fused --no-channels-last --precision fp32 --std 0.2,0.3,0.4",
+    "growing": "--min-res 32 --max-res 64 --end-ramp 2 --lr-scheduler onecycle --val-resize 80",
+    "overlap": "--schedule overlap --accumulate 2 -b 2 --lr-scheduler cosine --model-ema",
+    "delayed": "--schedule delayed --momentum 0.5 --lr-scheduler multistep --lr-milestones 1",
+    "recipe": "--recipe digits --lr-warmup-epochs 1 --interpolation bicubic",
+}
+
+
+def run_at(folder, monkeypatch, *arguments):
+    """The program as from another working directory."""
+    monkeypatch.chdir(folder)
+    return tsa.main([*map(str, arguments)])
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("name", UNLIKE_DEFAULTS)
+def test_a_checkpoint_goes_on_without_any_other_option(in_tmp, monkeypatch, capsys, pictures, name):
+    """From another working directory, too; the learning rate and its warm-up are defaults."""
+    shutil.copytree(pictures, "data")
+    (in_tmp / "else").mkdir()
+    options = "--image-size 32 -b 4 -j 0 --epochs 3 --data-path data".split()
+    if name == "growing":
+        options = options[2:]
+    options = [*options, *UNLIKE_DEFAULTS[name].split(), "--model", "small", "--output-dir"]
+    assert tsa.main([*options, "whole"]) == 0
+    interrupt(monkeypatch, "update", [2, 4])
+    assert tsa.main([*options, "parts"]) == 128 + signal.SIGTERM
+    assert run_at("else", monkeypatch, "--resume", "../parts/last.pt") == 128 + signal.SIGTERM
+    assert step_of(in_tmp / "parts") == 4
+    capsys.readouterr()
+    assert run_at(in_tmp, monkeypatch, "--resume", "parts/last.pt") == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("\nresumed from parts/last.pt, after step 4\n") == 1
+    assert "numbers can differ" not in captured.out
+    assert captured.err == ""
+    assert_same_result(in_tmp / "parts", in_tmp / "whole")
+    assert state_of(in_tmp / "parts")["settings"].items() >= {"epochs": 3, "model": "small"}.items()
+    assert not list((in_tmp / "else").iterdir()), "the log, too, is where it was"
+    assert (in_tmp / "logs.md").read_text().count("\n## ") == 4
+
+
+@pytest.fixture
+def project(in_tmp, pictures, monkeypatch):
+    """A folder with data and with a run of one epoch, given by relative paths, as a user has it."""
+    shutil.copytree(pictures, "project/data")
+    options = "--model small --image-size 32 -b 4 -j 0 --epochs 1 --data-path data --output-dir out"
+    assert run_at("project", monkeypatch, *options.split()) == 0
+    monkeypatch.chdir(in_tmp)
+    return in_tmp / "project"
+
+
+def test_a_checkpoint_is_tested_without_any_other_option(project, capsys):
+    capsys.readouterr()
+    assert tsa.main(["--test-only", "--resume", "project/out/best.pt"]) == 0
+    (row,) = state_of(project / "out")["progress"]["history"]
+    figures = f"12 images: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %"
+    assert figures in capsys.readouterr().out
+    assert (project / "out/confusion.csv").exists()
+    assert not Path("logs.md").exists()
+
+
+def test_a_run_goes_on_where_its_folder_is_now(project, in_tmp, capsys):
+    (project / "out").rename(in_tmp / "moved")
+    assert tsa.main(["--resume", "moved/last.pt", "--epochs", "2"]) == 0
+    assert step_of(in_tmp / "moved") == 6
+    assert not (project / "out").exists()
+    assert (project / "logs.md").read_text().count("\n## ") == 2
+
+
+def test_a_project_that_was_moved_as_a_whole_goes_on_within(project, in_tmp, monkeypatch):
+    project.rename(in_tmp / "moved")
+    assert run_at("moved", monkeypatch, "--resume", "out/last.pt", "--epochs", "2") == 0
+    assert step_of(in_tmp / "moved/out") == 6
+    assert Path("logs.md").read_text().count("\n## ") == 2
+
+
+@pytest.mark.parametrize("options", [[], ["--test-only"]])
+def test_data_that_were_moved(project, in_tmp, capsys, options):
+    (project / "data").rename(in_tmp / "elsewhere")
+    before = contents(project / "out")
+    asked = ["--resume", "project/out/last.pt", *options]
+    assert tsa.main(asked) == 2
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "train_split_affinity.py: error: project/out/last.pt: its images are no longer in "
+        f"{project / 'data'}: say by --data-path where they are\n"
+    )
+    assert contents(project / "out") == before
+    assert tsa.main([*asked, "--data-path", "elsewhere"]) == 0
+    assert "numbers can differ" not in capsys.readouterr().out
+
+
+def test_a_data_path_that_is_not_utf_8(in_tmp, pictures, monkeypatch):
+    name = os.fsdecode(b"caf\xe9")
+    shutil.copytree(pictures, name)
+    options = "--model small --image-size 32 -b 4 -j 0 --steps 1 --output-dir out --data-path"
+    assert tsa.main([*options.split(), name]) == 0
+    Path("else").mkdir()
+    assert run_at("else", monkeypatch, "--resume", "../out/last.pt", "--steps", "2") == 0
+    assert step_of(in_tmp / "out") == 2
+
+
+def test_a_checkpoint_holds_what_it_takes_to_use_it(trained, pictures):
+    state = state_of(trained)
+    assert state["data"]["classes"] == ["flower", "temple"]
+    in_force = state["settings"]
+    assert (in_force["model"], in_force["num_classes"], in_force["image_size"]) == ("small", 2, 32)
+    assert (in_force["val_resize"], in_force["interpolation"]) == (37, "bilinear")
+    assert (in_force["mean"], in_force["std"]) == (tsa.IMAGENET_MEAN, tsa.IMAGENET_STD)
+    assert state["asked"] == {
+        "num_classes": None,
+        "lr_warmup_epochs": None,
+        "loader_cores": None,
+        "forward_threads": None,
+        "backward_threads": None,
+        "precision": "auto",
+    }, "all else is as it was asked for, and paths are absolute"
+
+
+def test_what_was_asked_for_is_taken_again(in_tmp):
+    Path("teacher.pt").touch()
+    asked = Settings(
+        data_path=Path("data"), teacher_weights="teacher.pt", mirror="memory://x", split="1:2"
+    )
+    ready = {"image_size": 64, "val_resize": 73, "mean": (0.1, 0.2, 0.3)}
+    found = {"precision": "fp32", "loader_cores": (0,), "tuned_malloc": False, "lr": 0.1}
+    in_force = dataclasses.replace(asked, **ready, **found)
+    again = tsa.asked_again(asked, in_force)
+    assert again == {
+        "data_path": str(in_tmp / "data"),
+        "teacher_weights": str(in_tmp / "teacher.pt"),
+        "log_file": str(in_tmp / "logs.md"),
+        "precision": "auto",
+        "loader_cores": None,
+        "tuned_malloc": True,
+        "lr": None,
+    }
+    state = {"settings": tsa.plain_settings(in_force), "asked": again}
+    taken = tsa.settings_to_go_on(state)
+    paths = {"data_path": in_tmp / "data", "log_file": in_tmp / "logs.md"}
+    paths["teacher_weights"] = str(in_tmp / "teacher.pt")
+    assert taken == dataclasses.replace(asked, **ready, **paths)
+    assert tsa.asked_again(taken, dataclasses.replace(taken, **found)) == {
+        "precision": "auto",
+        "loader_cores": None,
+        "tuned_malloc": True,
+        "lr": None,
+    }, "and so on, from run to run"
+
+
+def test_a_run_does_not_begin_as_the_saved_one_began():
+    begun = {
+        "resume": Path("a.pt"),
+        "weights": "W",
+        "init_from": Path("b.pt"),
+        "test_only": True,
+        "download": True,
+        "machine": Path("m"),
+        "record": Path("r"),
+        "quick": True,
+        "preload": True,
+        "pictures": ("x",),
+        "json": Path("j"),
+    }
+    settings = Settings(model="resnet18", recipe="digits", **begun)
+    taken = tsa.settings_to_go_on({"settings": tsa.plain_settings(settings), "asked": {}})
+    assert taken == Settings(model="resnet18", recipe="digits")
+
+
+def test_the_settings_of_an_earlier_version():
+    """What a machine decides is decided anew, since it is not known what was asked for."""
+    assert tsa.settings_to_go_on(tsa.read_checkpoint(EARLIER / "delayed.pt")) == Settings(
+        model="small",
+        num_classes=3,
+        image_size=32,
+        workers=0,
+        mixup_alpha=0.4,
+        batch_size=64,
+        accumulate=2,
+        epochs=2,
+        lr=0.1,
+        lr_scheduler="cosine",
+        lr_warmup_epochs=0,
+        clip_grad_norm=1.0,
+        model_ema=True,
+        seed=3,
+        save_steps=7,
+        schedule="delayed",
+        fused=False,
+        output_dir=Path("out"),
+    )
+
+
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+NO_FILES = hashlib.sha256().hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "ready"),
+    [
+        ({"image_size": 32}, (CIFAR10_CLASSES, NO_FILES), tsa.CIFAR10),
+        (
+            {"image_size": 64},
+            (CIFAR10_CLASSES, NO_FILES),
+            tsa.Preprocessing(64, 64, "bilinear", tsa.CIFAR10_MEAN, tsa.CIFAR10_STD),
+        ),
+        ({"image_size": 32}, (CIFAR10_CLASSES, "ab12"), tsa.Preprocessing(32, 37)),
+        ({"image_size": 224}, (["cat", "dog"], "ab12"), tsa.Preprocessing()),
+        ({"image_size": 32}, (["0", "1"], NO_FILES), tsa.Preprocessing(32, 37)),
+        ({"image_size": 32}, None, tsa.Preprocessing(32, 37)),
+        (
+            {
+                "image_size": 96,
+                "val_resize": 100,
+                "interpolation": "bicubic",
+                "mean": [0.1, 0.2, 0.3],
+                "std": (0.4, 0.5, 0.6),
+            },
+            (CIFAR10_CLASSES, NO_FILES),
+            tsa.Preprocessing(96, 100, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+        ),
+    ],
+    ids=["CIFAR-10", "larger", "a folder of it", "folder", "synthetic", "unknown", "saved"],
+)
+def test_how_pictures_were_made_ready(settings, data, ready):
+    state = {"settings": settings, "data": data and {"classes": data[0], "fingerprint": data[1]}}
+    assert tsa.preprocessing_of(state) == ready
+
+
+def test_the_classes_of_cifar10_in_a_checkpoint(in_tmp, monkeypatch):
+    """In files of versions that saved nothing else that tells them from a folder's."""
+    folder = accept(monkeypatch, make_cifar_digits(in_tmp / "c", 15))
+    data = tsa.describe_images(tsa.open_data(Settings(data_path=folder, batch_size=2)))
+    assert tsa.preprocessing_of({"settings": {}, "data": data}) == tsa.CIFAR10
+
+
+RUN = Settings(
+    model="small",
+    image_size=128,
+    val_resize=140,
+    mean=(0.5, 0.5, 0.5),
+    min_res=64,
+    max_res=128,
+    end_ramp=3,
+    epochs=9,
+    steps=700,
+    recipe="cifar10",
+    mirror="memory://x",
+    forward_cores=(0,),
+    backward_cores=(1,),
+    output_dir=Path("former/out"),
+)
+
+
+@pytest.mark.parametrize(
+    ("typed", "changes"),
+    [
+        ({}, {}),
+        ({"test_only": True}, {"mirror": None}),
+        ({"epochs": 12}, {"steps": None}),
+        ({"image_size": 64}, {"image_size": 64, "val_resize": 70, "max_res": None}),
+        ({"max_res": 192}, {"image_size": 192, "val_resize": 210}),
+        ({"split": "1:2"}, {"forward_cores": None, "backward_cores": None}),
+        ({"recipe": "cifar10"}, {}),
+        (
+            {"recipe": "digits", "epochs": 5},
+            {
+                **tsa.RECIPES["digits"],
+                "recipe": "digits",
+                "epochs": 5,
+                "steps": None,
+                "val_resize": 35,
+                "max_res": None,
+                "output_dir": Path("out/digits"),
+            },
+        ),
+    ],
+    ids=lambda value: ",".join(value) or "nothing",
+)
+def test_options_in_place_of_others_that_a_saved_run_has(typed, changes):
+    """Another size is made ready in proportion."""
+    state = {"settings": tsa.plain_settings(RUN), "asked": {}}
+    defaults = tsa.defaults_to_go_on(Path("out/last.pt"), state, typed)
+    expected = vars(RUN) | {"output_dir": Path("out"), "std": tsa.IMAGENET_STD}
+    expected |= {"interpolation": "bilinear"} | changes
+    assert defaults == expected
+
+
+def test_a_log_whose_folder_is_gone_is_begun_here():
+    settings = dataclasses.replace(RUN, log_file=Path("/nowhere/at/all.md"))
+    state = {"settings": tsa.plain_settings(settings), "asked": {}}
+    assert tsa.defaults_to_go_on(Path("a.pt"), state, {})["log_file"] == Path("logs.md")
+
+
+def test_no_team_of_threads_reads_the_settings(trained, monkeypatch):
+    """Loaders are forked later, and a child of a process that has one could wait for ever."""
+    read, threads = tsa.read_checkpoint, []
+
+    def counting(path):
+        threads.append(torch.get_num_threads())
+        return read(path)
+
+    monkeypatch.setattr(tsa, "read_checkpoint", counting)
+    before = torch.get_num_threads()
+    for resumed in (
+        {"resume": trained / "last.pt"},
+        {"resume": Path("auto"), "output_dir": trained},
+    ):
+        assert tsa.saved_defaults("train", Settings(**resumed), resumed)["model"] == "small"
+    with pytest.raises(tsa.BadCheckpoint):
+        tsa.saved_defaults("train", Settings(resume=trained / "no.pt"), {})
+    assert threads == [1, 1, 1]
+    assert torch.get_num_threads() == before
+
+
+def test_auto_brings_the_settings_of_the_run_that_it_finds(copied, capsys):
+    assert tsa.main(["--resume", "auto", *output(copied), "--epochs", "3"]) == 0
+    assert step_of(copied) == 9
+    told = "numbers can differ from those of an unbroken run: --epochs 2 -> 3\n"
+    assert told in capsys.readouterr().out
+
+
+@needs_two_cpus
+def test_a_checkpoint_of_an_earlier_version_goes_on_alone(in_tmp, monkeypatch, capsys):
+    monkeypatch.setattr(tsa, "SyntheticImages", EarlierImages)
+    shutil.copy(EARLIER / "sequential.pt", "last.pt")
+    threads = ["--forward-threads", "1", "--backward-threads", "1", "--precision", "fp32"]
+    assert tsa.main(["--resume", "last.pt", *threads]) == 0
+    told = capsys.readouterr().out.partition("numbers can differ from those of an unbroken run: ")
+    assert "--" not in told[2].partition("\n")[0], "of other versions alone"
+    ours, theirs = (
+        tsa.read_checkpoint(path) for path in (Path("last.pt"), EARLIER / "sequential-end.pt")
+    )
+    assert ours["progress"]["step"] == theirs["progress"]["step"] == 20
+    for name, value in theirs["model"].items():
+        torch.testing.assert_close(ours["model"][name], value, rtol=1e-3, atol=1e-5)
+
+
 # A new run from old weights
 
 
@@ -2377,7 +2721,12 @@ def test_one_command_starts_from_weights_and_goes_on_after_a_kill(trained, in_tm
 
 def test_a_recipe_that_needs_weights_does_not_start_without(in_tmp, arguments, capsys):
     recipe = ["--recipe", "imagenet-full", "--resume", "auto", *output(in_tmp / "out")]
-    assert tsa.main([*arguments, *recipe, "--accumulate", "1", "--lr-warmup-epochs", "0"]) == 2
+    assert (
+        tsa.main(
+            [*arguments, *recipe, *"--accumulate 1 --drop-path 0 --lr-warmup-epochs 0".split()]
+        )
+        == 2
+    )
     text = f"starts from trained weights, and {in_tmp / 'out'} has none: give --init-from PATH"
     assert text in capsys.readouterr().err
     assert not list(in_tmp.iterdir())

@@ -427,10 +427,16 @@ def test_test_only_says_that_no_matrix_is_drawn_without_a_folder(in_tmp, photos_
     arguments = [*TINY, "--data-path", str(photos_with_val)]
     assert tsa.main([*arguments, "--steps", "1", "--output-dir", "out"]) == 0
     before = sorted(in_tmp.rglob("*"))
-    assert tsa.main([*arguments, "--test-only", "--resume", "out/last.pt"]) == 0
+    resumed = ["--test-only", "--resume", "out/last.pt"]
+    _, settings = tsa.parse_arguments([*arguments, *resumed])
+    topology = tsa.read_topology()
+    tsa.train(settings, topology, tsa.plan_cores(topology, settings))
     note = "\nnote: no confusion matrix is drawn without --output-dir\n"
     assert capsys.readouterr().out.endswith(note)
     assert sorted(in_tmp.rglob("*")) == before
+    assert tsa.main([*arguments, *resumed]) == 0
+    assert note not in capsys.readouterr().out, "as the saved run had a folder"
+    assert {path.name for path in in_tmp.rglob("*")} >= {"confusion.csv", "confusion.png"}
 
 
 @pytest.mark.parametrize("options", [["--test-only"], ["--epochs", "2"]])
@@ -502,11 +508,13 @@ def test_a_folder_of_all_classes_keeps_the_classifier(torch_cache):
         model="squeezenet1_1", weights="DEFAULT", num_classes=1000, image_size=64
     )
     model, note = tsa.starting_model(settings, tsa.wordnet_ids())
-    assert note == "SqueezeNet1_1_Weights.IMAGENET1K_V1: 52 of 52 tensors"
+    assert note == "weights from SqueezeNet1_1_Weights.IMAGENET1K_V1: all 52 tensors"
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
     for classes in (tuple(reversed(tsa.wordnet_ids())), tuple(map(str, range(1000)))):
         model, note = tsa.starting_model(settings, classes)
-        assert note.startswith("SqueezeNet1_1_Weights.IMAGENET1K_V1: 50 of 52 tensors; new: ")
+        assert note.startswith(
+            "weights from SqueezeNet1_1_Weights.IMAGENET1K_V1: 50 of 52 tensors; new: "
+        )
         assert not torch.equal(model.classifier[1].weight, saved["classifier.1.weight"])
 
 
@@ -538,6 +546,20 @@ def test_weights_by_name_are_tested_without_any_training(
     for name in ("toilet tissue", "tench"):
         assert re.search(rf"^\| {name} +\| .*\| +6 \|$", printed, re.MULTILINE)
     assert sorted(path.name for path in Path("out").iterdir()) == [tsa.CONFUSED, tsa.PAIRS]
+
+
+def test_a_run_that_goes_on_needs_no_more_the_weights_that_it_began_with(
+    in_tmp, torch_cache, capsys
+):
+    path = torch_cache("squeezenet1_1")
+    options = [*TINY, "--weights", "DEFAULT", "--output-dir", "out", "--resume", "auto"]
+    assert tsa.main([*options, "--steps", "1"]) == 0
+    assert "weights from SqueezeNet1_1_Weights" in capsys.readouterr().out
+    path.unlink()
+    assert tsa.main([*options, "--steps", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "resumed from out/last.pt, after step 1" in printed
+    assert "weights from" not in printed
 
 
 def test_plan_says_what_weights_are_for_and_fetches_nothing(in_tmp, torch_cache, capsys):
@@ -643,8 +665,8 @@ BAD_INPUT = [
     (["find-lr", "--weights", "V9", *TINY], "--weights V9: squeezenet1_1 has IMAGENET1K_V1"),
     (["compare", "--weights", "V9", *TINY], "--weights V9: squeezenet1_1 has IMAGENET1K_V1"),
     (["plan", "--weights", "V9", *TINY], "--weights V9: squeezenet1_1 has IMAGENET1K_V1"),
-    (["find-lr", "--resume", "a.pt"], "--resume a.pt is for train, not for find-lr"),
-    (["plan", "--resume", "a.pt"], "--resume a.pt is for train, not for plan"),
+    (["find-lr", "--resume", "a.pt"], "--resume a.pt is for train and predict, not for find-lr"),
+    (["plan", "--resume", "a.pt"], "--resume a.pt is for train and predict, not for plan"),
     (["find-lr", "--model", "resnet5"], "--model resnet5: unknown"),
     (["plan", "--model", "resnet5"], "--model resnet5: unknown"),
     ([*TINY, "--resume", "nowhere.pt"], "error: nowhere.pt: no such checkpoint"),
@@ -671,7 +693,7 @@ BAD_INPUT = [
         ["plan", *TINY, "--teacher", "resnet5", "--teacher-weights", "t.pt"],
         "--teacher resnet5: unknown; did you mean ",
     ),
-    ([*TINY, "--test-only", "--resume", "nowhere.pt"], "--test-only needs validation images"),
+    ([*TINY, "--test-only", "--resume", "nowhere.pt"], "error: nowhere.pt: no such checkpoint"),
     ([*TINY, "--mirror", "odd://x", "--output-dir", "out"], "--mirror odd://x: "),
     (["--data-path", "nowhere"], "--data-path nowhere does not exist"),
     (["--augment-confused", "c.json"], "--augment-confused c.json needs --data-path"),
@@ -683,7 +705,7 @@ BAD_INPUT = [
     (["--schedule", "overlap"], "nothing to overlap with --accumulate 1: raise --accumulate to 2"),
     (["--schedule", "delayed", "--split", "none"], "has nothing to overlap with --split none"),
     (["--split", "auto", "--forward-threads", "2"], "--split auto chooses the thread counts"),
-    (["--json", "c.json"], "--json c.json is for compare, not for train"),
+    (["--json", "c.json"], "--json c.json is for compare and predict, not for train"),
     (["--machine", "m.json"], "--machine m.json is for plan, not for train"),
     (["compare", "--record", "m.json"], "--record m.json is for plan, not for compare"),
     (["plan", "--machine", "m.json"], "--machine m.json: cannot be read: No such file or direct"),
@@ -702,10 +724,10 @@ BAD_INPUT = [
         ["compare", "--quick", "--model", "resnet18", "--image-size", "32", "-b", "3"],
         "--batch-size 1 ",
     ),
-    (["trian"], "unknown command 'trian' (choose from train, plan, find-lr, compare)"),
-    (["trian"], "find-lr, compare); did you mean train?\n"),
-    (["find_lr"], "find-lr, compare); did you mean find-lr?\n"),
-    (["xyz"], "unknown command 'xyz' (choose from train, plan, find-lr, compare)\n"),
+    (["trian"], "unknown command 'trian' (choose from train, plan, find-lr, compare, predict)"),
+    (["trian"], "find-lr, compare, predict); did you mean train?\n"),
+    (["find_lr"], "find-lr, compare, predict); did you mean find-lr?\n"),
+    (["xyz"], "unknown command 'xyz' (choose from train, plan, find-lr, compare, predict)\n"),
     (["--unknown"], "unrecognized arguments: --unknown"),
     (["--xyz"], "unrecognized arguments: --xyz\n"),
     (["--batch", "4"], "unrecognized arguments: --batch 4"),
@@ -725,7 +747,7 @@ BAD_INPUT = [
     (["--wd", "x"], "argument --wd: 'x' is not a number of 0 or more\n"),
     (["--aa", "rand-m9-mstd0.5"], "argument --aa: invalid choice: 'rand-m9-mstd0.5' (choose from"),
     (["--sched", "plateau"], "argument --sched: invalid choice: 'plateau' (choose from"),
-    (["plan", "--json", "c.json"], "--json c.json is for compare, not for plan"),
+    (["plan", "--json", "c.json"], "--json c.json is for compare and predict, not for plan"),
     (["photos"], "unknown command 'photos'"),
     (["train", "photos"], "unrecognized arguments: photos\n"),
     (
@@ -932,8 +954,16 @@ def without_torch(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "begin", "end"),
     [
-        ("--help", "usage: train_split_affinity.py [train|plan|find-lr|compare] [opt", "too.\n"),
-        ("train -h", "usage: train_split_affinity.py [train|plan|find-lr|compare] [", "too.\n"),
+        (
+            "--help",
+            "usage: train_split_affinity.py [train|plan|find-lr|compare|predict] [opt",
+            "too.\n",
+        ),
+        (
+            "train -h",
+            "usage: train_split_affinity.py [train|plan|find-lr|compare|predict] [",
+            "too.\n",
+        ),
         (
             "plan --help",
             "usage: train_split_affinity.py plan [options]\n",
@@ -958,9 +988,12 @@ def test_help_does_not_wait_for_torch(in_tmp, without_torch, arguments, begin, e
     [
         ("--split 0:1", "argument --split: '0:1' leaves a group without cores: both parts must"),
         ("plan --batchsize 3", "unrecognized arguments: --batchsize 3; did you mean --batch-size?"),
-        ("plan --resume a.pt", "--resume a.pt is for train, not for plan"),
+        ("plan --resume a.pt", "--resume a.pt is for train and predict, not for plan"),
         ("--min-res 128", "--min-res and --end-ramp belong together: give both"),
-        ("trian", "unknown command 'trian' (choose from train, plan, find-lr, compare); did "),
+        (
+            "trian",
+            "unknown command 'trian' (choose from train, plan, find-lr, compare, predict); did ",
+        ),
     ],
 )
 def test_nor_do_errors_in_arguments(in_tmp, without_torch, arguments, message):

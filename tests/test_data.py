@@ -1937,13 +1937,13 @@ def test_a_class_that_weights_do_not_know(name, known, message):
         tsa.match_classes([name], known, "the weights")
 
 
-def tested(**settings):
+def settings_to_test(**settings):
     """Settings to test weights with."""
     return small(model="resnet18", weights="DEFAULT", test_only=True, num_classes=None, **settings)
 
 
 def test_data_to_test_weights_with_have_all_classes_that_these_know(imagenet_photos):
-    settings = tested(data_path=imagenet_photos)
+    settings = settings_to_test(data_path=imagenet_photos)
     data = tsa.open_data(settings)
     assert data.classes == ("n15075141", "tench")
     known = tsa.with_known_classes(data, settings)
@@ -1959,7 +1959,7 @@ def test_data_to_test_weights_with_have_all_classes_that_these_know(imagenet_pho
 
 
 def test_data_with_a_class_that_the_weights_to_test_do_not_know(photos_with_val):
-    settings = tested(data_path=photos_with_val)
+    settings = settings_to_test(data_path=photos_with_val)
     message = f"^--data-path {photos_with_val}: class flower is none of the 1000 of --weights DEFA"
     with pytest.raises(tsa.UserError, match=message):
         tsa.with_known_classes(tsa.open_data(settings), settings)

@@ -223,8 +223,8 @@ def test_the_order_of_settings_in_help_and_in_files():
     model_ema model_ema_decay early_stopping target_top1 seed deterministic resume weights
     init_from test_only save_steps save_freq keep_best mirror split schedule forward_cores
     backward_cores loader_cores forward_threads backward_threads machine record precision
-    channels_last fused tuned_malloc flush_denormals grads_to_none quick preload log_file
-    output_dir print_freq tensorboard json
+    channels_last fused tuned_malloc flush_denormals grads_to_none quick preload pictures
+    log_file output_dir print_freq tensorboard json
     """
     assert [setting.name for setting in dataclasses.fields(tsa.Settings)] == names.split()
 
@@ -394,6 +394,35 @@ def test_a_course_of_the_learning_rate_has_to_be_possible(settings, message):
 )
 def test_steps_of_synthetic_images_have_an_end(settings, message):
     assert message_for(**settings) == message
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"pictures": ()},
+            "predict needs pictures: files, folders, or patterns such as 'new/*.jpg'",
+        ),
+        ({}, "predict needs a trained model: give --resume PATH, or --weights NAME and --model"),
+        ({"resume": Path("a.pt"), "weights": "W"}, "--resume a.pt and --weights W: give one"),
+        (
+            {"init_from": Path("a.pt")},
+            "--init-from a.pt: predict takes --resume PATH or --weights NAME",
+        ),
+        ({"resume": Path("auto")}, "--resume auto needs --output-dir, where checkpoints are"),
+        (
+            {"weights": "W", "split": "auto"},
+            "--split auto is for training, not for predict: give even, a ratio or none",
+        ),
+        ({"weights": "W", "split": "none"}, None),
+        ({"resume": Path("a.pt")}, None),
+        ({"resume": Path("auto"), "output_dir": Path("out")}, None),
+        ({"weights": "W", "json": Path("a.json")}, None),
+    ],
+)
+def test_predict_needs_pictures_and_one_trained_model(settings, message):
+    settings = tsa.Settings(**{"pictures": ("a.jpg",)} | settings)
+    assert next(tsa.contradictions("predict", settings), None) == message
 
 
 OUT = Path("out")
@@ -758,6 +787,7 @@ def shown_in(command):
 # Options that one command alone takes, and its help shows.
 ELSEWHERE = dict.fromkeys(("json", "quick", "preload"), "compare")
 ELSEWHERE |= dict.fromkeys(("machine", "record"), "plan")
+ELSEWHERE["pictures"] = "predict"
 
 
 def test_help_lists_every_option_with_its_default():
@@ -768,7 +798,8 @@ def test_help_lists_every_option_with_its_default():
             text = " ".join(help_of(ELSEWHERE[setting.name]).split())
         else:
             text = run
-        assert f"--{switched_off}{setting.name.replace('_', '-')}" in text
+        flag = f"--{switched_off}{setting.name.replace('_', '-')}"
+        assert ("PICTURE" if setting.name == "pictures" else flag) in text
         assert setting.metadata["help"] in text
     assert "(default: resnet50)" in run
     assert "(default: 0.9999)" in run
@@ -800,7 +831,7 @@ def test_help_lists_every_recipe(recipe, options):
 
 def test_help_lists_every_command():
     text = tsa.build_parser().format_help()
-    for command in ("train", "plan", "find-lr", "compare"):
+    for command in ("train", "plan", "find-lr", "compare", "predict"):
         assert f"\n  {command:8} " in text
 
 
@@ -842,6 +873,13 @@ def test_help_of_plan_shows_what_changes_a_plan():
             "output_dir json",
             "min_res epochs lr lr_scheduler model_ema target_top1 resume init_from schedule "
             "print_freq",
+        ),
+        (
+            "predict",
+            "model image_size val_resize interpolation mean std workers batch_size resume weights "
+            "split forward_cores forward_threads precision channels_last json",
+            "data_path num_classes min_res epochs lr seed init_from test_only schedule "
+            "backward_threads fused log_file print_freq",
         ),
     ],
 )
@@ -938,6 +976,67 @@ def test_help_mentions_that_there_are_names_from_other_trainers():
 
 def test_the_parser_takes_its_defaults_from_settings():
     assert tsa.parse_arguments([]) == ("train", tsa.Settings())
+
+
+def test_pictures_stand_among_the_options_or_beside_them():
+    for arguments in (
+        "a.jpg b --weights W -b 8",
+        "a.jpg --weights W -b 8 b",
+        "-b 8 a.jpg b --weights=W",
+    ):
+        _, settings = tsa.parse_arguments(["predict", *arguments.split()])
+        assert settings == tsa.Settings(pictures=("a.jpg", "b"), weights="W", batch_size=8)
+
+
+def resumed(arguments, **saved):
+    """The settings of a command with what a saved run has, and with what that is asked for."""
+    asked = []
+
+    def read(*what):
+        asked.extend(what)
+        return saved
+
+    command, settings = tsa.parse_arguments(arguments.split(), read)
+    assert asked[0] == command
+    return settings, asked
+
+
+def test_the_settings_of_a_saved_run_are_defaults():
+    """Above the program's own and a recipe's, below what is typed, be it the program's default."""
+    settings, asked = resumed("--resume a.pt -b 32", batch_size=8, lr=0.3, min_scale=0.5)
+    assert settings == tsa.Settings(resume=Path("a.pt"), batch_size=32, lr=0.3, min_scale=0.5)
+    assert asked[1:] == [
+        tsa.Settings(resume=Path("a.pt"), batch_size=32),
+        {"resume": Path("a.pt"), "batch_size": 32},
+    ]
+    settings, _ = resumed("--recipe digits --resume auto --no-model-ema", epochs=20, model_ema=True)
+    assert (settings.model, settings.epochs, settings.model_ema) == ("resnet56", 20, False)
+    assert settings.output_dir == Path("out/digits")
+
+
+def test_contradictions_are_looked_for_among_what_is_in_force():
+    with pytest.raises(tsa.UserError, match="overlap has nothing to overlap with --split none"):
+        resumed("--resume a.pt --split none", schedule="overlap", accumulate=2)
+    assert resumed("--resume a.pt --schedule overlap", accumulate=2)[0].accumulate == 2
+    assert resumed("--resume a.pt --save-steps 5", output_dir=OUT)[0].save_steps == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--resume auto", "--resume auto needs --output-dir"),
+        ("--resume a.pt --init-from b.pt", "--resume a.pt and --init-from b.pt: give one"),
+        ("--resume a.pt --quick", "--quick is for compare, not for train"),
+        ("plan --resume a.pt", "--resume a.pt is for train and predict, not for plan"),
+        ("predict --resume a.pt", "predict needs pictures"),
+        ("predict x.jpg --resume a.pt --weights W", "--resume a.pt and --weights W: give one"),
+    ],
+)
+def test_what_no_saved_run_can_mend_is_said_before_it_is_read(arguments, message):
+    with pytest.raises(tsa.UserError, match=message):
+        tsa.parse_arguments(arguments.split(), lambda *what: pytest.fail("read"))
+    with pytest.raises(tsa.UserError, match=message):
+        tsa.parse_arguments(arguments.split())
 
 
 def test_arguments_become_settings():

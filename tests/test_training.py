@@ -1336,6 +1336,7 @@ RECIPE_OPTIONS = {
     "imagenet-subset": "--subset 0.7 --image-size 32",
     "imagenet-finetune": "--min-res 32 --max-res 64 --end-ramp 2",
     "imagenet-full": "--lr-warmup-epochs 1 --image-size 32",
+    "finetune": "--image-size 32",
     "cifar10": "--lr-milestones 1",
     "hybrid": "--image-size 32 --lr-restart-epochs 1",
 }
@@ -1361,8 +1362,9 @@ def weights(photos_with_val, tmp_path_factory):
 
 
 @pytest.fixture
-def recipe_data(photos_with_val, tmp_path, monkeypatch):
+def recipe_data(photos_with_val, tmp_path, monkeypatch, torch_cache):
     """Small data for each recipe, and small models where the recipe's own are large."""
+    torch_cache("squeezenet1_1")
     monkeypatch.setitem(
         tsa.OWN_MODELS,
         "hybrid",
@@ -1373,7 +1375,8 @@ def recipe_data(photos_with_val, tmp_path, monkeypatch):
         if recipe == "cifar10":
             return ["--data-path", str(accept(monkeypatch, make_cifar_digits(tmp_path / "c", 15)))]
         name = "resnet18" if recipe in tsa.FROM_CHECKPOINT else "squeezenet1_1"
-        model = ["--model", name] if recipe.startswith("imagenet") else []
+        large = recipe.startswith("imagenet") or recipe == "finetune"
+        model = ["--model", name] if large else []
         return [*model, "--data-path", str(photos_with_val)]
 
     return arguments
