@@ -475,7 +475,7 @@ def parse_data_set(text: str) -> str:
 class DataSettings:
     """model and data"""
 
-    model: str = fixed("resnet50", "torchvision classifier by name, or resnet56 (for "
+    model: str = fixed("resnet50", "torchvision classifier by name, or resnet20 or resnet56 (for "
         "small images), hybrid, hybrid-light, hybrid-heavy; timm/NAME: one of timm's, where that "
         "is installed", metavar="NAME")
     data_path: Path | None = free(None, "image folder, PATH/train/<class>/*.jpg and PATH/val "
@@ -2453,7 +2453,7 @@ class SmallResNet(nn.Module):
     stages of `blocks` blocks of two convolutions, with 16, 32 and 64 channels.
 
     Maps (n, 3, h, w) to (n, num_classes). With nine blocks it is ResNet-56: 853,018 parameters for
-    10 classes.
+    10 classes; with three ResNet-20.
     """
 
     def __init__(self, num_classes: int, blocks: int = 9):
@@ -2585,6 +2585,7 @@ class Hybrid(nn.Module):
 
 # By name, what makes a model from (num_classes, image_size).
 OWN_MODELS: dict[str, Callable[[int, int], nn.Module]] = {
+    "resnet20": lambda num_classes, image_size: SmallResNet(num_classes, blocks=3),
     "resnet56": lambda num_classes, image_size: SmallResNet(num_classes),
     "hybrid": Hybrid,
     "hybrid-light": partial(Hybrid, channels=(32, 64, 128, 256), width=384, blocks=2),

@@ -19,7 +19,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 import train_split_affinity as tsa
 
 ROOT = Path(tsa.__file__).parent
-OWN = ("resnet56", "hybrid", "hybrid-light", "hybrid-heavy")
+OWN = ("resnet20", "resnet56", "hybrid", "hybrid-light", "hybrid-heavy")
 HYBRIDS = OWN[1:]
 
 
@@ -63,7 +63,8 @@ def test_torchvisions_models_are_torchvisions():
     ("name", "classes", "size", "count"),
     [
         ("resnet50", 1000, 224, 25_557_032),
-        ("resnet56", 10, 32, 853_018),  # table 6 of He et al. 2016 says 0.85 M
+        ("resnet20", 10, 32, 269_722),  # table 6 of He et al. 2016 says 0.27 M
+        ("resnet56", 10, 32, 853_018),  # and 0.85 M
         ("hybrid", 1000, 224, 53_148_968),
         ("hybrid-light", 1000, 224, 14_744_840),
         ("hybrid-heavy", 1000, 224, 116_345_544),
