@@ -2,7 +2,7 @@
 
 Trains torchvision's ResNet-18 on scikit-learn's digits 0 to 4, saves it as a plain state dict, and
 trains on the digits 5 to 9, with 20 images of each, from these weights and from scratch: the same
-number of epochs, at the same rates, with three seeds, through the whole program. Prints the
+numbers of epochs, at the same rate, with three seeds, through the whole program. Prints the
 accuracies of the last validations as a table:
 
     python tests/finetune.py data/few
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import shutil
 import statistics
@@ -29,13 +30,14 @@ import train_split_affinity as tsa  # noqa: E402
 SEEDS = (0, 1, 2)
 IMAGES = 20  # of a class, to train on the digits 5 to 9
 OPTIONS = """--model resnet18 --image-size 32 --hflip 0 --min-scale 0.6
-             --batch-size 20 --lr 0.02 --lr-warmup-epochs 1
+             --batch-size 20 --lr 0.05 --lr-warmup-epochs 1
              --lr-scheduler cosine --workers 0 --split none""".split()
-FIRST, THEN = ["--epochs", "6"], ["--epochs", "12"]
+FIRST, THEN = 12, (4, 12)  # epochs
 WAYS = {  # "{}" is the file with the weights
     "from scratch": "",
     "from weights, body frozen": "--init-from {} --freeze body",
-    "from weights, body frozen for 4 epochs": "--init-from {} --freeze body --freeze-epochs 4",
+    "from weights, body frozen for 1 epoch": "--init-from {} --freeze body --freeze-epochs 1",
+    "from weights, front frozen": "--init-from {} --freeze conv1,bn1,layer1,layer2",
     "from weights, nothing frozen": "--init-from {}",
 }
 
@@ -64,7 +66,7 @@ def accuracy(data: Path, output: Path, options: list[str]) -> float:
 
 def first_weights(data: Path, folder: Path) -> Path:
     """A model that knows the first digits, as a file with its state dict alone."""
-    top1 = accuracy(data, folder / "first", FIRST)
+    top1 = accuracy(data, folder / "first", ["--epochs", str(FIRST)])
     print(f"digits 0 to 4: {top1:.2f} %", flush=True)
     path = folder / "first.pth"
     torch.save(tsa.read_checkpoint(folder / "first" / tsa.LAST)["model"], path)
@@ -73,25 +75,24 @@ def first_weights(data: Path, folder: Path) -> Path:
 
 def main(root: Path) -> None:
     """Train the first model, then in every way with every seed; print the table."""
-    print(f"{' '.join([*OPTIONS, *THEN])}; {tsa.describe_topology(tsa.read_topology())}")
+    print(f"{' '.join(OPTIONS)}; {tsa.describe_topology(tsa.read_topology())}")
     digits = make_digits(root / "digits")
     few = choose_digits(digits, root / "5 to 9", "56789", IMAGES)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights = first_weights(choose_digits(digits, root / "0 to 4", "01234"), folder)
         rows = []
-        for way, more in WAYS.items():
+        for epochs, (way, more) in itertools.product(THEN, WAYS.items()):
             results = []
             for seed in SEEDS:
-                options = [*THEN, *(word.format(weights) for word in more.split())]
-                options += ["--seed", str(seed)]
+                options = ["--epochs", str(epochs), "--seed", str(seed), *more.split()]
+                options = [option.format(weights) for option in options]
                 results.append(accuracy(few, folder / f"{len(rows)}-{seed}", options))
-                print(f"{way}, seed {seed}: {results[-1]:.2f} %", flush=True)
-            mean = f"{statistics.fmean(results):.2f} %"
-            rows.append([way, *(f"{result:.2f} %" for result in results), mean])
-    print(
-        tsa.markdown_table(["validation top-1", *(f"seed {seed}" for seed in SEEDS), "mean"], rows)
-    )
+            mean = f"{statistics.fmean(results):.1f} %"
+            rows.append([way, str(epochs), *(f"{result:.1f} %" for result in results), mean])
+            print(" | ".join(rows[-1]), flush=True)
+    seeds = (f"seed {seed}" for seed in SEEDS)
+    print(tsa.markdown_table(["validation top-1", "epochs", *seeds, "mean"], rows))
 
 
 if __name__ == "__main__":
