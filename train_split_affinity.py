@@ -4238,15 +4238,17 @@ def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
 
 
 def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Have weights that are trained from here on, while others have been before, begin with a
-    momentum of 0, which is what SGD gives them by itself, but for its fused kernel: that fails.
+    """Have weights without a momentum begin with one of 0, where others have been trained before:
+    what SGD does by itself, but for its fused kernel, which fails; and RMSprop fails if it had no
+    momentum until now.
     """
-    if not isinstance(optimizer, torch.optim.SGD) or not optimizer.state:
-        return
-    for group in optimizer.param_groups:
-        for weight in group["params"] if group["momentum"] else ():
-            if weight.requires_grad and optimizer.state[weight].get("momentum_buffer") is None:
-                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    is_sgd = isinstance(optimizer, torch.optim.SGD)  # RMSprop begins what has no state at all
+    for group in optimizer.param_groups if optimizer.state else ():
+        weights = [weight for weight in group["params"] if weight.requires_grad]
+        for weight in weights if group.get("momentum") else ():
+            state = optimizer.state[weight]
+            if (state or is_sgd) and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(weight)
 
 
 def warmup_epochs(settings: TrainingSettings, epoch_steps: int, all_steps: int) -> float:

@@ -1415,6 +1415,15 @@ def test_a_changed_setting_is_in_force(in_tmp, train, name, before, after):
     assert state_of(in_tmp / "out")["optimizer"]["param_groups"][0][name] == after
 
 
+@pytest.mark.parametrize("opt", ["sgd", "rmsprop"])
+def test_a_momentum_begins_in_the_middle_of_a_run(in_tmp, train, opt):
+    plain = {"opt": opt, "lr_scheduler": "constant", "lr": 1e-3, "lr_warmup_epochs": 0}
+    train(in_tmp / "out", epochs=1, **plain, momentum=0.0)
+    train(in_tmp / "out", epochs=2, resume=Path("auto"), **plain, momentum=0.5)
+    kept = state_of(in_tmp / "out")["optimizer"]["state"].values()
+    assert all(each["momentum_buffer"].abs().sum() > 0 for each in kept)
+
+
 def test_more_epochs_follow_the_course_of_the_longer_run(in_tmp, train):
     """Over two epochs, cosine would have ended by now."""
     train(in_tmp / "out", epochs=2, lr_warmup_epochs=0)
