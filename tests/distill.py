@@ -28,7 +28,7 @@ SEEDS = (0, 1, 2)
 COMMON = """--image-size 32 --hflip 0 --min-scale 0.6 --lr-scheduler cosine --lr-warmup-epochs 1
             --split none --workers 0""".split()
 TEACHER = "--model resnet18 --batch-size 32 --epochs 12 --lr 0.01".split()
-STUDENT = "--model resnet20 --subset 0.1 --batch-size 16 --epochs 60 --lr 0.05".split()
+STUDENT = "--model resnet20 --subset 0.1 --batch-size 16 --epochs 40 --lr 0.05".split()
 SHARES = (0.0, 0.5, 0.9)
 
 

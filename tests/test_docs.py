@@ -27,7 +27,7 @@ SCRIPT = Path(tsa.__file__).name
 SHORT = "--model squeezenet1_1 --image-size 32 -b 2 --accumulate 2 -j 0 --lr 0.001".split()
 SHORT_RAMP = ["--min-res", "32", "--max-res", "32"]
 # Options of other programs that the pages name.
-FOREIGN = {"--index-url", "--shm-size", "--amp", "--amp-dtype", "--channels-last"}
+FOREIGN = {"--index-url", "--shm-size", "--amp", "--amp-dtype", "--channels-last", "--logdir"}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -61,11 +61,13 @@ def shortened(arguments: list[str]) -> list[str]:
 
 
 @pytest.fixture
-def world(tmp_path) -> Path:
-    """A folder with the data that the pages speak of, as small as can be."""
+def world(tmp_path, torch_cache) -> Path:
+    """A folder with the data that the pages speak of, as small as can be, and trained weights."""
     root = tmp_path / "world"
     photos = make_photos(root / "photos", 40, smallest=40, largest=60)
     shutil.copytree(photos / "train", photos / "val")
+    make_photos(root / "new", 2, smallest=40, largest=60)
+    torch_cache(SHORT[1])
     shutil.copytree(photos, root / "imagenet")
     cifar.make_cifar_digits(root / "cifar", 60)
     make_digits(root / "data/digits")
