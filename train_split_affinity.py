@@ -7830,9 +7830,9 @@ def build_work(
     """
     model, note = lanes.forward.call(starting_model, settings, classes)
     optimizer = lanes.backward.call(build_optimizer, model, settings)
-    average = None
-    if settings.model_ema:
-        average = lanes.backward.call(MovingAverage, model, settings.model_ema_decay)
+    averaging = partial(MovingAverage, model, settings.model_ema_decay)
+    average = lanes.backward.call(averaging) if settings.model_ema else None
+    shape = settings.model, settings.num_classes, settings.image_size
     network = Network(
         model,
         nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),
@@ -7841,9 +7841,7 @@ def build_work(
         channels_last=settings.channels_last,
         note=note,
         teacher=lanes.forward.call(build_teacher, settings, classes),
-        frozen=freeze(
-            model, settings.freeze, settings.model, settings.num_classes, settings.image_size
-        ),
+        frozen=freeze(model, settings.freeze, *shape),
     )
     return Work(
         network,
