@@ -373,30 +373,6 @@ FROM_CHECKPOINT = ("imagenet-finetune", "imagenet-full")  # these start with tra
 GIVE_WEIGHTS = "give --init-from PATH or --weights NAME"
 
 
-Values = dict[str, Any]  # of settings, by name
-
-
-def recipe_defaults(name: str) -> Values:
-    """What a recipe sets, its output folder included: nobody wants to lose a run of weeks."""
-    return {"output_dir": Path("out") / name, **RECIPES[name]}
-
-
-def command_defaults(command: str, typed: Values) -> Values:
-    """What takes the place of Settings' own defaults: a recipe's, what suits a data set, and what
-    compare has in a step; `typed` are the options given. A recipe's weights give way to a file's.
-    """
-    recipe, quick, resume = (typed.get(name) for name in ("recipe", "quick", "resume"))
-    defaults = recipe_defaults(recipe) if recipe else {}
-    if dataset := typed.get("dataset"):
-        defaults |= NAMED_DATA[dataset].defaults
-    if command == "compare" and (quick or not recipe):
-        defaults["accumulate"] = 1 if quick else COMPARED_BATCHES
-    resumes = resume and (typed.get("test_only") or resume != Path("auto"))
-    if typed.get("init_from") or resumes:
-        defaults.pop("weights", None)
-    return defaults
-
-
 @dataclass(frozen=True)
 class NamedData:
     """What `--dataset` takes, in words and figures: what it is, its title first; what torchvision
@@ -467,6 +443,30 @@ def parse_data_set(text: str) -> str:
     hint = nearest(text.lower(), NAMED_DATA, 0.6)
     known = ", ".join(NAMED_DATA)
     raise argparse.ArgumentTypeError(f"no data set {text!r} (choose from {known}){hint}")
+
+
+Values = dict[str, Any]  # of settings, by name
+
+
+def recipe_defaults(name: str) -> Values:
+    """What a recipe sets, its output folder included: nobody wants to lose a run of weeks."""
+    return {"output_dir": Path("out") / name, **RECIPES[name]}
+
+
+def command_defaults(command: str, typed: Values) -> Values:
+    """What takes the place of Settings' own defaults: a recipe's, what suits a data set, and what
+    compare has in a step; `typed` are the options given. A recipe's weights give way to a file's.
+    """
+    recipe, quick, resume = (typed.get(name) for name in ("recipe", "quick", "resume"))
+    defaults = recipe_defaults(recipe) if recipe else {}
+    if dataset := typed.get("dataset"):
+        defaults |= NAMED_DATA[dataset].defaults
+    if command == "compare" and (quick or not recipe):
+        defaults["accumulate"] = 1 if quick else COMPARED_BATCHES
+    resumes = resume and (typed.get("test_only") or resume != Path("auto"))
+    if typed.get("init_from") or resumes:
+        defaults.pop("weights", None)
+    return defaults
 
 
 # Settings, in the groups of --help. A group's docstring is its title there.
@@ -1103,9 +1103,9 @@ def build_parser(command: str = "train") -> Parser:
             shown = is_shown(command, group, setting)
             if setting.name != "pictures":
                 add_option(help_group, setting, shown)
-            elif shown:
-                text = setting.metadata["help"]
-                help_group.add_argument("pictures", help=text, **setting.metadata["argument"])
+            elif shown:  # the only one without dashes
+                about = setting.metadata["help"]
+                help_group.add_argument("pictures", help=about, **setting.metadata["argument"])
     return parser
 
 
@@ -7911,7 +7911,8 @@ def check_memory(settings: Settings, topology: Topology, images: int) -> None:
         for weight in model.parameters()
     )
     if settings.teacher and not settings.test_only:
-        needed_bytes += measure_model(settings.teacher, classes, settings.image_size).weight_bytes
+        teacher = meta_model(settings.teacher, classes, settings.image_size)
+        needed_bytes += sum(value.nbytes for value in teacher.state_dict().values())
     if needed_bytes > topology.memory_bytes:
         raise UserError(
             f"{plural(images, 'image')} of {size} px, {settings.model} with {classes} classes: at "
