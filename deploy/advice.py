@@ -1,0 +1,216 @@
+"""What to do next, from figures alone. Each rule is a pure function that returns what it found,
+with the figures that say so, or None where they say nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from checkpoint import tsa
+from figures import LEVEL, Calibration, ClassFigures, Judged, Scores, Share
+
+LISTED = 5  # classes or pairs in a sentence
+FEWEST_IMAGES = 3  # of a pair: one or two are chance
+GAP_POINTS = 10  # of top-1, between training and validation
+FITTED_TOP1 = 90.0  # percent
+LOSS_RISE = 1.1
+LEAST_MISCALIBRATION = 0.01
+SURE = 0.99
+WIDE_POINTS = 5
+
+MORE_VARIETY = (
+    "More training images, stronger augmentation (--auto-augment ra, --mixup-alpha 0.2) or more "
+    "--weight-decay; best.pt is from the epoch with the best top-1 already."
+)
+MORE_LEARNING = (
+    "Train longer (--epochs), find a better learning rate (find-lr), begin with trained weights "
+    "(--weights), or take a larger model; augment less if training images are much changed."
+)
+NO_SIGN = (
+    f"The validation loss is less than {LOSS_RISE - 1:.0%} above its lowest, or the training loss "
+    f"rose as well; training is not {GAP_POINTS} points ahead; and the two are not both below "
+    f"{FITTED_TOP1:g} %."
+)
+LESS_SURE = "Train with --label-smoothing 0.1 or --mixup-alpha 0.2, or believe it less."
+MORE_SURE = "Train with less --label-smoothing, --mixup-alpha or --cutmix-alpha, or longer."
+
+History = Sequence[dict[str, Any]]  # a row for each finished epoch, as in metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A heading, and what was found with its figures; `to_do` is empty if nothing needs doing."""
+
+    title: str
+    figures: str
+    to_do: str = ""
+
+
+def percent(share: float) -> str:
+    """A share in percent; only what is exactly none or all has no decimal."""
+    return f"{share:.1%}".removesuffix("%").replace("100.0", "100") + "\u00a0%"
+
+
+def some(texts: Sequence[str]) -> str:
+    """The first few of a list, and how many there are beside."""
+    rest = len(texts) - LISTED
+    return "; ".join(texts[:LISTED]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def weak_classes(classes: Sequence[ClassFigures], scores: Scores) -> Finding | None:
+    """Classes that are recognised less often than all images, by more than chance: even the upper
+    end of their interval is below. It is the exact one (Clopper and Pearson 1934), as Wilson's is
+    too short for a handful of images, and wider for more classes (Bonferroni), so that 95 of 100
+    reports name none by chance.
+    """
+    known = [each for each in classes if each.recall]
+    level = 1 - (1 - LEVEL) / max(1, len(known))
+    texts = []
+    for each in known:
+        top = each.recall.interval(level, "exact")[1]
+        if top < scores.top1.value:
+            figures = f"{percent(each.recall.value)} of {tsa.plural(each.recall.of, 'image')}"
+            texts.append(f"{each.name}: {figures}, at best {percent(top)}")
+    if not texts:
+        return None
+    return Finding(
+        f"{tsa.plural(len(texts), 'class')} below the average of {percent(scores.top1.value)}",
+        f"{some(texts)}. With so few images that chance could explain it, a class is not named.",
+        "More, and more varied, training pictures of these classes help most; look at their worst "
+        "predictions below for what they have in common.",
+    )
+
+
+def pairs_to_augment(
+    confusion: tsa.Confusion, classes: Sequence[str], written: str | None = None
+) -> Finding | None:
+    """The pairs that `--augment-confused` would take: those with at least half as many images as
+    the worst; `written` is where confused.json is, if it was asked for.
+    """
+    pairs = tsa.worst_pairs(confusion)
+    if not pairs or pairs[0][1] < FEWEST_IMAGES:
+        return None
+    totals, texts = tsa.images_by_class(confusion), []
+    for (true, taken), images in pairs:
+        if images >= pairs[0][1] / 2:
+            share = Share(images, totals[true])
+            texts.append(
+                f"{classes[true]} taken for {classes[taken]} in {share.count} of {share.of} images "
+                f"({percent(share.value)})"
+            )
+    made = "" if written else "Have this report write the file (--confused confused.json), then "
+    ready = f"{made}train with --augment-confused {written or 'confused.json'}"
+    return Finding(
+        f"{tsa.plural(len(texts), 'pair')} of classes to augment",
+        f"{some(texts)}.",
+        f"{ready[0].upper()}{ready[1:]}: images of these classes are then varied more strongly.",
+    )
+
+
+def rising_loss(lowest: dict[str, Any], last: dict[str, Any]) -> Finding | None:
+    """Overfitting, by the losses of the epoch with the lowest validation loss and of the last."""
+    rose = last["val_loss"] >= LOSS_RISE * lowest["val_loss"]
+    if not rose or None in (lowest["train_loss"], last["train_loss"]):
+        return None
+    if last["train_loss"] >= lowest["train_loss"]:
+        return None
+    return Finding(
+        "Overfitting: the validation loss rises",
+        f"It was lowest in epoch {lowest['epoch']}, {lowest['val_loss']:.3g}, and is "
+        f"{last['val_loss']:.3g} in epoch {last['epoch']}, {LOSS_RISE - 1:.0%} or more above it; "
+        f"the training loss fell from {lowest['train_loss']:.3g} to {last['train_loss']:.3g}.",
+        MORE_VARIETY,
+    )
+
+
+def judge_accuracies(train: float, val: float, told: str) -> Finding | None:
+    """Over- or underfitting, by top-1 in training and in validation, in percent."""
+    if train - val >= GAP_POINTS:
+        text = f"{told} The gap is {GAP_POINTS} points or more."
+        return Finding("Overfitting: known images are easier", text, MORE_VARIETY)
+    if max(train, val) < FITTED_TOP1 and abs(train - val) < GAP_POINTS:
+        text = f"{told} Both are below {FITTED_TOP1:g} %, and less than {GAP_POINTS} points apart."
+        return Finding("Underfitting", text, MORE_LEARNING)
+    return None
+
+
+def judge_fit(
+    history: History, is_mixed: bool = False, epochs: int | None = None
+) -> Finding | None:
+    """Over- or underfitting, by the curves. Where images are mixed in training (mixup, CutMix), its
+    top-1 cannot be compared; `epochs` are those that were planned. None with fewer than two epochs.
+
+    1. The validation loss is 10 % or more above its lowest, while the training loss fell: over.
+    2. Training top-1 is 10 points or more above validation's: over.
+    3. Both are below 90 %, and less than 10 points apart: under.
+    4. The last epoch that was planned is the best: it was still learning.
+    5. None of these.
+    """
+    rows = [row for row in history if None not in (row["val_top1"], row["val_loss"])]
+    if len(rows) < 2:
+        return None
+    last, lowest = rows[-1], min(rows, key=lambda row: row["val_loss"])
+    train, val = last["train_top1"], last["val_top1"]
+    shares = f"{val:.1f} % of the validation images" + f", {train:.1f} % in training" * (
+        not is_mixed
+    )
+    told = f"Epoch {last['epoch']}: right on {shares}."
+    found = rising_loss(lowest, last)
+    if not found and not is_mixed:
+        found = judge_accuracies(train, val, told)
+    if not found and last["epoch"] == epochs and last is tsa.best_epoch(rows):
+        text = f"{told} The last of {epochs} epochs was the best."
+        found = Finding("Perhaps not at its end", text, "Train longer (--epochs).")
+    return found or Finding("Neither over- nor underfitting", f"{told} {NO_SIGN}")
+
+
+def judge_calibration(found: Calibration, scores: Scores) -> Finding:
+    """Over- or under-confident: the mean confidence is beyond the interval of top-1, and a point or
+    more from it.
+    """
+    low, high = scores.top1.ends
+    beyond = found.confidence - scores.top1.value
+    told = (
+        f"Its mean confidence is {percent(found.confidence)}, and {percent(scores.top1.value)} of "
+        f"its answers are right ({percent(low)} to {percent(high)}); the expected calibration "
+        f"error is {percent(found.error)}."
+    )
+    if abs(beyond) < LEAST_MISCALIBRATION or low <= found.confidence <= high:
+        return Finding("Its probabilities can be believed", told)
+    if beyond > 0:
+        return Finding("Over-confident", told, LESS_SURE)
+    return Finding("Under-confident", told, MORE_SURE)
+
+
+def sure_mistakes(judged: Judged) -> Finding | None:
+    """Wrong answers of which the model is sure: the labels may be wrong."""
+    wrong = ~judged.right
+    sure = int((wrong & (judged.p_predicted >= SURE)).sum())
+    if not sure:
+        return None
+    return Finding(
+        "Sure, and wrong",
+        f"{sure} of {tsa.plural(int(wrong.sum()), 'wrong answer')} came with a probability of "
+        f"{SURE:.0%} or more.",
+        "Look at these first: the picture may be in the wrong folder, or show two things.",
+    )
+
+
+def few_images(scores: Scores) -> Finding | None:
+    """So few validation images that the next training can hardly be told from this one."""
+    low, high = scores.top1.ends
+    if 100 * (high - low) <= WIDE_POINTS:
+        return None
+    return Finding(
+        "Few validation images",
+        f"{tsa.plural(scores.top1.of, 'image')} leave top-1 between {percent(low)} and "
+        f"{percent(high)}, more than {WIDE_POINTS} points.",
+        "Smaller differences between two trainings are chance; four times as many images halve it.",
+    )
+
+
+def in_order(*found: Finding | None) -> list[Finding]:
+    """What there is to do first, then what is well."""
+    return sorted(filter(None, found), key=lambda one: not one.to_do)

@@ -1,0 +1,583 @@
+"""Write what a checkpoint's model has learnt as one HTML file that can be opened anywhere.
+
+    python deploy/report.py out/digits/best.pt --output report.html
+
+The validation images go through the model once, in fp32: how good it is and how sure of that one
+can be, which classes it confuses, what in a picture speaks for a class (Grad-CAM), how it was
+trained, and what to do next. Pictures, style and script are inside the file; nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import dataclasses
+import hashlib
+import importlib.metadata
+import io
+import json
+import statistics
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import advice
+import charts
+import checkpoint as cp
+import feature_maps
+import figures
+from checkpoint import tsa
+
+with cp.needed_packages():
+    import heat_maps
+    import jinja2
+    import torch
+    from PIL import Image
+    from torch.utils.data import Dataset, Subset
+    from tqdm import tqdm
+
+TEMPLATE = "report.html.jinja"
+PER_CLASS = 20  # at most, or the file gets too large to be sent
+SHOWN_CLASSES, SHOWN_PAIRS, SHOWN_OF_PAIR = 20, 6, 3
+MATRIX_CLASSES, LISTED_CLASSES = 20, 1000
+THUMBNAIL_PX, SMALL_PX = 160, 64
+LATEST_STEPS = 2000
+
+
+# What the model makes of the validation images
+
+
+def judge_images(checkpoint: cp.Checkpoint, pictures: Dataset, batch_size: int) -> figures.Judged:
+    """What the model makes of all pictures that can be read, in fp32."""
+    true, parts = torch.tensor(cp.true_classes(pictures)), []
+    bar = tqdm(total=len(pictures), unit=" images", leave=False, disable=None)
+    with bar, torch.inference_mode():
+        for images, numbers in cp.batches(checkpoint, pictures, range(len(pictures)), batch_size):
+            parts.append(figures.judge(checkpoint.model(images), true[numbers], numbers))
+            bar.update(len(images))
+    return figures.joined(parts)
+
+
+def find_layer(
+    checkpoint: cp.Checkpoint, asked: str | None
+) -> tuple[feature_maps.MapLayer | None, str]:
+    """The layer that heat maps are made of, or else why there are none. Raises UserError for one
+    that was asked for and will not do.
+    """
+    try:
+        return feature_maps.find_map_layer(checkpoint, asked), ""
+    except tsa.UserError as error:
+        if asked:
+            raise
+        return None, str(error)
+
+
+# Pictures
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture in the report: data URIs of what the model saw and of what spoke for the classes
+    named beside, the right and the predicted class with their probabilities, and its file.
+    """
+
+    picture: str
+    overlays: Sequence[tuple[str, str]]
+    true: str
+    predicted: str
+    p_true: float
+    p_predicted: float
+    place: str
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the answer is."""
+        return self.true == self.predicted
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture inside a text; small ones unchanged."""
+    kind = "PNG" if max(picture.size) <= SMALL_PX else "JPEG"
+    file = io.BytesIO()
+    picture.save(file, kind, quality=85)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def as_seen(image: torch.Tensor, ready: tsa.Preprocessing) -> Image.Image:
+    """An image (3, size, size) that was made ready for the model, as a picture again."""
+    mean, std = (torch.tensor(each)[:, None, None] for each in (ready.mean, ready.std))
+    pixels = (255 * (image * std + mean)).round().clamp(0, 255).byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def thumbnail(picture: Image.Image) -> Image.Image:
+    """A picture of about the size that it is shown in; the pixels of small ones stay visible."""
+    times = THUMBNAIL_PX // picture.width
+    if times:
+        return picture.resize((times * picture.width,) * 2, Image.Resampling.NEAREST)
+    return picture.resize((THUMBNAIL_PX,) * 2, Image.Resampling.LANCZOS)
+
+
+def place_of(pictures: Dataset, number: int) -> str:
+    """A picture's file, with the folder that it is in; empty if it is not in a file of its own."""
+    if isinstance(pictures, Subset):
+        return place_of(pictures.dataset, pictures.indices[number])
+    samples = getattr(pictures, "samples", ())
+    return "/".join(Path(samples[number][0]).parts[-2:]) if samples else ""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """What pictures of the report are made from; without a layer there are no heat maps."""
+
+    checkpoint: cp.Checkpoint
+    pictures: Dataset
+    judged: figures.Judged
+    layer: feature_maps.MapLayer | None
+
+    def show(self, rows: Iterable[int], batch_size: int) -> dict[int, Shown]:
+        """The pictures of these rows of what was judged, by row."""
+        row_of = {self.judged.numbers[row].item(): row for row in rows}
+        shown: dict[int, Shown] = {}
+        with tqdm(total=len(row_of), unit=" heat maps", leave=False, disable=None) as bar:
+            chosen = sorted(row_of)
+            for images, numbers in cp.batches(self.checkpoint, self.pictures, chosen, batch_size):
+                batch = [row_of[number] for number in numbers.tolist()]
+                shown |= self._show_batch(images, batch)
+                bar.update(len(batch))
+        return shown
+
+    def _show_batch(self, images: torch.Tensor, rows: Sequence[int]) -> dict[int, Shown]:
+        """The pictures of images (n, 3, size, size), each with a heat map for the predicted class,
+        and for the right one if that is another.
+        """
+        seen = [as_seen(image, self.checkpoint.trained.ready) for image in images]
+        overlays: dict[int, list[tuple[str, str]]] = {row: [] for row in rows}
+        if self.layer:
+            asked = [(at, each) for at, row in enumerate(rows) for each in self._classes_of(row)]
+            places, classes = zip(*asked, strict=True)
+            model, repeated = self.checkpoint.model, images[list(places)]
+            maps = heat_maps.grad_cam(model, self.layer, repeated, classes)
+            for place, index, each in zip(places, classes, maps, strict=True):
+                drawn = self._overlay(seen[place], each)
+                overlays[rows[place]].append((self.checkpoint.classes[index], drawn))
+        return {row: self._shown(row, seen[at], overlays[row]) for at, row in enumerate(rows)}
+
+    def _classes_of(self, row: int) -> list[int]:
+        """The predicted and the right class, once if they are the same."""
+        return list(dict.fromkeys((int(self.judged.predicted[row]), int(self.judged.true[row]))))
+
+    def _overlay(self, picture: Image.Image, found: torch.Tensor) -> str:
+        """A picture with its heat map (grid, grid) as a data URI; empty if nothing is warm."""
+        base = thumbnail(picture)
+        warmth = heat_maps.heat(found[None], base.width)[0]
+        return data_uri(heat_maps.overlay(base, warmth)) if warmth.any() else ""
+
+    def _shown(self, row: int, picture: Image.Image, overlays: Sequence[tuple[str, str]]) -> Shown:
+        """A picture with all that is said of it."""
+        judged, classes = self.judged, self.checkpoint.classes
+        return Shown(
+            data_uri(picture if picture.width <= SMALL_PX else thumbnail(picture)),
+            overlays,
+            classes[judged.true[row]],
+            classes[judged.predicted[row]],
+            judged.p_true[row].item(),
+            judged.p_predicted[row].item(),
+            place_of(self.pictures, int(judged.numbers[row])),
+        )
+
+
+@dataclass(frozen=True)
+class OfClass:
+    """A class with its best and its worst predictions, as rows of what was judged."""
+
+    figures: figures.ClassFigures
+    best: Sequence[int]
+    worst: Sequence[int]
+
+
+@dataclass(frozen=True)
+class OfPair:
+    """Two classes that were confused: the `true` one was taken for another in a share of its
+    images; some of them, as rows of what was judged.
+    """
+
+    true: str
+    taken_for: str
+    share: figures.Share
+    rows: Sequence[int]
+
+
+def pictures_of_classes(
+    judged: figures.Judged, found: Sequence[figures.ClassFigures], per_class: int
+) -> list[OfClass]:
+    """What to show of each class, of many classes those with the lowest accuracy, in their own
+    order.
+    """
+    if not per_class:
+        return []
+    worst = [each for each in found if each.recall][:SHOWN_CLASSES]
+    chosen = sorted(worst, key=lambda each: each.index)
+    return [
+        OfClass(each, *figures.best_and_worst(judged, each.index, per_class)) for each in chosen
+    ]
+
+
+def pictures_of_pairs(
+    judged: figures.Judged, confusion: tsa.Confusion, classes: Sequence[str]
+) -> list[OfPair]:
+    """What to show of the pairs that were confused most."""
+    totals = tsa.images_by_class(confusion)
+    return [
+        OfPair(
+            classes[true],
+            classes[taken],
+            figures.Share(images, totals[true]),
+            figures.confused_rows(judged, true, taken, SHOWN_OF_PAIR),
+        )
+        for (true, taken), images in tsa.worst_pairs(confusion)[:SHOWN_PAIRS]
+    ]
+
+
+# The training
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a phase of a step took: on which cores (a list of logical CPUs, and threads), the
+    median in ms, and the share of the time; what was not recorded is None.
+    """
+
+    name: str
+    cores: str
+    median_ms: float
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What metrics.jsonl says of a run: its machine, its core plan, and the time per phase."""
+
+    machine: str
+    plan: Sequence[str]
+    phases: Sequence[Phase]
+    images_per_s: float | None
+
+
+def read_records(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None, list[dict[str, Any]]]:
+    """The latest run of a metrics.jsonl, its summary if it came to one, and its latest steps, of
+    which there can be millions: they are taken apart last. Raises OSError, ValueError.
+    """
+    run, summary, steps = {}, None, collections.deque(maxlen=LATEST_STEPS)
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.startswith('{"type": "run"'):
+                run, summary = json.loads(line), None
+                steps.clear()
+            elif line.startswith('{"type": "step"') and line.endswith("}\n"):
+                steps.append(line)
+            elif line.startswith('{"type": "summary"'):
+                summary = json.loads(line)
+    return run, summary, [json.loads(line) for line in steps]
+
+
+def phases_of(summary: dict[str, Any] | None, steps: Sequence[dict[str, Any]]) -> list[Phase]:
+    """The time per phase: from the summary, or of a run without one from its steps."""
+    if summary:
+        return [
+            Phase(
+                each["phase"],
+                f"{each['cores']} ({tsa.plural(each['threads'], 'thread')})",
+                float(each["median_ms"]),
+                float(each["share"]),
+            )
+            for each in summary["phases"]
+        ]
+    names = [name for name in ("forward", "backward", "update", "refresh") if steps]
+    medians = {name: statistics.median(step[f"{name}_s"] for step in steps) for name in names}
+    return [Phase(name, "", 1000 * value, None) for name, value in medians.items() if value]
+
+
+def plan_lines(plan: dict[str, Any]) -> list[str]:
+    """A core plan, a line for each group."""
+    groups = [plan[name] for name in ("forward", "backward") if plan.get(name)]
+    lines = {
+        f"{group['name']}: CPUs {tsa.format_cpu_list(group['cpus'])}, "
+        f"{tsa.plural(group['threads'], 'thread')}": None
+        for group in groups
+    }
+    loaders = f"loaders and main thread: CPUs {tsa.format_cpu_list(plan['loader_cpus'])}"
+    return [f"split {plan['split']}", *lines, loaders]
+
+
+def recorded_run(checkpoint: cp.Checkpoint) -> Recorded | None:
+    """What is recorded beside a checkpoint of the run that it is from; None if that is not there,
+    is of another model, or cannot be understood.
+    """
+    try:
+        run, summary, steps = read_records(checkpoint.path.parent / tsa.METRICS)
+        if run["settings"]["model"] != checkpoint.trained.settings.model:
+            return None
+        machine = run["machine"]
+        cores = tsa.plural(machine["cores"], "core")
+        return Recorded(
+            f"{machine['cpu_model']}, {cores}, {run['host_kind']}",
+            plan_lines(run["plan"]),
+            phases_of(summary, steps),
+            summary and float(summary["images_per_s"]),
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def settings_as_given(state: tsa.State, native: tsa.Preprocessing) -> str:
+    """What was asked for beyond the defaults, as it is typed; places as they were given then, and
+    without what followed from the data's own preprocessing.
+    """
+    asked = {name: value for name, value in state["asked"].items() if name not in tsa.PLACES}
+    settings = tsa.settings_of(tsa.saved_settings(state) | asked)
+    followed = dict.fromkeys(("val_resize", "interpolation", "mean", "std"))
+    derived = native.overruled(dataclasses.replace(settings, **followed))
+    unasked = {name: None for name in followed if getattr(settings, name) == getattr(derived, name)}
+    return tsa.as_options(dataclasses.replace(settings, **unasked))
+
+
+def settings_in_force(state: tsa.State) -> dict[str, str]:
+    """All settings that have a value, as text."""
+    values = tsa.saved_settings(state).items()
+    return {name: tsa.option_text(value) for name, value in values if value is not None}
+
+
+def curves_of(history: advice.History, best: int | None) -> list[charts.Chart]:
+    """Losses, accuracies and learning rate by epoch."""
+    epochs = [row["epoch"] for row in history]
+
+    def series(suffix: str) -> dict[str, charts.Values]:
+        return {
+            words: [row.get(f"{part}_{suffix}") for row in history]
+            for part, words in tsa.PARTS.items()
+        }
+
+    rates = {"learning rate": [row["lr"] for row in history]}
+    wanted = {"Loss": series("loss"), "Right answers, %": series("top1"), "Learning rate": rates}
+    made = (charts.line_chart(title, epochs, each, best) for title, each in wanted.items())
+    return list(filter(None, made)) if history else []
+
+
+def findings_of(
+    checkpoint: cp.Checkpoint,
+    judged: figures.Judged,
+    by_class: Sequence[figures.ClassFigures],
+    confused: Path | None,
+) -> list[advice.Finding]:
+    """What to do next."""
+    settings = checkpoint.trained.settings
+    scores = figures.scores_of(judged, len(checkpoint.classes))
+    is_mixed = bool(settings.mixup_alpha or settings.cutmix_alpha)
+    history = checkpoint.state["progress"]["history"]
+    written = confused and str(confused)
+    confusion = figures.confusion_of(judged)
+    return advice.in_order(
+        advice.judge_fit(history, is_mixed, settings.epochs),
+        advice.weak_classes(by_class, scores),
+        advice.pairs_to_augment(confusion, checkpoint.classes, written),
+        advice.judge_calibration(figures.calibration_of(judged), scores),
+        advice.sure_mistakes(judged),
+        advice.few_images(scores),
+    )
+
+
+# The page
+
+
+def sha256_source(script: str) -> str:
+    """A script's hash, as a content security policy names the scripts that may run."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def template() -> jinja2.Template:
+    """The page's template; all text put into it is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(cp.HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": advice.percent,
+        "plural": tsa.plural,
+        "sha256_source": sha256_source,
+    }
+    return environment.get_template(TEMPLATE)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what this report was made with."""
+    names = "captum", "torchmetrics", "scipy", "jinja2"
+    return tsa.versions() | {name: importlib.metadata.version(name) for name in names}
+
+
+def matrix_of(confusion: tsa.Confusion, classes: Sequence[str]) -> dict[str, Any]:
+    """What can be read of the confusion matrix: the classes that it shows, and for each a row of
+    (images, share of the class's images) by predicted class, the last cell for all others.
+    """
+    shown = figures.readable_matrix(confusion, len(classes), MATRIX_CLASSES)
+    totals, rows = tsa.images_by_class(confusion), []
+    for true in shown:
+        counts = [confusion[true, predicted] for predicted in shown]
+        counts.append(totals[true] - sum(counts))
+        rows.append([(images, round(images / max(1, totals[true]), 3)) for images in counts])
+    return {"names": [classes[each] for each in shown], "rows": rows}
+
+
+def told_of_pictures(
+    gallery: Gallery, by_class: Sequence[figures.ClassFigures], asked: argparse.Namespace
+) -> dict[str, Any]:
+    """What the page shows in pictures."""
+    judged, classes = gallery.judged, gallery.checkpoint.classes
+    of_classes = pictures_of_classes(judged, by_class, asked.per_class)
+    of_pairs = pictures_of_pairs(judged, figures.confusion_of(judged), classes)
+    rows = {row for each in of_classes for row in (*each.best, *each.worst)}
+    rows.update(row for each in of_pairs for row in each.rows)
+    shown = gallery.show(rows, asked.batch_size)
+    return {"of_classes": of_classes, "of_pairs": of_pairs, "shown": shown, "layer": gallery.layer}
+
+
+def told_of_scores(
+    judged: figures.Judged, by_class: Sequence[figures.ClassFigures], classes: Sequence[str]
+) -> dict[str, Any]:
+    """What the page says of how good the model is."""
+    calibration = figures.calibration_of(judged)
+    return {
+        "scores": figures.scores_of(judged, len(classes)),
+        "by_class": by_class[:LISTED_CLASSES],
+        "calibration": calibration,
+        "reliability": charts.reliability(calibration),
+        "matrix": matrix_of(figures.confusion_of(judged), classes),
+    }
+
+
+def told_of_training(checkpoint: cp.Checkpoint, native: tsa.Preprocessing) -> dict[str, Any]:
+    """What the page says of the training."""
+    state, history = checkpoint.state, checkpoint.state["progress"]["history"]
+    best = tsa.best_epoch(history)
+    return {
+        "settings": checkpoint.trained.settings,
+        "progress": state["progress"],
+        "is_average": state["average"] is not None,
+        "best": best,
+        "curves": curves_of(history, best and best["epoch"]),
+        "given": settings_as_given(state, native),
+        "in_force": settings_in_force(state),
+        "recorded": recorded_run(checkpoint),
+        "versions": state["versions"],
+        "own_versions": package_versions(),
+    }
+
+
+def render(gallery: Gallery, data: tsa.ImageData, why_no_layer: str, asked: Any) -> str:
+    """The report as HTML."""
+    checkpoint, judged = gallery.checkpoint, gallery.judged
+    by_class = figures.class_figures(judged, checkpoint.classes)
+    return template().render(
+        path=str(asked.checkpoint),
+        data=data,
+        classes=checkpoint.classes,
+        images=len(judged),
+        unread=len(data.val) - len(judged),
+        findings=findings_of(checkpoint, judged, by_class, asked.confused),
+        why_no_layer=why_no_layer,
+        small=checkpoint.trained.ready.image_size <= SMALL_PX,
+        made_at=tsa.utc_now(),
+        **told_of_scores(judged, by_class, checkpoint.classes),
+        **told_of_pictures(gallery, by_class, asked),
+        **told_of_training(checkpoint, data.native),
+    )
+
+
+def check_place(flag: str, path: Path, checkpoint: Path) -> None:
+    """Raise UserError if a file cannot be written there, or is the checkpoint; leaves no trace."""
+    try:
+        if path.exists() and path.samefile(checkpoint):
+            raise tsa.UserError(f"{flag} {path}: is the checkpoint")
+        tsa.check_appendable(path, path.parent)
+        if path.is_file() or not path.exists():
+            tempfile.TemporaryFile(dir=path.resolve().parent).close()
+    except OSError as error:
+        raise tsa.UserError(f"{flag} {path}: cannot be written: {error.strerror}") from None
+
+
+def check_places(asked: argparse.Namespace) -> None:
+    """Raise UserError if what is asked for cannot be written."""
+    check_place("--output", asked.output, asked.checkpoint)
+    if asked.confused:
+        check_place("--confused", asked.confused, asked.checkpoint)
+        if asked.confused.resolve() == asked.output.resolve():
+            raise tsa.UserError(f"--confused {asked.confused}: is the file of --output")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cp.common_parser(__doc__.partition("\n\n")[0])
+    parser.add_argument(
+        "--output", type=Path, default=Path("report.html"), metavar="PATH", help="the HTML file"
+    )
+    parser.add_argument(
+        "--per-class",
+        type=tsa.whole_number(0, PER_CLASS),
+        default=1,
+        metavar="N",
+        help=f"best and worst predictions shown of each class, up to {PER_CLASS} of each",
+    )
+    parser.add_argument(
+        "--layer",
+        metavar="NAME",
+        help="layer that heat maps are made of, as the model names it, such as layer3 "
+        "(default: its last feature map)",
+    )
+    parser.add_argument(
+        "--confused",
+        type=Path,
+        metavar="PATH",
+        help="also write the confused pairs, for --augment-confused of the training",
+    )
+    return parser
+
+
+def write_files(page: str, judged: figures.Judged, classes: Sequence[str], asked: Any) -> None:
+    """Write what was asked for, and say so."""
+    if asked.confused:
+        confusion, name = figures.confusion_of(judged), tsa.readable(str(asked.checkpoint))
+        tsa.write_whole(asked.confused, tsa.confused_json(confusion, classes, name))
+        tsa.say(f"{asked.confused}: the confused pairs, for --augment-confused")
+    content = tsa.readable(page).encode()
+    tsa.write_whole(asked.output, content)
+    tsa.say(f"{asked.output}: {len(content) / 2**20:.1f} MiB")
+
+
+@cp.program
+def main(argv: Sequence[str] | None = None) -> None:
+    """Report on a checkpoint."""
+    asked = build_parser().parse_args(argv)
+    check_places(asked)
+    checkpoint = cp.read_checkpoint(asked.checkpoint)
+    data = cp.open_images(checkpoint, asked.data_path)
+    layer, why_no_layer = find_layer(checkpoint, asked.layer)
+    tsa.warn_of_known_images(checkpoint.path, checkpoint.state, data)
+    cp.use_allowed_cores()
+    checkpoint.model.to(memory_format=torch.channels_last)  # quicker, and as in training
+    judged = judge_images(checkpoint, data.val, asked.batch_size)
+    scores = figures.scores_of(judged, len(checkpoint.classes))
+    top1, top5 = 100 * scores.top1.value, 100 * scores.top5.value
+    count = tsa.plural(len(judged), "image")
+    tsa.say(f"{count}: loss {scores.loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %")
+    page = render(Gallery(checkpoint, data.val, judged, layer), data, why_no_layer, asked)
+    write_files(page, judged, checkpoint.classes, asked)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,543 @@
+"""The report: its figures against scikit-learn and the trainer, its heat maps against closed forms,
+its advice case by case, and the page in a browser.
+
+Run: pip install -r tests/deploy/requirements.txt && python -m pytest tests/deploy/test_report.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import advice
+import charts
+import checkpoint as cp
+import feature_maps
+import figures
+import heat_maps
+import numpy as np
+import pytest
+import report
+import torch
+from PIL import Image
+from sklearn import metrics
+from torch import nn
+
+import train_split_affinity as tsa
+
+BAD_NAME = """<script>alert(1)<\u2044script>&"'"""  # a folder's name has no slash
+BROWSERS = "chromium", "chromium-browser", "google-chrome"
+
+
+def made_judged(true, predicted, p_predicted=None, classes=4):
+    """Judged images, from their true and predicted classes."""
+    true, predicted = torch.tensor(true), torch.tensor(predicted)
+    sure = torch.full((len(true),), 0.9) if p_predicted is None else torch.tensor(p_predicted)
+    p_true = torch.where(true == predicted, sure, (1 - sure) / (classes - 1))
+    numbers = torch.arange(len(true))
+    return figures.Judged(numbers, true, predicted, true >= 0, -p_true.log(), sure, p_true)
+
+
+# Figures
+
+
+@pytest.fixture(scope="module")
+def logits():
+    """Logits (200, 6) that are right more often than not, and the true classes; one of the six has
+    no images, one is never predicted.
+    """
+    generator = torch.Generator().manual_seed(3)
+    true = torch.randint(0, 5, (200,), generator=generator)
+    made = torch.randn(200, 6, generator=generator) + 2 * nn.functional.one_hot(true, 6)
+    made[:, 1] -= 20
+    return made, true
+
+
+def test_scores_are_scikit_learns(logits):
+    judged = figures.judge(*logits, torch.arange(200))
+    scores = figures.scores_of(judged, 6)
+    made, true = (each.numpy() for each in logits)
+    assert scores.top1.value == metrics.accuracy_score(true, made.argmax(1))
+    assert scores.top5.value == metrics.top_k_accuracy_score(true, made, k=5, labels=range(6))
+    shares = logits[0].double().softmax(1).numpy()
+    assert scores.loss == pytest.approx(metrics.log_loss(true, shares, labels=range(6)), rel=1e-6)
+    error = judged.loss.double().std().item() / 200**0.5
+    assert scores.loss_ends == pytest.approx(
+        (scores.loss - 1.96 * error, scores.loss + 1.96 * error), rel=1e-4
+    )
+
+
+def test_figures_by_class_are_scikit_learns(logits):
+    judged = figures.judge(*logits, torch.arange(200))
+    found = figures.class_figures(judged, "abcdef")
+    precision, recall, f1, images = metrics.precision_recall_fscore_support(
+        judged.true, judged.predicted, labels=range(6), zero_division=np.nan
+    )
+    for each in found:
+        values = each.recall, each.precision
+        for share, wanted in zip(values, (recall[each.index], precision[each.index]), strict=True):
+            assert share.value == pytest.approx(wanted) if share else math.isnan(wanted)
+        if each.f1 is not None:
+            assert each.f1 == pytest.approx(f1[each.index])
+        assert (each.recall.of if each.recall else 0) == images[each.index]
+    shares = [each.recall.value for each in found if each.recall]
+    assert shares == sorted(shares) and found[-1].name == "f" and not found[-1].recall
+    matrix = metrics.confusion_matrix(judged.true, judged.predicted, labels=range(6))
+    assert figures.confusion_of(judged) == {
+        (i, j): matrix[i, j] for i, j in zip(*matrix.nonzero(), strict=True)
+    }
+
+
+def test_wilsons_interval_is_that_of_the_textbook():
+    """81 of 263: 0.2553 to 0.3662 (Newcombe 1998, table I)."""
+    assert figures.Share(81, 263).ends == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert figures.Share(10, 10).ends[1] == 1
+
+
+def test_calibration_error_is_the_mean_gap():
+    """Of 100 answers at 0.8 90 are right, of 50 at 0.5 20 are: (100 * 0.1 + 50 * 0.1) / 150."""
+    right = [True] * 90 + [False] * 10 + [True] * 20 + [False] * 30
+    sure = [0.8] * 100 + [0.5] * 50
+    judged = made_judged([0] * 150, [0 if each else 1 for each in right], sure)
+    found = figures.calibration_of(judged)
+    assert found.error == pytest.approx(0.1, abs=1e-6)
+    assert [(each.right.count, each.right.of) for each in found.bins] == [(20, 50), (90, 100)]
+    chart, dots = charts.reliability(found)
+    assert dots[1].x == chart.x.place(80) and dots[1].y == chart.y.place(90)
+
+
+def test_certain_answers_are_in_the_last_bin():
+    found = figures.calibration_of(made_judged([0, 0], [0, 1], [1.0, 0.99]))
+    assert len(found.bins) == 1 and found.bins[0].right == figures.Share(1, 2)
+
+
+def test_pictures_are_chosen_by_the_probability_of_the_right_class():
+    judged = made_judged([0, 0, 0, 1, 0], [0, 1, 0, 1, 0], [0.9, 0.8, 0.6, 0.9, 0.7])
+    assert figures.best_and_worst(judged, 0, 1) == ([0], [1])
+    assert figures.best_and_worst(judged, 0, 3) == ([0, 4, 2], [1])
+    assert figures.best_and_worst(judged, 1, 2) == ([3], [])
+    assert figures.confused_rows(judged, 0, 1, 3) == [1]
+
+
+def test_of_many_classes_the_matrix_has_those_that_are_confused():
+    confusion = tsa.Confusion({(0, 0): 9, (7, 30): 5, (3, 4): 1, (9, 2): 2})
+    assert figures.readable_matrix(confusion, 40, 4) == [2, 7, 9, 30]
+    assert figures.readable_matrix(confusion, 4, 4) == [0, 1, 2, 3]
+
+
+def test_a_model_that_diverged_is_refused():
+    part = figures.judge(torch.full((2, 3), math.nan), torch.tensor([0, 1]), torch.arange(2))
+    with pytest.raises(tsa.RunError, match="no finite numbers"):
+        figures.joined([part])
+
+
+# Advice
+
+
+def rows(*values):
+    """A history of (train_loss, train_top1, val_loss, val_top1) by epoch."""
+    names = "train_loss", "train_top1", "val_loss", "val_top1"
+    return [
+        {"epoch": number, **dict(zip(names, each, strict=True))}
+        for number, each in enumerate(values, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("history", "options", "title"),
+    [
+        (rows((1, 50, 1, 50), (0.5, 95, 1.1, 94)), {}, "Overfitting: the validation loss rises"),
+        (rows((1, 50, 1, 50), (1.1, 95, 1.1, 94)), {}, "Neither"),  # both losses rose
+        (rows((1, 50, 1, 50), (0.5, 95, 1.09, 94)), {}, "Neither"),
+        (rows((1, 50, 1, 50), (0.5, 95, 0.9, 85)), {}, "Overfitting: known images"),
+        (rows((1, 50, 1, 50), (0.5, 95, 0.9, 85)), {"is_mixed": True}, "Neither"),
+        (rows((1, 50, 1, 50), (0.9, 80, 0.9, 79)), {}, "Underfitting"),
+        (rows((1, 50, 1, 50), (0.9, 80, 0.9, 90)), {}, "Neither"),
+        (rows((1, 50, 1, 50), (0.5, 95, 0.9, 94)), {"epochs": 2}, "Perhaps not at its end"),
+        (rows((1, 50, 1, 50), (0.5, 95, 0.9, 94)), {"epochs": 3}, "Neither"),
+    ],
+)
+def test_fit_is_judged_by_its_cases(history, options, title):
+    found = advice.judge_fit(history, **options)
+    assert found.title.startswith(title)
+    assert bool(found.to_do) == (title != "Neither")
+
+
+def test_one_epoch_tells_nothing_of_the_fit():
+    assert advice.judge_fit(rows((1, 50, 1, 50))) is None
+    assert advice.judge_fit(rows((1, 50, None, None), (1, 50, 1, 50))) is None
+
+
+def test_a_class_is_weak_only_beyond_chance():
+    """Of 30 images, 20 right is below 95 %; of 3, 2 right can be chance."""
+    true = [0] * 300 + [1] * 30 + [2] * 3
+    taken = [0] * 300 + [1] * 20 + [0] * 10 + [2] * 2 + [0]
+    judged = made_judged(true, taken)
+    by_class = figures.class_figures(judged, ["many", "weak", "few"])
+    found = advice.weak_classes(by_class, figures.scores_of(judged, 3))
+    assert found.title.startswith("1 class below the average of 96.7")
+    assert "weak: 66.7\u00a0% of 30 images" in found.figures and "few:" not in found.figures
+    even = made_judged([0, 1] * 9, [0, 1] * 9)
+    by_class = figures.class_figures(even, "ab")
+    assert advice.weak_classes(by_class, figures.scores_of(even, 2)) is None
+
+
+def test_pairs_to_augment_are_those_that_training_takes(tmp_path):
+    confusion = tsa.Confusion({(0, 0): 90, (0, 1): 10, (1, 2): 5, (2, 0): 4, (2, 2): 96})
+    found = advice.pairs_to_augment(confusion, ["a", "b", "c"], "here.json")
+    assert found.title.startswith("2 pairs") and "--augment-confused here.json" in found.to_do
+    assert "a taken for b in 10 of 100 images" in found.figures and "c taken" not in found.figures
+    file = tmp_path / "confused.json"
+    file.write_text(tsa.confused_json(confusion, ["a", "b", "c"], "best.pt"))
+    taken = tsa.confused_classes(tsa.Settings(augment_confused=file), ["a", "b", "c"])
+    assert taken == [0, 1, 2]
+    assert "--confused confused.json" in advice.pairs_to_augment(confusion, "abc").to_do
+    assert advice.pairs_to_augment(tsa.Confusion({(0, 1): 2, (0, 0): 9}), "ab") is None
+
+
+@pytest.mark.parametrize(
+    ("sure", "title"),
+    [(0.99, "Over-confident"), (0.6, "Under-confident"), (0.82, "Its probabilities can")],
+)
+def test_confidence_is_judged_by_the_interval_of_top1(sure, title):
+    judged = made_judged([0] * 100, [0] * 80 + [1] * 20, [sure] * 100)
+    found = advice.judge_calibration(figures.calibration_of(judged), figures.scores_of(judged, 4))
+    assert found.title.startswith(title) and "80.0\u00a0%" in found.figures
+
+
+def test_sure_mistakes_and_few_images_are_told_with_figures():
+    judged = made_judged([0, 0, 0, 0], [0, 1, 1, 1], [0.9, 0.995, 0.991, 0.5])
+    assert advice.sure_mistakes(judged).figures.startswith("2 of 3 wrong answers")
+    assert advice.sure_mistakes(made_judged([0, 0], [0, 1], [0.995, 0.9])) is None
+    assert "4 images" in advice.few_images(figures.scores_of(judged, 4)).figures
+    many = made_judged([0] * 1000, [0] * 999 + [1])
+    assert advice.few_images(figures.scores_of(many, 4)) is None
+
+
+# Heat maps
+
+
+def built(name, size, classes=5):
+    """A checkpoint of an untrained model."""
+    torch.manual_seed(0)
+    model = tsa.build_model(name, classes, size).eval()
+    ready = tsa.Preprocessing(size, size)
+    trained = tsa.Trained(model, [*map(str, range(classes))], ready, tsa.Settings(model=name))
+    return cp.Checkpoint(Path("x.pt"), {}, trained)
+
+
+def noise(size, count=3):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def test_grad_cam_is_cam_behind_average_pooling():
+    """By Selvaraju et al. (2017), section 3.1: equal up to 1 / places."""
+    checkpoint = built("resnet20", 32)
+    images, classes = noise(32), [4, 0, 2]
+    head = feature_maps.find_linear_head(checkpoint)
+    with torch.no_grad():
+        _, cam = feature_maps.WithMaps(checkpoint.model, head)(images)
+    layer = feature_maps.find_map_layer(checkpoint)
+    maps = heat_maps.grad_cam(checkpoint.model, layer, images, classes)
+    assert maps.shape == (3, 8, 8)
+    torch.testing.assert_close(64 * maps, cam[range(3), classes], rtol=1e-4, atol=1e-5)
+
+
+def rest_of(model, name):
+    """What each model computes after its last map, written out without changing anything in place:
+    features, or tokens, to logits.
+    """
+    relu, pooled = nn.functional.relu, (lambda x: x.mean((2, 3)))
+
+    def vit(normed):
+        block = model.encoder.layers[-1]
+        tokens = HELD["input"] + block.self_attention(normed, normed, normed)[0]
+        tokens = tokens + block.mlp(block.ln_2(tokens))
+        return model.heads(model.encoder.ln(tokens)[:, 0])
+
+    def hybrid(features):
+        return model.head(model.encoder(features, model.embedding(features)).mean(1))
+
+    return {
+        "densenet121": lambda x: model.classifier(pooled(relu(x))),
+        "mobilenet_v3_small": lambda x: model.classifier(pooled(x)),
+        "squeezenet1_1": pooled,
+        "hybrid-light": hybrid,
+        "vit_b_16": vit,
+        "swin_t": lambda x: model.head(pooled(x)),
+    }[name]
+
+
+HELD: dict[str, torch.Tensor] = {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["densenet121", "mobilenet_v3_small", "squeezenet1_1", "hybrid-light", "vit_b_16", "swin_t"],
+)
+def test_grad_cam_is_its_formula_whatever_comes_after(name):
+    """Places' weights are means of gradients, even where a ReLU writes over the layer's output."""
+    size = 64
+    checkpoint, images, classes = built(name, size), noise(size, 2), [1, 3]
+    model, layer = checkpoint.model, feature_maps.find_map_layer(checkpoint)
+    hooks = [
+        model.get_submodule(layer.name).register_forward_hook(
+            lambda _, inputs, output: HELD.update(
+                map=output.detach().clone(), input=inputs[0].detach()
+            )
+        )
+    ]
+    with torch.no_grad():
+        logits = model(images)
+    hooks.pop().remove()
+    held = HELD["map"].requires_grad_()
+    made = rest_of(model, name)(held)
+    torch.testing.assert_close(made, logits, rtol=1e-4, atol=1e-4)
+    (gradient,) = torch.autograd.grad(made[[0, 1], classes].sum(), held)
+    if layer.is_tokens:
+        assert held.shape[1] == layer.grid**2 + 1
+        wanted = (gradient[:, 1:].mean(1, keepdim=True) * held[:, 1:]).sum(2).unflatten(1, (4, 4))
+    else:
+        wanted = (gradient.mean((2, 3), keepdim=True) * held).sum(1)
+    maps = heat_maps.grad_cam(model, layer, images, classes)
+    torch.testing.assert_close(
+        maps, wanted.detach(), rtol=1e-3, atol=1e-5 * wanted.abs().max().item()
+    )
+    assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_heat_is_what_speaks_for_a_class_alone():
+    maps = torch.tensor([[[2.0, -9.0], [-9.0, 1.0]], [[-1.0, -1.0], [-1.0, 0.0]]])
+    warm = heat_maps.heat(maps, 8)
+    assert warm.shape == (2, 8, 8) and warm.min() == 0 and warm[0].max() == 1
+    assert warm[0, 0, 0] == 1 and warm[0, 0, -1] == 0 and warm[0, -1, -1] == 0.5
+    assert not warm[1].any()
+    picture = Image.new("RGB", (8, 8), "white")
+    cold = heat_maps.overlay(picture, warm[1])
+    assert np.array_equal(cold, picture)  # nothing is coloured
+
+
+def test_pictures_are_shown_as_the_model_saw_them():
+    ready = tsa.Preprocessing(24, 32, std=(0.2, 0.3, 0.4))
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), np.uint8)
+    image = tsa.validation_transform(ready)(Image.fromarray(pixels))
+    seen = report.as_seen(image, ready)
+    again = tsa.validation_transform(dataclasses.replace(ready, val_resize=24))(seen)
+    assert seen.size == (24, 24)
+    torch.testing.assert_close(again, image, rtol=0, atol=0.6 / 255 / 0.2)
+
+
+# The page
+
+
+class Page(HTMLParser):
+    """What a page is made of: its tags with their attributes, and its text."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def reported(tmp_path, capsys):
+    """Runs the program: what it wrote, and what it printed."""
+
+    def run(best, *options, code=0):
+        output = tmp_path / "report.html"
+        capsys.readouterr()
+        output.unlink(missing_ok=True)
+        assert report.main([str(best), "--output", str(output), *map(str, options)]) == code
+        printed = capsys.readouterr()
+        if code:
+            assert not output.exists() and not list(tmp_path.glob("*.tmp"))
+            assert len(printed.err.splitlines()) == 1 and "Traceback" not in printed.err
+            return None, printed
+        return output.read_text("utf-8"), printed
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def few(digits, tmp_path_factory):
+    """The digits with few images to validate with."""
+    folder = tmp_path_factory.mktemp("few")
+    (folder / "train").symlink_to(digits / "train")
+    for name in digits.joinpath("val").iterdir():
+        (folder / "val" / name.name).mkdir(parents=True)
+        for file in sorted(name.iterdir())[:3]:
+            shutil.copy(file, folder / "val" / name.name)
+    return folder
+
+
+def test_figures_are_those_of_the_training(trained, reported):
+    """Those that the trainer found itself, in the same precision, of the moving average."""
+    best = trained("resnet20", "--precision", "fp32", "--model-ema", "--model-ema-decay", "0.5")
+    page, printed = reported(best, "--per-class", "0")
+    row = tsa.best_epoch(tsa.read_checkpoint(best)["progress"]["history"])
+    found = re.match(r"360 images: loss (\S+), top-1 (\S+) %, top-5 (\S+) %", printed.out)
+    wanted = row["val_loss"], row["val_top1"], row["val_top5"]
+    assert [*map(float, found.groups())] == pytest.approx(wanted, rel=1e-3, abs=6e-3)
+    assert row["val_loss"] != row["val_raw_loss"]
+    assert f"{row['val_top1']:.1f}\u00a0%" in page
+    assert "the moving average" in page and "raw validation" in page
+
+
+def test_everything_is_in_one_file(best, few, reported, tmp_path):
+    confused = tmp_path / "confused.json"
+    page = Page(reported(best, "--data-path", few, "--confused", confused)[0])
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object")
+        for name in {"src", "href", "action"} & attributes.keys():
+            assert attributes[name].startswith("data:image/")
+    for words in ("What to do next", "Grad-CAM", "stage3", "core plan", "forward", "--lr 0.02"):
+        assert words in page.text
+    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(pictures) >= 2 * 2 * 10 and all(each["alt"] for each in pictures)
+    assert json.loads(confused.read_text())["images"] == 30
+
+
+def test_layers_can_be_named(best, few, reported):
+    page = reported(best, "--data-path", few, "--layer", "stage2")[0]
+    assert "16 × 16 places" in page and len(page) < 2**20
+    for layer in ("nowhere", "fc"):
+        assert f"--layer {layer}" in reported(best, "--layer", layer, code=2)[1].err
+
+
+def test_without_a_map_there_is_a_report_all_the_same(best, few, reported, monkeypatch):
+    def none(*_):
+        raise tsa.UserError("no feature map of several places at 32 px")
+
+    monkeypatch.setattr(feature_maps, "find_map_layer", none)
+    page = Page(reported(best, "--data-path", few)[0])
+    assert "There are no heat maps: no feature map of several places at 32 px." in page.text
+    assert not any("heat map" in attributes.get("alt", "") for _, attributes in page.tags)
+
+
+@pytest.mark.parametrize(("change", "expected"), [("gone", False), ("cut", True), ("other", False)])
+def test_records_beside_the_checkpoint_may_be_missing(
+    best, few, reported, tmp_path, change, expected
+):
+    copy = shutil.copytree(best.parent, tmp_path / "out")
+    file = copy / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    if change == "gone":
+        file.unlink()
+    elif change == "cut":  # a machine that went down left no summary, and half a line
+        file.write_text("".join([*lines[:5], lines[5][:50]]))
+    else:
+        file.write_text(lines[0].replace("resnet20", "resnet56"))
+    options = "--data-path", few, "--per-class", "0"
+    text = Page(reported(copy / "best.pt", *options)[0]).text
+    assert ("core plan" in text, "are not known" in text) == (expected, not expected)
+
+
+def test_wrong_use_ends_in_one_line(best, reported, tmp_path, digits):
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    bad = tmp_path / "flipped.pt"
+    data = bytearray(best.read_bytes())
+    data[len(data) // 2] ^= 1
+    bad.write_bytes(data)
+    for path in (tmp_path / "none.pt", tmp_path / "text.pt", bad):
+        assert path.name in reported(path, code=2)[1].err
+    empty = shutil.copytree(digits, tmp_path / "empty")
+    for file in (empty / "val" / "3").iterdir():
+        file.unlink()
+    assert "class 3" in reported(best, "--data-path", empty, code=2)[1].err
+    assert "does not exist" in reported(best, "--data-path", tmp_path / "moved", code=2)[1].err
+
+
+def test_a_report_that_cannot_be_written_is_refused_at_once(best, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cp, "read_checkpoint", lambda path: pytest.fail("too late"))
+    copy = Path(shutil.copy(best, tmp_path))
+    options = [
+        ("--output", tmp_path / "no" / "report.html"),
+        ("--output", tmp_path),
+        ("--output", "/proc/report.html"),
+        ("--output", copy),
+        ("--confused", tmp_path),
+    ]
+    for flag, path in options:
+        assert report.main([str(copy), "--output", str(tmp_path / "a.html"), flag, str(path)]) == 2
+        printed = capsys.readouterr().err
+        assert f"{flag} {path}: " in printed and len(printed.splitlines()) == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["best.pt"]
+
+
+@pytest.fixture(scope="module")
+def hostile(digits, few, tmp_path_factory):
+    """A report on a checkpoint whose classes have HTML in their names, one picture is broken, and
+    the page that it is.
+    """
+    folder = tmp_path_factory.mktemp("hostile")
+    names = {"0": BAD_NAME, "1": "x' onerror='alert(2)", "2": "{{ 7 * 7 }}", "3": "</style>"}
+    names["3"] = names["3"].replace("/", "\u2044")
+    for digit in "0123":
+        shutil.copytree(digits / "train" / digit, folder / "data" / "train" / names[digit])
+        shutil.copytree(few / "val" / digit, folder / "data" / "val" / names[digit])
+    first = next((folder / "data" / "val" / names["1"]).iterdir())
+    first.write_text("no picture")
+    options = f"""--model resnet20 --image-size 32 --epochs 1 -b 16 -j 0 --subset 0.1 --split none
+        --max-bad-images 9 --log-file {folder}/logs.md --output-dir {folder}/out"""
+    assert tsa.main([*options.split(), "--data-path", str(folder / "data")]) == 0
+    output = folder / "report.html"
+    assert report.main([f"{folder}/out/best.pt", "--output", str(output)]) == 0
+    return output
+
+
+def test_html_in_names_stays_text(hostile):
+    html = hostile.read_text("utf-8")
+    page = Page(html)
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert escape(BAD_NAME, quote=False)[:20] in html and BAD_NAME in page.text
+    assert "{{ 7 * 7 }}" in page.text
+    assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
+    assert "1 image could not be read, and was left out" in " ".join(page.text.split())
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, if it is installed."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not path:
+        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)}")
+    with sync_api.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.mark.parametrize("width", [375, 1280])
+def test_the_page_in_a_browser(hostile, browser, width):
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme="dark")
+    troubles, requests = [], []
+    page.on("console", lambda message: troubles.append(message.text))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("dialog", lambda dialog: (troubles.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(hostile.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    images = page.get_by_role("columnheader", name="images")
+    for order in ("ascending", "descending"):
+        images.get_by_role("button").click()
+        assert images.get_attribute("aria-sort") == order
+        cells = page.locator("table.sortable tbody tr td:nth-child(2)").all_inner_texts()
+        assert [*map(int, cells)] == sorted(map(int, cells), reverse=order == "descending")
+    assert not troubles and [url for url in requests if not url.startswith("data:")] == [
+        hostile.as_uri()
+    ]
+    page.close()
