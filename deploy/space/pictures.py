@@ -1,0 +1,107 @@
+"""From a file to what the model takes, the same to the last bit as when the model was trained; and
+the heat map on the way back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+LARGEST_SIDE_PX = 8_192
+LONGEST_SHAPE = 100  # as large as the longer side may be in shorter ones
+SHOWN_PX = 448
+GLOW = np.array(
+    [[70, 0, 110], [190, 30, 90], [250, 130, 20], [255, 240, 90]]
+)  # RGB, weak to strong
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are looked at below
+
+
+class Unusable(Exception):
+    """A picture that there is no answer for; the message says why, to whoever chose it."""
+
+
+def is_too_large(width: int, height: int) -> bool:
+    """Whether a picture is more than is looked at."""
+    longer, shorter = max(width, height), min(width, height)
+    return longer > min(LARGEST_SIDE_PX, LONGEST_SHAPE * shorter)
+
+
+def too_large() -> Unusable:
+    """What is said of such a picture."""
+    return Unusable(
+        f"A picture may be at most {LARGEST_SIDE_PX:,} pixels wide or high, and {LONGEST_SHAPE} "
+        "times as long as it is narrow. Please make it smaller first."
+    )
+
+
+def open_picture(path: str) -> Image.Image:
+    """A file's picture in RGB, turned as its EXIF data say; of an animated one the first frame.
+    Raises Unusable; that it is too large is known from the first bytes of the file.
+    """
+    try:
+        with Image.open(path) as picture:
+            if is_too_large(*picture.size):
+                raise too_large()
+            picture.load()
+            with contextlib.suppress(Exception):  # damaged EXIF data do not spoil a picture
+                ImageOps.exif_transpose(picture, in_place=True)
+            return to_rgb(picture)
+    except Unusable:
+        raise
+    except Image.DecompressionBombError:
+        raise too_large() from None
+    except Exception:  # Pillow raises many kinds, SyntaxError among them
+        raise Unusable("The file is damaged, or not a picture that can be read here.") from None
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode in RGB, transparency ignored. Grey of more than 8 bits is scaled: whole
+    numbers from 65535, floats from 1 or 255, values beyond from their own lowest and highest.
+    """
+    if picture.mode.startswith(("I", "F")):
+        values = np.asarray(picture.convert("F"))
+        finite = values[np.isfinite(values)]
+        low, high = (finite.min(), finite.max()) if finite.size else (0, 1)
+        tops = (1, 255) if picture.mode == "F" else (65535,)
+        low, high = next(((0, top) for top in tops if low >= 0 and high <= top), (low, high))
+        with np.errstate(all="ignore"):
+            values = (values - low) * np.float32(255 / (high - low))
+        values = np.nan_to_num(values, nan=0, posinf=255, neginf=0).round().clip(0, 255)
+        picture = Image.fromarray(values.astype(np.uint8))
+    picture.info.pop("transparency", None)  # which Pillow would warn of, if it is a palette's
+    return picture.convert("RGB")
+
+
+def middle(picture: Image.Image, ready: dict[str, Any]) -> Image.Image:
+    """The square that the model sees, rounded as torchvision's Resize and CenterCrop round."""
+    size, short = ready["image_size"], ready["val_resize"]
+    sides = tuple(int(short * side / min(picture.size)) for side in picture.size)
+    if picture.size != sides:
+        picture = picture.resize(sides, Image.Resampling[ready["interpolation"].upper()])
+    left, top = (round((s - size) / 2) if s >= size else -((size - s) // 2) for s in sides)
+    return picture.crop((left, top, left + size, top + size))  # black where there is nothing
+
+
+def to_input(square: Image.Image, ready: dict[str, Any]) -> np.ndarray:
+    """A square picture as the model takes it: (1, 3, size, size), float32, normalised."""
+    mean, std = (np.array(ready[name], np.float32) for name in ("mean", "std"))
+    values = np.asarray(square, np.float32) * np.float32(1 / 255)
+    return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1)[None])
+
+
+def heat_map(square: Image.Image, evidence: np.ndarray) -> Image.Image:
+    """A square picture that glows where a class is seen, from the evidence for it, (h, w); what is
+    below 0 speaks against the class, and stays as it was.
+    """
+    size = (max(SHOWN_PX, square.width),) * 2
+    heat = np.maximum(evidence, 0) / max(evidence.max(), 1e-9)
+    heat = np.asarray(Image.fromarray(heat).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
+    steps = np.linspace(0, 1, len(GLOW))
+    glow = np.stack([np.interp(heat, steps, channel) for channel in GLOW.T], -1)
+    shown = np.asarray(square.resize(size, Image.Resampling.BICUBIC), np.float32)
+    return Image.fromarray((shown + (glow - shown) * 0.75 * heat[..., None]).astype(np.uint8))
