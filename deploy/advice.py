@@ -77,7 +77,7 @@ def weak_classes(classes: Sequence[ClassFigures], scores: Scores) -> Finding | N
         return None
     return Finding(
         f"{tsa.plural(len(texts), 'class')} below the average of {percent(scores.top1.value)}",
-        f"{some(texts)}. With so few images that chance could explain it, a class is not named.",
+        f"{some(texts)}. Classes with so few images that it may be chance are not named.",
         "More, and more varied, training pictures of these classes help most; look at their worst "
         "predictions below for what they have in common.",
     )

@@ -16,10 +16,7 @@ from checkpoint import needed_packages, tsa
 
 with needed_packages():
     from scipy import stats
-    from torchmetrics.functional.classification import (
-        binary_calibration_error,
-        multiclass_stat_scores,
-    )
+    from torchmetrics.functional.classification import binary_calibration_error
 
 LEVEL = 0.95  # of intervals
 BINS = 15  # of the reliability curve, as in Guo et al. 2017 (arXiv 1706.04599)
@@ -146,10 +143,11 @@ class ClassFigures:
 
 def class_figures(judged: Judged, classes: Sequence[str]) -> list[ClassFigures]:
     """Figures of each class, those with the lowest accuracy first, those without images last."""
-    counts = multiclass_stat_scores(judged.predicted, judged.true, len(classes), average=None)
+    labels = judged.true[judged.right], judged.true, judged.predicted
+    counts = (torch.bincount(each, minlength=len(classes)).tolist() for each in labels)
     found = []
-    for index, (hits, others, _, _, images) in enumerate(counts.tolist()):
-        recall, precision = (Share(hits, n) if n else None for n in (images, hits + others))
+    for index, (hits, images, answers) in enumerate(zip(*counts, strict=True)):
+        recall, precision = (Share(hits, n) if n else None for n in (images, answers))
         found.append(ClassFigures(index, classes[index], recall, precision))
     return sorted(found, key=lambda one: one.recall.value if one.recall else math.inf)
 

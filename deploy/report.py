@@ -142,6 +142,8 @@ class Gallery:
         """The pictures of these rows of what was judged, by row."""
         row_of = {self.judged.numbers[row].item(): row for row in rows}
         shown: dict[int, Shown] = {}
+        if not row_of:
+            return shown
         with tqdm(total=len(row_of), unit=" heat maps", leave=False, disable=None) as bar:
             chosen = sorted(row_of)
             for images, numbers in cp.batches(self.checkpoint, self.pictures, chosen, batch_size):

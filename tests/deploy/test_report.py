@@ -410,6 +410,12 @@ def test_everything_is_in_one_file(best, few, reported, tmp_path):
     assert json.loads(confused.read_text())["images"] == 30
 
 
+def test_with_nothing_to_show_there_are_no_pictures(best, few, reported, monkeypatch):
+    monkeypatch.setattr(report, "SHOWN_PAIRS", 0)
+    page = Page(reported(best, "--data-path", few, "--per-class", "0")[0])
+    assert not any(tag == "img" for tag, _ in page.tags)
+
+
 def test_layers_can_be_named(best, few, reported):
     page = reported(best, "--data-path", few, "--layer", "stage2")[0]
     assert "16 × 16 places" in page and len(page) < 2**20
