@@ -7,10 +7,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from checkpoint import Checkpoint, tsa
 from torch import nn
+
+Shapes = dict[str, tuple[nn.Module, tuple[int, ...]]]  # layers and their outputs', by name
+Watch = Callable[[str, nn.Module, tuple, Any], None]
 
 
 @dataclass(frozen=True)
@@ -25,29 +29,35 @@ class MapLayer:
     is_tokens: bool = False
 
 
-def seen_shapes(
-    model: nn.Module, images: torch.Tensor
-) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
-    """Each layer of a model that ran, by name, with the shape of its output, in the order in which
-    they finished; those without a tensor as output are left out.
+def run_watched(model: nn.Module, images: torch.Tensor, watch: Watch) -> torch.Tensor:
+    """The logits (n, classes) of images (n, 3, size, size). `watch` is told of each layer that has
+    run, as it finishes: its name, the layer, its inputs and its output.
     """
-    seen: dict[str, tuple[nn.Module, tuple[int, ...]]] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def note(layer: nn.Module, _: object, output: object) -> None:
-            if torch.is_tensor(output):
-                seen.pop(name, None)
-                seen[name] = layer, tuple(output.shape)
+    def telling(name: str) -> Callable[[nn.Module, tuple, object], None]:
+        return lambda layer, inputs, output: watch(name, layer, inputs, output)
 
-        return note
-
-    hooks = [layer.register_forward_hook(watch(name)) for name, layer in model.named_modules()]
+    hooks = [each.register_forward_hook(telling(name)) for name, each in model.named_modules()]
     try:
         with torch.inference_mode():
-            model(images)
+            return model(images)
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def seen_shapes(model: nn.Module, images: torch.Tensor) -> Shapes:
+    """Each layer of a model that ran, by name, with the shape of its output, in the order in which
+    they finished; those without a tensor as output are left out.
+    """
+    seen: Shapes = {}
+
+    def note(name: str, layer: nn.Module, _: tuple, output: object) -> None:
+        if torch.is_tensor(output):
+            seen.pop(name, None)
+            seen[name] = layer, tuple(output.shape)
+
+    run_watched(model, images, note)
     return seen
 
 
@@ -79,6 +89,33 @@ def first_norm_of_last_block(model: nn.Module) -> str | None:
     return names[next(each for each in blocks[-1].modules() if isinstance(each, nn.LayerNorm))]
 
 
+def last_map(shapes: Shapes) -> str | None:
+    """The last layer of a convolutional net that makes a map of several places, by name. None if
+    there is none, or if later maps have their channels last, which are not taken.
+    """
+    pooled = nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d  # these can make several places of one
+    for name, (layer, shape) in reversed(shapes.items()):
+        if len(shape) != 4 or isinstance(layer, pooled):
+            continue
+        if map_of(name, shape):
+            return name
+        if shape[1] == shape[2] > 1:  # rows and columns come before the channels
+            return None
+    return None
+
+
+def asked_layer(asked: str, shapes: Shapes, model_name: str) -> MapLayer:
+    """The layer that `--layer` names. Raises UserError for one that is no map."""
+    maps = {name: map_of(name, shape) for name, (_, shape) in shapes.items()}
+    if found := maps.get(asked):
+        return found
+    reason = f"{model_name} has no such layer"
+    if asked in shapes:
+        reason = f"its output {shapes[asked][1]} is no map of several places"
+    known = ", ".join(name for name, found in maps.items() if found and name and "." not in name)
+    raise tsa.UserError(f"--layer {asked}: {reason}; parts that make one: {known or 'none'}")
+
+
 def find_map_layer(checkpoint: Checkpoint, asked: str | None = None) -> MapLayer:
     """The layer that heat maps are made of: the one `asked` for, or else the last feature map of a
     convolutional net, what comes before the tokens of a hybrid, the last tokens of a vision
@@ -86,29 +123,16 @@ def find_map_layer(checkpoint: Checkpoint, asked: str | None = None) -> MapLayer
 
     Raises UserError for a layer that does not exist or is no map, or if there is none.
     """
-    model = checkpoint.model
+    model, model_name = checkpoint.model, checkpoint.trained.settings.model
     shapes = seen_shapes(model, zero_images(checkpoint))
-    maps = {name: map_of(name, shape) for name, (_, shape) in shapes.items()}
-    if asked is None and isinstance(model, tsa.Hybrid):
-        asked = "attention"
-    if asked := asked or first_norm_of_last_block(model):
-        if found := maps.get(asked):
-            return found
-        shape = shapes.get(asked, (None, None))[1]
-        reason = f"its output {shape} is no map of several places" if shape else "no such layer"
-        known = ", ".join(name for name, found in maps.items() if found and "." not in name)
-        raise tsa.UserError(
-            f"--layer {asked}: {reason} of {checkpoint.trained.settings.model}; "
-            f"maps are made by {known or 'none of its parts'}"
-        )
-    pooled = nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d
-    for name, (layer, shape) in reversed(shapes.items()):
-        if len(shape) == 4 and maps[name] and not isinstance(layer, pooled):
-            return maps[name]
+    if asked:
+        return asked_layer(asked, shapes, model_name)
+    own = "attention" if isinstance(model, tsa.Hybrid) else first_norm_of_last_block(model)
+    name = own or last_map(shapes)
+    if name and (found := map_of(name, shapes[name][1])):
+        return found
     size = checkpoint.trained.ready.image_size
-    raise tsa.UserError(
-        f"{checkpoint.trained.settings.model} has no feature map of several places at {size} px"
-    )
+    raise tsa.UserError(f"{model_name} has no feature map of several places at {size} px")
 
 
 @dataclass(frozen=True)
@@ -134,28 +158,20 @@ def find_linear_head(checkpoint: Checkpoint) -> LinearHead | None:
     if layer.is_tokens or not linears:
         return None
     held: dict[str, torch.Tensor] = {}
-    head = linears[-1]
-    hooks = [
-        model.get_submodule(layer.name).register_forward_hook(
-            lambda _, __, output: held.update(map=output)
-        ),
-        head.register_forward_hook(
-            lambda _, inputs, output: held.update(got=inputs[0], made=output)
-        ),
-    ]
-    size = checkpoint.trained.ready.image_size
-    noise = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    try:
-        with torch.inference_mode():
-            logits = model(noise)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+    def hold(name: str, each: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        if name == layer.name:
+            held["map"] = output  # as it is in the end: a ReLU after it may work in place
+        if each is linears[-1]:
+            held.update(got=inputs[0], made=output)
+
+    noise = torch.rand(zero_images(checkpoint, 2).shape, generator=torch.Generator().manual_seed(0))
+    logits = run_watched(model, noise, hold)
     means, got = held["map"].mean((2, 3)), held.get("got")
-    fits = got is not None and got.shape == means.shape and torch.equal(held["made"], logits)
-    if fits and torch.allclose(means, got, rtol=1e-4, atol=1e-5 * got.abs().max().item()):
-        return LinearHead(layer.name, head)
-    return None
+    if got is None or got.shape != means.shape:
+        return None
+    fits = torch.allclose(means, got, rtol=1e-4, atol=1e-5 * got.abs().max().item())
+    return LinearHead(layer.name, linears[-1]) if fits and held["made"].equal(logits) else None
 
 
 class WithMaps(nn.Module):
