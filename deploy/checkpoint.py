@@ -115,6 +115,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, state, tsa.trained_model(path, state, tsa.Settings()))
 
 
+def settings_as_given(state: tsa.State, native: tsa.Preprocessing) -> tsa.Settings:
+    """What was asked for, as it was typed then, without what followed from how the data's own
+    pictures are made ready.
+    """
+    asked = {name: value for name, value in state["asked"].items() if name not in tsa.PLACES}
+    settings = tsa.settings_of(tsa.saved_settings(state) | asked)
+    followed = dict.fromkeys(("val_resize", "interpolation", "mean", "std"))
+    derived = native.overruled(dataclasses.replace(settings, **followed))
+    unasked = {name: None for name in followed if getattr(settings, name) == getattr(derived, name)}
+    return dataclasses.replace(settings, **unasked)
+
+
 def use_allowed_cores() -> int:
     """Have PyTorch compute with as many threads as there are cores for it: those that this process
     may use, and no more than a container's quota allows. Returns their number.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import base64
 import collections
-import dataclasses
 import hashlib
 import importlib.metadata
 import io
@@ -335,18 +334,6 @@ def recorded_run(checkpoint: cp.Checkpoint) -> Recorded | None:
         return None
 
 
-def settings_as_given(state: tsa.State, native: tsa.Preprocessing) -> str:
-    """What was asked for beyond the defaults, as it is typed; places as they were given then, and
-    without what followed from the data's own preprocessing.
-    """
-    asked = {name: value for name, value in state["asked"].items() if name not in tsa.PLACES}
-    settings = tsa.settings_of(tsa.saved_settings(state) | asked)
-    followed = dict.fromkeys(("val_resize", "interpolation", "mean", "std"))
-    derived = native.overruled(dataclasses.replace(settings, **followed))
-    unasked = {name: None for name in followed if getattr(settings, name) == getattr(derived, name)}
-    return tsa.as_options(dataclasses.replace(settings, **unasked))
-
-
 def settings_in_force(state: tsa.State) -> dict[str, str]:
     """All settings that have a value, as text."""
     values = tsa.saved_settings(state).items()
@@ -473,7 +460,7 @@ def told_of_training(checkpoint: cp.Checkpoint, native: tsa.Preprocessing) -> di
         "is_average": state["average"] is not None,
         "best": best,
         "curves": curves_of(history, best and best["epoch"]),
-        "given": settings_as_given(state, native),
+        "given": tsa.as_options(cp.settings_as_given(state, native)),
         "in_force": settings_in_force(state),
         "recorded": recorded_run(checkpoint),
         "versions": state["versions"],
