@@ -1,36 +1,47 @@
 """Write a checkpoint's model into files that run without its training script.
 
     python deploy/export.py out/digits/best.pt --output-dir exported
+    python deploy/export.py out/digits/best.pt --output-dir exported --int8 --space hf_space
 
-Every file is loaded again and compared with the checkpoint's model on real images before it is
-kept, and has in it how pictures are made ready and what the classes are called.
+Every file is loaded again in a process of its own and compared with the checkpoint's model on real
+images; files are put into the folder when all of them are right. Each has in it how pictures are
+made ready and what the classes are called. The folder's README.md is a model card.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import shutil
+import subprocess
+import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoint as cp
-import feature_maps
 from checkpoint import tsa
 
 with cp.needed_packages():
+    import demo
+    import int8
+    import model_card
     import numpy as np
-    import onnx
-    import onnxruntime
+    import speed
     import torch
+    from formats import FORMATS
+    from PIL import Image
 
 LARGEST_DIFFERENCE = 1e-3  # of logits, relative to the largest of them
 COMPARED_IMAGES = 64
-ONNX_FILE = "model.onnx"
-IMAGES, LOGITS, MAPS = "images", "logits", "maps"  # names of the input and the outputs
+EXAMPLE_PICTURES = 5
+INT8_FILE = "model.int8.onnx"
+
+
+# ---- the comparison with the checkpoint's model --------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -43,10 +54,14 @@ class Sample:
     logits: torch.Tensor
 
 
+def spread(count: int, most: int) -> range:
+    """At most so many indices, spread evenly over `count`."""
+    return range(0, count, max(1, -(-count // most)))
+
+
 def sample_images(checkpoint: cp.Checkpoint, data: tsa.ImageData, batch_size: int) -> Sample:
     """Validation images, spread evenly over all of them, and the logits of the model."""
-    step = max(1, len(data.val) // COMPARED_IMAGES)
-    chosen = range(0, len(data.val), step)[:COMPARED_IMAGES]
+    chosen = spread(len(data.val), COMPARED_IMAGES)
     images = torch.cat([each for each, _ in cp.batches(checkpoint, data.val, chosen, batch_size)])
     with torch.inference_mode():
         logits = torch.cat([checkpoint.model(each) for each in images.split(batch_size)])
@@ -59,70 +74,231 @@ def compare_logits(what: str, logits: torch.Tensor, sample: Sample) -> str:
     """
     scale = sample.logits.abs().max().item() or 1.0
     difference = (logits - sample.logits).abs().max().item() / scale
-    count = len(logits)
-    same = int((logits.argmax(1) == sample.logits.argmax(1)).sum())
-    text = (
-        f"{what}: top-1 of {same} of {tsa.plural(count, 'image')} equal, "
-        f"largest difference {difference:.1e} of the largest logit"
+    count, top1 = len(logits), sample.logits.argmax(1)
+    others = (logits.argmax(1) != top1).nonzero().flatten()
+    text = f"top-1 of {count - len(others)} of {tsa.plural(count, 'image')} equal, "
+    text += f"largest difference {difference:.1e} of the largest logit"
+    # Two classes of equal probability, to rounding, may change places.
+    ties = torch.isclose(
+        sample.logits[others, logits.argmax(1)[others]],
+        sample.logits[others, top1[others]],
+        rtol=0,
+        atol=1e-5 * scale,
     )
-    if not difference <= LARGEST_DIFFERENCE or same < count:
-        raise tsa.RunError(f"{text}: not the model that was trained; nothing is kept")
+    if not difference <= LARGEST_DIFFERENCE or not ties.all():
+        raise tsa.RunError(f"{what}: {text}: not the model that was trained; nothing is kept")
     return text
 
 
-def write_onnx(checkpoint: cp.Checkpoint, path: Path) -> None:
-    """Write the model as ONNX, by the dynamo exporter, for any number of images at once: one file,
-    with a second output of class activation maps where the head allows it.
+def logits_elsewhere(kind: str, path: Path, images: torch.Tensor) -> torch.Tensor:
+    """What a file makes of images, loaded in a process of its own. Raises RunError."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, made = Path(folder, "images.npy"), Path(folder, "logits.npy")
+        np.save(given, images.numpy())
+        command = [sys.executable, cp.HERE / "loading.py", kind, path, given, made]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise tsa.RunError(f"{path.name}: cannot be loaded again: {reason}; nothing is kept")
+        return torch.from_numpy(np.load(made))
+
+
+def write_format(kind: str, checkpoint: cp.Checkpoint, folder: Path, sample: Sample) -> str:
+    """Write a file of one kind, and compare it. Raises RunError for a model that the format cannot
+    hold, or if it is not the same.
     """
-    head = feature_maps.find_linear_head(checkpoint)
-    model = feature_maps.WithMaps(checkpoint.model, head).eval() if head else checkpoint.model
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own making
-        exported = torch.onnx.export(
-            model,
-            (feature_maps.zero_images(checkpoint, 2),),
-            dynamo=True,
-            input_names=[IMAGES],
-            output_names=[LOGITS, MAPS] if head else [LOGITS],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=2**16)},),
-            verbose=False,
-        )
-    proto = exported.model_proto
-    onnx.helper.set_model_props(proto, cp.describe(checkpoint))
-    onnx.save(proto, path)
-    onnx.checker.check_model(path, full_check=True)
+    path = folder / FORMATS[kind].file
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporters, about their own making
+            FORMATS[kind].write(checkpoint, path)
+    except Exception as error:  # PyTorch raises many kinds
+        model, reason = checkpoint.trained.settings.model, tsa.one_line(error)
+        raise tsa.RunError(
+            f"{model} cannot be written as {kind}: {reason}; nothing is kept"
+        ) from error
+    return compare_logits(path.name, logits_elsewhere(kind, path, sample.images), sample)
 
 
-def onnx_logits(path: Path, images: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """What an ONNX file makes of images (n, 3, size, size): logits (n, classes)."""
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    made = (session.run([LOGITS], {IMAGES: each.numpy()}) for each in images.split(batch_size))
-    return torch.from_numpy(np.concatenate(list(itertools.chain.from_iterable(made))))
+# ---- a folder ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def filled(folder: Path, flag: str) -> Iterator[Path]:
+    """An empty folder, whose files are put into `folder` in the end, in place of those of the same
+    names; nothing is left of it, nor of folders made for it, if it does not come to that.
+
+    Raises UserError for a folder that cannot be written.
+    """
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            staged = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+        except OSError as error:
+            raise tsa.UserError(f"{flag} {folder}: cannot be written: {error.strerror}") from None
+        try:
+            yield staged
+            for file in sorted(each for each in staged.rglob("*") if each.is_file()):
+                target = folder / file.relative_to(staged)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+        finally:
+            shutil.rmtree(staged)
+    finally:
+        for each in made:
+            with contextlib.suppress(OSError):  # not empty: all went well
+                each.rmdir()
+
+
+def calibration_images(
+    checkpoint: cp.Checkpoint, data: tsa.ImageData, count: int, batch_size: int
+) -> Iterator[np.ndarray]:
+    """Batches of training images, spread evenly over all, made ready as for validation."""
+    chosen = [data.chosen[place] for place in spread(len(data.chosen), count)]
+    for images, _ in cp.batches(checkpoint, data.train, chosen, batch_size):
+        yield images.numpy()
+
+
+def example_pictures(data: tsa.ImageData, count: int) -> list[tuple[str, Image.Image]]:
+    """Validation pictures with the names of their classes: one of each of some classes, spread
+    evenly over all, or several of each if there are fewer classes; none that cannot be read.
+    """
+    by_class: dict[int, list[int]] = {}
+    for index, target in enumerate(cp.true_classes(data.val)):
+        by_class.setdefault(target, []).append(index)
+    first, *more = itertools.zip_longest(*(by_class[target] for target in sorted(by_class)))
+    chosen = [first[place] for place in spread(len(first), count)]
+    pictures = []
+    for index in itertools.chain(chosen, *more):
+        with contextlib.suppress(tsa.BrokenImage, TypeError):
+            if index is not None:
+                picture, target = data.val[index]
+                pictures.append((data.classes[target], picture))
+        if len(pictures) == count:
+            break
+    return pictures
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def parse_formats(text: str) -> tuple[str, ...]:
+    """Names of formats, separated by commas; ONNX first, which other files are made of."""
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in FORMATS:
+            raise argparse.ArgumentTypeError(
+                f"no format {name!r} (choose from {', '.join(FORMATS)})"
+            )
+    return tuple(name for name in FORMATS if name in names)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cp.common_parser(__doc__.partition("\n\n")[0])
     parser.add_argument(
-        "--output-dir", type=Path, required=True, metavar="DIR", help="for the files"
+        "--output-dir", type=Path, required=True, metavar="DIR", help="the folder for the files"
+    )
+    parser.add_argument(
+        "--formats",
+        type=parse_formats,
+        default=",".join(FORMATS),
+        metavar="LIST",
+        help="the kinds of files, separated by commas",
+    )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help=f"also {INT8_FILE}, quantised, and what that costs and brings",
+    )
+    parser.add_argument(
+        "--calibrate",
+        type=tsa.whole_number(1),
+        default=256,
+        metavar="N",
+        help="training images to find the ranges of int8 with",
+    )
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="time torch.compile too, which takes minutes",
+    )
+    parser.add_argument(
+        "--space",
+        type=Path,
+        metavar="DIR",
+        help="also a folder with a demo page, ready to be pushed as a Hugging Face Space",
     )
     return parser
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked against each other. Raises UserError."""
+    asked = build_parser().parse_args(argv)
+    for flag, needs in (("--int8", asked.int8), ("--space", asked.space)):
+        if needs and "onnx" not in asked.formats:
+            raise tsa.UserError(
+                f"--formats {','.join(asked.formats)}: {flag} needs onnx among them"
+            )
+    if asked.compiled and not asked.int8:
+        raise tsa.UserError("--compiled: there is a comparison of speeds with --int8 alone")
+    if asked.space and asked.space.resolve() == asked.output_dir.resolve():
+        raise tsa.UserError(f"--space {asked.space}: has to be another folder than --output-dir")
+    return asked
+
+
+def quantised(
+    asked: argparse.Namespace, checkpoint: cp.Checkpoint, data: tsa.ImageData, folder: Path
+) -> str:
+    """Write the int8 file, and say what it costs and brings."""
+    source, target = folder / FORMATS["onnx"].file, folder / INT8_FILE
+    images = calibration_images(checkpoint, data, asked.calibrate, asked.batch_size)
+    int8.quantize(source, target, images)
+    tsa.say(f"{INT8_FILE}: calibrated; now every way to run the model is tested and timed")
+    options = {"batch_size": asked.batch_size, "compiled": asked.compiled}
+    return speed.compare(checkpoint, data, source, target, **options).text()
+
+
+def export(
+    asked: argparse.Namespace, checkpoint: cp.Checkpoint, data: tsa.ImageData, folder: Path
+) -> str:
+    """Write all files into an empty folder, the model card last, and say so; returns the card's
+    body.
+    """
+    sample = sample_images(checkpoint, data, asked.batch_size)
+    files = []
+    for kind in asked.formats:
+        tsa.say(f"{FORMATS[kind].file}: {write_format(kind, checkpoint, folder, sample)}")
+        files.append((folder / FORMATS[kind].file, FORMATS[kind].about))
+    measured = ""
+    if asked.int8:
+        measured = quantised(asked, checkpoint, data, folder)
+        tsa.say(f"\n{measured}\n")
+        files.append((folder / INT8_FILE, "onnxruntime, quantised to 8 bits"))
+    header, card = model_card.build_card(checkpoint, data, files, measured)
+    (folder / "README.md").write_text(header + card, encoding="utf-8")
+    return card
 
 
 @cp.program
 def main(argv: Sequence[str] | None = None) -> None:
     """Export a checkpoint."""
-    asked = build_parser().parse_args(argv)
+    asked = parse_arguments(argv)
     checkpoint = cp.read_checkpoint(asked.checkpoint)
     data = cp.open_images(checkpoint, asked.data_path)
     cp.use_allowed_cores()
-    sample = sample_images(checkpoint, data, asked.batch_size)
-    with tempfile.TemporaryDirectory(dir=asked.output_dir.parent) as folder:
-        staged = Path(folder, ONNX_FILE)
-        write_onnx(checkpoint, staged)
-        tsa.say(compare_logits(ONNX_FILE, onnx_logits(staged, sample.images, 32), sample))
-        asked.output_dir.mkdir(parents=True, exist_ok=True)
-        shutil.move(staged, asked.output_dir / ONNX_FILE)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(filled(asked.output_dir, "--output-dir"))
+        page = asked.space and stack.enter_context(filled(asked.space, "--space"))
+        card = export(asked, checkpoint, data, folder)
+        if page:
+            title = f"{checkpoint.trained.settings.model}: {', '.join(checkpoint.classes[:3])}"
+            demo.write_space(page, folder, card, example_pictures(data, EXAMPLE_PICTURES), title)
+    names = ", ".join(each.name for each in sorted(asked.output_dir.iterdir()))
+    tsa.say(f"files in {asked.output_dir}: {names}")
+    if page:
+        tsa.say(f"demo page in {asked.space}: python {asked.space / 'app.py'}")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,8 @@ def test_the_pages_have_commands():
 @pages
 def test_options_on_a_page_exist(page):
     own = set(tsa.build_parser()._option_string_actions)
-    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    programs = (*ROOT.glob("tests/*.py"), *ROOT.glob("deploy/*.py"))
+    sources = "".join(path.read_text() for path in programs)
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", page.read_text())) - FOREIGN:
         assert flag in own or f'"{flag}"' in sources, flag
 

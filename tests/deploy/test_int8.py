@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import checkpoint as cp
-import export
+import formats
 import int8
 import numpy as np
 import onnx
@@ -30,7 +30,7 @@ def written(trained, tmp_path_factory):
             checkpoint = cp.read_checkpoint(trained(model))
             data = cp.open_images(checkpoint)
             source, target = folder / "model.onnx", folder / "int8.onnx"
-            export.write_onnx(checkpoint, source)
+            formats.write_onnx(checkpoint, source)
             int8.quantize(source, target, batches(checkpoint, data.train, 48))
             images = np.concatenate(list(batches(checkpoint, data.val, 64)))
             known[model] = checkpoint, source, target, images

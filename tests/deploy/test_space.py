@@ -20,7 +20,7 @@ from pathlib import Path
 
 import checkpoint as cp
 import demo
-import export
+import formats
 import numpy as np
 import onnx
 import onnxruntime
@@ -125,7 +125,7 @@ def rgb(width: int = 60, height: int = 45, seed: int = 0) -> Image.Image:
 def exported(best, tmp_path_factory) -> Path:
     """A folder with the model as ONNX, in place of int8 too."""
     folder = tmp_path_factory.mktemp("exported")
-    export.write_onnx(cp.read_checkpoint(best), folder / "model.onnx")
+    formats.write_onnx(cp.read_checkpoint(best), folder / "model.onnx")
     shutil.copy(folder / "model.onnx", folder / "model.int8.onnx")
     return folder
 

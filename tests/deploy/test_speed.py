@@ -11,8 +11,9 @@ import statistics
 import threading
 
 import checkpoint as cp
-import export
+import formats
 import int8
+import loading
 import numpy as np
 import onnx
 import pytest
@@ -29,7 +30,7 @@ def files(best, tmp_path_factory):
     checkpoint = cp.read_checkpoint(best)
     data = cp.open_images(checkpoint)
     source, target = folder / "model.onnx", folder / "int8.onnx"
-    export.write_onnx(checkpoint, source)
+    formats.write_onnx(checkpoint, source)
     images = [each.numpy() for each, _ in cp.batches(checkpoint, data.train, range(64), 32)]
     int8.quantize(source, target, images)
     return checkpoint, data, source, target
@@ -193,7 +194,7 @@ def test_maps_are_not_computed_where_logits_are_timed(files):
         assert [output.name for output in session.get_outputs()] == ["logits"]
         assert "maps" in [output.name for output in onnx.load(path).graph.output]
         logits = speed.onnx_way("any", path, 1).run(images)
-        assert np.allclose(logits, export.onnx_logits(path, images, 32), atol=1e-4)
+        assert np.allclose(logits, loading.load_onnx(path)(images.numpy()), atol=1e-4)
 
 
 def test_few_images_are_timed_more_than_once(files, monkeypatch):

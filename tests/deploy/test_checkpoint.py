@@ -1,0 +1,131 @@
+"""What the programs of deploy/ share. Run: python -m pytest tests/deploy/test_checkpoint.py"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoint as cp
+import pytest
+import torch
+
+import train_split_affinity as tsa
+
+
+def test_a_checkpoints_images_are_those_of_its_validation(best, digits):
+    checkpoint = cp.read_checkpoint(best)
+    data = cp.open_images(checkpoint)
+    targets = torch.tensor(cp.true_classes(data.val))
+    right = seen = 0
+    for images, numbers in cp.batches(checkpoint, data.val, range(len(data.val)), 50):
+        with torch.inference_mode():
+            right += int((checkpoint.model(images).argmax(1) == targets[numbers]).sum())
+        seen += len(images)
+    row = checkpoint.state["progress"]["history"][-1]
+    assert seen == len(data.val) == 360
+    assert abs(100 * right / seen - row["val_top1"]) < 1  # in bf16 there
+
+
+def test_images_that_were_kept_apart_are_found_again(trained, digits, tmp_path):
+    shutil.copytree(digits / "train", tmp_path / "train")
+    best = trained("resnet20", "--val-share", "0.25", "--data-path", str(tmp_path))
+    data = cp.open_images(cp.read_checkpoint(best))
+    everywhere = cp.true_classes(data.train)
+    assert abs(len(data.val) - 0.25 * len(data.train)) <= 10  # rounded in each class
+    assert cp.true_classes(data.val) == [everywhere[index] for index in data.val.indices]
+
+
+def test_broken_images_are_left_out_and_named(best, digits, tmp_path, capsys):
+    shutil.copytree(digits, tmp_path / "data")
+    victim = sorted((tmp_path / "data/val/3").iterdir())[0]
+    victim.write_bytes(b"no picture")
+    checkpoint = cp.read_checkpoint(best)
+    data = cp.open_images(checkpoint, tmp_path / "data")
+    found = [n for _, numbers in cp.batches(checkpoint, data.val, range(360), 64) for n in numbers]
+    assert len(found) == 359
+    assert victim.name in capsys.readouterr().err
+    index = next(i for i, (path, _) in enumerate(data.val.samples) if Path(path) == victim)
+    with pytest.raises(tsa.RunError, match="none of the images can be read"):
+        list(cp.batches(checkpoint, data.val, [index], 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda path: shutil.rmtree(path), "does not exist"),
+        (lambda path: (path / "train/new").mkdir(), "in class new"),
+        (lambda path: shutil.rmtree(path / "val"), "has no images to validate with"),
+        (lambda path: shutil.rmtree(path / "train/4") or shutil.rmtree(path / "val/4"), "class 4"),
+    ],
+    ids=["gone", "empty class", "no validation images", "another class"],
+)
+def test_data_that_do_not_fit(best, digits, tmp_path, change, said):
+    shutil.copytree(digits, tmp_path / "data")
+    change(tmp_path / "data")
+    with pytest.raises(tsa.UserError, match=said) as caught:
+        cp.open_images(cp.read_checkpoint(best), tmp_path / "data")
+    assert "--data-path" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_on_synthetic_images_has_none_to_show(tmp_path):
+    arguments = "--model resnet20 --image-size 32 --num-classes 3 -b 2 -j 0 --steps 1".split()
+    folder = str(tmp_path / "out")
+    assert tsa.main([*arguments, "--output-dir", folder, "--log-file", str(tmp_path / "log")]) == 0
+    with pytest.raises(tsa.UserError, match="trained on synthetic images; --data-path DIR"):
+        cp.open_images(cp.read_checkpoint(tmp_path / "out/last.pt"))
+
+
+def test_a_description_is_text_that_says_all(best):
+    checkpoint = cp.read_checkpoint(best)
+    facts = {name: json.loads(text) for name, text in cp.describe(checkpoint).items()}
+    assert facts["model"] == "resnet20"
+    assert facts["classes"] == [str(digit) for digit in range(10)]
+    assert tsa.Preprocessing(**facts["preprocessing"]) == tsa.Preprocessing(
+        32, 37, "bilinear", list(tsa.IMAGENET_MEAN), list(tsa.IMAGENET_STD)
+    )
+
+
+def test_threads_are_those_of_the_allowed_cores():
+    before = torch.get_num_threads()
+    plan = tsa.plan_cores(tsa.read_topology(), tsa.Settings(split="none"))
+    try:
+        assert cp.use_allowed_cores() == torch.get_num_threads() == plan.forward.threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (tsa.UserError("--x 1: no"), 2, "error: --x 1: no"),
+        (tsa.RunError("it broke"), 1, "error: it broke"),
+        (RuntimeError("what?"), 1, "not foreseen: RuntimeError: what?; traceback in"),
+        (MemoryError("DefaultCPUAllocator: 3 GiB"), 2, "not enough memory: 3 GiB"),
+        (KeyboardInterrupt(), 130, ""),
+        (None, 0, ""),
+    ],
+)
+def test_errors_end_in_one_line(error, code, said, capsys):
+    @cp.program
+    def main(argv):
+        if error:
+            raise error
+
+    assert main([]) == code
+    err = capsys.readouterr().err
+    assert said in err
+    assert "Traceback" not in err
+    assert err.count("\n") == bool(said)
+
+
+def test_a_missing_package_is_named_with_its_remedy(tmp_path):
+    shutil.copytree(cp.HERE, tmp_path / "deploy")
+    shutil.copy(tsa.__file__, tmp_path)
+    (tmp_path / "deploy/onnx.py").write_text("raise ImportError('No module named onnx')")
+    command = [sys.executable, tmp_path / "deploy/export.py", "x.pt", "--output-dir", "y"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    remedy = f"pip install -r {tmp_path}/deploy/requirements.txt\n"
+    assert done.stderr == f"export.py: error: No module named onnx: {remedy}"

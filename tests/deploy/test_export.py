@@ -1,0 +1,423 @@
+"""deploy/export.py. Run: python -m pytest tests/deploy/test_export.py
+
+A file is right if a process of its own makes the same of real images as the checkpoint's model.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import checkpoint as cp
+import export
+import feature_maps
+import loading
+import model_card
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import safetensors
+import speed
+import torch
+import torchvision
+import yaml
+from formats import FORMATS, Format
+from huggingface_hub import ModelCard
+from PIL import Image
+
+import train_split_affinity as tsa
+
+# TorchScript's; those who ask for it are told.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def exported(best, tmp_path_factory) -> Path:
+    """The files of a ResNet-20, as one command writes them."""
+    folder = tmp_path_factory.mktemp("exported") / "files"
+    assert export.main([str(best), "--output-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def facts(best) -> dict:
+    """What every file says of the model in it."""
+    return {name: json.loads(text) for name, text in cp.describe(cp.read_checkpoint(best)).items()}
+
+
+def as_json(texts: dict[str, str]) -> dict:
+    return {name: json.loads(text) for name, text in texts.items()}
+
+
+def built(model: torch.nn.Module, size: int = 32, name: str = "resnet20") -> cp.Checkpoint:
+    """A checkpoint of a model with random weights."""
+    ready = tsa.Preprocessing(image_size=size)
+    trained = tsa.Trained(model.eval(), ["a", "b", "c"], ready, tsa.Settings(model=name))
+    return cp.Checkpoint(Path("some.pt"), {"versions": tsa.versions()}, trained)
+
+
+def small_vit() -> torch.nn.Module:
+    torch.manual_seed(0)
+    vit = torchvision.models.VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=3)
+    torch.nn.init.normal_(vit.heads.head.weight)
+    return vit
+
+
+MODELS = {
+    "hybrid-light": lambda: tsa.build_model("hybrid-light", 3, 64),
+    "mobilenet_v3_small": lambda: tsa.build_model("mobilenet_v3_small", 3, 32),
+    "vision transformer": small_vit,
+    "squeezenet1_1": lambda: tsa.build_model("squeezenet1_1", 3, 32),
+}
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2", "torchscript"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_model_goes_into_a_graph(kind, name, tmp_path):
+    torch.manual_seed(0)
+    checkpoint = built(MODELS[name](), 64 if name.startswith("hybrid") else 32)
+    path = tmp_path / FORMATS[kind].file
+    FORMATS[kind].write(checkpoint, path)
+    size = checkpoint.trained.ready.image_size
+    images = torch.randn(5, 3, size, size)
+    expected = checkpoint.model(images).detach().numpy()
+    run = loading.LOADERS[kind](path)
+    for count in (1, 2, 5):  # any number at once
+        made = run(images[:count].numpy())
+        assert made.shape == (count, 3)
+        assert np.abs(made - expected[:count]).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_the_files_are_there_and_say_what_they_hold(exported, facts):
+    names = {each.name for each in exported.iterdir()}
+    assert names == {"README.md", *(each.file for each in FORMATS.values())}
+    assert all(each.stat().st_mode & 0o044 for each in exported.iterdir())  # others may read them
+    proto = onnx.load(exported / "model.onnx")
+    assert as_json({each.key: each.value for each in proto.metadata_props}) == facts
+    with safetensors.safe_open(exported / "model.safetensors", framework="pt") as file:
+        assert as_json(file.metadata()) == facts
+    extra = dict.fromkeys(facts, "")
+    torch.export.load(exported / "model.pt2", extra_files=extra)
+    assert as_json(extra) == facts
+    extra = dict.fromkeys(facts, "")
+    torch.jit.load(exported / "model_cpu.pt", _extra_files=extra)
+    assert as_json(extra) == facts
+
+
+def test_one_command_makes_int8_and_a_demo_page_too(best, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    monkeypatch.setattr(speed, "TURN_S", 0.01)
+    folder, page = tmp_path / "files", tmp_path / "page"
+    asked = ["--output-dir", str(folder), "--formats", "onnx", "--int8", "--space", str(page)]
+    assert export.main([str(best), *asked, "--calibrate", "20"]) == 0
+    out = capsys.readouterr().out
+    card = (folder / "README.md").read_text()
+    models = {"model.onnx", "model.int8.onnx"}
+    assert {each.name for each in folder.iterdir()} == {*models, "README.md"}
+    assert {"app.py", "requirements.txt", *models} <= {each.name for each in page.iterdir()}
+    assert all((page / name).read_bytes() == (folder / name).read_bytes() for name in models)
+    assert len(list((page / "examples").iterdir())) == 5
+    assert f"python {page / 'app.py'}" in out
+    tables = re.findall(r"^\| .*(?:PyTorch|ONNX) .*$", out, re.MULTILINE)
+    assert len(tables) == 8  # two tables of four ways
+    assert all(line in card for line in tables)
+    assert "| `model.int8.onnx` |" in card
+
+
+def test_weights_are_those_of_the_checkpoint(exported, best):
+    model = cp.read_checkpoint(best).model
+    saved = tsa.read_weights(exported / "model.safetensors").weights  # as --init-from takes them
+    assert saved.keys() == model.state_dict().keys()
+    assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_second_output_is_class_activation_maps(exported, best):
+    checkpoint = cp.read_checkpoint(best)
+    images = torch.randn(3, 3, 32, 32)
+    session = onnxruntime.InferenceSession(exported / "model.onnx")
+    logits, maps = session.run(["logits", "maps"], {"images": images.numpy()})
+    features = []
+    checkpoint.model.stage3.register_forward_hook(lambda _, __, output: features.append(output))
+    with torch.inference_mode():
+        checkpoint.model(images)
+    weights = checkpoint.model.fc.weight
+    expected = torch.einsum("ck,nkhw->nchw", weights, features[0]).detach().numpy()
+    assert maps.shape == (3, 10, 8, 8)
+    assert np.abs(maps - expected).max() < 1e-4 * np.abs(expected).max()
+    bias = checkpoint.model.fc.bias.detach().numpy()
+    assert np.allclose(maps.mean((2, 3)) + bias, logits, atol=1e-4 * np.abs(logits).max())
+
+
+def test_maps_are_those_after_a_relu_that_works_in_place(tmp_path):
+    torch.manual_seed(0)
+    model = tsa.build_model("densenet121", 3, 64)
+    FORMATS["onnx"].write(built(model, 64), tmp_path / "model.onnx")
+    images = {"images": torch.randn(2, 3, 64, 64).numpy()}
+    logits, maps = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, images)
+    assert np.allclose(
+        maps.mean((2, 3)) + model.classifier.bias.detach().numpy(), logits, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "layer", "has_maps"),
+    [
+        ("resnet18", 64, "layer4", True),
+        ("resnet18", 32, "layer3", False),  # its last map has one place
+        ("resnet20", 32, "stage3", True),
+        ("densenet121", 64, "features", True),
+        ("swin_t", 64, "permute", True),
+        ("convnext_tiny", 64, "features", False),
+        ("vgg11", 64, "features", False),
+        ("squeezenet1_1", 64, "classifier.2", False),
+        ("hybrid-light", 64, "attention", False),
+        ("vit_b_32", 64, "encoder.layers.encoder_layer_11.ln_1", False),
+    ],
+)
+def test_the_last_feature_map_is_found(name, size, layer, has_maps):
+    checkpoint = built(tsa.build_model(name, 3, size), size, name)
+    assert feature_maps.find_map_layer(checkpoint).name == layer
+    assert bool(feature_maps.find_linear_head(checkpoint)) is has_maps
+
+
+class ChannelsLast(torch.nn.Module):
+    """Features (n, h, w, channels) behind a convolution, as in timm's Swin."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = torch.nn.Conv2d(3, 16, 4, stride=4), torch.nn.LayerNorm(16)
+        self.head = torch.nn.Linear(16, 3)
+
+    def forward(self, images):
+        """Logits (n, 3)."""
+        return self.head(self.norm(self.stem(images).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+def test_an_early_map_is_not_taken_for_the_last():
+    checkpoint = built(ChannelsLast(), 32, "some net")
+    with pytest.raises(tsa.UserError, match="some net has no feature map of several places at 32"):
+        feature_maps.find_map_layer(checkpoint)
+    assert feature_maps.find_map_layer(checkpoint, "stem").grid == 8
+
+
+def test_a_head_of_two_layers_has_no_maps(tmp_path):
+    checkpoint = built(tsa.build_model("mobilenet_v3_small", 3, 64), 64)
+    assert feature_maps.find_linear_head(checkpoint) is None
+    FORMATS["onnx"].write(checkpoint, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [each.name for each in session.get_outputs()] == ["logits"]
+
+
+def sample_of(logits: torch.Tensor) -> export.Sample:
+    return export.Sample(torch.zeros(len(logits), 3, 8, 8), logits)
+
+
+def test_files_that_are_not_the_model_are_refused():
+    logits = torch.tensor([[10.0, 0.0, -5.0], [1.0, 2.0, 0.0]])
+    text = export.compare_logits("x", logits + 1e-4, sample_of(logits))
+    assert text == ("top-1 of 2 of 2 images equal, largest difference 1.0e-05 of the largest logit")
+    for wrong in (logits + 0.02, logits.flip(1), logits * torch.nan):
+        with pytest.raises(tsa.RunError, match="x: top-1 of .*nothing is kept"):
+            export.compare_logits("x", wrong, sample_of(logits))
+    near = torch.tensor([[10.0, 0.0, -5.0], [2.0, 2.0 - 2e-3, 0.0]])
+    other = torch.tensor([[10.0, 0.0, -5.0], [2.0 - 4e-3, 2.0 - 2e-3, 0.0]])  # a little, but top-1
+    with pytest.raises(tsa.RunError, match="top-1 of 1 of 2 images equal"):
+        export.compare_logits("x", other, sample_of(near))
+    tie = torch.tensor([[1.0, 1.0 + 5e-7, 0.0]])  # of two that are equal, either may come first
+    assert "0 of 1 image" in export.compare_logits("x", tie[:, [1, 0, 2]], sample_of(tie))
+
+
+def test_nothing_is_kept_of_a_model_that_does_not_come_through(best, tmp_path, monkeypatch, capsys):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "model.onnx").write_bytes(b"of an earlier time")
+    (kept / "notes.txt").write_text("mine")
+
+    def wrong(checkpoint, path):
+        write(cp.Checkpoint(checkpoint.path, checkpoint.state, spoilt), path)
+
+    checkpoint = cp.read_checkpoint(best)
+    with torch.no_grad():
+        checkpoint.model.fc.weight.mul_(1.1)
+    spoilt, write = checkpoint.trained, FORMATS["pt2"].write
+    monkeypatch.setitem(FORMATS, "pt2", Format("model.pt2", wrong, ""))
+    for folder in (kept, tmp_path / "new/folder"):
+        assert export.main([str(best), "--output-dir", str(folder), "--formats", "onnx,pt2"]) == 1
+        err = capsys.readouterr().err
+        assert "model.pt2: top-1" in err
+        assert "nothing is kept" in err
+        assert err.count("\n") == 1
+    assert {each.name: each.read_bytes() for each in kept.iterdir()} == {
+        "model.onnx": b"of an earlier time",
+        "notes.txt": b"mine",
+    }
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("step", ["write", "load"])
+def test_what_a_format_cannot_hold_is_said_in_a_line(best, tmp_path, monkeypatch, capsys, step):
+    def broken(checkpoint, path):
+        if step == "write":
+            raise ValueError("no such operator\nand more")
+        path.write_bytes(b"no model")
+
+    monkeypatch.setitem(FORMATS, "pt2", Format("model.pt2", broken, ""))
+    arguments = [str(best), "--output-dir", str(tmp_path / "out"), "--formats", "pt2"]
+    assert export.main(arguments) == 1
+    err = capsys.readouterr().err
+    said = "resnet20 cannot be written as pt2: no such operator;"
+    assert (said if step == "write" else "model.pt2: cannot be loaded again: ") in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_are_filled_at_once_or_not_at_all(tmp_path):
+    target = tmp_path / "a/b"
+    with export.filled(target, "--output-dir") as staged:
+        (staged / "sub").mkdir()
+        (staged / "sub/one").write_text("1")
+        assert [each.name for each in target.iterdir()] == [staged.name]
+    assert [str(each.relative_to(target)) for each in target.rglob("*")] == ["sub", "sub/one"]
+    with contextlib.suppress(KeyError), export.filled(tmp_path / "c/d", "--output-dir") as staged:
+        (staged / "one").write_text("1")
+        raise KeyError
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["missing.pt", "--output-dir", "out"], "missing.pt: no such checkpoint"),
+        (["damaged.pt", "--output-dir", "out"], "damaged.pt: damaged: its SHA-256"),
+        (["foreign.pt", "--output-dir", "out"], "foreign.pt: damaged, or no checkpoint"),
+        (["best.pt", "--output-dir", "file"], "--output-dir file: cannot be written: "),
+        (["best.pt", "--output-dir", "file/out"], "--output-dir file/out: cannot be written: "),
+        (["best.pt", "--output-dir", "/proc/out"], "--output-dir /proc/out: cannot be written: "),
+        (["best.pt", "--output-dir", "out", "--space", "file"], "--space file: cannot be written"),
+        (["best.pt", "--output-dir", "out", "--space", "./out"], "has to be another folder"),
+        (
+            ["best.pt", "--output-dir", "out", "--data-path", "none"],
+            "--data-path none does not exist",
+        ),
+        (["best.pt", "--output-dir", "out", "--formats", "pt2", "--int8"], "needs onnx among them"),
+        (["best.pt", "--output-dir", "out", "--formats", "pt2", "--space", "s"], "needs onnx"),
+        (["best.pt", "--output-dir", "out", "--compiled"], "--compiled: "),
+    ],
+)
+def test_what_a_user_can_get_wrong(best, tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(best, "best.pt")
+    data = bytearray(best.read_bytes())
+    data[len(data) // 2] ^= 1
+    Path("damaged.pt").write_bytes(data)
+    torch.save({"weights": torch.zeros(3)}, "foreign.pt")
+    Path("file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    assert export.main(options) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("export.py: error: ")
+    assert said in err
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("formats", ["onnx,tflite", "", "onnx,,pt2"])
+def test_unknown_formats(formats, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        export.main(["best.pt", "--output-dir", "out", "--formats", formats])
+    assert "(choose from onnx, pt2, torchscript, weights)" in capsys.readouterr().err
+
+
+def test_the_order_of_formats_does_not_matter():
+    assert export.parse_formats("weights, onnx") == ("onnx", "weights")
+
+
+def test_the_cards_ten_lines_give_the_answer_of_predict(
+    exported, best, digits, tmp_path, monkeypatch, capsys
+):
+    card = (exported / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    assert len([line for line in code.splitlines() if line and "import" not in line]) <= 10
+    monkeypatch.chdir(exported)
+    trained = tsa.load_trained(best)
+    transform = tsa.validation_transform(trained.ready)
+    for number, size in enumerate([(32, 32), (57, 40), (33, 90)]):
+        file = sorted((digits / "val/7").iterdir())[number]
+        picture = Image.open(file).resize(size).save(tmp_path / "picture.png")
+        exec(code.replace('"picture.png"', repr(str(tmp_path / "picture.png"))), {})
+        picture = transform(tsa.load_image(str(tmp_path / "picture.png")))
+        with torch.inference_mode():
+            answer = trained.classes[int(trained.model(picture[None]).argmax())]
+        assert capsys.readouterr().out.strip() == answer
+
+
+def test_the_card_has_a_header_that_hugging_face_reads(exported, best):
+    card = ModelCard.load(exported / "README.md")
+    row = cp.read_checkpoint(best).state["progress"]["history"][-1]
+    assert card.data.pipeline_tag == "image-classification"
+    assert card.data.library_name == "onnx"
+    assert {each.metric_name: each.metric_value for each in card.data.eval_results} == {
+        "top-1": pytest.approx(row["val_top1"] / 100, abs=1e-6),
+        "top-5": pytest.approx(row["val_top5"] / 100, abs=1e-6),
+    }
+    assert f"**Top-1 {row['val_top1']:.2f} %**" in card.text
+    for line in ("on 360 validation images", "## Limits", "`model.safetensors`", "--epochs 2"):
+        assert line in card.text
+    assert str(best.parent) not in card.content  # nobody else's business
+    assert str(Path.home()) not in card.content
+
+
+def test_names_of_classes_are_text(best):
+    checkpoint = cp.read_checkpoint(best)
+    names = ["<script>alert(1)</script>", "a | b", "[x](http://y)", "`code`", "# head\n---\nx: 1"]
+    checkpoint.trained.classes[:5] = names
+    data = cp.open_images(cp.read_checkpoint(best))
+    header, body = model_card.build_card(checkpoint, data, [], "")
+    assert yaml.safe_load(header.strip("-\n"))["library_name"] == "onnx"
+    for raw in ("<script", "[x](", "`code`", "\n---\n"):
+        assert raw not in body
+    assert r"&lt;script&gt;alert\(1\)&lt;/script&gt;" in body
+
+
+def test_a_checkpoint_that_was_not_validated_has_a_card_that_says_so(best):
+    checkpoint = cp.read_checkpoint(best)
+    checkpoint.state["progress"]["batches"] = 3  # of the next epoch
+    data = cp.open_images(checkpoint)
+    header, body = model_card.build_card(checkpoint, data, [], "")
+    assert "How good it is was not measured" in body
+    assert "model-index" not in header
+
+
+def test_calibration_takes_training_images_spread_over_all_classes(best):
+    checkpoint = cp.read_checkpoint(best)
+    data = cp.open_images(checkpoint)
+    batches = list(export.calibration_images(checkpoint, data, 20, 8))
+    assert [each.shape for each in batches] == [(8, 3, 32, 32), (8, 3, 32, 32), (2, 3, 32, 32)]
+    targets = [data.train.targets[data.chosen[i]] for i in export.spread(len(data.chosen), 20)]
+    assert set(targets) == set(range(10))
+
+
+@pytest.mark.parametrize(("count", "most"), [(10, 5), (11, 5), (3, 5), (1, 1), (64, 64), (65, 64)])
+def test_spread(count, most):
+    found = export.spread(count, most)
+    assert 0 < len(found) <= most
+    assert found[-1] < count
+    assert len(found) == min(count, most) or len(found) > most / 2
+
+
+def test_examples_are_of_different_classes_where_there_are_some(best, digits, tmp_path):
+    checkpoint = cp.read_checkpoint(best)
+    names = [name for name, _ in export.example_pictures(cp.open_images(checkpoint), 5)]
+    assert names == ["0", "2", "4", "6", "8"]
+    shutil.copytree(digits, tmp_path / "data")
+    sorted((tmp_path / "data/val/4").iterdir())[0].write_bytes(b"no picture")
+    data = cp.open_images(checkpoint, tmp_path / "data")
+    pictures = export.example_pictures(data, 12)
+    assert len(pictures) == 12
+    assert [name for name, _ in pictures[:5]] == ["0", "1", "2", "3", "5"]
+    assert all(picture.mode == "RGB" for _, picture in pictures)
