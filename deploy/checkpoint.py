@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime would tell its maker of what it runs
 
 import torch
 from torch.utils.data import Dataset, Subset
