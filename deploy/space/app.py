@@ -114,8 +114,8 @@ def build_form(demo: Demo) -> None:
     square = gr.State(time_to_live=3600)
     options, told = [show, of_class, precision], [bars, heat, took]
     asked, kept = [picture, *options], [*told, square]
-    in_turn = {"concurrency_id": "model", "concurrency_limit": 1}
-    asking = picture.input(demo.predict, asked, kept, api_name="predict", **in_turn)
+    in_turn = {"concurrency_id": "model", "concurrency_limit": 1, "trigger_mode": "always_last"}
+    asking = picture.upload(demo.predict, asked, kept, api_name="predict", **in_turn)
     hidden = {"api_visibility": "private", "show_progress": "hidden"}
     examples.load_input_event.success(demo.predict, asked, kept, **hidden, **in_turn)
     for event in (asking.failure, picture.clear):

@@ -341,7 +341,7 @@ def test_a_model_without_maps_or_int8_and_uploads_that_go(folder, serve, kinds, 
     client = Client(server.url, verbose=False, analytics_enabled=False)
     shares, heat = ask(client, kinds / "rgb.png", True)
     assert shares and heat is None
-    shown = {part["type"]: part["props"]["visible"] for part in client.config["components"]}
+    shown = {part["type"]: part["props"].get("visible") for part in client.config["components"]}
     assert not shown["checkbox"] and not shown["radio"] and shown["label"]
     deadline = time.monotonic() + 60
     while server.files() and time.monotonic() < deadline:
@@ -449,7 +449,9 @@ def browser():
     if path is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on the PATH")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        options = {"executable_path": path, "args": ["--no-sandbox", *camera]}
+        browser = playwright.chromium.launch(**options)
         yield browser
         browser.close()
 
@@ -459,7 +461,9 @@ def visit(request, browser, page):
     """The page in a window; in the end, nothing may have gone wrong in it, been asked of another
     machine, or stand beside the window.
     """
-    window = browser.new_page(viewport={"width": request.param, "height": 800})
+    allowed = ["camera", "clipboard-read", "clipboard-write"]
+    size = {"width": request.param, "height": 800}
+    window = browser.new_page(viewport=size, permissions=allowed)
     wrong, asked = [], set()
     window.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
     window.on("pageerror", lambda error: wrong.append(str(error)))
@@ -531,3 +535,24 @@ def test_a_visitor_with_a_broken_file_is_told_once(visit, page, kinds, tmp_path)
     choose(visit, kinds / "turned.jpg")
     expect(visit.get_by_text("ms in the model")).to_be_visible()
     assert "Traceback" not in page.log.read_text()
+
+
+COPY_A_PICTURE = """async () => {
+    const canvas = document.createElement("canvas");
+    canvas.getContext("2d").fillRect(10, 10, 80, 40);
+    const file = await new Promise(made => canvas.toBlob(made, "image/png"));
+    await navigator.clipboard.write([new ClipboardItem({"image/png": file})]);
+}"""
+
+
+def test_a_visitor_uses_camera_and_clipboard(visit):
+    visit.get_by_label("Capture from camera").click()
+    visit.get_by_text("Click to Access Webcam").click()
+    visit.wait_for_function("document.querySelector('video')?.currentTime > 0")
+    visit.get_by_label("capture photo").click()
+    expect(visit.get_by_text("ms in the model")).to_be_visible()
+    visit.get_by_label("Remove Image").click()
+    expect(visit.get_by_text("ms in the model")).to_have_count(0)
+    visit.evaluate(COPY_A_PICTURE)
+    visit.get_by_label("Paste from clipboard").click()
+    expect(visit.get_by_text("ms in the model")).to_be_visible()
