@@ -30,6 +30,7 @@ IMAGES, MAPS = "images", "maps"
 LAYERS = "Conv", "Gemm", "MatMul"
 # What can go on with the whole numbers that a convolution makes.
 STATIC = "Conv", "Relu", "Clip", "Add", "Concat", "MaxPool", "AveragePool", "Pad", "Slice"
+AT_ONCE = 8  # images; of ResNet-50 at 224 pixels, 32 would take 8 GB
 DYNAMIC = "MatMul"  # and Gemm, of which onnxruntime makes that and an addition
 
 CPU_FLAGS = re.compile(r"^(?:flags|Features)[ \t]*:(.*)$", re.MULTILINE)
@@ -37,18 +38,25 @@ DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8"}
 
 
 class Calibration(CalibrationDataReader):
-    """Batches (n, 3, size, size) in the form that onnxruntime asks for, fetched one at a time."""
+    """Batches (n, 3, size, size) in the form that onnxruntime asks for, fetched one at a time, and
+    handed on in small parts: nothing of a layer's memory is used again while ranges are found.
+    """
 
     def __init__(self, batches: Iterable[np.ndarray]):
-        self._batches, self._count = iter(batches), 0
+        self._parts = (
+            batch[start : start + AT_ONCE]
+            for batch in batches
+            for start in range(0, len(batch), AT_ONCE)
+        )
+        self._count = 0
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         """The next input of the model, None at the end. Raises RunError if there is none at all."""
-        batch = next(self._batches, None)
-        if batch is None and not self._count:
+        part = next(self._parts, None)
+        if part is None and not self._count:
             raise tsa.RunError("int8: there are no images to calibrate with")
         self._count += 1
-        return None if batch is None else {IMAGES: batch}
+        return None if part is None else {IMAGES: part}
 
 
 def saturates(flags: Collection[str]) -> bool:
@@ -116,8 +124,8 @@ def in_int8(source: Path, calibration: Iterable[np.ndarray], folder: Path) -> on
 
     Weights are int8, each output channel with a scale of its own. Activations are uint8: on x86,
     the instructions multiply unsigned by signed, and with signed activations a ResNet-56 took three
-    times as long. On CPUs that would saturate, weights have 7 bits. Ranges are the means, over the
-    batches, of the least and the largest value: rare outliers do not stretch them.
+    times as long. On CPUs that would saturate, weights have 7 bits. Ranges are means,
+    over AT_ONCE images each, of the least and the largest value: rare outliers stretch them little.
     """
     weights = {
         "per_channel": True,
