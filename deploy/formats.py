@@ -1,7 +1,10 @@
-"""The kinds of files that a model is exported to, and what writes each of them."""
+"""The kinds of files that a model is exported to, and what writes each of them. No file tells where
+on the machine it was made: PyTorch's exporters put the paths of sources into all graphs.
+"""
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,7 @@ import safetensors.torch
 import torch
 
 BATCH = {0: torch.export.Dim("batch", min=1, max=2**16)}  # any number of images at once
+LAYER_NAMES = "pkg.torch.onnx.name_scopes"  # what int8.py names layers by
 
 
 def write_onnx(checkpoint: cp.Checkpoint, path: Path) -> None:
@@ -31,6 +35,10 @@ def write_onnx(checkpoint: cp.Checkpoint, path: Path) -> None:
         verbose=False,
     )
     proto = exported.model_proto  # made anew whenever it is asked for
+    for node in proto.graph.node:  # where in whose files the exporter was called, say
+        kept = [each for each in node.metadata_props if each.key == LAYER_NAMES]
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
     onnx.helper.set_model_props(proto, cp.describe(checkpoint))
     onnx.save(proto, path)
     onnx.checker.check_model(path, full_check=True)
@@ -40,6 +48,8 @@ def write_pt2(checkpoint: cp.Checkpoint, path: Path) -> None:
     """Write the model as torch.export has it: PyTorch runs it without the model's code."""
     images = feature_maps.zero_images(checkpoint, 2)
     exported = torch.export.export(checkpoint.model, (images,), dynamic_shapes=(BATCH,))
+    for node in exported.graph.nodes:
+        node.meta.pop("stack_trace", None)
     torch.export.save(exported, path, extra_files=cp.describe(checkpoint))
 
 
@@ -47,7 +57,13 @@ def write_torchscript(checkpoint: cp.Checkpoint, path: Path) -> None:
     """Write the model as TorchScript, traced, for programs that cannot read anything newer."""
     with torch.no_grad():
         traced = torch.jit.trace(checkpoint.model, feature_maps.zero_images(checkpoint, 2))
-    traced.save(path, _extra_files=cp.describe(checkpoint))
+    whole = path.with_suffix(".whole")
+    traced.save(whole, _extra_files=cp.describe(checkpoint))
+    with zipfile.ZipFile(whole) as made, zipfile.ZipFile(path, "w") as kept:
+        for name in made.namelist():
+            if not name.endswith(".debug_pkl"):  # which line of whose files an operator is from
+                kept.writestr(name, made.read(name))
+    whole.unlink()
 
 
 def write_weights(checkpoint: cp.Checkpoint, path: Path) -> None:

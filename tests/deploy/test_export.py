@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import checkpoint as cp
@@ -107,6 +108,17 @@ def test_the_files_are_there_and_say_what_they_hold(exported, facts):
     extra = dict.fromkeys(facts, "")
     torch.jit.load(exported / "model_cpu.pt", _extra_files=extra)
     assert as_json(extra) == facts
+
+
+def test_no_file_tells_where_it_was_made(exported):
+    places = {str(cp.HERE), str(cp.HERE.parent), str(Path(torch.__file__).parent), "/deploy/"}
+    for file in exported.iterdir():
+        contents = [file.read_bytes()]
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                contents = [archive.read(name) for name in archive.namelist()]
+        for place in places:
+            assert not any(place.encode() in each for each in contents), (file.name, place)
 
 
 def test_one_command_makes_int8_and_a_demo_page_too(best, tmp_path, monkeypatch, capsys):
