@@ -14,8 +14,7 @@ from figures import Calibration
 with needed_packages():
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-WIDTH, HEIGHT = 360, 230
-LEFT, RIGHT, TOP, BOTTOM = 44, 350, 12, 196
+LEFT, RIGHT, TOP, BOTTOM = 44, 346, 12, 196  # of axes, in a drawing of 360 x 230
 LARGE_RATIO = 30  # of the largest value to the smallest, from which on an axis is logarithmic
 
 Values = Sequence[float | None]

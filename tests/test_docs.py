@@ -28,6 +28,7 @@ SHORT = "--model squeezenet1_1 --image-size 32 -b 2 --accumulate 2 -j 0 --lr 0.0
 SHORT_RAMP = ["--min-res", "32", "--max-res", "32"]
 # Options of other programs that the pages name.
 FOREIGN = {"--index-url", "--shm-size", "--amp", "--amp-dtype", "--channels-last", "--logdir"}
+FOREIGN |= {"--repo-type", "--space-sdk", "--exclude"}  # of the command hf
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
