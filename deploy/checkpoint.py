@@ -41,6 +41,21 @@ def needed_packages() -> Iterator[None]:
         sys.exit(tsa.UserError.exit_code)
 
 
+@contextlib.contextmanager
+def stop_signals_raised() -> Iterator[None]:
+    """Have Ctrl-C and the like raise tsa.Stopped meanwhile, so that nothing half made stays."""
+
+    def stop(signum: int, _: object) -> None:
+        raise tsa.Stopped(signum)
+
+    before = {signum: signal.signal(signum, stop) for signum in tsa.STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
 def program(run: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
     """A program's `main`, from what it does with its arguments: returns the exit code. Everything
     that a user can cause ends in one line.
@@ -51,13 +66,12 @@ def program(run: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
     def main(argv: Sequence[str] | None = None) -> int:
         name = Path(sys.modules[run.__module__].__file__).name
         try:
-            with tsa.memory_errors():
+            with tsa.memory_errors(), stop_signals_raised():
                 run(argv)
-        except (tsa.UserError, tsa.RunError) as error:
-            tsa.say(f"{name}: error: {error}", sys.stderr)
+        except (tsa.UserError, tsa.RunError, tsa.Stopped) as error:
+            prefix = "" if isinstance(error, tsa.Stopped) else "error: "
+            tsa.say(f"{name}: {prefix}{error}", sys.stderr)
             return error.exit_code
-        except KeyboardInterrupt:
-            return tsa.Stopped(signal.SIGINT).exit_code
         except Exception as error:
             reason, where = tsa.likely_reason(error), tsa.write_traceback(None, error)
             tsa.say(f"{name}: error: {reason}; {where}", sys.stderr)

@@ -112,6 +112,8 @@ def write_format(kind: str, checkpoint: cp.Checkpoint, folder: Path, sample: Sam
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporters, about their own making
             FORMATS[kind].write(checkpoint, path)
+    except tsa.Stopped:
+        raise
     except Exception as error:  # PyTorch raises many kinds
         model, reason = checkpoint.trained.settings.model, tsa.one_line(error)
         raise tsa.RunError(

@@ -28,6 +28,7 @@ with cp.needed_packages():
     import numpy as np
     import onnx
     import onnxruntime
+    from tqdm import tqdm
 
 LOGITS = "logits"
 ONE, MANY = 1, 32  # images at once: how soon an answer comes, and how many come
@@ -287,6 +288,8 @@ def compiled_ways(
     logging.disable(logging.WARNING)  # which the compiler has many of
     try:
         return [Way(COMPILED, weights_bytes(model), compiled_run(model, examples))], []
+    except tsa.Stopped:
+        raise
     except Exception as error:
         reason = tsa.one_line(error)
         return [], [f"{COMPILED} is left out: {reason}"]
@@ -307,11 +310,13 @@ def count_right(
     """How many of the validation images each way has right, and of how many."""
     classes = torch.tensor(cp.true_classes(data.val))
     right, count = [0] * len(ways), 0
-    for images, numbers in cp.batches(checkpoint, data.val, range(len(data.val)), batch_size):
-        wanted = classes[numbers].numpy()
-        hits = (int((way.run(images).argmax(1) == wanted).sum()) for way in ways)
-        right = [before + more for before, more in zip(right, hits, strict=True)]
-        count += len(images)
+    with tqdm(total=len(classes), unit=" images", leave=False, disable=None) as bar:
+        for images, numbers in cp.batches(checkpoint, data.val, range(len(classes)), batch_size):
+            wanted = classes[numbers].numpy()
+            hits = (int((way.run(images).argmax(1) == wanted).sum()) for way in ways)
+            right = [before + more for before, more in zip(right, hits, strict=True)]
+            count += len(images)
+            bar.update(len(images))
     return right, count
 
 
@@ -343,7 +348,8 @@ def turns_of(rounds: Sequence[Sequence[list[float]]], images: int) -> list[Turns
 
 def time_ways(ways: Sequence[Way], images: torch.Tensor) -> list[Turns]:
     """The turns of the ways with these images, in rounds: A B C, A B C."""
-    rounds = [[calls_s(way.run, images) for way in ways] for _ in range(ROUNDS)]
+    course = tqdm(range(ROUNDS), unit=" rounds", leave=False, disable=None)
+    rounds = [[calls_s(way.run, images) for way in ways] for _ in course]
     return turns_of(rounds, len(images))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -103,14 +104,17 @@ def test_threads_are_those_of_the_allowed_cores():
         (tsa.RunError("it broke"), 1, "error: it broke"),
         (RuntimeError("what?"), 1, "not foreseen: RuntimeError: what?; traceback in"),
         (MemoryError("DefaultCPUAllocator: 3 GiB"), 2, "not enough memory: 3 GiB"),
-        (KeyboardInterrupt(), 130, ""),
+        (signal.SIGTERM, 143, "stopped by SIGTERM"),
+        (signal.SIGINT, 130, "stopped by SIGINT"),
         (None, 0, ""),
     ],
 )
 def test_errors_end_in_one_line(error, code, said, capsys):
     @cp.program
     def main(argv):
-        if error:
+        if isinstance(error, signal.Signals):
+            signal.raise_signal(error)
+        elif error:
             raise error
 
     assert main([]) == code

@@ -1,6 +1,6 @@
 """The pages' commands of deploy/. Run: python -m pytest tests/deploy/test_docs.py
 
-Each runs as it is printed, but for what makes it short; tests/test_docs.py has those of the trainer.
+Each runs as printed, but for what makes it short; tests/test_docs.py has those of the trainer.
 """
 
 import re
