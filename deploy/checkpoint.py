@@ -83,11 +83,7 @@ def program(run: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
 
 def common_parser(description: str) -> argparse.ArgumentParser:
     """The arguments that every program takes; `description` stands above them in --help."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("checkpoint", type=Path, help="of train_split_affinity.py, such as best.pt")
     parser.add_argument(
         "--data-path",
@@ -101,7 +97,7 @@ def common_parser(description: str) -> argparse.ArgumentParser:
         type=tsa.whole_number(1),
         default=32,
         metavar="N",
-        help="images that go through the model together",
+        help="images that go through the model together (%(default)s)",
     )
     return parser
 
@@ -135,8 +131,9 @@ def settings_as_given(state: tsa.State, native: tsa.Preprocessing) -> tsa.Settin
     """What was asked for, as it was typed then, without what followed from how the data's own
     pictures are made ready.
     """
-    asked = {name: value for name, value in state["asked"].items() if name not in tsa.PLACES}
-    settings = tsa.settings_of(tsa.saved_settings(state) | asked)
+    asked = state.get("asked") or {}  # earlier versions did not save it
+    typed = {name: value for name, value in asked.items() if name not in tsa.PLACES}
+    settings = tsa.settings_of(tsa.saved_settings(state) | typed)
     followed = dict.fromkeys(("val_resize", "interpolation", "mean", "std"))
     derived = native.overruled(dataclasses.replace(settings, **followed))
     unasked = {name: None for name in followed if getattr(settings, name) == getattr(derived, name)}

@@ -41,7 +41,7 @@ EXAMPLE_PICTURES = 5
 INT8_FILE = "model.int8.onnx"
 
 
-# ---- the comparison with the checkpoint's model --------------------------------------------------
+# ---- The comparison with the checkpoint's model --------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def write_format(kind: str, checkpoint: cp.Checkpoint, folder: Path, sample: Sam
     return compare_logits(path.name, logits_elsewhere(kind, path, sample.images), sample)
 
 
-# ---- a folder ------------------------------------------------------------------------------------
+# ---- A folder ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -173,16 +173,15 @@ def example_pictures(data: tsa.ImageData, count: int) -> list[tuple[str, Image.I
     chosen = [first[place] for place in spread(len(first), count)]
     pictures = []
     for index in itertools.chain(chosen, *more):
-        with contextlib.suppress(tsa.BrokenImage, TypeError):
-            if index is not None:
-                picture, target = data.val[index]
-                pictures.append((data.classes[target], picture))
-        if len(pictures) == count:
-            break
+        if index is None or len(pictures) == count:
+            continue
+        with contextlib.suppress(tsa.BrokenImage):
+            picture, target = data.val[index]
+            pictures.append((data.classes[target], picture))
     return pictures
 
 
-# ---- the command ---------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 
 def parse_formats(text: str) -> tuple[str, ...]:
@@ -207,7 +206,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=parse_formats,
         default=",".join(FORMATS),
         metavar="LIST",
-        help="the kinds of files, separated by commas",
+        help="the kinds of files, separated by commas (%(default)s)",
     )
     parser.add_argument(
         "--int8",
@@ -219,7 +218,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=tsa.whole_number(1),
         default=256,
         metavar="N",
-        help="training images to find the ranges of int8 with",
+        help="training images to find the ranges of int8 with (%(default)s)",
     )
     parser.add_argument(
         "--compiled",

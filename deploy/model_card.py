@@ -93,7 +93,7 @@ def told_of_training(checkpoint: cp.Checkpoint, data: tsa.ImageData) -> dict[str
     state, given = checkpoint.state, cp.settings_as_given(checkpoint.state, data.native)
     names = "torch", "torchvision"
     return {
-        "train_images": (state["data"] or {}).get("images"),
+        "train_images": (state.get("data") or {}).get("images"),
         "epochs": state["progress"]["epoch"],
         "steps": state["progress"]["step"],
         "recipe": recipe(given),

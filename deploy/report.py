@@ -46,7 +46,7 @@ THUMBNAIL_PX, SMALL_PX = 160, 64
 LATEST_STEPS = 2000
 
 
-# What the model makes of the validation images
+# ---- What the model makes of the validation images -----------------------------------------------
 
 
 def judge_images(checkpoint: cp.Checkpoint, pictures: Dataset, batch_size: int) -> figures.Judged:
@@ -74,7 +74,7 @@ def find_layer(
         return None, str(error)
 
 
-# Pictures
+# ---- Pictures ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def pictures_of_pairs(
     ]
 
 
-# The training
+# ---- The training --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -379,7 +379,7 @@ def findings_of(
     )
 
 
-# The page
+# ---- The page ------------------------------------------------------------------------------------
 
 
 def sha256_source(script: str) -> str:
@@ -513,20 +513,24 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cp.common_parser(__doc__.partition("\n\n")[0])
     parser.add_argument(
-        "--output", type=Path, default=Path("report.html"), metavar="PATH", help="the HTML file"
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="PATH",
+        help="the HTML file (%(default)s)",
     )
     parser.add_argument(
         "--per-class",
         type=tsa.whole_number(0, PER_CLASS),
         default=1,
         metavar="N",
-        help=f"best and worst predictions shown of each class, up to {PER_CLASS} of each",
+        help=f"best and worst predictions of each class, up to {PER_CLASS} each (%(default)s)",
     )
     parser.add_argument(
         "--layer",
         metavar="NAME",
         help="layer that heat maps are made of, as the model names it, such as layer3 "
-        "(default: its last feature map)",
+        "(by itself: its last feature map)",
     )
     parser.add_argument(
         "--confused",

@@ -70,6 +70,15 @@ def test_data_that_do_not_fit(best, digits, tmp_path, change, said):
     assert "\n" not in str(caught.value)
 
 
+def test_what_was_asked_for_is_told_as_it_was_typed(best):
+    state = cp.read_checkpoint(best).state
+    native = tsa.Preprocessing(32, 37)
+    given = tsa.as_options(cp.settings_as_given(state, native))
+    assert "--model resnet20 " in given and "--subset 0.1" in given and "--val-resize" not in given
+    del state["asked"]  # as in files of earlier versions
+    assert "--model resnet20 " in tsa.as_options(cp.settings_as_given(state, native))
+
+
 def test_a_run_on_synthetic_images_has_none_to_show(tmp_path):
     arguments = "--model resnet20 --image-size 32 --num-classes 3 -b 2 -j 0 --steps 1".split()
     folder = str(tmp_path / "out")
