@@ -47,8 +47,12 @@ class Axis:
         return [(self.place(each), f"{each:g}") for each in inside]
 
 
-def axis_of(values: Sequence[float], start: float, end: float, integer: bool = False) -> Axis:
-    """An axis with room for finite values, at whose ends there are round numbers."""
+def axis_of(
+    values: Sequence[float], start: float, end: float, integer: bool = False, most: float = math.inf
+) -> Axis:
+    """An axis with room for finite values, at whose ends there are round numbers, or the `most`
+    that values can be.
+    """
     low, high = min(values), max(values)
     if low > 0 and high / low > LARGE_RATIO:
         ticks = [float(each) for each in LogLocator(numticks=6).tick_values(low, high)]
@@ -58,7 +62,7 @@ def axis_of(values: Sequence[float], start: float, end: float, integer: bool = F
         return Axis(low - 0.3, high + 0.3, start, end, locator.tick_values(low, high).tolist())
     low = 0.0 if 0 < low <= high / 2 else low
     ticks = locator.tick_values(low, high if high > low else low + max(abs(low), 1e-9)).tolist()
-    return Axis(ticks[0], ticks[-1], start, end, ticks)
+    return Axis(ticks[0], min(ticks[-1], most), start, end, ticks)
 
 
 @dataclass(frozen=True)
@@ -95,14 +99,18 @@ def line_of(name: str, xs: Sequence[float], ys: Values, x: Axis, y: Axis) -> Lin
 
 
 def line_chart(
-    title: str, epochs: Sequence[int], series: dict[str, Values], best: int | None = None
+    title: str,
+    epochs: Sequence[int],
+    series: dict[str, Values],
+    best: int | None = None,
+    most: float = math.inf,
 ) -> Chart | None:
-    """Curves by epoch, those that have values; None if none has any."""
+    """Curves by epoch, those that have values, which are `most` or less; None if none has any."""
     series = {name: values for name, values in series.items() if any(v is not None for v in values)}
     known = [value for values in series.values() for value in values if value is not None]
     if not known:
         return None
-    x, y = axis_of(epochs, LEFT, RIGHT, integer=True), axis_of(known, BOTTOM, TOP)
+    x, y = axis_of(epochs, LEFT, RIGHT, integer=True), axis_of(known, BOTTOM, TOP, most=most)
     lines = [line_of(name, epochs, values, x, y) for name, values in series.items()]
     return Chart(title, x, y, lines, "epoch", best and x.place(best))
 

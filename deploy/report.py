@@ -351,9 +351,12 @@ def curves_of(history: advice.History, best: int | None) -> list[charts.Chart]:
         }
 
     rates = {"learning rate": [row["lr"] for row in history]}
-    wanted = {"Loss": series("loss"), "Right answers, %": series("top1"), "Learning rate": rates}
-    made = (charts.line_chart(title, epochs, each, best) for title, each in wanted.items())
-    return list(filter(None, made)) if history else []
+    made = (
+        charts.line_chart("Loss", epochs, series("loss"), best),
+        charts.line_chart("Right answers, %", epochs, series("top1"), best, most=100),
+        charts.line_chart("Learning rate", epochs, rates, best),
+    )
+    return list(filter(None, made))
 
 
 def findings_of(

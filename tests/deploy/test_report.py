@@ -112,6 +112,15 @@ def test_calibration_error_is_the_mean_gap():
     assert dots[1].x == chart.x.place(80) and dots[1].y == chart.y.place(90)
 
 
+def test_curves_of_shares_end_at_all_of_them():
+    series = {"train": [86.0, 90.0], "validation": [None, 100.0]}
+    chart = charts.line_chart("Right answers, %", [1, 2], series, best=2, most=100)
+    assert chart.y.high == 100 and chart.y.place(100) == charts.TOP
+    assert max(float(text) for _, text in chart.y.marks) <= 100
+    assert [len(line.dots) for line in chart.lines] == [2, 1]
+    assert charts.line_chart("Loss", [], {"train": []}) is None
+
+
 def test_certain_answers_are_in_the_last_bin():
     found = figures.calibration_of(made_judged([0, 0], [0, 1], [1.0, 0.99]))
     assert len(found.bins) == 1 and found.bins[0].right == figures.Share(1, 2)
