@@ -221,9 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="training images to find the ranges of int8 with (%(default)s)",
     )
     parser.add_argument(
-        "--compiled",
-        action="store_true",
-        help="time torch.compile too, which takes minutes",
+        "--compiled", action="store_true", help="time torch.compile too, which takes minutes"
     )
     parser.add_argument(
         "--space",

@@ -82,8 +82,8 @@ def first_norm_of_last_block(model: nn.Module) -> str | None:
     """
     blocks = getattr(getattr(model, "encoder", model), "layers", None)
     blocks = getattr(model, "blocks", None) if blocks is None else blocks
-    kinds = {"VisionTransformer"}
-    if blocks is None or not kinds.intersection(kind.__name__ for kind in type(model).__mro__):
+    kinds = {kind.__name__ for kind in type(model).__mro__}  # torchvision's, or timm's
+    if blocks is None or "VisionTransformer" not in kinds:
         return None
     names = {layer: name for name, layer in model.named_modules()}
     return names[next(each for each in blocks[-1].modules() if isinstance(each, nn.LayerNorm))]

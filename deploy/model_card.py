@@ -20,7 +20,15 @@ from huggingface_hub import EvalResult, ModelCardData
 TEMPLATE = "model_card.md.jinja"
 CLASSES_TO_LIST = 100
 # Settings that name a place on the machine that trained: nobody else's business.
-PLACES = ("data_path", "output_dir", "log_file", "mirror", "teacher_weights", "augment_confused")
+PLACES = (
+    "data_path",
+    "output_dir",
+    "log_file",
+    "mirror",
+    "teacher_weights",
+    "augment_confused",
+    "resume",
+)
 
 
 def escaped(text: object) -> str:
@@ -44,6 +52,8 @@ def recipe(given: tsa.Settings) -> str:
     if given.recipe:
         defaults = dataclasses.replace(defaults, **tsa.recipe_defaults(given.recipe))
     public = {name: getattr(defaults, name) for name in PLACES}
+    if given.init_from:
+        public["init_from"] = Path(given.init_from.name)
     return tsa.as_options(dataclasses.replace(given, **public))
 
 

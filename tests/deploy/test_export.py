@@ -384,6 +384,15 @@ def test_the_card_has_a_header_that_hugging_face_reads(exported, best):
     assert str(Path.home()) not in card.content
 
 
+def test_a_recipe_names_no_folder_of_the_machine():
+    places = {"data_path": "data", "output_dir": "out", "log_file": "log.md", "init_from": "r.pth"}
+    given = {name: Path("/home/somebody", file) for name, file in places.items()}
+    settings = tsa.Settings(model="resnet20", teacher_weights="/home/somebody/t.pt", **given)
+    recipe = model_card.recipe(settings)
+    assert "/home" not in recipe
+    assert "--model resnet20" in recipe and "--init-from r.pth" in recipe
+
+
 def test_names_of_classes_are_text(best):
     checkpoint = cp.read_checkpoint(best)
     names = ["<script>alert(1)</script>", "a | b", "[x](http://y)", "`code`", "# head\n---\nx: 1"]
