@@ -28,11 +28,15 @@ cores, and how much of that time strayed outside its group. On two cores the spl
     python train_split_affinity.py plan --split 1:2              show how cores would be divided
     python train_split_affinity.py compare                       every schedule beside plain loops
     python train_split_affinity.py predict new --resume out/mine/best.pt    what new pictures show
+    torchrun --nproc-per-node 2 train_split_affinity.py --recipe imagenet --data-path imagenet
+                                                    two processes, each with a split of its own
 
 Vocabulary. A *lane* is one long-lived thread that owns one core group, used like a device queue. A
 *phase* is one piece of work on a lane: forward; backward (loss and backpropagation); update. A
 *schedule* lays the phases of one optimizer step over the two lanes. *Stray time* is CPU time used
-during a phase by compute threads that may run outside the phase's group.
+during a phase by compute threads that may run outside the phase's group. A *rank* is one of several
+processes that train one model together, with a part of the cores; they add their gradients up in a
+phase of its own, reduce.
 
 Sections, each using only those above it:
 
@@ -42,16 +46,17 @@ Sections, each using only those above it:
     4  Models                  classifiers and trained weights by name; models of our own
     5  Data                    image folders, data sets by name and synthetic images, as batches
     6  Recipe                  optimizer, learning rate, moving average, gradient norms
-    7  Schedules               optimizer steps over two lanes
-    8  Checkpoints             everything that a run needs to go on, in files that stay whole
-    9  Summary                 what the records of a run add up to
-    10 Timelines               what every lane and core did when, as a picture and as a trace
-    11 Reports                 progress, the summary, logs.md, metrics.jsonl, curves
-    12 Training                steps, epochs, validation, and reasons to stop
-    13 Runs                    how a run is set up, resumed, taken to its end; testing, asking it
-    14 Measurement             phase times, and the split that suits a machine
-    15 Comparison              all ways to train side by side, and a verdict
-    16 Commands                commands to what they do, errors to exit codes
+    7  Ranks                   processes that train one model together, as torchrun starts them
+    8  Schedules               optimizer steps over two lanes
+    9  Checkpoints             everything that a run needs to go on, in files that stay whole
+    10 Summary                 what the records of a run add up to
+    11 Timelines               what every lane and core did when, as a picture and as a trace
+    12 Reports                 progress, the summary, logs.md, metrics.jsonl, curves
+    13 Training                steps, epochs, validation, and reasons to stop
+    14 Runs                    how a run is set up, resumed, taken to its end; testing, asking it
+    15 Measurement             phase times, and the split that suits a machine
+    16 Comparison              all ways to train side by side, and a verdict
+    17 Commands                commands to what they do, errors to exit codes
 
 PyTorch and other packages are imported between the first two sections: that takes seconds, for
 which nobody shall wait who asks for `--help`, or has misspelt an option.
@@ -82,6 +87,7 @@ import math
 import multiprocessing.util
 import operator
 import os
+import pickle
 import platform
 import queue
 import re
@@ -89,6 +95,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import statistics
 import sys
 import tempfile
@@ -99,7 +106,16 @@ import traceback
 import warnings
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence, Set
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Set,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -136,6 +152,7 @@ class RunError(Exception):
     exit_code = 1
 
 
+ENDED_WITHIN_S = 5  # a launcher ends the other processes of a machine once one has failed
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -144,7 +161,10 @@ class Stopped(Exception):
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.exit_code = 128 + signum
+        self.signum, self.exit_code = signum, 128 + signum
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Stopped, (self.signum,)
 
 
 def number(
@@ -275,6 +295,11 @@ def installed_version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "(not installed)"
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 core`, `2 cores`, `2 loader processes`."""
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
 
 
 def option_text(value: Any) -> str:
@@ -664,6 +689,16 @@ class CoreSettings:
 
 
 @dataclass(frozen=True)
+class RankSettings:
+    """ranks: processes that train one model together"""
+
+    ranks: int = free(1, "how many: torchrun starts those of a run (torchrun --nproc-per-node 4); "
+        "plan draws so many of one machine without it", type=COUNT)
+    timeout: float = free(300.0, "seconds that a rank may let the others wait before these give it "
+        "up for lost", type=number("a number above 0", lambda value: 0 < value <= 1e6))
+
+
+@dataclass(frozen=True)
 class SpeedSettings:
     """speed"""
 
@@ -714,8 +749,9 @@ class ReportSettings:
 
 
 @dataclass(frozen=True)
-class Settings(ReportSettings, PredictionSettings, ComparisonSettings, SpeedSettings, CoreSettings,
-               CheckpointSettings, TrainingSettings, AugmentationSettings, DataSettings):
+class Settings(ReportSettings, PredictionSettings, ComparisonSettings, SpeedSettings, RankSettings,
+               CoreSettings, CheckpointSettings, TrainingSettings, AugmentationSettings,
+               DataSettings):
     """What the user can choose. Derived values live elsewhere (see CorePlan), never here.
 
     The groups stand in reverse, since a dataclass has the fields of its last base first.
@@ -738,9 +774,12 @@ def plain_settings(settings: Settings) -> dict[str, Any]:
     }
 
 
-def contradictions(command: str, settings: Settings) -> Iterator[str]:
-    """What is wrong with options that contradict each other or a command, whatever the machine."""
+def contradictions(command: str, settings: Settings, ranks: int = 1) -> Iterator[str]:
+    """What is wrong with options that contradict each other, a command, or the number of `ranks`
+    that have been started, whatever the machine.
+    """
     yield from typed_contradictions(command, settings)
+    yield from rank_contradictions(command, settings, ranks)
     asked = f"--schedule {settings.schedule} has nothing to overlap with"
     if settings.split == "none" and settings.schedule != "sequential":
         remedy = "choose another --split, or --schedule sequential"
@@ -767,6 +806,23 @@ def contradictions(command: str, settings: Settings) -> Iterator[str]:
     yield from command_contradictions(command, settings)
 
 
+# Commands that are no work for several ranks, and why.
+ALONE = {
+    "compare": "starts the ranks that it measures itself",
+    "predict": "answers in one process, on all cores",
+}
+
+
+def rank_contradictions(command: str, settings: Settings, started: int) -> Iterator[str]:
+    """Why so many ranks are not to be had; `plan` alone draws more than have been started."""
+    asked = settings.ranks
+    if started > 1 and command in ALONE:
+        yield f"{command} {ALONE[command]}: start it without torchrun"
+    elif asked != started and (command != "plan" or started > 1):
+        remedy = f"torchrun --nproc-per-node {asked} starts so many"
+        yield f"--ranks {asked}: {plural(started, 'process')} started; {remedy}"
+
+
 def data_contradictions(settings: Settings) -> Iterator[str]:
     """What the options on data lack, or synthetic images cannot be."""
     name = settings.dataset or "CIFAR-10"
@@ -784,7 +840,7 @@ def data_contradictions(settings: Settings) -> Iterator[str]:
     if settings.augment_confused and not settings.data_path:
         asked = as_option("augment_confused", settings.augment_confused)
         yield f"{asked} needs --data-path: synthetic images are not augmented"
-    images = settings.batch_size * settings.accumulate
+    images = images_in_step(settings)
     if not settings.data_path and images > MOST_SYNTHETIC_IMAGES:
         asked = f"--batch-size {settings.batch_size} --accumulate {settings.accumulate}"
         allowed = f"at most {MOST_SYNTHETIC_IMAGES} synthetic ones are allowed"
@@ -811,16 +867,25 @@ def resizing_contradictions(settings: DataSettings, native_size: int = 0) -> Ite
         yield f"--image-size {size} --max-res {high}: give one of them"
 
 
-def learning_rate(settings: TrainingSettings) -> float:
+def batches_in_step(settings: Settings) -> int:
+    """Batches that go into an optimizer step, those of all ranks together."""
+    return settings.accumulate * settings.ranks
+
+
+def images_in_step(settings: Settings) -> int:
+    """Images that go into an optimizer step, those of all ranks together."""
+    return settings.batch_size * batches_in_step(settings)
+
+
+def learning_rate(settings: Settings) -> float:
     """The highest learning rate: as asked, or by the optimizer and the images of a step."""
     if settings.lr is not None:
         return settings.lr
     of_256_images = {"sgd": 0.1, "rmsprop": 0.016}.get(settings.opt)
-    images = settings.batch_size * settings.accumulate
-    return of_256_images * images / 256 if of_256_images else 1e-3
+    return of_256_images * images_in_step(settings) / 256 if of_256_images else 1e-3
 
 
-def rate_contradictions(settings: TrainingSettings) -> Iterator[str]:
+def rate_contradictions(settings: Settings) -> Iterator[str]:
     """Why a course of the learning rate cannot be."""
     warmup, epochs = settings.lr_warmup_epochs or 0, settings.epochs
     if warmup and not epochs:
@@ -1003,11 +1068,12 @@ COMMANDS = {
     "plan": Command("show the cores, how they would be divided, and the model", {
         "what a run without further options would use": "plan",
         "twice as many cores for backward as for forward": "plan --split 1:2",
+        "four ranks, each with a part of the cores": "plan --ranks 4",
         "cores by hand": "plan --forward-cores 0-1 --backward-cores 2-5",
     }, (CoreSettings, *"""
         model data_path dataset download val_share num_classes image_size min_res max_res end_ramp
         workers recipe batch_size accumulate epochs freeze freeze_epochs weights teacher
-        teacher_weights precision""".split())),
+        teacher_weights precision ranks""".split())),
     "find-lr": Command("try learning rates, from low to high, and suggest one", {
         "for your own pictures, with a plot": "find-lr --data-path photos --output-dir out",
         "for a recipe": "find-lr --recipe cifar10 --data-path cifar",
@@ -1188,23 +1254,31 @@ def typed_options(command: str, options: Sequence[str]) -> Values:
     return {name: value for name, value in given.items() if value not in (None, ())}
 
 
+def split_arguments(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The command, which may be left out, and its options."""
+    command, *options = argv if argv and not argv[0].startswith("-") else ["train", *argv]
+    return command, options
+
+
 def parse_arguments(
-    argv: Sequence[str], saved: Callable[[str, Settings, Values], Values] | None = None
+    argv: Sequence[str],
+    saved: Callable[[str, Settings, Values], Values] | None = None,
+    ranks: int = 1,
 ) -> tuple[str, Settings]:
     """The command and the settings. Raises UserError for arguments that make no sense.
 
     `saved` gives the defaults that `--resume` brings with it, of the command, its settings without
     them and the options typed. Without it these are left out, and what could depend on them is not
-    looked at.
+    looked at. `ranks` have been started.
     """
-    command, *options = argv if argv and not argv[0].startswith("-") else ["train", *argv]
+    command, options = split_arguments(argv)
     if command not in COMMANDS:
         hint = nearest(command, COMMANDS)
         raise UserError(f"unknown command {command!r} (choose from {', '.join(COMMANDS)}){hint}")
     typed = typed_options(command, options)
     if typed.pop("list_models"):
         return "list-models", Settings()
-    defaults = command_defaults(command, typed)
+    defaults = command_defaults(command, typed) | {"ranks": ranks}
     settings = Settings(**defaults | typed)
     if settings.resume:
         for message in typed_contradictions(command, settings):
@@ -1214,7 +1288,7 @@ def parse_arguments(
         found = saved(command, settings, typed)
         begun = dict.fromkeys(("weights", "init_from")) if found else {}  # it has its weights
         settings = Settings(**defaults | found | typed | begun)
-    for message in contradictions(command, settings):
+    for message in contradictions(command, settings, ranks):
         raise UserError(message)
     return command, settings
 
@@ -1225,12 +1299,36 @@ def parse_arguments(
 # ==================================================================================================
 
 
+@dataclass(frozen=True)
+class Launch:
+    """Which of the processes this one is that a launcher has started together, counted from 0: of
+    all `ranks`, and of those on its machine. A process by itself is the first and only one.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    local_rank: int = 0
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> Launch:
+    """What torchrun says in the environment, or another launcher that sets the same variables."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    numbers = [environment.get(name, "") for name in (*names[:2], "LOCAL_RANK")]
+    if not all(name in environment for name in names) or not all(map(str.isdigit, numbers[:2])):
+        return Launch()
+    return Launch(*(int(number or 0) for number in numbers))
+
+
 def end_early() -> None:
     """End a script here if its arguments are wrong, or ask for nothing but a text."""
+    launch = launched()
     try:
-        parse_arguments(sys.argv[1:])
+        parse_arguments(sys.argv[1:], ranks=launch.ranks)
     except UserError as error:
-        tell(f"{Path(__file__).name}: error: {readable(str(error))}", sys.stderr)
+        if launch.local_rank:  # which the launcher ends as soon as the first one has said why
+            time.sleep(ENDED_WITHIN_S)
+        else:
+            tell(f"{Path(__file__).name}: error: {readable(str(error))}", sys.stderr)
         raise SystemExit(error.exit_code) from None
 
 
@@ -1273,7 +1371,7 @@ try:
     import torch
     import torchvision
     from PIL import Image, ImageOps
-    from torch import nn
+    from torch import distributed, nn
     from torch.optim import lr_scheduler
     from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import DataLoader, Dataset, Subset
@@ -1674,6 +1772,7 @@ class PhaseTimes:
     backward_s: float
     update_s: float
     refresh_s: float
+    reduce_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -1697,11 +1796,6 @@ class CorePlan:
     def group(self, lane: str) -> Group:
         """The group of a lane."""
         return self.forward if lane == self.forward.name else self.backward
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 core`, `2 cores`, `2 loader processes`."""
-    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
 
 
 def plan_cores(topology: Topology, settings: CoreSettings) -> CorePlan:
@@ -1783,6 +1877,65 @@ def usable_cores(topology: Topology) -> list[Core]:
     room = len(cores) if topology.quota_cpus is None else max(1, math.floor(topology.quota_cpus))
     fastest_first = sorted(cores, key=lambda core: -core.capacity)
     return sorted(fastest_first[:room])
+
+
+@dataclass(frozen=True)
+class Host:
+    """Where a rank is, as it says itself: its machine (`kernel` is the same for all processes of
+    one), the machine's name, and what of it the rank may use.
+    """
+
+    kernel: str
+    name: str
+    topology: Topology
+    torch_version: str
+
+
+def this_host(topology: Topology) -> Host:
+    """The machine of this process, told apart by the id that the kernel draws when it starts."""
+    name = platform.node()
+    kernel = read_text(Path("/proc/sys/kernel/random/boot_id")) or name
+    return Host(kernel, name, topology, str(torch.__version__))
+
+
+def rank_topology(hosts: Sequence[Host], rank: int) -> Topology:
+    """What a rank may use: its part of the CPUs that are allowed to it and to others on the same
+    machine, as they have not been given any of their own.
+
+    Ranks with the same allowed CPUs share them out; a mask that a launcher has set for one rank
+    (torchrun --numa-binding, mpirun --bind-to, taskset) stays as it is. Of a CPU quota each rank of
+    the machine has the same part. bfloat16 is native if it is so for all ranks. Pure; raises
+    UserError if there are more ranks than cores.
+    """
+    own = hosts[rank]
+    there = [number for number, host in enumerate(hosts) if host.kernel == own.kernel]
+    allowed = own.topology.allowed
+    sharing = [number for number in there if hosts[number].topology.allowed == allowed]
+    part = len(sharing) / len(there)
+    quota = own.topology.quota_cpus and own.topology.quota_cpus * part
+    cores = usable_cores(dataclasses.replace(own.topology, quota_cpus=quota))
+    if len(sharing) > len(cores):
+        limit = "" if own.topology.quota_cpus is None else ", with the CPU quota"
+        raise UserError(
+            f"{len(sharing)} ranks on {own.name}: more than its {plural(len(cores), 'core')} that "
+            f"can be used (allowed: {format_cpu_list(allowed)}{limit}); start fewer"
+        )
+    share = cpus_of(share_out(cores, len(sharing))[sharing.index(rank)])
+    bf16 = own.topology.bf16 if all(host.topology.bf16 for host in hosts) else ""
+    return dataclasses.replace(own.topology, allowed=frozenset(share), bf16=bf16)
+
+
+def share_out(cores: Sequence[Core], ranks: int) -> list[list[Core]]:
+    """The cores of each rank: as many as of any other or one more, with the same mix of fast and
+    slow ones; sockets, NUMA nodes and L3 domains stay whole where the sizes allow.
+    """
+    left, shares = list(cores), []
+    for others in reversed(range(ranks)):
+        count = -(-len(left) // (others + 1))
+        chosen = [core for kind, part in share_by_kind(left, count) for core in take(kind, part)]
+        shares.append(sorted(chosen))
+        left = [core for core in left if core not in chosen]
+    return shares
 
 
 def plan_notes(topology: Topology, forward: Group, backward: Group) -> Iterator[str]:
@@ -2311,6 +2464,12 @@ class Lane:
         """Run something on the lane's thread that is not a phase, such as building a model."""
         return self._executor.submit(self._inside_group, function, args).result()
 
+    def adopt(self, function: Callable[..., Any], *args: Any) -> Any:
+        """As `call`, for what starts threads of its own, as gloo does: they inherit the mask, and
+        belong to the lane from then on.
+        """
+        return self._executor.submit(self._adopting, function, args).result()
+
     def close(self) -> None:
         """Drop what is queued, wait for what is running, and end the thread."""
         self._executor.shutdown(cancel_futures=True)
@@ -2330,6 +2489,12 @@ class Lane:
     def _inside_group(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
         self._enter_group()
         return function(*args)
+
+    def _adopting(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
+        before = set(thread_ids())
+        result = self._inside_group(function, args)
+        self._audit.born_for |= dict.fromkeys(set(thread_ids()) - before, self.group)
+        return result
 
     def _start_team(self) -> None:
         """Start the lane's workers, inside the mask, and register them."""
@@ -3201,7 +3366,7 @@ def open_data(settings: Settings) -> ImageData:
 
     Raises UserError for a path that holds no data set, or fewer images than an optimizer step.
     """
-    path, images = settings.data_path, settings.batch_size * settings.accumulate
+    path, images = settings.data_path, images_in_step(settings)
     data = with_validation(find_data(settings), settings)
     found = len(data.classes)
     if settings.num_classes and settings.num_classes < found:
@@ -3215,6 +3380,7 @@ def open_data(settings: Settings) -> ImageData:
         step, remedy = f"--batch-size {settings.batch_size}", "lower -b"
         if settings.accumulate > 1:
             step, remedy = f"{step} --accumulate {settings.accumulate}", f"{remedy} or --accumulate"
+        step += f" on {settings.ranks} ranks" if settings.ranks > 1 else ""
         count = plural(len(data.chosen), "image")
         raise UserError(f"{step}: {path} has only {count} to train on: {remedy}")
     return data
@@ -3253,7 +3419,7 @@ def synthetic_data(settings: Settings) -> ImageData:
     Their size and the number of classes are ImageNet's unless others are asked for.
     """
     classes = settings.num_classes or SYNTHETIC_CLASSES
-    images = max(SYNTHETIC_IMAGES, settings.batch_size * settings.accumulate)
+    images = max(SYNTHETIC_IMAGES, images_in_step(settings))
     train = SyntheticImages(images, largest_size(settings, 224), classes, settings.seed)
     return ImageData("synthetic", train, None, tuple(map(str, range(classes))))
 
@@ -3879,17 +4045,33 @@ class EpochOrder:
     """The batches of one epoch, as lists of keys: a sampler. `begin` chooses the epoch.
 
     Shuffled by seed and epoch if there is a seed; else in order, with the last batch incomplete.
+    They are dealt out to ranks one by one; `dealt` are the number of this one, and of all ranks.
     """
 
-    def __init__(self, indices: Sequence[int], batch_size: int, seed: int | None):
+    def __init__(
+        self,
+        indices: Sequence[int],
+        batch_size: int,
+        seed: int | None,
+        dealt: tuple[int, int] = (0, 1),
+    ):
         self._indices, self._batch_size, self._seed = indices, batch_size, seed
-        self._epoch, self._span = 1, slice(None)
+        self._epoch, self._span, self._dealt = 1, slice(None), dealt
 
-    def begin(self, epoch: int, start: int = 0, stop: int | None = None) -> None:
-        """Give the batches `start` to `stop` of an epoch from now on."""
+    def begin(self, epoch: int, start: int = 0, stop: int | None = None) -> int:
+        """Give this rank's part of the batches `start` to `stop` of an epoch from now on; says how
+        many these are.
+        """
         self._epoch, self._span = epoch, slice(start, stop)
+        return len(self._own())
+
+    def _own(self) -> range:
+        """The numbers of the batches to give."""
+        rank, ranks = self._dealt
+        return range(len(self))[self._span][rank::ranks]
 
     def __len__(self) -> int:
+        """Batches in an epoch, those of all ranks together."""
         whole, rest = divmod(len(self._indices), self._batch_size)
         return whole + (self._seed is None and rest > 0)
 
@@ -3899,7 +4081,7 @@ class EpochOrder:
             seed = derived_seed(self._seed, "order", self._epoch)
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(order), generator=generator).tolist()
-        for batch in range(len(self))[self._span]:
+        for batch in self._own():
             places = order[batch * self._batch_size : (batch + 1) * self._batch_size]
             yield [(self._epoch, self._indices[place]) for place in places]
 
@@ -3923,6 +4105,7 @@ class BadImages:
     def __init__(self, allowed: int = 0):
         self.allowed = allowed
         self.messages: list[str] = []
+        self.shared = 0  # so many of them are known to all ranks
 
     def add(self, messages: Iterable[str]) -> None:
         """Take note of broken images. Raises RunError for the first one too many."""
@@ -3932,6 +4115,12 @@ class BadImages:
                 raise RunError(f"{message} (more than --max-bad-images {self.allowed})")
             if new:
                 self.messages.append(message)
+
+    def share(self, messages_by_rank: Iterable[Sequence[str]]) -> None:
+        """Take note of those of all ranks, in an order that is the same for all."""
+        self.messages.clear()
+        self.add(itertools.chain.from_iterable(messages_by_rank))
+        self.shared = len(self.messages)
 
 
 class Batches:
@@ -4063,15 +4252,14 @@ class Feed:
             raise RunError(f"loader processes cannot start: {reason}; try a lower -j") from None
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Batches in an epoch, those of all ranks together."""
         return len(self._order)
 
     def batches(
         self, bad: BadImages, epoch: int = 1, start: int = 0, stop: int | None = None
     ) -> Batches:
-        """The batches `start` to `stop` of an epoch."""
-        self._order.begin(epoch, start, stop)
-        return Batches(self, len(range(len(self))[start:stop]), bad)
+        """The rank's part of the batches `start` to `stop` of an epoch."""
+        return Batches(self, self._order.begin(epoch, start, stop), bad)
 
     def __iter__(self) -> Iterator[Loaded]:
         """The batches of the span that was begun. Raises LoaderDied if a process has ended, of
@@ -4105,11 +4293,12 @@ class Feed:
             indices.close()
 
 
-def training_feed(data: ImageData, settings: Settings, cpus: Sequence[int]) -> Feed:
+def training_feed(data: ImageData, settings: Settings, cpus: Sequence[int], rank: int = 0) -> Feed:
     """Shuffled, augmented training images; what does not fill a batch is left out of an epoch."""
     transform_in, mix = partial(transform_of_epoch, data, settings), mixing_transform(settings)
     samples = Samples(data.train, settings.seed, transform_in, mix, data.confused)
-    order = EpochOrder(data.chosen, settings.batch_size, settings.seed)
+    dealt = rank, settings.ranks
+    order = EpochOrder(data.chosen, settings.batch_size, settings.seed, dealt)
     return Feed(samples, order, settings, cpus)
 
 
@@ -4120,13 +4309,16 @@ def transform_of_epoch(
     return training_transform(data, settings, image_size_in(settings, epoch), stronger)
 
 
-def validation_feed(data: ImageData, settings: Settings, cpus: Sequence[int]) -> Feed | None:
+def validation_feed(
+    data: ImageData, settings: Settings, cpus: Sequence[int], rank: int = 0
+) -> Feed | None:
     """The validation images in order, if there are any."""
     if data.val is None:
         return None
     transform = validation_transform(data.native.overruled(settings))
     samples = Samples(data.val, settings.seed, partial(same_transform, transform))
-    order = EpochOrder(range(len(data.val)), settings.batch_size, None)
+    dealt = rank, settings.ranks
+    order = EpochOrder(range(len(data.val)), settings.batch_size, None, dealt)
     return Feed(samples, order, settings, cpus)
 
 
@@ -4148,18 +4340,18 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 BIASES = ("bias", "in_proj_bias")  # as modules call them; the latter is nn.MultiheadAttention's
 
 
-def steps_in_epoch(settings: TrainingSettings, epoch_batches: int) -> int:
+def steps_in_epoch(settings: Settings, epoch_batches: int) -> int:
     """Optimizer steps of an epoch; batches that do not fill a step are left out of it."""
-    return epoch_batches // settings.accumulate
+    return epoch_batches // batches_in_step(settings)
 
 
-def total_steps(settings: TrainingSettings, epoch_batches: int) -> int:
+def total_steps(settings: Settings, epoch_batches: int) -> int:
     """Optimizer steps of the whole run: as asked, or as the epochs hold; 50 by default."""
     planned = planned_steps(settings, epoch_batches)
     return min(settings.steps or planned, planned)
 
 
-def planned_steps(settings: TrainingSettings, epoch_batches: int) -> int:
+def planned_steps(settings: Settings, epoch_batches: int) -> int:
     """Optimizer steps over which the learning rate runs: of all epochs, even if `--steps` ends
     the run before; without epochs those of the run.
     """
@@ -4435,7 +4627,365 @@ def gradient_warnings(norms: dict[str, float]) -> Iterator[str]:
 
 
 # ==================================================================================================
-# 7  Schedules
+# 7  Ranks
+# Processes that train one model together, each on its own part of the micro-batches and, on one
+# machine, of the cores (data parallelism). torchrun starts them; torch.distributed, with gloo,
+# carries what they tell each other. Whatever depends on there being several asks the class Ranks.
+# ==================================================================================================
+
+BUCKET_BYTES = 25 * 2**20  # of gradients that travel together, as in DistributedDataParallel
+
+
+class RankLost(RunError):
+    """Another rank does not answer any more."""
+
+
+class Ranks:
+    """The processes that train one model together: here a single one. Rank 0 alone writes.
+
+    `hosts` and `plans` tell where each rank is, if there are several. `agreed` says whether an
+    error that ends the run is known to all ranks, and raised by all after the same step: what takes
+    all of them, a checkpoint say, can then still be done.
+    """
+
+    rank, size = 0, 1
+    agreed = True
+    hosts: Sequence[Host] = ()
+    plans: Sequence[CorePlan] = ()
+
+    def meet(self, topology: Topology) -> Topology:
+        """What this rank may use of the machine; all ranks get to know each other's `hosts`."""
+        return topology
+
+    def introduce(self, plan: CorePlan) -> None:
+        """Tell the others this rank's plan, and get to know theirs: `plans`."""
+
+    def start(self) -> None:
+        """Connect with all others. What gloo starts for that has the mask of the calling thread."""
+
+    def exchange(self, thing: Any) -> list[Any]:
+        """What each rank hands in, anything that can be pickled, by rank."""
+        return [thing]
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """The same for numbers, as many from each rank, and faster."""
+        return [list(values)]
+
+    def settle(self, error: Exception | None = None) -> None:
+        """Raise on all ranks the error that the first of them hands in, if any does."""
+        if error:
+            raise error
+
+    def first(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What the function returns on rank 0, which alone calls it, or raises there."""
+        return function(*args)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Have an error inside, on any of the ranks, be one of all of them, when they leave it."""
+        yield
+
+    def close(self, together: bool) -> None:
+        """Part from the others; if they end together, once they all have come so far."""
+
+
+ONE_PROCESS = Ranks()
+
+
+class SeveralRanks(Ranks):
+    """Several processes that a launcher has started; this one is `rank` of `size`.
+
+    Until `start`, what they tell each other goes through the launcher's store. Raises RankLost if
+    one of them does not answer for `timeout_s` seconds, or is known to have gone. They all have to
+    ask the same in the same order, each from one thread at a time.
+    """
+
+    agreed = False
+
+    def __init__(self, rank: int, size: int, store: distributed.Store, timeout_s: float):
+        self.rank, self.size, self.lost = rank, size, False
+        self._store, self._timeout_s = store, timeout_s
+        self._started, self._asked = False, 0
+
+    def meet(self, topology: Topology) -> Topology:
+        """As in Ranks. Raises UserError if they cannot work together."""
+        self.hosts = self.exchange(this_host(topology))
+        versions = [host.torch_version for host in self.hosts]
+        for rank, version in enumerate(versions):
+            if version != versions[0]:
+                where = f"rank {rank} on {self.hosts[rank].name} has torch {version}"
+                raise UserError(f"{where}, rank 0 has {versions[0]}: all need the same")
+        with self.together():
+            if "GLOO_SOCKET_IFNAME" not in os.environ:
+                os.environ["GLOO_SOCKET_IFNAME"] = network_interface(self.hosts)
+            return rank_topology(self.hosts, self.rank)
+
+    def introduce(self, plan: CorePlan) -> None:
+        """As in Ranks."""
+        self.plans = self.exchange(plan)
+
+    def start(self) -> None:
+        """As in Ranks."""
+        with self.answered():
+            distributed.init_process_group(
+                "gloo",
+                store=self._store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=datetime.timedelta(seconds=self._timeout_s),
+            )
+        self._started = True
+
+    def exchange(self, thing: Any) -> list[Any]:
+        """As in Ranks."""
+        with self.answered():
+            if self._started:
+                things = [None] * self.size
+                distributed.all_gather_object(things, thing)
+                return things
+            self._asked += 1
+            self._store.set(f"{self._asked}/{self.rank}", pickle.dumps(thing))
+            texts = [self._store.get(f"{self._asked}/{rank}") for rank in range(self.size)]
+            return list(map(pickle.loads, texts))
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """As in Ranks."""
+        own = torch.tensor(values, dtype=torch.float64)
+        every = [torch.empty_like(own) for _ in range(self.size)]
+        with self.answered():
+            distributed.all_gather(every, own)
+        return [each.tolist() for each in every]
+
+    def settle(self, error: Exception | None = None) -> None:
+        """As in Ranks. What was not foreseen is raised as it is where it happened, and as a
+        RunError elsewhere.
+        """
+        told = error
+        if error and not isinstance(error, (UserError, RunError, Stopped)):
+            told = RunError(f"{type(error).__name__}: {one_line(error)}")
+        found = self.exchange(told)
+        for rank, each in enumerate(found):
+            if each:
+                self.agreed = True
+                if rank and not isinstance(each, Stopped):
+                    each.args = (f"rank {rank} on {self.hosts[rank].name}: {each}",)
+                raise error if told is not error and rank == self.rank else each
+
+    def first(self, function: Callable[..., Any], *args: Any) -> Any:
+        """As in Ranks."""
+        things = [None]
+        with self.together():
+            if not self.rank:
+                things = [function(*args)]
+        if not self._started:
+            return self.exchange(things[0])[0]
+        with self.answered():
+            distributed.broadcast_object_list(things)
+        return things[0]
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """As in Ranks."""
+        try:
+            yield
+        except Exception as error:
+            if not (self.agreed or self.lost):
+                self.settle(error)
+            raise
+        self.settle()
+
+    @contextlib.contextmanager
+    def answered(self) -> Iterator[None]:
+        """Turn the many errors of gloo and of the store into RankLost."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.lost = True
+            reason = one_line(error)
+            if found := re.search(r"(?:closed|reset) by peer", reason):
+                peer = re.search(r"\[([^][/]+)\]:\d", reason)
+                reason = f"connection {found[0]}{f' ({peer[1]})' if peer else ''}"
+            elif re.search("time(d |)out|timeout", reason, re.IGNORECASE):
+                reason = f"no answer within --timeout {self._timeout_s:g} s"
+            raise RankLost(f"rank {self.rank} has lost another one: {reason}") from None
+
+    def close(self, together: bool) -> None:
+        """As in Ranks."""
+        if together:
+            with contextlib.suppress(RankLost):
+                self.exchange(None)
+        if self._started:
+            self._started = False
+            distributed.destroy_process_group()
+
+
+def connect(launch: Launch, timeout_s: float) -> Ranks:
+    """The ranks that were launched; a process by itself is the only one."""
+    if launch.ranks == 1:
+        return ONE_PROCESS
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        raise UserError(f"{launch.ranks} ranks: this build of torch has no gloo to connect them")
+    try:
+        timeout = datetime.timedelta(seconds=timeout_s)
+        store, rank, size = next(distributed.rendezvous("env://", timeout=timeout))
+    except (RuntimeError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = f"the store at {place} cannot be reached: {one_line(error)}"
+        raise RunError(f"rank {launch.rank}: {reason}") from None
+    # A launcher may keep its store when it starts all ranks once more.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return SeveralRanks(rank, size, distributed.PrefixStore(attempt, store), timeout_s)
+
+
+def network_interface(hosts: Sequence[Host]) -> str:
+    """The network interface by which the others are reached: the one that leads to the address
+    that the launcher was given. Gloo by itself takes the one that the machine's own name stands
+    for, which on many systems is 127.0.1.1. Raises UserError if only this machine is reached by it.
+    """
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    family, kind, _, _, address = socket.getaddrinfo(*place, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # which sends nothing
+        own = probe.getsockname()[0]
+    if own.startswith(("127.", "::1")) and len({host.kernel for host in hosts}) > 1:
+        remedy = "one that other machines know, or set GLOO_SOCKET_IFNAME"
+        raise UserError(
+            f"the address {place[0]} is this machine's own alone: give torchrun {remedy}"
+        )
+    for name, addresses in psutil.net_if_addrs().items():
+        if own in (each.address.partition("%")[0] for each in addresses):
+            return name
+    raise UserError(f"no network interface has the address {own}: set GLOO_SOCKET_IFNAME")
+
+
+@dataclass
+class Bucket:
+    """Gradients that travel together: a flat tensor, and the part of it, shaped and laid out as
+    the weight is, for each by its name; those that are not there yet in this step, and what is to
+    be waited for once the bucket has set out.
+    """
+
+    flat: torch.Tensor
+    parts: Weights
+    missing: set[str] = field(default_factory=set)
+    journey: distributed.Work | None = None
+
+
+def make_buckets(weights: Weights) -> list[Bucket]:
+    """Buckets for the gradients of some weights, the last ones first: backpropagation has them
+    first.
+    """
+    groups: list[list[str]] = []
+    filled_bytes = BUCKET_BYTES
+    for name, weight in reversed(weights.items()):
+        if filled_bytes + weight.nbytes > BUCKET_BYTES:
+            groups.append([])
+            filled_bytes = 0
+        groups[-1].append(name)
+        filled_bytes += weight.nbytes
+    buckets = []
+    for names in groups:
+        sizes = [weights[name].numel() for name in names]
+        flat = torch.zeros(sum(sizes), dtype=weights[names[0]].dtype)
+        parts = (
+            part.as_strided(weights[name].size(), weights[name].stride())
+            for name, part in zip(names, flat.split(sizes), strict=True)
+        )
+        buckets.append(Bucket(flat, dict(zip(names, parts, strict=True))))
+    return buckets
+
+
+class Reducer:
+    """Adds the gradients of all ranks up, in buckets (Li et al. 2020, arXiv 2006.15704): each sets
+    out as soon as backpropagation of the last of a step's micro-batches has filled it, in the same
+    order on all ranks, while that goes on.
+
+    It belongs to some models with the same weights, of which one at a time goes back; `batches`
+    says how many micro-batches a step has on each rank.
+    """
+
+    def __init__(
+        self, ranks: SeveralRanks, models: Sequence[nn.Module], batches: Callable[[], int]
+    ):
+        self._ranks, self._batches = ranks, batches
+        weights = trained(models[0])
+        self._buckets = make_buckets(weights)
+        self._bucket_of = {name: bucket for bucket in self._buckets for name in bucket.parts}
+        self._hooks = [
+            weight.register_post_accumulate_grad_hook(partial(self._added, name))
+            for model in models
+            for name, weight in trained(model).items()
+        ]
+        self.size_bytes = sum(bucket.flat.nbytes for bucket in self._buckets)
+        self._begin()
+
+    def close(self) -> None:
+        """Look at the models no more."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def finish(self, model: nn.Module) -> None:
+        """The reduce phase: wait for the sums, which are then the gradients of the model, without
+        a copy. Raises, with all other ranks, the error of one that could not take part.
+        """
+        if self._arrive(failed=False):
+            self._ranks.settle()
+        for name, weight in trained(model).items():
+            if weight.grad is not None:
+                weight.grad = self._bucket_of[name].parts[name]
+        self._begin()
+
+    def give_up(self, error: Exception) -> None:
+        """Take part in a step that this rank cannot finish, so that no rank makes it; raises the
+        error, or that of the first rank that has one.
+        """
+        self._arrive(failed=True)
+        self._ranks.settle(error)
+
+    def _begin(self) -> None:
+        self._added_up: Counter[str] = Counter()
+        self._underway = 0  # so many buckets have set out
+        for bucket in self._buckets:
+            bucket.missing = set(bucket.parts)
+
+    def _added(self, name: str, weight: torch.Tensor) -> None:
+        """A micro-batch has added to the gradient of a weight, on the backward lane."""
+        self._added_up[name] += 1
+        if self._added_up[name] < self._batches():
+            return
+        bucket = self._bucket_of[name]
+        if weight.grad.data_ptr() != bucket.parts[name].data_ptr():  # not there already
+            bucket.parts[name].copy_(weight.grad)
+        bucket.missing.discard(name)
+        while self._underway < len(self._buckets) and not self._buckets[self._underway].missing:
+            self._set_out()
+
+    def _set_out(self) -> None:
+        """Send the next bucket on its way; what is missing in it, since no image needed the weight,
+        counts as 0.
+        """
+        bucket = self._buckets[self._underway]
+        for name in bucket.missing:
+            bucket.parts[name].zero_()
+        with self._ranks.answered():
+            bucket.journey = distributed.all_reduce(bucket.flat, async_op=True)
+        self._underway += 1
+
+    def _arrive(self, failed: bool) -> bool:
+        """Send and await all that is left; whether any rank has failed."""
+        while self._underway < len(self._buckets):
+            self._set_out()
+        failures = torch.tensor([int(failed)])
+        with self._ranks.answered():
+            last = distributed.all_reduce(failures, async_op=True)
+            for bucket in self._buckets:
+                bucket.journey.wait()
+            last.wait()
+        return bool(failures.item())
+
+
+# ==================================================================================================
+# 8  Schedules
 # A schedule lays optimizer steps over the two lanes. It is a generator: each `next` runs one step
 # and gives the scores of each of its micro-batches, until the batches run out. All schedules share
 # the same phase functions, hold no more than two micro-batches of activations, and read data only
@@ -4445,28 +4995,6 @@ def gradient_warnings(norms: dict[str, float]) -> Iterator[str]:
 # Of a forward phase: logits (n, classes) in float32, with the graph to go back through, targets as
 # in a batch, and if there is a teacher its probabilities (n, classes), without a graph.
 Output = tuple[torch.Tensor, ...]
-
-
-class Ranks:
-    """The processes that train one model together: here a single one. Whatever depends on there
-    being several asks this class, of which rank 0 alone writes and shows.
-    """
-
-    rank, size = 0, 1
-
-    def mean_(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Have each tensor be its mean over the ranks, in place: gradients, before an update."""
-
-    def sum(self, counts: Sequence[float]) -> Sequence[float]:
-        """Each count added up over the ranks."""
-        return counts
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag of any rank is set: a stop is a stop for all, after the same step."""
-        return flag
-
-
-ONE_PROCESS = Ranks()
 
 
 class NonFiniteLoss(Exception):
@@ -4497,16 +5025,20 @@ def score(loss: float, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
     return Scores(loss, len(labels), int(best[:, 0].sum()), int(best.sum()))
 
 
-def pool(scores: Sequence[Scores], ranks: Ranks = ONE_PROCESS) -> Scores:
-    """The scores of some batches together, and of those of other ranks."""
-    totals = (
-        sum(each.loss * each.images for each in scores),
-        sum(each.images for each in scores),
-        sum(each.top1 for each in scores),
-        sum(each.top5 for each in scores),
+def pool(scores: Sequence[Scores]) -> Scores:
+    """The scores of some batches together."""
+    loss_sum = sum(each.loss * each.images for each in scores)
+    images, top1, top5 = (
+        sum(getattr(each, name) for each in scores) for name in ("images", "top1", "top5")
     )
-    loss_sum, images, top1, top5 = ranks.sum(totals)
     return Scores(loss_sum / images, images, top1, top5)
+
+
+def in_turn(dealt: Iterable[Sequence[Any]]) -> list[Any]:
+    """What was dealt out to ranks one by one, in the order that it had before."""
+    nothing = object()
+    rounds = itertools.zip_longest(*dealt, fillvalue=nothing)
+    return [each for one in rounds for each in one if each is not nothing]
 
 
 @dataclass(frozen=True)
@@ -4556,8 +5088,8 @@ class Network:
 
     The phases work on the model itself, or on a copy of it, made by `copy`, which has weights of
     its own; frozen weights and the buffers belong to both. A loss counts as one of `accumulate` in
-    a step. `note` says what was taken by a model that starts from trained weights; `frozen` names
-    the weights that `--freeze` keeps as they are.
+    a step, on each of `ranks`. `note` says what was taken by a model that starts from trained
+    weights; `frozen` names the weights that `--freeze` keeps as they are.
     """
 
     model: nn.Module
@@ -4565,6 +5097,7 @@ class Network:
     accumulate: int = 1
     bf16: bool = False
     channels_last: bool = False
+    ranks: int = 1
     note: str = ""
     teacher: Teacher | None = None
     frozen: Collection[str] = ()
@@ -4594,7 +5127,8 @@ class Network:
         value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteLoss(str(value))
-        (loss / self.accumulate).backward()  # for CPU tensors this runs in the calling thread
+        # For CPU tensors this runs in the calling thread.
+        (loss / (self.accumulate * self.ranks)).backward()
         return score(value, logits, targets)
 
     def copy(self, begun: Weights | None = None) -> nn.Module:
@@ -4622,12 +5156,31 @@ class Network:
         return StepEnd(buffers, torch.get_rng_state(), begun)
 
 
+# What each rank has for itself between two steps: "buffers", such as BatchNorm's statistics, those
+# of the moving "average", and the "random_state".
+Part = dict[str, Any]
+
+
+def mean_part(parts: Sequence[Part]) -> Part:
+    """The means of the ranks' buffers; what is no floating-point number (a count) is rank 0's."""
+    means = {}
+    for kind in ("buffers", "average"):
+        means[kind] = {
+            name: torch.stack([part[kind][name].double() for part in parts]).mean(0).to(value.dtype)
+            if value.is_floating_point()
+            else value
+            for name, value in parts[0][kind].items()
+        }
+    return means
+
+
 @dataclass
 class Work:
     """The update of a network's weights, and what a run needs to go on between two steps.
 
     Together with `end`, that of the latest step, the weights and all that an update changes are the
-    state between two steps, at any moment but within an update: then `updating` is set.
+    state between two steps, at any moment but within an update: then `updating` is set. `reduced`
+    is, once all ranks have their gradients together, until the update is made.
     """
 
     network: Network
@@ -4638,8 +5191,28 @@ class Work:
     clip_grad_norm: float = 0.0
     grads_to_none: bool = True
     ranks: Ranks = ONE_PROCESS
+    reducer: Reducer | None = None
     end: StepEnd | None = None
     updating: bool = False
+    reduced: bool = False
+
+    def watch(self, *models: nn.Module) -> None:
+        """Have the gradients of these models, which an epoch's steps go back on, be added up over
+        the ranks, if there are several.
+        """
+        if self.reducer:
+            self.reducer.close()
+        if self.ranks.size > 1:
+            self.reducer = Reducer(self.ranks, models, lambda: self.network.accumulate)
+
+    def reduce(self, copied: nn.Module | None = None, after: Future | None = None) -> None:
+        """The gradients of the model or of a copy become those of all ranks, added up. Raises what
+        the phase `after` which it was queued has raised.
+        """
+        if after:
+            after.result()
+        self.reducer.finish(copied or self.network.model)
+        self.reduced = True
 
     def update(
         self,
@@ -4648,16 +5221,15 @@ class Work:
         after: Future | None = None,
     ) -> None:
         """The optimizer step, with the gradients of the model or of a copy, and what belongs to it:
-        mean over ranks, norms, clipping, learning rate of the next step, moving average; clears the
-        gradients. `begun` is the end of this step if `delayed` has begun the next one. Does nothing
-        if the phase `after` which it was queued has failed.
+        norms, clipping, learning rate of the next step, moving average; clears the gradients.
+        `begun` is the end of this step if `delayed` has begun the next one. Raises what the phase
+        `after` which it was queued has raised.
         """
-        if after and after.exception():
-            return
+        if after:
+            after.result()
         weights = trained(self.network.model)
         for name, weight in trained(copied).items() if copied else ():
             weights[name].grad = weight.grad
-        self.ranks.mean_([weight.grad for weight in weights.values() if weight.grad is not None])
         norms = self.flow.measure(weights) if self.flow else {}
         if self.clip_grad_norm:
             nn.utils.clip_grad_norm_(weights.values(), self.clip_grad_norm)
@@ -4671,7 +5243,7 @@ class Work:
         self.end = end
         if self.average:
             self.average.update(self.values())
-        self.updating = False
+        self.updating = self.reduced = False
         self.optimizer.zero_grad(set_to_none=self.grads_to_none)
         if copied and self.grads_to_none:
             copied.zero_grad()
@@ -4700,12 +5272,56 @@ class Work:
             pairs = zip(losses, logits, strict=True)
             return [score(*pair, targets) for pair in pairs], logits[0].argmax(1)
 
+    def part(self) -> Part:
+        """What belongs to this rank alone, as of the last step."""
+        end = self.end or self.network.step_end()
+        values = self.average.values if self.average else {}
+        average = {name: values[name].clone() for name in end.buffers if values}
+        return {"buffers": end.buffers, "average": average, "random_state": end.random_state}
+
+    def put_buffers(self, part: Part) -> None:
+        """Give the model, and its moving average, other buffers."""
+        into = {"buffers": self.network.model.state_dict()}
+        into["average"] = self.average.values if self.average else {}
+        for kind, tensors in into.items():
+            for name, value in part[kind].items():
+                tensors[name].copy_(value)
+
+    @contextlib.contextmanager
+    def with_mean_buffers(self) -> Iterator[None]:
+        """Have the model, and its moving average, compute with the mean of all ranks' buffers for a
+        while, so that they are the same on all of them.
+        """
+        own, alone = self.part(), self.ranks.size == 1
+        if not alone:
+            self.put_buffers(mean_part(self.ranks.exchange(own)))
+        try:
+            yield
+        finally:
+            if not alone:
+                self.put_buffers(own)
+
     def values(self) -> Weights:
         """The model's state as of the last step: what a step already begun has changed left out."""
         return self.network.model.state_dict() | (self.end.buffers if self.end else {})
 
 
 Steps = Iterator[list[Scores]]
+
+
+def submit_update(
+    lanes: Lanes,
+    work: Work,
+    copied: nn.Module | None = None,
+    begun: StepEnd | None = None,
+    after: Future | None = None,
+) -> Future:
+    """Queue what ends a step on the backward lane (see Work.update): over several ranks the sum of
+    the gradients comes first.
+    """
+    if work.reducer:
+        after = lanes.backward.submit("reduce", work.reduce, copied, after)
+    return lanes.backward.submit("update", work.update, copied, begun, after)
 
 
 def sequential(lanes: Lanes, work: Work, batches: Batches) -> Steps:
@@ -4715,6 +5331,7 @@ def sequential(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     group, is idle then.
     """
     network = work.network
+    lanes.backward.call(work.watch, network.model)
     while batches.left:
         scores = []
         for _ in range(network.accumulate):
@@ -4723,7 +5340,7 @@ def sequential(lanes: Lanes, work: Work, batches: Batches) -> Steps:
             del output  # the graph shall die with the backward phase
             batches.prefetch()
             scores.append(backward.result())
-        lanes.backward.run("update", work.update)
+        submit_update(lanes, work).result()
         yield scores
 
 
@@ -4734,6 +5351,7 @@ def overlap(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     within a step, and BatchNorm's statistics are touched in the same order.
     """
     network = work.network
+    lanes.backward.call(work.watch, network.model)
     while batches.left:
         scores = []
         output = lanes.forward.run("forward", network.forward, next(batches))
@@ -4744,7 +5362,7 @@ def overlap(lanes: Lanes, work: Work, batches: Batches) -> Steps:
                 output = lanes.forward.run("forward", network.forward, next(batches))
             batches.prefetch()
             scores.append(backward.result())
-        lanes.backward.run("update", work.update)
+        submit_update(lanes, work).result()
         yield scores
 
 
@@ -4760,6 +5378,7 @@ def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     """
     network, begun = work.network, work.end and work.end.weights
     model, other = (lanes.forward.call(network.copy, begun) for _ in range(2))
+    lanes.backward.call(work.watch, model, other)
     output = lanes.forward.run("forward", network.forward, next(batches), model)
     while output:
         scores, error = [], None
@@ -4768,7 +5387,7 @@ def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
             output = None
             if not left:
                 end = lanes.forward.run("refresh", network.refresh, other) if batches.left else None
-                update = lanes.backward.submit("update", work.update, model, end, backward)
+                update = submit_update(lanes, work, model, end, backward)
                 model, other = other, model
             try:
                 if batches.left:
@@ -4792,20 +5411,25 @@ def step_bound_s(schedule: str, times: PhaseTimes, accumulate: int) -> float:
     """The shortest step that two lanes allow, if neither slows the other down.
 
     `overlap` begins each step with a forward pass that nothing runs beside; `delayed` does so only
-    once in a run, and is bound by the busier of the two lanes.
+    once in a run, and is bound by the busier of the two lanes. What gradients of other ranks take
+    after the last backward phase, the forward lane of `delayed` alone has something to do beside.
     """
-    forward_s, backward_s = times.forward_s, times.backward_s
+    forward_s, backward_s, end_s = (
+        times.forward_s,
+        times.backward_s,
+        times.reduce_s + times.update_s,
+    )
     if schedule == "sequential":
-        return accumulate * (forward_s + backward_s) + times.update_s
+        return accumulate * (forward_s + backward_s) + end_s
     if schedule == "overlap":
         beside_s = (accumulate - 1) * max(forward_s, backward_s)
-        return forward_s + beside_s + backward_s + times.update_s
+        return forward_s + beside_s + backward_s + end_s
     forward_lane_s = accumulate * forward_s + times.refresh_s
-    return max(forward_lane_s, accumulate * backward_s + times.update_s)
+    return max(forward_lane_s, accumulate * backward_s + end_s)
 
 
 # ==================================================================================================
-# 8  Checkpoints
+# 9  Checkpoints
 # Everything that a run needs to go on, in files that are whole or not there at all; and weights in
 # files of other programs. Knows nothing of cores.
 # ==================================================================================================
@@ -4828,7 +5452,7 @@ PLACES = "data_path augment_confused teacher_weights mirror log_file".split()
 BY_MACHINE = "loader_cores forward_threads backward_threads precision tuned_malloc".split()
 NOT_TAKEN = """
     resume weights init_from test_only download machine record quick preload pictures
-    json""".split()
+    json ranks""".split()
 
 # What becomes of another value of each setting when a run is resumed: see `option`.
 ON_RESUME = {each.name: each.metadata["on_resume"] for each in dataclasses.fields(Settings)}
@@ -4836,7 +5460,7 @@ ON_RESUME = {each.name: each.metadata["on_resume"] for each in dataclasses.field
 State = dict[str, Any]  # what a checkpoint holds, or its part on the data: plain types, tensors
 STATE_FIELDS = set(
     """format model average optimizer scheduler flow ahead random_state progress settings versions
-    data asked""".split()
+    data asked ranks""".split()
 )
 
 
@@ -4846,7 +5470,8 @@ class BadCheckpoint(UserError):
 
 @dataclass
 class Progress:
-    """Where a run stands. `epoch` epochs are finished and `batches` of the next one are taken;
+    """Where a run stands, the same on all ranks. `epoch` epochs are finished and `batches` of the
+    next one are taken;
     `loss_sum`, `top1`, `top5` and `images` are that epoch's so far, of `epoch_batches` batches.
     `best` has (top-1, epoch) of the best epochs, best first; `history` a row for each finished one.
     """
@@ -4906,19 +5531,22 @@ def make_state(
     progress: Progress,
     data: State | None = None,
     asked: Values | None = None,
+    parts: Sequence[Part] = (),
 ) -> State:
     """Everything needed to go on from the end of the latest optimizer step, in plain types and
     tensors. Raises BadCheckpoint if an update was broken off.
 
     `settings` are those in force; `asked` are those that a run which goes on takes in their place.
+    `parts` are those of several ranks, whose mean the model gets.
     """
     if work.updating:
         raise BadCheckpoint("an error broke off the update of the weights")
     end = work.end or work.network.step_end()
+    mean = mean_part(parts) if parts else {"buffers": {}, "average": {}}
     return {
         "format": CHECKPOINT_FORMAT,
-        "model": work.values(),
-        "average": work.average.values if work.average else None,
+        "model": work.values() | mean["buffers"],
+        "average": work.average.values | mean["average"] if work.average else None,
         "optimizer": work.optimizer.state_dict(),
         "scheduler": work.scheduler.state_dict() if work.scheduler else None,
         "flow": work.flow.state() if work.flow else None,
@@ -4929,6 +5557,7 @@ def make_state(
         "versions": versions(),
         "data": data,
         "asked": asked or {},
+        **({"ranks": list(parts)} if parts else {}),
     }
 
 
@@ -5021,9 +5650,23 @@ def restore_state(state: State, work: Work, settings: Settings) -> Progress:
     if work.flow and state["flow"]:
         work.flow.restore(state["flow"])
     begin_momentum(work.optimizer)  # of what the saved run has kept frozen
-    torch.set_rng_state(state["random_state"])
+    restore_part(state, work, derived_seed(settings.seed, "rank", work.ranks.rank, progress.step))
     work.end = work.network.step_end(state["ahead"] if settings.schedule == "delayed" else None)
     return progress
+
+
+def restore_part(state: State, work: Work, seed: int) -> None:
+    """Go on with what belonged to this rank alone; if there were not as many ranks, with what is
+    common to all, and random numbers by the seed, which rank 0 has no need of.
+    """
+    parts, ranks = state.get("ranks") or [], work.ranks
+    if len(parts) == ranks.size:
+        work.put_buffers(parts[ranks.rank])
+        torch.set_rng_state(parts[ranks.rank]["random_state"])
+    elif ranks.rank:
+        torch.manual_seed(seed)
+    else:
+        torch.set_rng_state(state["random_state"])
 
 
 def check_classes(path: Path, saved: State, classes: Sequence[str]) -> None:
@@ -5048,11 +5691,12 @@ def check_resumable(
     """Settings, versions and images in which a run differs from the one that is resumed, so that
     it will not give the same numbers. Raises UserError for a difference that makes no sense.
     """
-    differences, former, asked = [], saved_settings(saved), saved.get("asked") or {}
+    former, asked = saved_settings(saved), saved.get("asked") or {}
+    differences = check_same_step(path, former, settings)
     for name, value in plain_settings(settings).items():
         before = former[name]
         unknown = before is None and name not in saved["settings"]  # to the version that saved it
-        same = value in (before, asked.get(name, before))
+        same = value in (before, asked.get(name, before)) or name == "accumulate"  # see above
         if ON_RESUME[name] == "free" or same or unknown:
             continue
         flag = f"--{name.replace('_', '-')}"
@@ -5074,6 +5718,26 @@ def check_resumable(
         if each[0] != each[1]:
             differences.append(f"classes that are augmented more strongly {' -> '.join(each)}")
     return differences
+
+
+def check_same_step(path: Path, former: Values, settings: Settings) -> list[str]:
+    """What another number of ranks changes, if it is one. Raises UserError if an optimizer step
+    would not have as many batches as before.
+    """
+    then, now = former["accumulate"] * former["ranks"], batches_in_step(settings)
+    if then != now:
+        count = plural(settings.ranks, "rank")
+        asked = (
+            f"--accumulate {settings.accumulate} on {count}" if now != settings.accumulate else ""
+        )
+        raise UserError(
+            f"{asked or f'--accumulate {settings.accumulate}'}: {path} has {then} batches a step; "
+            "--init-from takes its weights alone"
+        )
+    if former["ranks"] == settings.ranks:
+        return []
+    changed = "BatchNorm starts from the mean of all ranks, dropout draws anew"
+    return [f"ranks {former['ranks']} -> {settings.ranks} ({changed})"]
 
 
 def seal(digest: Any) -> bytes:
@@ -5156,7 +5820,7 @@ def fault_of_state(state: Any) -> str:
         return f"no checkpoint of this program ({CHECKPOINT_FORMAT})"
     progress = state.get("progress")
     for what, found, names, optional in (
-        ("", state, STATE_FIELDS, {"data", "asked"}),
+        ("", state, STATE_FIELDS, {"data", "asked", "ranks"}),
         ("progress.", progress, {one.name for one in dataclasses.fields(Progress)}, set()),
     ):
         if not isinstance(found, dict):
@@ -5431,7 +6095,7 @@ class Checkpoints:
 
     `last.pt` is the newest state, `previous.pt` the one before; `best-EPOCH.pt` those with the best
     top-1, `best.pt` the first of them, `epoch-EPOCH.pt` those kept for good. A state is written
-    once; the other names are links to the same file.
+    once; the other names are links to the same file. Of several ranks, the first alone writes.
     """
 
     def __init__(
@@ -5440,20 +6104,24 @@ class Checkpoints:
         warn: Callable[[str], None],
         data: State | None = None,
         asked: Values | None = None,
+        ranks: Ranks = ONE_PROCESS,
     ):
         self.folder = settings.output_dir
+        self._ranks = ranks
         self.warn = warn
         self.data = data
         self._asked = asked
         self._settings = settings
         self._saved: tuple[int, int] | None = None  # step and epoch of the newest state
         self._lock: io.FileIO | None = None
-        self._mirror = Mirror(settings.mirror) if settings.mirror else None
+        self._mirror = Mirror(settings.mirror) if settings.mirror and not ranks.rank else None
 
     def hold(self, make: bool = False) -> None:
         """Have the folder, if it is there or to be made, belong to this process alone until
         `close`. Raises UserError if another process has it.
         """
+        if self._ranks.rank:
+            return
         if make and self.folder:
             self.folder.mkdir(parents=True, exist_ok=True)
         if self._lock or not self.folder or not self.folder.is_dir():
@@ -5469,9 +6137,21 @@ class Checkpoints:
         stands = progress.step, progress.epoch
         if not self.folder or not progress.step or stands == self._saved:
             return
+        several = self._ranks.size > 1
+        try:
+            parts = self._ranks.exchange(work.part()) if several else ()
+            saved = not self._ranks.rank and self._write(work, progress, parts)
+            if any(self._ranks.exchange(saved)):
+                self._saved = stands
+        except RankLost as error:
+            self.warn(f"{self.folder / LAST}: not saved: {error}")
+        self._tell()
+
+    def _write(self, work: Work, progress: Progress, parts: Sequence[Part]) -> bool:
+        """Write a state, and keep what is to be kept; False if that fails, which is said."""
         temporary, last = self.folder / f"{LAST}.tmp", self.folder / LAST
         try:
-            state = make_state(self._settings, work, progress, self.data, self._asked)
+            state = make_state(self._settings, work, progress, self.data, self._asked, parts)
             if fault := fault_of_state(state):
                 raise BadCheckpoint(fault)
             write_verified(temporary, state)
@@ -5483,18 +6163,17 @@ class Checkpoints:
         except Exception as error:  # of the disk, of torch, or for want of memory
             reason = why_not_saved(error)
             self.warn(f"{last}: not saved: {reason}; earlier checkpoints are untouched")
-        else:
-            self._saved = stands
-            self.keep(last, progress)
-            if self._mirror:
-                self._mirror.copy(last)
-        self._tell()
+            return False
+        self.keep(last, progress)
+        if self._mirror:
+            self._mirror.copy(last)
+        return True
 
     def keep(self, source: Path, progress: Progress) -> None:
         """Give the names to the newest state, in `source`, and to the best ones, that they have to
         have; where that fails, say so.
         """
-        if not progress.epoch or progress.batches:
+        if not progress.epoch or progress.batches or self._ranks.rank:
             return
         names = [f"best-{epoch:04}.pt" for _, epoch in progress.best if epoch == progress.epoch]
         if self._settings.save_freq and progress.epoch % self._settings.save_freq == 0:
@@ -5565,11 +6244,11 @@ class Checkpoints:
 
 
 # ==================================================================================================
-# 9  Summary
+# 10 Summary
 # What the records of a run add up to. Pure, but for readings of the memory in use.
 # ==================================================================================================
 
-PHASES = ("forward", "backward", "update", "refresh")
+PHASES = ("forward", "backward", "reduce", "update", "refresh")
 LATEST_STEPS = 2000
 STEPS_TO_DRAW = 3
 SHORTEST_LOOK_S = 0.25  # at what others took: with ticks of 10 ms, what is shorter tells nothing
@@ -5582,6 +6261,10 @@ class StepResult:
     in order, and of the batches that it took; `main_thread_s` is the main thread's CPU time, `top1`
     and `top5` count right answers, `lr` is the learning rate of the step. `company` is what others
     took of the cores since they were last looked for, in steps after which they were.
+
+    Loss and counts are those of all ranks. If there are several, `ready_s` has for each how long it
+    took until its gradients were all there, and at `synced_s` (of time.perf_counter) all ranks had
+    made the step.
     """
 
     step: int
@@ -5595,6 +6278,13 @@ class StepResult:
     top5: int = 0
     lr: float = 0.0
     company: Company | None = None
+    ready_s: tuple[float, ...] = ()
+    synced_s: float = 0.0
+
+    @property
+    def waited_s(self) -> tuple[float, ...]:
+        """How long each rank waited for the one whose gradients came last."""
+        return tuple(max(self.ready_s) - ready_s for ready_s in self.ready_s)
 
     def total(self, quantity: str, phase: str | None = None) -> float:
         """A quantity of PhaseRecord, added up over the records of a phase, or over all."""
@@ -5607,8 +6297,9 @@ class StepResult:
         line |= {"top1": self.top1, "top5": self.top5, "lr": self.lr, "step_s": self.step_s}
         line |= {f"{phase}_s": self.total("duration_s", phase) for phase in PHASES}
         line |= {f"{phase}_cpu_s": self.total("cpu_s", phase) for phase in PHASES}
-        company = {"company": dataclasses.asdict(self.company)} if self.company else {}
-        return line | {"stray_s": self.total("stray_s")} | company
+        others = {"company": dataclasses.asdict(self.company)} if self.company else {}
+        others |= {"waited_s": self.waited_s} if self.ready_s else {}
+        return line | {"stray_s": self.total("stray_s")} | others
 
 
 def joined(companies: Sequence[Company]) -> Company:
@@ -5667,7 +6358,8 @@ class Summary:
     phases as a share of what its group can use; `waiting_s` CPU time of a lane's threads while the
     other lane alone had a phase to run. The audit takes `audit_ms` a phase, and `audit_share` of a
     step. `company` is what others took in the whole run, if that is known; `memory_by_node` are
-    bytes, where there are several NUMA nodes.
+    bytes, where there are several NUMA nodes; `waited_s` by rank is how long it waited in a step
+    for the slowest one, mean, where there are several.
     """
 
     steps: int
@@ -5688,6 +6380,7 @@ class Summary:
     peak_memory_bytes: int
     company: Company | None
     memory_by_node: dict[int, int]
+    waited_s: tuple[float, ...] = ()
 
 
 class Tally:
@@ -5774,6 +6467,9 @@ class Tally:
             peak_memory_bytes=peak_memory_bytes(),
             company=self.company,
             memory_by_node=memory_by_node(),
+            waited_s=tuple(
+                map(statistics.fmean, zip(*(step.waited_s for step in timed), strict=True))
+            ),
         )
 
     def _summarise_phase(
@@ -5838,11 +6534,12 @@ def parse_numa_maps(text: str) -> dict[int, int]:
 
 
 # ==================================================================================================
-# 10 Timelines
+# 11 Timelines
 # What every lane and core did when, as a picture, and as a trace for Perfetto or chrome://tracing.
 # ==================================================================================================
 
-COLOURS = {"forward": "#4477aa", "backward": "#cc6677", "update": "#228833", "refresh": "#ddaa33"}
+COLOURS = {"forward": "#4477aa", "backward": "#cc6677", "reduce": "#aa3377", "update": "#228833"}
+COLOURS |= {"refresh": "#ddaa33"}
 ELSE, IDLE = "busy with something else", "core idle"
 OTHERS = f"other processes took {100 * COMPANY_SHARE:g} % or more"
 STOLEN = f"the hypervisor took {100 * COMPANY_SHARE:g} % or more"
@@ -5879,7 +6576,8 @@ class Row:
 class Panel:
     """One timeline of a picture: the lanes of a plan during some steps, on the machine's `cores`
     (to be known if the plan has many CPUs). `looks` at what others took are those of a whole run:
-    a few steps may be too short for one.
+    a few steps may be too short for one. It begins with the first phase, unless `zero_s` says when;
+    `lanes_only` leaves the rows of CPUs out.
     """
 
     title: str
@@ -5887,6 +6585,8 @@ class Panel:
     steps: Sequence[StepResult]
     cores: Sequence[Core] = ()
     looks: Sequence[Company] = ()
+    zero_s: float | None = None
+    lanes_only: bool = False
 
     @property
     def companies(self) -> Sequence[Company]:
@@ -5989,7 +6689,7 @@ def panel_rows(panel: Panel) -> list[Row]:
         parts: dict[str, list[int]] = {}
         for cpu in group.cpus:
             parts.setdefault(home[cpu], []).append(cpu)
-        for name, cpus in parts.items():
+        for name, cpus in () if panel.lanes_only else parts.items():
             cores = f"cores {format_cpu_list(cpus)}"
             cores = cores if len(cores) <= 30 else f"{len(cpus)} CPUs"
             rows.append(Row(name if home is levels[0] else f"{name}: {cores}", group, tuple(cpus)))
@@ -6161,7 +6861,7 @@ def cpu_bars(row: Row, records: Sequence[PhaseRecord]) -> Iterator[Bar]:
 def draw_panel(ax: Any, panel: Panel, span_s: float) -> None:
     """Draw one panel on its axes; what lies outside the span is cut off."""
     rows, records = panel_rows(panel), panel.records
-    zero_s = records[0].start_s
+    zero_s = records[0].start_s if panel.zero_s is None else panel.zero_s
     for y, row in enumerate(rows):
         lane = row.group.name
         bars = cpu_bars(row, records) if row.cpus else lane_bars(lane, panel.companies, records)
@@ -6191,8 +6891,54 @@ def draw_bar(ax: Any, y: int, bar: Bar, zero_s: float, span_s: float) -> None:
         ax.text(middle_s, y + bar.top + bar.height / 2, bar.text, **style)
 
 
-def trace_events(plan: CorePlan, steps: Sequence[StepResult]) -> dict[str, Any]:
-    """The steps in the Trace Event Format: a row per lane and per loader, times in microseconds.
+def shifted(steps: Iterable[StepResult], by_s: float) -> list[StepResult]:
+    """Steps with other times of all phases and batches, as another clock has them."""
+
+    def later(span: Any) -> Any:
+        times = {"start_s": span.start_s + by_s, "end_s": span.end_s + by_s}
+        return dataclasses.replace(span, **times)
+
+    return [
+        dataclasses.replace(
+            step,
+            records=tuple(map(later, step.records)),
+            loads=tuple(map(later, step.loads)),
+            company=step.company and later(step.company),
+            synced_s=step.synced_s + by_s,
+        )
+        for step in steps
+    ]
+
+
+def by_one_clock(steps_by_rank: Sequence[Sequence[StepResult]]) -> list[list[StepResult]]:
+    """The same steps of several ranks, all by the clock of the first: at the end of each step they
+    have all just heard of each other.
+    """
+    first = [step.synced_s for step in steps_by_rank[0]]
+    aligned = []
+    for steps in steps_by_rank:
+        ahead_s = (now_s - step.synced_s for now_s, step in zip(first, steps, strict=True))
+        aligned.append(shifted(steps, statistics.median(ahead_s)))
+    return aligned
+
+
+def trace_of_ranks(
+    plans: Sequence[CorePlan], steps_by_rank: Sequence[Sequence[StepResult]]
+) -> dict[str, Any]:
+    """The steps of several ranks by one clock, as in `trace_events`: each rank is a process."""
+    zero_s = min(span.start_s for steps in steps_by_rank for step in steps for span in step.records)
+    events = []
+    for rank, (plan, steps) in enumerate(zip(plans, steps_by_rank, strict=True)):
+        names = {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}
+        events += [names, *trace_events(plan, steps, rank, zero_s)["traceEvents"]]
+    return {"displayTimeUnit": "ms", "traceEvents": events}
+
+
+def trace_events(
+    plan: CorePlan, steps: Sequence[StepResult], rank: int = 0, zero_s: float | None = None
+) -> dict[str, Any]:
+    """The steps in the Trace Event Format: a row per lane and per loader, times in microseconds
+    from the beginning, or since `zero_s`.
 
     A batch is shown only once a step has taken it, so the last ones that were loaded are missing.
     """
@@ -6202,9 +6948,10 @@ def trace_events(plan: CorePlan, steps: Sequence[StepResult]) -> dict[str, Any]:
     for loader in sorted({load.loader for load in loads}):
         names[loader] = "main thread" if loader < 0 else f"loader {loader}"
     rows = {key: number for number, key in enumerate(names)}
-    zero_s = min(span.start_s for span in (*records, *loads))
+    if zero_s is None:
+        zero_s = min(span.start_s for span in (*records, *loads))
     events = [
-        {"name": "thread_name", "ph": "M", "pid": 0, "tid": rows[key], "args": {"name": name}}
+        {"name": "thread_name", "ph": "M", "pid": rank, "tid": rows[key], "args": {"name": name}}
         for key, name in names.items()
     ]
     spans = [(load, "load", load.loader, {}) for load in loads]
@@ -6216,17 +6963,19 @@ def trace_events(plan: CorePlan, steps: Sequence[StepResult]) -> dict[str, Any]:
     for span, name, key, args in spans:
         place = {"ts": 1e6 * (span.start_s - zero_s), "dur": 1e6 * (span.end_s - span.start_s)}
         kind = {"name": name, "cat": name.split()[0], "ph": "X"}
-        events.append({**kind, "pid": 0, "tid": rows[key], **place, "args": args})
+        events.append({**kind, "pid": rank, "tid": rows[key], **place, "args": args})
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
 # ==================================================================================================
-# 11 Reports
+# 12 Reports
 # What a run tells: progress on the screen, the summary table, a section of logs.md, metrics.jsonl,
 # TensorBoard's files, the pictures. Pure functions turn figures into text; RunReport writes.
 # ==================================================================================================
 
 STRAY_WARNING_SHARE = 0.01
+STEPS_OF_RANKS = 50  # the latest, which trace.json has of several ranks
+RANKS_TO_DRAW, RANKS_WITH_CORES = 16, 4  # in timeline.png; and with rows of their cores
 COMPANY_IN_SUMMARY = 0.02  # below that it may be the error of the clocks
 METRICS, TIMELINE, TRACE = "metrics.jsonl", "timeline.png", "trace.json"
 TENSORBOARD = "tensorboard"
@@ -6629,14 +7378,15 @@ def describe_plan(plan: CorePlan, settings: Settings) -> list[str]:
     return lines + [f"note: {note}" for note in plan.notes]
 
 
-def draw_plan(topology: Topology, plan: CorePlan, columns: int = 16) -> str:
-    """The machine as a grid for each L3 domain: a column per core, a row per hardware thread; in
-    one line no more than `columns` cores and 80 characters.
+def draw_plan(topology: Topology, *plans: CorePlan, columns: int = 16, first: int = 0) -> str:
+    """The machine as a grid for each L3 domain: a column per core, a row per hardware thread, and
+    one for the ranks if there are several plans, the `first` one's and those that follow; in one
+    line no more than `columns` cores and 80 characters.
     """
     capacities = sorted({core.capacity for core in topology.cores}, reverse=True)
     kinds = "PE" if len(capacities) == 2 else [str(capacity) for capacity in capacities]
     kind_of = dict(zip(capacities, kinds, strict=True)) if len(capacities) > 1 else {}
-    every = core_rows(topology.cores, kind_of, topology, plan)
+    every = core_rows(topology.cores, kind_of, topology, plans, first)
     width = 1 + max(len(cell) for row in every for cell in row[1:])
     columns, lines = min(columns, (80 - 7) // width), []
     domains = itertools.groupby(topology.cores, lambda core: (core.package, core.node, core.l3))
@@ -6645,28 +7395,40 @@ def draw_plan(topology: Topology, plan: CorePlan, columns: int = 16) -> str:
         cores = list(group)
         step = math.ceil(len(cores) / math.ceil(len(cores) / columns))  # lines of equal length
         for start in range(0, len(cores), step):
-            for title, *cells in core_rows(cores[start : start + step], kind_of, topology, plan):
+            part = cores[start : start + step]
+            for title, *cells in core_rows(part, kind_of, topology, plans, first):
                 lines.append(f"{title:7}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join([*lines, "  F forward, B backward, - not used, x not allowed"])
 
 
 def core_rows(
-    cores: Sequence[Core], kind_of: dict[int, str], topology: Topology, plan: CorePlan
+    cores: Sequence[Core],
+    kind_of: dict[int, str],
+    topology: Topology,
+    plans: Sequence[CorePlan],
+    first: int,
 ) -> list[list[str]]:
-    """The drawing of some cores side by side, in cells: their numbers, kinds, logical CPUs."""
+    """The drawing of some cores side by side, in cells: numbers, kinds, ranks, logical CPUs."""
     rows = [["  core", *(str(core.core_id) for core in cores)]]
     if kind_of:
         rows.append(["  kind", *(kind_of[core.capacity] for core in cores)])
+    if len(plans) > 1:
+        used = [plan.forward.cpu_set | plan.backward.cpu_set for plan in plans]
+        ranks = (
+            [first + n for n, cpus in enumerate(used) if cpus & {*core.cpus}] for core in cores
+        )
+        rows.append(["  rank", *(",".join(map(str, each)) or "-" for each in ranks)])
     for cpus in itertools.zip_longest(*(core.cpus for core in cores)):
-        rows.append(["  cpu", *(cpu_mark(cpu, topology, plan) for cpu in cpus)])
+        rows.append(["  cpu", *(cpu_mark(cpu, topology, plans) for cpu in cpus)])
     return rows
 
 
-def cpu_mark(cpu: int | None, topology: Topology, plan: CorePlan) -> str:
+def cpu_mark(cpu: int | None, topology: Topology, plans: Sequence[CorePlan]) -> str:
     """What a logical CPU does, and its number: `F0`, `B1`, `FB0` (both), `-2`, `x3`."""
     if cpu is None:
         return ""
-    marks = ("F" if cpu in plan.forward.cpus else "") + ("B" if cpu in plan.backward.cpus else "")
+    marks = "F" if any(cpu in plan.forward.cpus for plan in plans) else ""
+    marks += "B" if any(cpu in plan.backward.cpus for plan in plans) else ""
     return (marks or ("-" if cpu in topology.allowed else "x")) + str(cpu)
 
 
@@ -6763,6 +7525,8 @@ def describe_run(settings: Settings) -> str:
     batches = f"{settings.batch_size} images"
     if settings.accumulate > 1:
         batches = f"{settings.accumulate} batches of {batches}"
+    if settings.ranks > 1:
+        batches = f"{settings.ranks} ranks with {batches}"
     size = f"{settings.image_size} px"
     taught = f", taught by {settings.teacher}" if settings.teacher else ""
     return f"{settings.model}, {size}, {batches} a step, {settings.precision}{taught}"
@@ -6782,7 +7546,12 @@ def as_options(settings: Settings) -> str:
 
 
 def log_heading(
-    settings: Settings, asked: Settings, topology: Topology, plan: CorePlan, resumed_at: int = 0
+    settings: Settings,
+    asked: Settings,
+    topology: Topology,
+    plan: CorePlan,
+    resumed_at: int = 0,
+    ranks: Ranks = ONE_PROCESS,
 ) -> str:
     """The beginning of a run's section of logs.md; `settings` are those in force."""
     in_force = {
@@ -6791,12 +7560,14 @@ def log_heading(
         if value is not None
     }
     title = f"{settings.model}, {settings.schedule}, split {plan.split}"
+    title += f", {ranks.size} ranks" if ranks.size > 1 else ""
     title += f", resumed after step {resumed_at}" if resumed_at else ""
     options = as_options(asked)
+    machines = [text for text, _, _ in machines_of(ranks)] or [describe_topology(topology)]
     lines = [
-        f"machine: {describe_topology(topology)}; {host_kind()}",
+        f"machine: {'; '.join(machines)}; {host_kind()}",
         f"detected cores: {format_cpu_list(topology.online)} (logical CPUs online)",
-        *describe_plan(plan, settings),
+        *(rank_lines(ranks) or describe_plan(plan, settings)),
         f"versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
         f"settings: {f'`{options}`' if options else 'the defaults'}",
     ]
@@ -6806,8 +7577,15 @@ def log_heading(
     return f"\n## {utc_now()} {title}\n\n{listed}\n\n{folded}\n\n"
 
 
-def log_summary(results: Iterable[str], summary: Summary | None, warned: Iterable[str]) -> str:
-    """The end of a run's section of logs.md; without figures if no step was finished."""
+def log_summary(
+    results: Iterable[str],
+    summary: Summary | None,
+    warned: Iterable[str],
+    others: Sequence[str] = (),
+) -> str:
+    """The end of a run's section of logs.md; without figures if no step was finished. `others` are
+    the tables of several ranks.
+    """
     lines = [
         *results,
         f"ended: {utc_now()}",
@@ -6815,7 +7593,63 @@ def log_summary(results: Iterable[str], summary: Summary | None, warned: Iterabl
         *(summary_lines(summary) if summary else ()),
     ]
     tables = ["", phase_table(summary), "", cpu_table(summary)] if summary else []
-    return "\n".join([*(f"- {line}" for line in lines), *tables]) + "\n"
+    return "\n".join([*(f"- {line}" for line in lines), *tables, *others]) + "\n"
+
+
+@dataclass(frozen=True)
+class RankFigures:
+    """What a rank has to tell at the end of a run; `steps` are the latest ones."""
+
+    summary: Summary | None
+    warnings: Sequence[str]
+    steps: Sequence[StepResult]
+    looks: Sequence[Company]
+
+
+def machines_of(ranks: Ranks) -> Iterator[tuple[str, Topology, list[int]]]:
+    """The machines of several ranks: each in a line, what of it they may use, and which ranks are
+    there.
+    """
+    for kernel in dict.fromkeys(host.kernel for host in ranks.hosts):
+        there = [rank for rank, host in enumerate(ranks.hosts) if host.kernel == kernel]
+        cpus = frozenset().union(*(ranks.hosts[rank].topology.allowed for rank in there))
+        host = ranks.hosts[there[0]]
+        topology = dataclasses.replace(host.topology, allowed=cpus)
+        yield f"{host.name}: {describe_topology(topology)}", topology, there
+
+
+def rank_lines(ranks: Ranks) -> list[str]:
+    """Where each rank is, and its cores, in a line each, if there are several."""
+    lines = []
+    for rank, (host, plan) in enumerate(zip(ranks.hosts, ranks.plans, strict=True)):
+        groups = "; ".join(f"{group.name} {group}" for group in plan.groups)
+        loader = f"loader cores {format_cpu_list(plan.loader_cpus)}"
+        notes = "".join(f"; {note}" for note in plan.notes)
+        lines.append(f"rank {rank} on {host.name}: {groups}; {loader}{notes}")
+    return lines
+
+
+def rank_table(hosts: Sequence[Host], summaries: Sequence[Summary]) -> str:
+    """The phases of each rank, and how long it waited for the slowest, in 80 columns."""
+    phases = [phase for phase in PHASES if any(each.phase == phase for each in summaries[0].phases)]
+    rows = []
+    for rank, (host, summary) in enumerate(zip(hosts, summaries, strict=True)):
+        median_ms = {each.phase: f"{each.median_ms:.1f}" for each in summary.phases}
+        waited, stray = 1e3 * summary.waited_s[rank], 1e3 * summary.stray_s
+        name = textwrap.shorten(host.name, 14, placeholder="...") if " " in host.name else host.name
+        times = [median_ms.get(phase, "-") for phase in phases]
+        rows.append((f"{rank} {name[:14]}", *times, f"{waited:.1f}", f"{stray:.1f}"))
+    return markdown_table(("rank, ms a step", *phases, "waited", "stray"), rows)
+
+
+def tables_of_ranks(hosts: Sequence[Host], summaries: Sequence[Summary]) -> list[str]:
+    """What logs.md has beside the first rank's tables, each after an empty line."""
+    lines = ["", rank_table(hosts, summaries)]
+    for rank, summary in enumerate(summaries[1:], 1):
+        title = f"rank {rank} on {hosts[rank].name}"
+        tables = f"{phase_table(summary)}\n\n{cpu_table(summary)}"
+        lines += ["", f"<details><summary>{title}</summary>\n\n{tables}\n\n</details>"]
+    return lines
 
 
 def result_lines(
@@ -7164,6 +7998,13 @@ def machine_metrics(topology: Topology) -> dict[str, Any]:
     return {"host_kind": host_kind(), "machine": machine, "topology": cores}
 
 
+def rank_metrics(ranks: Ranks) -> dict[str, Any]:
+    """Several ranks, as metrics.jsonl has them: the machine's name and the plan of each."""
+    pairs = zip(ranks.hosts, ranks.plans, strict=True)
+    rows = [{"host": host.name, "plan": dataclasses.asdict(plan)} for host, plan in pairs]
+    return {"ranks": rows} if rows else {}
+
+
 def event_record(**event: Any) -> bytes:
     """An event as TensorBoard reads it: its message (event.proto), framed. Raises ImportError
     without the package.
@@ -7227,6 +8068,32 @@ def epoch_scalars(row: dict[str, Any]) -> dict[str, float]:
     return scalars | {f"gradients/{name}": norm for name, norm in row["gradient_norms"].items()}
 
 
+def rank_panels(
+    what: str,
+    ranks: Ranks,
+    every: Sequence[RankFigures],
+    steps_by_rank: Sequence[Sequence[StepResult]],
+    count: int,
+) -> list[Panel]:
+    """A panel for the latest steps, `count` of them, of each rank, all by one clock; of many ranks
+    the first ones, without rows of cores.
+    """
+    latest = [steps[-count:] for steps in steps_by_rank][:RANKS_TO_DRAW]
+    zero_s = min(record.start_s for steps in latest for step in steps for record in step.records)
+    panels = []
+    for rank, steps in enumerate(latest):
+        plan, host = ranks.plans[rank], ranks.hosts[rank]
+        title = f"rank {rank} on {host.name}" + ("" if rank else f": {what}")
+        ahead_s = steps[-1].synced_s - every[rank].steps[-1].synced_s
+        looks = [
+            dataclasses.replace(each, start_s=each.start_s + ahead_s, end_s=each.end_s + ahead_s)
+            for each in every[rank].looks
+        ]
+        lanes_only = ranks.size > RANKS_WITH_CORES
+        panels.append(Panel(title, plan, steps, host.topology.cores, looks, zero_s, lanes_only))
+    return panels
+
+
 class RunReport:
     """Everything that one run shows and writes while it goes on, and when it ends.
 
@@ -7241,49 +8108,59 @@ class RunReport:
         plan: CorePlan,
         progress: Progress,
         asked: Settings | None = None,
+        ranks: Ranks = ONE_PROCESS,
     ):
-        """`asked` are the settings as they were before what they leave open was decided."""
+        """`asked` are the settings as they were before what they leave open was decided. All but
+        the first of the `ranks` are silent, but for what is wrong with their own cores.
+        """
         self._settings, self._topology, self._plan = settings, topology, plan
-        self._progress = progress
+        self._progress, self._ranks = progress, ranks
         self._total = total_steps(settings, progress.epoch_batches)
         self._tally = Tally(plan)
         self._warnings: dict[str, str] = {}  # by kind: each kind is shown once
-        if settings.output_dir:
+        if settings.output_dir and not ranks.rank:
             settings.output_dir.mkdir(parents=True, exist_ok=True)
         run = {"settings": plain_settings(settings), "plan": dataclasses.asdict(plan)}
-        run |= {"resumed_at_step": progress.step, "versions": versions()}
+        run |= {"resumed_at_step": progress.step, "versions": versions(), **rank_metrics(ranks)}
         tqdm.monitor_interval = 0  # its watching thread would use CPU time on some core
         self._bar = tqdm(
             total=self._total,
             initial=progress.step,
             bar_format=BAR,
-            disable=None,
+            disable=True if ranks.rank else None,
             dynamic_ncols=True,
         )
         self._write_metrics({"type": "run", **run, **machine_metrics(topology)})
         self._events: EventFile | None = None
         if settings.tensorboard:
             self._events = EventFile(settings.output_dir / TENSORBOARD, progress.step + 1)
-        heading = log_heading(settings, asked or settings, topology, plan, progress.step)
+        heading = log_heading(settings, asked or settings, topology, plan, progress.step, ranks)
         self._log = LogSection(settings.log_file, heading, bool(settings.epochs))
         self._write(self._log.begin)
 
-    def warn(self, kind: str, text: str) -> None:
-        """Show a warning on the screen, the first of its kind, and keep it for the log."""
+    def warn(self, kind: str, text: str, own: bool = False) -> None:
+        """Show a warning on the screen, the first of its kind, and keep it for the log; of other
+        ranks than the first only what is their `own`.
+        """
+        rank = self._ranks.rank
+        if own and self._ranks.size > 1:
+            text = f"rank {rank}: {text}"
         if kind not in self._warnings:
             self._warnings[kind] = text
-            warn(text)
+            if own or not rank:
+                warn(text)
 
     def alarm(self, text: str) -> None:
         """Show a warning every time that it arises, and keep it for the log."""
         self._warnings[text] = text
-        warn(text)
+        if not self._ranks.rank:
+            warn(text)
 
     def check_placement(self, records: Iterable[PhaseRecord]) -> None:
         """Warn of threads that were not where they belong."""
         for record in records:
             for number, text in enumerate(placement_warnings(record, self._plan)):
-                self.warn(f"{record.phase} {number}", text)
+                self.warn(f"{record.phase} {number}", text, own=True)
 
     def company(self, company: Company | None) -> None:
         """Take in what others took of the cores, if they were looked for; warn when that begins."""
@@ -7293,7 +8170,7 @@ class RunReport:
         for text in company_texts(lately, COMPANY_SHARE) if lately else ():
             latest = f"in the latest {lately.end_s - lately.start_s:.0f} s"
             slower = "every step waits for the slowest of its threads"
-            self.warn(text.partition(" took")[0], f"{text} {latest}: {slower}")
+            self.warn(text.partition(" took")[0], f"{text} {latest}: {slower}", own=True)
 
     def bad_images(self, bad: BadImages) -> None:
         """Warn of broken images that were left out."""
@@ -7322,7 +8199,7 @@ class RunReport:
         progress, epochs = self._progress, self._settings.epochs
         if not epochs:
             return ""
-        steps = (progress.epoch_batches - progress.batches) // self._settings.accumulate
+        steps = steps_in_epoch(self._settings, progress.epoch_batches - progress.batches)
         return f" (epoch {progress.epoch + 1}/{epochs}: {span_text(step_s * steps)})"
 
     def epoch(self, row: dict[str, Any], history: Sequence[dict[str, Any]]) -> None:
@@ -7342,34 +8219,63 @@ class RunReport:
             self._write(draw_curves, folder / CURVES, title, history, footer)
             self._write(draw_gradients, folder / GRADIENTS, title, history, footer)
 
-    def finish(self, outcome: str) -> None:
-        """Print the summary, end the log and the metrics, draw."""
+    def _figures(self) -> RankFigures:
+        """What this rank has to tell."""
+        steps = itertools.islice(reversed(self._tally.latest), STEPS_OF_RANKS)
+        summary = self._tally.summary() if self._tally.steps else None
+        warned = list(self._warnings.values())
+        return RankFigures(summary, warned, [*steps][::-1], self._tally.looks)
+
+    def _gather(self) -> list[RankFigures]:
+        """What all ranks have to tell; if one of them has gone meanwhile, what this one has."""
+        if self._ranks.size > 1:
+            with contextlib.suppress(RankLost):
+                return self._ranks.exchange(self._figures())
+        return [self._figures()]
+
+    def finish(self, outcome: str, together: bool = True) -> None:
+        """Print the summary, end the log and the metrics, draw; with those of the other ranks, if
+        these end `together` with this one.
+        """
         self._bar.close()
+        every = self._gather() if together else [self._figures()]
+        if self._ranks.rank:
+            return
         done = f"{self._progress.step} of {plural(self._total, 'step')}"
         outcome = readable(f"{outcome} after {done}")
-        summary = self._tally.summary() if self._tally.steps else None
+        summary, hosts = every[0].summary, self._ranks.hosts
         results = result_lines(self._settings, self._progress, (TIMELINE, TRACE) if summary else ())
         tables = [*summary_lines(summary), "", phase_table(summary, False)] if summary else []
+        several = [each.summary for each in every] if summary and len(every) > 1 else []
+        tables += ["", rank_table(hosts, several)] if several else []
         say("\n".join(["", *results, f"log in {self._settings.log_file}", "", outcome, *tables]))
         figures = dataclasses.asdict(summary) if summary else {}
+        figures |= {"ranks": list(map(dataclasses.asdict, several))} if several else {}
         self._write_metrics({"type": "summary", "outcome": outcome, **figures})
         results.append(f"outcome: {outcome}")
         if summary:
             results += memory_lines(summary.memory_by_node, self._topology, self._plan)
-        self._write(self._log.end, log_summary(results, summary, self._warnings.values()))
+        warned = dict.fromkeys(text for each in every for text in each.warnings)
+        others = tables_of_ranks(hosts, several) if several else ()
+        self._write(self._log.end, log_summary(results, summary, warned, others))
         if summary and self._settings.output_dir:
-            self._draw()
+            self._draw(every)
 
-    def _draw(self) -> None:
+    def _draw(self, every: Sequence[RankFigures]) -> None:
         """timeline.png and trace.json of the latest steps, in place of those of an earlier run."""
         steps, folder = list(self._tally.latest), self._settings.output_dir
         shown = steps_to_draw(steps)
         what = f"steps {shown[0].step} to {shown[-1].step}, split {self._plan.split}"
         what = f"{self._settings.schedule}, {what}"
-        panel = Panel(what, self._plan, shown, self._topology.cores, self._tally.looks)
+        panels = [Panel(what, self._plan, shown, self._topology.cores, self._tally.looks)]
+        trace = partial(trace_events, self._plan, steps)
+        if len(every) > 1:
+            aligned = by_one_clock([each.steps for each in every])
+            panels = rank_panels(what, self._ranks, every, aligned, len(shown))
+            trace = partial(trace_of_ranks, self._ranks.plans, aligned)
         title, footer = describe_run(self._settings), picture_footer(self._topology)
-        self._write(draw_timelines, folder / TIMELINE, title, [panel], footer)
-        self._write(write_whole, folder / TRACE, json.dumps(trace_events(self._plan, steps)))
+        self._write(draw_timelines, folder / TIMELINE, title, panels, footer)
+        self._write(write_whole, folder / TRACE, json.dumps(trace()))
 
     def _write_metrics(self, line: dict[str, Any]) -> None:
         if self._settings.output_dir:
@@ -7377,7 +8283,9 @@ class RunReport:
             self._write(append_text, self._settings.output_dir / METRICS, text)
 
     def _write(self, function: Callable[..., None], *args: Any) -> None:
-        """Write something; if that fails, warn."""
+        """Write something, on the first rank; if that fails, warn."""
+        if self._ranks.rank:
+            return
         try:
             function(*args)
         except Exception as error:  # no report is worth the run
@@ -7385,7 +8293,7 @@ class RunReport:
 
 
 # ==================================================================================================
-# 12 Training
+# 13 Training
 # The loop over steps and epochs, validation, and reasons to stop. Knows nothing of flags.
 # ==================================================================================================
 
@@ -7396,24 +8304,26 @@ class StopRequest:
     """Turns the first SIGINT, SIGTERM or SIGHUP into a request that `check` raises as Stopped:
     between two optimizer steps, or batches of a validation.
 
-    A second signal ends the process at once; a SIGHUP that is ignored (nohup) stays so. A context
+    A second signal ends the process at once, unless there are several ranks, of which the launcher
+    kills those that do not end in time; a SIGHUP that is ignored (nohup) stays so. A context
     manager: leaving it restores the handlers. Outside the main thread, where Python allows no
     handlers, it does nothing.
     """
 
-    def __init__(self):
-        self._signum: int | None = None
+    def __init__(self, ranks: int = 1):
+        self.signum: int | None = None
         self._previous: dict[int, Any] = {}
+        self._next = signal.SIG_DFL if ranks == 1 else signal.SIG_IGN
 
-    def check(self, ranks: Ranks = ONE_PROCESS) -> None:
-        """Raise Stopped if a signal has come, to any of the ranks."""
-        if ranks.any(self._signum is not None):
-            raise Stopped(self._signum or signal.SIGTERM)
+    def check(self) -> None:
+        """Raise Stopped if a signal has come."""
+        if self.signum is not None:
+            raise Stopped(self.signum)
 
     def _handle(self, signum: int, frame: object) -> None:
-        self._signum = signum
+        self.signum = signum
         for other in self._previous:
-            signal.signal(other, signal.SIG_DFL)
+            signal.signal(other, self._next)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -7456,7 +8366,7 @@ def run_schedule(
     settings: Settings, lanes: Lanes, work: Work, batches: Batches, first_step: int = 1
 ) -> Iterator[StepResult]:
     """Train step by step until the batches run out. Raises Diverged, before any update, if a loss
-    is not finite.
+    is not finite. If there are several ranks, an error on one of them is one of all.
     """
     steps = SCHEDULES[settings.schedule](lanes, work, batches)
     for step in itertools.count(first_step):
@@ -7465,22 +8375,57 @@ def run_schedule(
         try:
             scores = next(steps, None)
         except NonFiniteLoss as error:
-            raise Diverged(f"step {step}: the loss is {error}; try a lower --lr") from None
+            text = f"step {step}: the loss is {error}; try a lower --lr"
+            raise agreed_error(lanes, work, Diverged(text)) from None
+        except Exception as error:
+            raise agreed_error(lanes, work, error) from error.__cause__
         if scores is None:
             return
-        pooled = pool(scores, work.ranks)
+        records = lanes.take_records()
+        scores, ready_s = scores_of_ranks(work.ranks, scores, records, start_s)
         yield StepResult(
-            step=step,
-            loss=pooled.loss,
-            images=pooled.images,
+            step,
+            **vars(pool(scores)),
             step_s=time.perf_counter() - start_s,
-            records=lanes.take_records(),
+            records=records,
             loads=batches.take_records(),
             main_thread_s=time.thread_time() - thread_start_s,
-            top1=pooled.top1,
-            top5=pooled.top5,
             lr=lr,
+            ready_s=ready_s,
+            synced_s=time.perf_counter(),
         )
+
+
+def agreed_error(lanes: Lanes, work: Work, error: Exception) -> Exception:
+    """The error with which all ranks end a step that one of them cannot finish: that of the first
+    of them. One that comes from another rank, or after the gradients have been added up, is this
+    rank's own.
+    """
+    ranks, known = work.ranks, work.ranks.agreed or isinstance(error, RankLost)
+    if not known and work.reducer and not work.reduced:
+        try:
+            lanes.backward.call(work.reducer.give_up, error)
+        except Exception as agreed:
+            return agreed if ranks.agreed else error
+    return error
+
+
+def scores_of_ranks(
+    ranks: Ranks, scores: list[Scores], records: Sequence[PhaseRecord], start_s: float
+) -> tuple[list[Scores], tuple[float, ...]]:
+    """The scores of a step's micro-batches on all ranks, in the order in which these were dealt
+    out; and by rank how long it took since `start_s` until its gradients were all there.
+    """
+    if ranks.size == 1:
+        return scores, ()
+    ready_s = max(record.start_s for record in records if record.phase == "reduce") - start_s
+    figures = [figure for each in scores for figure in dataclasses.astuple(each)]
+    ready, dealt = [], []
+    for first, *others in ranks.gather([ready_s, *figures]):
+        ready.append(first)
+        quads = zip(*4 * [iter(others)], strict=True)
+        dealt.append([Scores(loss, *map(int, counts)) for loss, *counts in quads])
+    return in_turn(dealt), tuple(ready)
 
 
 @dataclass(frozen=True)
@@ -7498,6 +8443,42 @@ class Run:
     stop: StopRequest
     bad: BadImages
     notes: tuple[str, ...]
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train together."""
+        return self.work.ranks
+
+
+def hear_others(run: Run) -> None:
+    """Raise Stopped if a signal has come, to any of the ranks; let broken images that one of them
+    has found count for all, and raise RunError if these are too many.
+    """
+    ranks, bad = run.ranks, run.bad
+    if ranks.size == 1:
+        run.stop.check()
+        return
+    signums, counts = zip(*ranks.gather([run.stop.signum or 0, len(bad.messages)]), strict=True)
+    if max(counts) > bad.shared:
+        with ranks.together():
+            bad.share(ranks.exchange(bad.messages))
+    if signum := int(max(signums)):
+        ranks.settle(Stopped(signum))
+
+
+def check_same_weights(run: Run, step: int) -> None:
+    """Raise Diverged unless all ranks have the same weights, to the bit."""
+    if run.ranks.size == 1:
+        return
+    digest = hashlib.blake2b()
+    for weight in run.work.network.model.parameters():
+        digest.update(weight.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    found = run.ranks.exchange(digest.digest())
+    others = [rank for rank, each in enumerate(found) if each != found[0]]
+    if others:
+        where = ", ".join(f"rank {rank} on {run.ranks.hosts[rank].name}" for rank in others)
+        text = f"the weights of {where} are not those of rank 0 after step {step}"
+        run.ranks.settle(Diverged(f"{text}; are the processors of one kind?"))
 
 
 def validated(run: Run) -> Iterator[tuple[list[Scores], torch.Tensor, torch.Tensor]]:
@@ -7531,11 +8512,16 @@ def evaluate(
 ) -> list[Scores]:
     """Go through the validation images: the scores of the moving average, if there is one, then
     those of the model's own weights. `confusion` takes in what the first of them takes images for.
+    Several ranks share the images out.
     """
     scores: list[list[Scores]] = []
     run.work.network.model.eval()
     try:
-        with contextlib.closing(validated(run)) as batches:
+        with (
+            run.work.with_mean_buffers(),
+            run.ranks.together(),
+            contextlib.closing(validated(run)) as batches,
+        ):
             for result, predicted, targets in batches:
                 scores.append(result)
                 if confusion is not None:
@@ -7545,7 +8531,11 @@ def evaluate(
         records = run.lanes.take_records()
     if report:
         report.check_placement(records)
-    return [pool(each, run.work.ranks) for each in zip(*scores, strict=True)]
+    if confusion is not None:
+        total = sum(run.ranks.exchange(confusion), Confusion())
+        confusion.clear()
+        confusion.update(total)
+    return [pool(each) for each in zip(*in_turn(run.ranks.exchange(scores)), strict=True)]
 
 
 def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
@@ -7554,8 +8544,9 @@ def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
     """
     settings = run.settings
     left = total_steps(settings, progress.epoch_batches) - progress.step
-    whole = steps_in_epoch(settings, len(run.train)) * settings.accumulate
-    stop = min(whole, progress.batches + left * settings.accumulate)
+    taken = batches_in_step(settings)
+    whole = steps_in_epoch(settings, len(run.train)) * taken
+    stop = min(whole, progress.batches + left * taken)
     if progress.batches >= stop:
         return
     if run.work.network.frozen and not is_frozen(settings, progress.epoch):
@@ -7564,7 +8555,7 @@ def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
     batches = run.train.batches(run.bad, progress.epoch + 1, progress.batches, stop)
     for result in run_schedule(settings, run.lanes, run.work, batches, progress.step + 1):
         counts = result.images, result.loss, result.top1, result.top5
-        progress.add_step(*counts, settings.accumulate)
+        progress.add_step(*counts, taken)
         progress.lr = result.lr
         yield dataclasses.replace(result, company=run.lanes.lookout.look())
 
@@ -7601,7 +8592,7 @@ def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
 def epoch_done(settings: Settings, progress: Progress) -> bool:
     """Whether all steps of the running epoch have been made."""
     steps = steps_in_epoch(settings, progress.epoch_batches)
-    return progress.batches >= steps * settings.accumulate
+    return progress.batches >= steps * batches_in_step(settings)
 
 
 def reason_to_end(settings: Settings, progress: Progress) -> str | None:
@@ -7621,7 +8612,7 @@ def reason_to_end(settings: Settings, progress: Progress) -> str | None:
 
 def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoints) -> None:
     """Train until there is a reason to end, and save what is to be saved. However that goes, the
-    report gets an end, and the latest step is saved, unless the run diverged.
+    report gets an end, and the latest step is saved, unless the run diverged, or a rank has gone.
     """
     settings = run.settings
     save = partial(checkpoints.save, run.work, progress)
@@ -7629,29 +8620,31 @@ def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoint
         while not (outcome := reason_to_end(settings, progress)):
             for result in train_epoch(run, progress):
                 report.step(result)
+                hear_others(run)
                 report.bad_images(run.bad)
-                run.stop.check(run.work.ranks)
                 if settings.save_steps and result.step % settings.save_steps == 0:
                     save()
+            check_same_weights(run, progress.step)
             if epoch_done(settings, progress):
                 if settings.epochs:
                     finish_epoch(run, progress, report)
                 else:
                     progress.begin_epoch()
             save()
-            run.stop.check(run.work.ranks)
+            hear_others(run)
     except Exception as error:
         run.lanes.close()  # what still runs there ends first
-        if not isinstance(error, Diverged):
+        together = run.ranks.agreed
+        if together and not isinstance(error, Diverged):
             save()
-        report.finish(likely_reason(error))
+        report.finish(likely_reason(error), together)
         raise
     report.company(run.lanes.lookout.look(SHORTEST_LOOK_S))
     report.finish(outcome)
 
 
 # ==================================================================================================
-# 13 Runs
+# 14 Runs
 # How a run is set up, resumed and taken to its end; testing a checkpoint, asking it what pictures
 # show, and finding a rate.
 # ==================================================================================================
@@ -7817,12 +8810,18 @@ def renormalised(
     return (std / std_there).float(), ((mean - mean_there) / std_there).float()
 
 
+def build_average(model: nn.Module, settings: Settings) -> MovingAverage | None:
+    """The moving average of the weights, if it is asked for."""
+    return MovingAverage(model, settings.model_ema_decay) if settings.model_ema else None
+
+
 def build_work(
     settings: Settings,
     lanes: Lanes,
     epoch_steps: int = 1,
     all_steps: int = 1,
     classes: Sequence[str] = (),
+    ranks: Ranks = ONE_PROCESS,
 ) -> Work:
     """Model and optimizer, each built on the lane whose phases will use it first. The learning
     rate runs over `all_steps` optimizer steps, of which an epoch has `epoch_steps`; `classes` are
@@ -7830,8 +8829,7 @@ def build_work(
     """
     model, note = lanes.forward.call(starting_model, settings, classes)
     optimizer = lanes.backward.call(build_optimizer, model, settings)
-    averaging = partial(MovingAverage, model, settings.model_ema_decay)
-    average = lanes.backward.call(averaging) if settings.model_ema else None
+    average = lanes.backward.call(build_average, model, settings)
     shape = settings.model, settings.num_classes, settings.image_size
     network = Network(
         model,
@@ -7839,6 +8837,7 @@ def build_work(
         settings.accumulate,
         bf16=settings.precision == "bf16",
         channels_last=settings.channels_last,
+        ranks=ranks.size,
         note=note,
         teacher=lanes.forward.call(build_teacher, settings, classes),
         frozen=freeze(model, settings.freeze, *shape),
@@ -7851,6 +8850,7 @@ def build_work(
         flow=GradientFlow(model) if settings.epochs else None,
         clip_grad_norm=settings.clip_grad_norm,
         grads_to_none=settings.grads_to_none,
+        ranks=ranks,
     )
 
 
@@ -7922,16 +8922,47 @@ def check_memory(settings: Settings, topology: Topology, images: int) -> None:
 
 
 @contextlib.contextmanager
-def prepared(settings: Settings, topology: Topology, plan: CorePlan) -> Iterator[Run]:
+def prepared(
+    settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
+) -> Iterator[Run]:
     """A run that is set up; all that belongs to it ends with the context. Raises UserError with
-    nothing written.
+    nothing written, on all of the ranks if on any.
     """
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            run = prepare(stack, settings, topology, plan, ranks)
+        if ranks.size > 1:
+            run.lanes.backward.adopt(ranks.start)
+            begin_alike(run)
+        yield run
+
+
+def begin_alike(run: Run) -> None:
+    """Have all ranks begin with the weights of the first, and draw numbers of their own."""
+    work, ranks = run.work, run.ranks
+    begun = ranks.first(work.network.model.state_dict)
+    into = [work.network.model.state_dict(), *([work.average.values] if work.average else [])]
+    for tensors, (name, value) in itertools.product(into, begun.items()):
+        tensors[name].copy_(value)
+    if ranks.rank:
+        torch.manual_seed(derived_seed(run.settings.seed, "rank", ranks.rank))
+
+
+def prepare(
+    stack: contextlib.ExitStack,
+    settings: Settings,
+    topology: Topology,
+    plan: CorePlan,
+    ranks: Ranks,
+) -> Run:
+    """What a rank sets up for itself, all of which ends with the stack."""
     check_model_name(settings.model)
     data = open_data(settings)
     for message in resizing_contradictions(settings, data.native.image_size):
         raise UserError(message)
     check_validation(settings, data)
-    check_writable(settings)
+    if not ranks.rank:
+        check_writable(settings)
     say("\n".join(describe_data(data)))
     if settings.test_only and settings.weights:
         data = with_known_classes(data, settings)
@@ -7941,8 +8972,7 @@ def prepared(settings: Settings, topology: Topology, plan: CorePlan) -> Iterator
         settings, topology, data, loader_cores=plan.loader_cpus, tuned_malloc=tuned
     )
     check_memory(settings, topology, settings.batch_size)
-    with contextlib.ExitStack() as stack:
-        yield set_up(stack, settings, topology, plan, data, note)
+    return set_up(stack, settings, topology, plan, data, note, ranks)
 
 
 @memory_errors()
@@ -7953,15 +8983,16 @@ def set_up(
     plan: CorePlan,
     data: ImageData,
     note: str,
+    ranks: Ranks = ONE_PROCESS,
 ) -> Run:
     """Loader processes, lanes and model, which end with the stack; `note` is the first to tell."""
-    stop = stack.enter_context(StopRequest())
+    stop = stack.enter_context(StopRequest(ranks.size))
     stack.enter_context(coordinating(settings, plan))
     torch.manual_seed(settings.seed)
-    train = training_feed(data, settings, plan.loader_cpus)
+    train = training_feed(data, settings, plan.loader_cpus, ranks.rank)
     stack.callback(train.close)
     validates = settings.epochs or settings.test_only
-    val = validation_feed(data, settings, plan.loader_cpus) if validates else None
+    val = validation_feed(data, settings, plan.loader_cpus, ranks.rank) if validates else None
     if val:
         stack.callback(val.close)
     lanes = stack.enter_context(Lanes(plan, topology.online))
@@ -7974,7 +9005,7 @@ def set_up(
         forward_threads=plan.forward.threads,
         backward_threads=plan.backward.threads,
     )
-    work = build_work(settings, lanes, *counts, data.classes)
+    work = build_work(settings, lanes, *counts, data.classes, ranks)
     notes = tuple(filter(None, [note, *lanes.notes]))
     bad = BadImages(settings.max_bad_images)
     return Run(settings, topology, plan, data, train, val, lanes, work, stop, bad, notes)
@@ -7983,7 +9014,7 @@ def set_up(
 def check_subset(run: Run, resumed: bool) -> None:
     """Keep the choice of `--subset` in the output folder; a resumed run has to make the same."""
     settings = run.settings
-    if settings.subset == 1 or not settings.output_dir:
+    if settings.subset == 1 or not settings.output_dir or run.ranks.rank:
         return
     path = settings.output_dir / SUBSET
     chosen = {"subset": settings.subset, "seed": settings.seed, "indices": run.data.chosen}
@@ -8027,7 +9058,7 @@ def saved_defaults(command: str, settings: Settings, typed: Values) -> Values:
     path, state = found
     if command == "predict":
         return defaults_to_ask(path, state, typed)
-    return defaults_to_go_on(path, state, typed)
+    return defaults_to_go_on(path, state, typed, settings.ranks)
 
 
 def defaults_to_ask(path: Path, state: State, typed: Values) -> Values:
@@ -8040,11 +9071,15 @@ def defaults_to_ask(path: Path, state: State, typed: Values) -> Values:
     return {name: taken[name] for name in ASKED_WITH} | vars(ready)
 
 
-def defaults_to_go_on(path: Path, state: State, typed: Values) -> Values:
+def defaults_to_go_on(path: Path, state: State, typed: Values, ranks: int = 1) -> Values:
     """What a run takes from a saved one to go on with it, or to test it; the output folder is where
-    the checkpoint is now. A recipe that is not that of the saved run counts as typed.
+    the checkpoint is now. A recipe that is not that of the saved run counts as typed. As many ranks
+    as there are now share the batches of a step.
     """
     taken = settings_to_go_on(state)
+    batches, rest = divmod(taken.accumulate * saved_settings(state)["ranks"], ranks)
+    if not rest:
+        taken = dataclasses.replace(taken, accumulate=batches)
     if (recipe := typed.get("recipe")) not in (None, taken.recipe):
         typed = command_defaults("train", typed) | typed
     defaults = vars(taken) | vars(preprocessing_of(state).overruled(settings_of(typed)))
@@ -8101,30 +9136,41 @@ def check_new(settings: Settings, checkpoints: Checkpoints) -> None:
         )
 
 
+def find_to_go_on(settings: Settings, checkpoints: Checkpoints) -> tuple[Path, State] | None:
+    """The state that a run goes on from; None for a new run. Raises UserError if either would take
+    the place of another run.
+    """
+    found, folder = find_resumed(settings, checkpoints), checkpoints.folder
+    if not found:
+        check_new(settings, checkpoints)
+        return None
+    path, _ = found
+    if checkpoints.exist() and path.resolve().parent != folder.resolve():
+        raise UserError(
+            f"--resume {path}: --output-dir {folder} has the checkpoints of another run: go on "
+            "with that by --resume auto, or choose another folder"
+        )
+    return found
+
+
 def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
     """Where the run stands, its state restored if `--resume` asks for that, and what to say of it.
 
     Raises UserError for a checkpoint that is not good, or of another kind of run.
     """
-    settings, folder, batches = run.settings, checkpoints.folder, len(run.train)
-    found = find_resumed(settings, checkpoints)
+    settings, batches = run.settings, len(run.train)
+    found = run.ranks.first(find_to_go_on, settings, checkpoints)
     if not found:
-        check_new(settings, checkpoints)
         return Progress(epoch_batches=batches), list(filter(None, [run.work.network.note]))
     path, state = found
-    inside = folder and path.resolve().parent == folder.resolve()
-    if checkpoints.exist() and not inside:
-        raise UserError(
-            f"--resume {path}: --output-dir {folder} has the checkpoints of another run: go on "
-            "with that by --resume auto, or choose another folder"
-        )
     differences = check_resumable(path, state, settings, checkpoints.data)
     before = state["progress"]["epoch_batches"]
     if before != batches:
         raise UserError(f"{path}: made with {before} batches an epoch, not {batches}")
     with fitting(path, settings):
         progress = run.lanes.backward.call(restore_state, state, run.work, settings)
-    if inside:
+    folder = checkpoints.folder
+    if folder and path.resolve().parent == folder.resolve():
         checkpoints.keep(path, progress)
     notes = [f"resumed from {path}, after step {progress.step}"]
     if differences:
@@ -8132,22 +9178,27 @@ def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
     return progress, notes
 
 
-def train(settings: Settings, topology: Topology, plan: CorePlan) -> nn.Module:
+def train(
+    settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
+) -> nn.Module:
     """A whole run; returns the trained model. Raises UserError before anything is written."""
-    check_tensorboard(settings)
-    with prepared(settings, topology, plan) as run:
+    if not ranks.rank:
+        check_tensorboard(settings)
+    with prepared(settings, topology, plan, ranks) as run:
         data = None if run.settings.test_only else describe_images(run.data)
-        checkpoints = Checkpoints(run.settings, warn, data, asked_again(settings, run.settings))
+        asked = asked_again(settings, run.settings)
+        checkpoints = Checkpoints(run.settings, warn, data, asked, ranks)
         with contextlib.closing(checkpoints):
             if run.settings.test_only:
-                test(run, find_resumed(run.settings, checkpoints))
+                test(run, ranks.first(find_resumed, run.settings, checkpoints))
                 return run.work.network.model
-            checkpoints.hold()  # the loaders, which would share the lock, have been started
-            progress, notes = resume(run, checkpoints)
-            checkpoints.hold(make=True)
-            run.bad.messages = progress.bad_images  # one list: what is found is saved
-            check_subset(run, bool(progress.step))
-            report = RunReport(run.settings, topology, run.plan, progress, settings)
+            with ranks.together():
+                checkpoints.hold()  # the loaders, which would share the lock, have been started
+                progress, notes = resume(run, checkpoints)
+                checkpoints.hold(make=True)
+                run.bad.messages = progress.bad_images  # one list: what is found is saved
+                check_subset(run, bool(progress.step))
+            report = RunReport(run.settings, topology, run.plan, progress, settings, ranks)
             checkpoints.warn = report.alarm
             if is_frozen(run.settings, progress.epoch):
                 network = run.work.network
@@ -8200,6 +9251,8 @@ def test(run: Run, found: tuple[Path, State] | None) -> None:
         raise UserError(f"--test-only: no checkpoint in {run.settings.output_dir}")
     confusion = Confusion()
     results = evaluate(run, confusion=confusion)
+    if run.ranks.rank:
+        return
     for text in run.bad.messages:
         warn(f"{text}: left out")
     classes = named_classes(run.data.classes, run.settings.num_classes)
@@ -8471,7 +9524,7 @@ def find_lr(run: Run) -> RangeTest:
     rates, losses, medians = [], [], []
     with contextlib.suppress(Diverged):  # which is what the test is looking for
         for result in itertools.islice(endless_steps(run), count):
-            run.stop.check()
+            hear_others(run)
             rates.append(result.lr)
             losses.append(result.loss)
             medians.append(statistics.median(losses[-2 * quarter_decade(rates) - 1 :]))
@@ -8487,18 +9540,22 @@ def find_lr(run: Run) -> RangeTest:
 def endless_steps(run: Run) -> Iterator[StepResult]:
     """Optimizer steps over epoch after epoch."""
     for epoch in itertools.count(1):
-        whole = steps_in_epoch(run.settings, len(run.train)) * run.settings.accumulate
+        whole = steps_in_epoch(run.settings, len(run.train)) * batches_in_step(run.settings)
         batches = run.train.batches(run.bad, epoch, 0, whole)
         yield from run_schedule(run.settings, run.lanes, run.work, batches)
 
 
-def find_lr_and_report(settings: Settings, topology: Topology, plan: CorePlan) -> RangeTest:
+def find_lr_and_report(
+    settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
+) -> RangeTest:
     """The `find-lr` command: the test, its suggestion, and the plot."""
     others = {"freeze": mostly_frozen(settings), "freeze_epochs": None}
     others |= {"epochs": None, "lr_warmup_epochs": 0, "model_ema": False}
     settings = dataclasses.replace(settings, **others)
-    with prepared(settings, topology, plan) as run:
+    with prepared(settings, topology, plan, ranks) as run:
         result = find_lr(run)
+        if ranks.rank:
+            return result
         for text in run.bad.messages:
             warn(f"{text}: left out")
         if result.suggestion:
@@ -8514,7 +9571,7 @@ def find_lr_and_report(settings: Settings, topology: Topology, plan: CorePlan) -
 
 
 # ==================================================================================================
-# 14 Measurement
+# 15 Measurement
 # What this machine makes of the work: phase times, and the split that suits them. What is measured
 # runs in processes of its own, since the allocator's settings, threads and peak memory belong to a
 # process, and only one of them works at a time.
@@ -8711,7 +9768,7 @@ def time_groups(
 
 
 # ==================================================================================================
-# 15 Comparison
+# 16 Comparison
 # All ways to train, in turn and round by round: plain loops, one lane, and every schedule of each
 # split; their figures side by side, and a verdict.
 # ==================================================================================================
@@ -9618,22 +10675,46 @@ def run_rounds(
 
 
 # ==================================================================================================
-# 16 Commands
+# 17 Commands
 # What each command does, and which exit code an error has. Their options stand in section 1.
 # ==================================================================================================
 
 
-def print_plan(settings: Settings, topology: Topology) -> CorePlan:
-    """What `plan` shows of the cores, and the head of every run."""
-    plan = plan_for(settings, topology)
+def print_plan(settings: Settings, topology: Topology, ranks: Ranks = ONE_PROCESS) -> CorePlan:
+    """What `plan` shows of the cores, and the head of every run: with those of all ranks, or of as
+    many as it is asked to draw.
+    """
     precision, reason = choose_precision(settings, topology)
-    machine = describe_topology(topology), draw_plan(topology, plan)
-    lines = (*machine, *describe_plan(plan, settings), f"precision {precision}: {reason}")
-    say("\n".join(lines))
+    if settings.ranks > ranks.size:
+        ranks = imagined(settings, topology)
+        plan = ranks.plans[0]
+    else:
+        with ranks.together():
+            plan = plan_for(settings, topology)
+        ranks.introduce(plan)
+    lines = [describe_topology(topology), draw_plan(topology, plan), *describe_plan(plan, settings)]
+    if ranks.hosts:
+        drawn = (
+            (text, draw_plan(machine, *(ranks.plans[rank] for rank in there), first=there[0]))
+            for text, machine, there in machines_of(ranks)
+        )
+        lines = [*itertools.chain(*drawn), *rank_lines(ranks)]
+    say("\n".join([*lines, f"precision {precision}: {reason}"]))
     return plan
 
 
-def print_model(settings: Settings, topology: Topology, plan: CorePlan) -> None:
+def imagined(settings: Settings, topology: Topology) -> Ranks:
+    """As many ranks of one machine as are asked for, none of which is there."""
+    ranks = Ranks()
+    ranks.hosts = settings.ranks * [dataclasses.replace(this_host(topology), name="this machine")]
+    shares = (rank_topology(ranks.hosts, rank) for rank in range(settings.ranks))
+    ranks.plans = [plan_for(settings, share) for share in shares]
+    return ranks
+
+
+def print_model(
+    settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
+) -> None:
     """What `plan` shows beside the cores: the data, if there are any, and the model."""
     check_model_name(settings.model)
     path, classes, native_size = settings.data_path, SYNTHETIC_CLASSES, 224
@@ -9654,7 +10735,7 @@ def print_model(settings: Settings, topology: Topology, plan: CorePlan) -> None:
     say("\n".join(describe_model(settings, *shape)))
     if teacher := teacher_name(settings):
         say(describe_teacher(teacher, *shape))
-    if settings.record:
+    if settings.record and not ranks.rank:
         try:
             write_whole(settings.record, machine_text(topology))
         except RunError as error:
@@ -9671,7 +10752,7 @@ def parameter_count(name: str) -> int:
     return min(each.meta["num_params"] for each in torchvision.models.get_model_weights(name))
 
 
-def list_models(settings: Settings, topology: Topology) -> None:
+def list_models(settings: Settings, topology: Topology, ranks: Ranks = ONE_PROCESS) -> None:
     """What `--list-models` prints: the names, and parameters for 1000 classes; timm's are many."""
     say(f"{'model':24} {'parameters':>13}")
     for name in classifier_names():
@@ -9679,43 +10760,100 @@ def list_models(settings: Settings, topology: Topology) -> None:
     say(f"{TIMM + 'NAME':24} those of timm {installed_version('timm')}")
 
 
-def with_plan(run: Callable[[Settings, Topology, CorePlan], Any]) -> Callable[..., Any]:
+def with_plan(run: Callable[[Settings, Topology, CorePlan, Ranks], Any]) -> Callable[..., Any]:
     """What a command does after it has shown the cores and how they are divided."""
-    return lambda settings, topology: run(settings, topology, print_plan(settings, topology))
+
+    def planned(settings: Settings, topology: Topology, ranks: Ranks) -> Any:
+        return run(settings, topology, print_plan(settings, topology, ranks), ranks)
+
+    return planned
 
 
-RUNS: dict[str, Callable[[Settings, Topology], Any]] = {
+RUNS: dict[str, Callable[[Settings, Topology, Ranks], Any]] = {
     "train": with_plan(train),
     "plan": with_plan(print_model),
     "find-lr": with_plan(find_lr_and_report),
-    "compare": compare,
-    "predict": predict,
+    "compare": lambda settings, topology, ranks: compare(settings, topology),
+    "predict": lambda settings, topology, ranks: predict(settings, topology),
     "list-models": list_models,
 }
+# What may differ from machine to machine, and each rank takes as it was typed there.
+OF_A_MACHINE = """
+    data_path augment_confused teacher_weights workers forward_cores backward_cores loader_cores
+    forward_threads backward_threads tuned_malloc""".split()
+
+
+def parse_together(argv: Sequence[str], ranks: Ranks) -> tuple[str, Settings]:
+    """The command and the settings: those of the first rank, which alone may have the checkpoint to
+    go on from, but for what may differ between machines. Raises UserError if a rank was given other
+    options than the first.
+    """
+    command, settings = ranks.first(parse_arguments, argv, saved_defaults, ranks.size)
+    typed = typed_options(*split_arguments(argv))
+    given = ranks.exchange({name: option_text(value) for name, value in typed.items()})
+    for rank, name in itertools.product(range(ranks.size), sorted(set().union(*given))):
+        here, there = given[rank].get(name), given[0].get(name)
+        if here != there and name not in OF_A_MACHINE:
+            texts = (as_option(name, text) if text else "none" for text in (here, there))
+            raise UserError("rank {} was given {}, rank 0 {}".format(rank, *texts))
+    own = {name: typed[name] for name in OF_A_MACHINE if name in typed}
+    return command, dataclasses.replace(settings, **own)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Have nothing printed on standard output meanwhile."""
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 @lossy_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code. Everything a user can cause ends in one line."""
-    for name, value in DROPPED_VARIABLES.items():
-        warn(f"{name}={value} is ignored: lanes have their own threads")
+    """Run a command; returns the exit code. Everything a user can cause ends in one line, on each
+    machine if there are several ranks.
+    """
+    launch, argv = launched(), sys.argv[1:] if argv is None else argv
+    with silent() if launch.rank else contextlib.nullcontext():
+        for name, value in DROPPED_VARIABLES.items() if not launch.rank else ():
+            warn(f"{name}={value} is ignored: lanes have their own threads")
+        return run_together(argv, launch)
+
+
+def run_together(argv: Sequence[str], launch: Launch) -> int:
+    """Run a command on all ranks; the exit code."""
+    ranks, folder, error = ONE_PROCESS, None, None
     try:
-        folder, argv = None, sys.argv[1:] if argv is None else argv
-        command, settings = parse_arguments(argv, saved_defaults)
+        ranks = connect(launch, parse_arguments(argv, ranks=launch.ranks)[1].timeout)
+        command, settings = parse_together(argv, ranks)
         folder = settings.output_dir
-        topology = read_machine(settings.machine) if settings.machine else read_topology()
-        RUNS[command](settings, topology)
-    except (UserError, RunError, Stopped, KeyboardInterrupt) as error:
-        if isinstance(error, KeyboardInterrupt):  # before the run looked after signals itself
-            error = Stopped(signal.SIGINT)
-        prefix = "" if isinstance(error, Stopped) else "error: "
-        say(f"{Path(__file__).name}: {prefix}{error}", sys.stderr)
-        return error.exit_code
-    except Exception as error:
-        reason, where = likely_reason(error), write_traceback(folder, error)
-        say(f"{Path(__file__).name}: error: {reason}; {where}", sys.stderr)
-        return RunError.exit_code
-    return 0
+        machine = read_machine(settings.machine) if settings.machine else read_topology()
+        RUNS[command](settings, ranks.meet(machine), ranks)
+    except (Exception, KeyboardInterrupt) as raised:
+        error = raised
+    if error and (not launch.local_rank or not ranks.agreed):
+        say(f"{Path(__file__).name}: {last_words(error, folder)}", sys.stderr)
+    ranks.close(not error or ranks.agreed)
+    return exit_code(error)
+
+
+def last_words(error: BaseException, folder: Path | None) -> str:
+    """What is said of an error that ends the program; of one that nobody foresaw, where its
+    traceback is.
+    """
+    if isinstance(error, KeyboardInterrupt):  # before the run looked after signals itself
+        return str(Stopped(signal.SIGINT))
+    if isinstance(error, Stopped):
+        return str(error)
+    if isinstance(error, (UserError, RunError)):
+        return f"error: {error}"
+    return f"error: {likely_reason(error)}; {write_traceback(folder, error)}"
+
+
+def exit_code(error: BaseException | None) -> int:
+    """The exit code of a program that ends by an error, or by none."""
+    if isinstance(error, KeyboardInterrupt):
+        return Stopped(signal.SIGINT).exit_code
+    return getattr(error, "exit_code", RunError.exit_code) if error else 0
 
 
 if __name__ == "__main__":
