@@ -1069,7 +1069,6 @@ COMMANDS = {
         "what a run without further options would use": "plan",
         "twice as many cores for backward as for forward": "plan --split 1:2",
         "four ranks, each with a part of the cores": "plan --ranks 4",
-        "cores by hand": "plan --forward-cores 0-1 --backward-cores 2-5",
     }, (CoreSettings, *"""
         model data_path dataset download val_share num_classes image_size min_res max_res end_ramp
         workers recipe batch_size accumulate epochs freeze freeze_epochs weights teacher
@@ -5309,19 +5308,14 @@ class Work:
 Steps = Iterator[list[Scores]]
 
 
-def submit_update(
-    lanes: Lanes,
-    work: Work,
-    copied: nn.Module | None = None,
-    begun: StepEnd | None = None,
-    after: Future | None = None,
-) -> Future:
-    """Queue what ends a step on the backward lane (see Work.update): over several ranks the sum of
-    the gradients comes first.
+def submit_update(lanes: Lanes, work: Work, *args: Any) -> Future:
+    """Queue what ends a step on the backward lane: Work.update with these arguments; over several
+    ranks the sum of the gradients comes first.
     """
     if work.reducer:
-        after = lanes.backward.submit("reduce", work.reduce, copied, after)
-    return lanes.backward.submit("update", work.update, copied, begun, after)
+        copied, begun, after = args or (None, None, None)
+        args = copied, begun, lanes.backward.submit("reduce", work.reduce, copied, after)
+    return lanes.backward.submit("update", work.update, *args)
 
 
 def sequential(lanes: Lanes, work: Work, batches: Batches) -> Steps:

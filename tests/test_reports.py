@@ -109,7 +109,8 @@ def test_unknown_cpu_times_are_called_unknown():
 def draw(tmp_path, rows, allowed, settings=None, files=None, columns=4):
     machines.write_machine(tmp_path, rows, files)
     topology = tsa.read_topology(tmp_path, frozenset(allowed))
-    return tsa.draw_plan(topology, tsa.plan_cores(topology, settings or Settings()), columns)
+    plan = tsa.plan_cores(topology, settings or Settings())
+    return tsa.draw_plan(topology, plan, columns=columns)
 
 
 def test_drawing_sockets_and_threads(tmp_path):

@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -676,12 +675,13 @@ def test_no_work_strays(schedule, split_plan):
 class Script:
     """Stands for lanes, work and batches, and writes down what a schedule asks of them."""
 
-    end = None
+    end = model = None
 
-    def __init__(self, accumulate, left):
-        self.accumulate, self.left = accumulate, left
+    def __init__(self, accumulate, left, reducer=None):
+        self.accumulate, self.left, self.reducer = accumulate, left, reducer
         self.lines = []
         self.network = self.forward = self.backward = self.update = self.refresh = self
+        self.reduce, self.watched = self, ()
         self.loaded = self.copies = 0
 
     def __str__(self):
@@ -694,6 +694,10 @@ class Script:
 
     def call(self, function, *args):
         return function(*args)
+
+    def watch(self, *models):
+        assert not self.lines
+        self.watched = models
 
     def run(self, phase, function, *args):
         self.lines.append(" ".join([phase, *map(str, args)]))
@@ -727,7 +731,8 @@ SCRIPTS = {
         "begin backward output of batch 2",
         "prefetch",
         "wait",
-        "update",
+        "begin update",
+        "wait",
     ],
     "overlap": [
         "forward batch 1",
@@ -738,7 +743,8 @@ SCRIPTS = {
         "begin backward output of batch 2",
         "prefetch",
         "wait",
-        "update",
+        "begin update",
+        "wait",
     ],
     "delayed": [
         "forward batch 1 a",
@@ -763,6 +769,19 @@ def test_what_a_schedule_does_in_which_order(schedule):
     steps = tsa.SCHEDULES[schedule](script, script, script)
     assert next(steps) == [0.5, 0.5]
     assert script.lines == SCRIPTS[schedule]
+
+
+@ALL_SCHEDULES
+def test_over_ranks_the_sum_of_the_gradients_comes_before_the_update(schedule):
+    script = Script(accumulate=2, left=8, reducer="some")
+    assert next(tsa.SCHEDULES[schedule](script, script, script)) == [0.5, 0.5]
+    late = schedule == "delayed"
+    ending = ["begin reduce a backward" if late else "begin reduce None None"]
+    ending += [f"begin update {'a end before b' if late else 'None None'} backward"]
+    place = [line.startswith("begin update") for line in SCRIPTS[schedule]].index(True)
+    expected = [*SCRIPTS[schedule][:place], *ending, *SCRIPTS[schedule][place + 1 :]]
+    assert script.lines == expected
+    assert script.watched == (("a", "b") if late else (None,))
 
 
 def test_delayed_ends_with_the_batches():
@@ -894,59 +913,6 @@ def test_an_update_with_the_gradients_of_a_copy(grads_to_none):
     assert copied.weight.tolist() == [[0.0, 0.0]]
     left = copied.weight.grad
     assert left is None if grads_to_none else left.tolist() == [[0.0, 0.0]]
-
-
-class Pair(tsa.Ranks):
-    """Two ranks in two threads, which wait for each other and share what they hand in."""
-
-    size = 2
-
-    def __init__(self, rank, barrier, shared):
-        self.rank, self.barrier, self.shared = rank, barrier, shared
-
-    def gather(self, value):
-        self.shared[self.rank] = value
-        self.barrier.wait()
-        both = [self.shared[0], self.shared[1]]
-        self.barrier.wait()
-        return both
-
-    def mean_(self, tensors):
-        pairs = self.gather([tensor.clone() for tensor in tensors])
-        for tensor, *pair in zip(tensors, *pairs, strict=True):
-            tensor.copy_(sum(pair) / 2)
-
-    def sum(self, counts):
-        return [sum(pair) for pair in zip(*self.gather(counts), strict=True)]
-
-
-def test_ranks_share_their_gradients_and_add_up_their_scores():
-    """Each with half of the images, they step as one process with all of them."""
-
-    def model():
-        generator = torch.Generator().manual_seed(2)
-        linear = nn.Linear(12, 10)
-        nn.init.normal_(linear.weight, generator=generator)
-        nn.init.zeros_(linear.bias)
-        return nn.Sequential(nn.Flatten(), linear)
-
-    images, targets = torch.randn(8, 3, 2, 2), torch.randint(0, 10, (8,))
-
-    def step(ranks, batch):
-        work = make_work(model(), 1, ranks=ranks, clip_grad_norm=0.1)
-        scores = work.network.backward(work.network.forward(batch))
-        work.update()
-        return tsa.pool([scores], ranks), work.network.model[1].weight
-
-    expected, weight = step(tsa.ONE_PROCESS, (images, targets))
-    barrier, shared = threading.Barrier(2, timeout=30), {}
-    halves = [(images[rank::2], targets[rank::2]) for rank in range(2)]
-    with ThreadPoolExecutor(2) as executor:
-        ranks = [Pair(rank, barrier, shared) for rank in range(2)]
-        for scores, ours in executor.map(step, ranks, halves):
-            assert (scores.images, scores.top1, scores.top5) == (8, expected.top1, expected.top5)
-            assert scores.loss == pytest.approx(expected.loss)
-            torch.testing.assert_close(ours, weight)
 
 
 def test_clipping_leaves_short_gradients_alone():

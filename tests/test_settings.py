@@ -222,7 +222,8 @@ def test_the_order_of_settings_in_help_and_in_files():
     clip_grad_norm freeze freeze_epochs stochastic_depth teacher teacher_weights teacher_share
     model_ema model_ema_decay early_stopping target_top1 seed deterministic resume weights
     init_from test_only save_steps save_freq keep_best mirror split schedule forward_cores
-    backward_cores loader_cores forward_threads backward_threads machine record precision
+    backward_cores loader_cores forward_threads backward_threads machine record ranks timeout
+    precision
     channels_last fused tuned_malloc flush_denormals grads_to_none quick preload pictures
     log_file output_dir print_freq tensorboard json
     """
@@ -237,8 +238,7 @@ def test_a_function_that_needs_one_group_takes_it_alone():
     ramp = tsa.DataSettings(min_res=64, image_size=128, end_ramp=3)
     assert [tsa.image_size_in(ramp, epoch) for epoch in (1, 2, 3)] == [64, 96, 128]
     assert tsa.largest_size(tsa.DataSettings(), 32) == 32
-    assert tsa.learning_rate(tsa.TrainingSettings(batch_size=128)) == 0.05
-    assert tsa.total_steps(tsa.TrainingSettings(epochs=2, accumulate=4), 10) == 4
+    assert tsa.mostly_frozen(tsa.TrainingSettings(freeze="body")) == "body"
 
 
 def test_a_function_that_takes_one_group_uses_no_other():
@@ -851,7 +851,7 @@ def test_help_of_plan_shows_what_changes_a_plan():
     training = "recipe batch_size accumulate epochs freeze freeze_epochs".split()
     training += ["teacher", "teacher_weights", "weights"]
     cores = [*OF_CORES, "machine", "record"]
-    assert shown_in("plan") == [*data, *training, *cores, "precision"]
+    assert shown_in("plan") == [*data, *training, *cores, "ranks", "precision"]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ def test_a_step_in_metrics():
         "update_cpu_s": 0.1,
         "refresh_s": 0.0,
         "refresh_cpu_s": 0.0,
+        "reduce_s": 0.0,
+        "reduce_cpu_s": 0.0,
         "stray_s": 0.5,
     }
     assert line.pop("type") == "step"
