@@ -778,8 +778,7 @@ def contradictions(command: str, settings: Settings, ranks: int = 1) -> Iterator
     """What is wrong with options that contradict each other, a command, or the number of `ranks`
     that have been started, whatever the machine.
     """
-    yield from typed_contradictions(command, settings)
-    yield from rank_contradictions(command, settings, ranks)
+    yield from typed_contradictions(command, settings, ranks)
     asked = f"--schedule {settings.schedule} has nothing to overlap with"
     if settings.split == "none" and settings.schedule != "sequential":
         remedy = "choose another --split, or --schedule sequential"
@@ -928,10 +927,11 @@ def teacher_contradictions(settings: TrainingSettings) -> Iterator[str]:
         yield f"--teacher-share {share:g} needs --teacher and --teacher-weights"
 
 
-def typed_contradictions(command: str, settings: Settings) -> Iterator[str]:
-    """What is wrong with options for another command, and with those that say where weights are:
-    the defaults that a saved run gives change nothing in that.
+def typed_contradictions(command: str, settings: Settings, ranks: int = 1) -> Iterator[str]:
+    """What is wrong with options for another command, or for another number of ranks, and with
+    those that say where weights are: the defaults that a saved run gives change nothing in that.
     """
+    yield from rank_contradictions(command, settings, ranks)
     for setting in dataclasses.fields(settings):
         only, value = setting.metadata["only"], getattr(settings, setting.name)
         if only and command not in only and value != setting.default:
@@ -1280,7 +1280,7 @@ def parse_arguments(
     defaults = command_defaults(command, typed) | {"ranks": ranks}
     settings = Settings(**defaults | typed)
     if settings.resume:
-        for message in typed_contradictions(command, settings):
+        for message in typed_contradictions(command, settings, ranks):
             raise UserError(message)
         if not saved:
             return command, settings
@@ -9072,8 +9072,8 @@ def defaults_to_go_on(path: Path, state: State, typed: Values, ranks: int = 1) -
     """
     taken = settings_to_go_on(state)
     batches, rest = divmod(taken.accumulate * saved_settings(state)["ranks"], ranks)
-    if not rest:
-        taken = dataclasses.replace(taken, accumulate=batches)
+    accumulate = taken.accumulate if rest else batches
+    taken = dataclasses.replace(taken, accumulate=accumulate, ranks=ranks)
     if (recipe := typed.get("recipe")) not in (None, taken.recipe):
         typed = command_defaults("train", typed) | typed
     defaults = vars(taken) | vars(preprocessing_of(state).overruled(settings_of(typed)))
