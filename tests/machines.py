@@ -55,6 +55,11 @@ BIG_LITTLE_FILES = {
 # A workstation: two L3 domains of eight cores, two threads each, with sibling ids far apart.
 SIXTEEN_CORES = [(cpu, 0, 0, cpu % 16 // 8, cpu % 16) for cpu in range(32)]
 
+# A server: two sockets of 16 cores, two L3 domains each, two threads a core, siblings far apart.
+TWO_SOCKETS_SMT = [
+    (cpu, cpu % 32 // 16, cpu % 32 // 16, cpu % 32 // 8, cpu % 16) for cpu in range(64)
+]
+
 # A server: two sockets, one node each, of eight L3 domains of eight cores without SMT.
 TWO_SOCKETS_128 = [(cpu, cpu // 64, cpu // 64, cpu // 8, cpu % 64) for cpu in range(128)]
 

@@ -418,6 +418,109 @@ def test_the_fullest_subset_is_the_fullest(sizes, limit):
     assert len(set(subset)) == len(subset)
 
 
+# Ranks
+
+
+def shares(topology, ranks):
+    """The CPUs of each of so many ranks on one machine, as lists."""
+    hosts = ranks * [tsa.Host("boot", "box", topology, "2.15")]
+    allowed = (tsa.rank_topology(hosts, rank).allowed for rank in range(ranks))
+    return [tsa.format_cpu_list(cpus) for cpus in allowed]
+
+
+def of_ranks(topology, ranks, **settings):
+    """(forward CPUs, backward CPUs) of each of so many ranks."""
+    hosts = ranks * [tsa.Host("boot", "box", topology, "2.15")]
+    return [groups(tsa.rank_topology(hosts, rank), **settings) for rank in range(ranks)]
+
+
+def test_ranks_get_whole_sockets_and_caches(tmp_path):
+    server = read(tmp_path, machines.TWO_SOCKETS_SMT)
+    assert shares(server, 2) == ["0-15,32-47", "16-31,48-63"]
+    assert shares(server, 4) == ["0-7,32-39", "8-15,40-47", "16-23,48-55", "24-31,56-63"]
+    assert [tuple(map(tsa.format_cpu_list, pair)) for pair in of_ranks(server, 2)] == [
+        ("0-7,32-39", "8-15,40-47"),
+        ("16-23,48-55", "24-31,56-63"),
+    ], "inside its share each rank has a split of whole caches"
+    assert [tuple(map(tsa.format_cpu_list, pair)) for pair in of_ranks(server, 4)][3] == (
+        "24-27,56-59",
+        "28-31,60-63",
+    )
+    assert [list(map(len, pair)) for pair in of_ranks(server, 2, split="1:3")] == 2 * [[8, 24]]
+
+
+def test_ranks_get_the_same_mix_of_fast_and_slow_cores(tmp_path):
+    hybrid = read(tmp_path, machines.HYBRID, files=machines.HYBRID_FILES)
+    assert shares(hybrid, 2) == ["0-3,8-9", "4-7,10-11"]
+    assert shares(hybrid, 4) == ["0-1,8", "2-3,9", "4-5,10", "6-7,11"]
+
+
+def test_ranks_share_a_quota_out(tmp_path):
+    quota = {**machines.CGROUP_V2, "sys/fs/cgroup/batch/job7/cpu.max": "650000 100000"}
+    server = read(tmp_path, machines.TWO_SOCKETS, files=quota)
+    assert shares(server, 2) == ["0-1,3", "2,4,6"], "of four and two cores: one has to cross"
+    assert shares(server, 6) == ["0", "2", "4", "6", "1", "3"]
+    with pytest.raises(tsa.UserError, match=r"7 ranks on box: more than its 6 cores .* CPU quota"):
+        shares(server, 7)
+
+
+def test_more_ranks_than_cores(tmp_path):
+    machine = read(tmp_path, machines.SMT_FAR, allowed=[0, 1, 4])
+    assert shares(machine, 2) == ["0,4", "1"]
+    message = (
+        r"3 ranks on box: more than its 2 cores that can be used \(allowed: 0-1,4\); start fewer"
+    )
+    with pytest.raises(tsa.UserError, match=message):
+        shares(machine, 3)
+
+
+def test_masks_that_a_launcher_has_set_stay(tmp_path):
+    """Of three ranks that are bound, two to the same socket; and others on another machine."""
+    server = read(tmp_path, machines.TWO_SOCKETS)
+    first, second = frozenset({0, 2, 4, 6}), frozenset({1, 3, 5, 7})
+    hosts = [
+        tsa.Host(kernel, "box", dataclasses.replace(server, allowed=allowed), "2.15")
+        for kernel, allowed in (
+            ("a", first),
+            ("a", second),
+            ("a", second),
+            ("b", first),
+            ("b", first),
+        )
+    ]
+    found = [set(tsa.rank_topology(hosts, rank).allowed) for rank in range(5)]
+    assert found == [{0, 2, 4, 6}, {1, 3}, {5, 7}, {0, 2}, {4, 6}]
+    quota = [
+        dataclasses.replace(host, topology=dataclasses.replace(host.topology, quota_cpus=6.0))
+        for host in hosts
+    ]
+    assert [len(tsa.rank_topology(quota, rank).allowed) for rank in range(5)] == [2, 2, 2, 2, 2]
+
+
+def test_ranks_compute_bfloat16_only_if_all_can(tmp_path):
+    able = dataclasses.replace(read(tmp_path, machines.TWO), bf16="amx_bf16")
+    hosts = [tsa.Host(name, name, able, "2.15") for name in "ab"]
+    assert tsa.rank_topology(hosts, 0).bf16 == "amx_bf16"
+    hosts[1] = dataclasses.replace(hosts[1], topology=dataclasses.replace(able, bf16=""))
+    assert tsa.rank_topology(hosts, 0).bf16 == ""
+
+
+@given(topologies(), st.integers(1, 9))
+def test_properties_of_shares(topology, ranks):
+    cores = tsa.usable_cores(topology)
+    if ranks > len(cores):
+        with pytest.raises(tsa.UserError, match=f"{ranks} ranks"):
+            shares(topology, ranks)
+        return
+    parts = tsa.share_out(cores, ranks)
+    assert sorted(core for part in parts for core in part) == sorted(cores)
+    sizes = list(map(len, parts))
+    assert max(sizes) - min(sizes) <= 1
+    for capacity in {core.capacity for core in cores}:
+        kinds = [sum(core.capacity == capacity for core in part) for part in parts]
+        assert max(kinds) - min(kinds) <= 2
+
+
 def test_a_broken_sysfs_is_no_reason_to_fail(tmp_path):
     root = machines.write_machine(tmp_path, machines.TWO)
     for name in ("physical_package_id", "core_id"):
