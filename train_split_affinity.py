@@ -1902,9 +1902,9 @@ def rank_topology(hosts: Sequence[Host], rank: int) -> Topology:
     machine, as they have not been given any of their own.
 
     Ranks with the same allowed CPUs share them out; a mask that a launcher has set for one rank
-    (torchrun --numa-binding, mpirun --bind-to, taskset) stays as it is. Of a CPU quota each rank of
-    the machine has the same part. bfloat16 is native if it is so for all ranks. Pure; raises
-    UserError if there are more ranks than cores.
+    (torchrun --numa-binding, mpirun --bind-to, taskset) stays as it is. Of a CPU quota and of the
+    memory each rank of the machine has the same part. bfloat16 is native if it is so for all ranks.
+    Pure; raises UserError if there are more ranks than cores.
     """
     own = hosts[rank]
     there = [number for number, host in enumerate(hosts) if host.kernel == own.kernel]
@@ -1920,8 +1920,12 @@ def rank_topology(hosts: Sequence[Host], rank: int) -> Topology:
             f"can be used (allowed: {format_cpu_list(allowed)}{limit}); start fewer"
         )
     share = cpus_of(share_out(cores, len(sharing))[sharing.index(rank)])
-    bf16 = own.topology.bf16 if all(host.topology.bf16 for host in hosts) else ""
-    return dataclasses.replace(own.topology, allowed=frozenset(share), bf16=bf16)
+    return dataclasses.replace(
+        own.topology,
+        allowed=frozenset(share),
+        memory_bytes=own.topology.memory_bytes / len(there),
+        bf16=own.topology.bf16 if all(host.topology.bf16 for host in hosts) else "",
+    )
 
 
 def share_out(cores: Sequence[Core], ranks: int) -> list[list[Core]]:
@@ -5366,9 +5370,8 @@ def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     PipeDream-2BW (arXiv 2006.09503): w(t+1) = w(t) - lr * gradient(w(t-1)). Two copies of the model
     take turns: while a step goes forward and back on one, the forward lane refreshes the other,
     whose own step has been applied, and begins the next step on it. The optimizer alone writes the
-    model's weights, behind the last backward phase and never beside the refresh; the forward lane
-    alone writes the buffers. The pipeline is empty when the batches have run out: an epoch begins
-    with the weights of today.
+    model's weights, never beside the refresh; the forward lane alone writes the buffers. The
+    pipeline is empty when the batches have run out: an epoch begins with the weights of today.
     """
     network, begun = work.network, work.end and work.end.weights
     model, other = (lanes.forward.call(network.copy, begun) for _ in range(2))
@@ -7527,11 +7530,13 @@ def describe_run(settings: Settings) -> str:
 
 
 def as_options(settings: Settings) -> str:
-    """What differs from the defaults, those of the recipe if there is one, as it is typed."""
+    """What differs from the defaults, those of the recipe if there is one, as it is typed; ranks
+    are started, not typed.
+    """
     defaults = vars(Settings()) | (recipe_defaults(settings.recipe) if settings.recipe else {})
     words = []
     for name, value in vars(settings).items():
-        if value is None or (name != "recipe" and value == defaults[name]):
+        if value is None or name == "ranks" or (name != "recipe" and value == defaults[name]):
             continue
         flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
         text = format_cpu_list(value) if name.endswith("_cores") else option_text(value)
@@ -8117,16 +8122,11 @@ class RunReport:
         run = {"settings": plain_settings(settings), "plan": dataclasses.asdict(plan)}
         run |= {"resumed_at_step": progress.step, "versions": versions(), **rank_metrics(ranks)}
         tqdm.monitor_interval = 0  # its watching thread would use CPU time on some core
-        self._bar = tqdm(
-            total=self._total,
-            initial=progress.step,
-            bar_format=BAR,
-            disable=True if ranks.rank else None,
-            dynamic_ncols=True,
-        )
+        look = {"bar_format": BAR, "dynamic_ncols": True, "disable": True if ranks.rank else None}
+        self._bar = tqdm(total=self._total, initial=progress.step, **look)
         self._write_metrics({"type": "run", **run, **machine_metrics(topology)})
         self._events: EventFile | None = None
-        if settings.tensorboard:
+        if settings.tensorboard and not ranks.rank:
             self._events = EventFile(settings.output_dir / TENSORBOARD, progress.step + 1)
         heading = log_heading(settings, asked or settings, topology, plan, progress.step, ranks)
         self._log = LogSection(settings.log_file, heading, bool(settings.epochs))
@@ -8817,13 +8817,11 @@ def build_work(
     classes: Sequence[str] = (),
     ranks: Ranks = ONE_PROCESS,
 ) -> Work:
-    """Model and optimizer, each built on the lane whose phases will use it first. The learning
-    rate runs over `all_steps` optimizer steps, of which an epoch has `epoch_steps`; `classes` are
-    those of the data.
+    """Model and optimizer, each built on the lane that uses it first. The learning rate runs over
+    `all_steps` optimizer steps, of which an epoch has `epoch_steps`; the data have these `classes`.
     """
     model, note = lanes.forward.call(starting_model, settings, classes)
     optimizer = lanes.backward.call(build_optimizer, model, settings)
-    average = lanes.backward.call(build_average, model, settings)
     shape = settings.model, settings.num_classes, settings.image_size
     network = Network(
         model,
@@ -8840,7 +8838,7 @@ def build_work(
         network,
         optimizer,
         scheduler=build_lr_scheduler(optimizer, settings, epoch_steps, all_steps),
-        average=average,
+        average=lanes.backward.call(build_average, model, settings),
         flow=GradientFlow(model) if settings.epochs else None,
         clip_grad_norm=settings.clip_grad_norm,
         grads_to_none=settings.grads_to_none,
@@ -8879,7 +8877,8 @@ def check_validation(settings: Settings, data: ImageData) -> None:
 
 def weight_copies(settings: Settings, is_trained: bool = True) -> int:
     """How often a run holds as much as the weights, at the least: themselves, the moving average;
-    if they are trained their gradients, what the optimizer keeps, the copies of `delayed`.
+    if they are trained their gradients, what the optimizer keeps, the copies of `delayed`, and what
+    travels between ranks.
     """
     if settings.test_only:
         return 1
@@ -8887,7 +8886,7 @@ def weight_copies(settings: Settings, is_trained: bool = True) -> int:
         return 1 + settings.model_ema
     momentum = settings.momentum > 0
     kept = {"sgd": momentum, "adam": 2, "adamw": 2, "nadam": 2, "rmsprop": 1 + momentum}
-    copies = 2 * (settings.schedule == "delayed")
+    copies = 2 * (settings.schedule == "delayed") + (settings.ranks > 1)
     return 2 + kept[settings.opt] + copies + settings.model_ema
 
 

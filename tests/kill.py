@@ -13,6 +13,11 @@ that is refused within a phase. Then only the ends of epochs are saved, and what
 by itself when it ends by an error:
 
     python tests/kill.py --schedule delayed --faults --kills 20
+
+With `--ranks 2` as many ranks train together, under torchrun, and a kill is that of one of them,
+drawn each time; the others end by themselves:
+
+    python tests/kill.py --schedule delayed --ranks 2 --kills 20
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ from digits import make_digits
 
 SCRIPT = Path(__file__).parents[1] / "train_split_affinity.py"
 STEPS_IN_EPOCH = 13  # of 16 images each, of 15 % of the digits
-COMPARED = ("model", "average", "optimizer", "scheduler", "progress")
+COMPARED = ("model", "average", "optimizer", "scheduler", "progress", "ranks")
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Job:
     schedule: str
     epochs: int
     save_steps: int = 1
+    ranks: int = 1
 
     @property
     def steps(self) -> int:
@@ -64,7 +70,8 @@ class Job:
         """The process; what it prints goes to a file, since its loaders outlive it for a while."""
         files = {"data-path": "../digits", "output-dir": ".", "log-file": "logs.md"}
         options = (
-            "--model squeezenet1_1 --subset 0.15 --image-size 32 -b 8 --accumulate 2 -j 1 "
+            "--model squeezenet1_1 --subset 0.15 --image-size 32 --accumulate 2 -j 1 "
+            f"-b {8 // self.ranks} "
             "--lr 0.01 --lr-scheduler cosine --lr-warmup-epochs 1 --mixup-alpha 0.2 --model-ema "
             f"--model-ema-decay 0.99 --epochs {self.epochs} --schedule {self.schedule} "
             f"--print-freq 1 --save-steps {self.save_steps} --resume auto "
@@ -72,8 +79,10 @@ class Job:
         )
         self.folder.mkdir(exist_ok=True)
         with (self.folder / "printed.txt").open("w") as printed:
+            launcher = f"-m torch.distributed.run --standalone --nproc-per-node {self.ranks}"
+            before = launcher.split() if self.ranks > 1 else []
             return subprocess.Popen(
-                [sys.executable, *program, *options.split()],
+                [sys.executable, *before, *program, *options.split()],
                 cwd=self.folder,
                 stdout=printed,
                 stderr=subprocess.STDOUT,
@@ -91,6 +100,15 @@ class Job:
     def made(self) -> list[int]:
         """The steps that the latest process has made."""
         return [int(step) for step in re.findall(r"^step (\d+)/", self.printed(), re.MULTILINE)]
+
+    def victim(self, process: subprocess.Popen, draw: random.Random) -> psutil.Process:
+        """The process to kill: the latest one, or one of its ranks, once they are there."""
+        while self.ranks > 1 and process.poll() is None:
+            ranks = psutil.Process(process.pid).children()
+            if len(ranks) == self.ranks:
+                return draw.choice(ranks)
+            time.sleep(0.002)
+        return psutil.Process(process.pid)
 
     def in_save(self, since: float) -> bool:
         """Whether the latest process, which began at that time, left half a save behind."""
@@ -132,14 +150,14 @@ def where(job: Job) -> str:
     return f"begun after step {job.begun_at()}, ended after step {made[-1]}" if made else "starting"
 
 
-def kill(job: Job, signum: signal.Signals, steps: int, delay_s: float) -> str:
+def kill(job: Job, draw: random.Random, signum: signal.Signals, steps: int, delay_s: float) -> str:
     """Go on for so many steps and a while, and kill the process; says what it was at."""
     since = time.time()
     process = go_on(job, steps, delay_s)
-    process.send_signal(signum)
+    job.victim(process, draw).send_signal(signum)
     if process.wait() == 0:
         sys.exit("the run ended before it could be killed: fewer kills fit into its steps")
-    if process.returncode not in (-signum, 128 + signum):
+    if process.returncode not in ((-signum, 128 + signum) if job.ranks == 1 else (1,)):
         sys.exit(f"{signum.name}: exit code {process.returncode}:\n{job.printed()}")
     text = where(job) + (", in a save" if job.in_save(since) else "")
     return f"{text}: exit code {process.returncode}"
@@ -250,7 +268,9 @@ def differing(first: Any, second: Any, name: str = "") -> Iterator[str]:
         yield name
 
 
-def main(schedule: str, signum: signal.Signals | None, kills: int, seed: int, root: Path) -> int:
+def main(
+    schedule: str, signum: signal.Signals | None, kills: int, seed: int, ranks: int, root: Path
+) -> int:
     """Run both, by faults if no signal is given; prints a line per kill and the verdict, returns
     the exit code.
     """
@@ -258,7 +278,8 @@ def main(schedule: str, signum: signal.Signals | None, kills: int, seed: int, ro
     # A fault takes some steps to be met.
     epochs = max(3, math.ceil((2 if signum else 8) * kills / STEPS_IN_EPOCH))
     every = 1 if signum else 10**6
-    whole, killed = (Job(root / name, schedule, epochs, every) for name in ("whole", "killed"))
+    names = "whole", "killed"
+    whole, killed = (Job(root / name, schedule, epochs, every, ranks) for name in names)
     startup_s, step_s = run_unbroken(whole)
     print(
         f"{schedule}, {epochs} epochs of {STEPS_IN_EPOCH} steps: {startup_s:.1f} s to the first "
@@ -273,7 +294,7 @@ def main(schedule: str, signum: signal.Signals | None, kills: int, seed: int, ro
         steps = draw.randint(0, max(0, most))
         delay_s = draw.uniform(0, step_s if steps else startup_s)
         if signum:
-            text = kill(killed, signum, steps, delay_s)
+            text = kill(killed, draw, signum, steps, delay_s)
         else:
             text = harm(killed, draw, steps, delay_s)
         in_saves += "in a save" in text
@@ -281,7 +302,10 @@ def main(schedule: str, signum: signal.Signals | None, kills: int, seed: int, ro
         print(f"kill {number}: {text}", flush=True)
     finish(killed, killed.start())
     states = [torch.load(job.folder / "last.pt", weights_only=True) for job in (whole, killed)]
-    found = [path for part in COMPARED for path in differing(*(s[part] for s in states), part)]
+    pairs = ([state.get(part) for state in states] for part in COMPARED)
+    found = [
+        path for part, pair in zip(COMPARED, pairs, strict=True) for path in differing(*pair, part)
+    ]
     by = f"kills by {signum.name}, {in_saves} of them in a save" if signum else "faults"
     print(f"{kills} {by}: ", end="")
     print("differs in " + ", ".join(found[:9]) if found else "equal to the unbroken run")
@@ -298,6 +322,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--faults", action="store_true", help="faults, not signals")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -308,4 +333,4 @@ if __name__ == "__main__":
     asked = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
         signum = None if asked.faults else signal.Signals[asked.signal]
-        sys.exit(main(asked.schedule, signum, asked.kills, asked.seed, Path(folder)))
+        sys.exit(main(asked.schedule, signum, asked.kills, asked.seed, asked.ranks, Path(folder)))

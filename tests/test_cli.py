@@ -73,6 +73,14 @@ def test_a_run_with_loaders_leaves_nothing_among_temporary_files(in_tmp, tmp_pat
     assert list(temporary.iterdir()) == []
 
 
+@needs_two_cpus
+def test_a_launcher_s_number_of_threads_is_not_the_lanes(in_tmp):
+    """torchrun sets OMP_NUM_THREADS=1."""
+    done = run_script(*TINY, "--steps", "1", "--split", "none", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert f"all       cores {tsa.format_cpu_list(tsa.ALLOWED_CPUS)}, 2 threads" in done.stdout
+
+
 def run_in_shell(redirection, *arguments, **environment):
     """The script behind a shell's redirection; fails with the script in spite of a pipe."""
     command = ["bash", "-o", "pipefail", "-c", f'"$@" {redirection}', "bash", sys.executable]

@@ -5,6 +5,7 @@ The ranks are processes that live as long as the tests here; what they shall do 
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import io
 import json
@@ -14,10 +15,14 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import as_loaded, needs_two_cpus, read_metrics, small_model
@@ -63,11 +68,11 @@ class Crew:
             orders = ((process, (function, *args)) for process in self.processes[:ranks])
             return [result for [result] in executor.map(lambda one: one[0].send(one[1]), orders)]
 
-    def together(self, ranks, function, *args):
+    def together(self, ranks, function, *args, timeout_s=60.0):
         """The same for a function that gets SeveralRanks first, each connected with all others."""
         self.count += 1
         store = str(self.folder / f"store {self.count}")
-        return self.call(ranks, connected, ranks, store, function, *args)
+        return self.call(ranks, connected, ranks, store, timeout_s, function, *args)
 
     def main(self, ranks, folder, *options):
         """Exit code, output and errors of the program on each of so many ranks."""
@@ -88,11 +93,11 @@ def crew(tmp_path_factory):
         process.close()
 
 
-def connected(rank, size, store, function, *args):
+def connected(rank, size, store, timeout_s, function, *args):
     ranks = tsa.ONE_PROCESS
     if size > 1:
         store = distributed.FileStore(store, size)
-        ranks = tsa.SeveralRanks(rank, size, store, 60.0)
+        ranks = tsa.SeveralRanks(rank, size, store, timeout_s)
         ranks.hosts = ranks.exchange(tsa.this_host(tsa.read_topology()))
     try:
         return function(ranks, *args)
@@ -188,6 +193,41 @@ def fail_first(ranks):
     ranks.first(read)
 
 
+def keep_waiting(ranks):
+    ranks.start()
+    begun_s = time.perf_counter()
+    if ranks.rank:
+        time.sleep(3)
+    ranks.gather([0.0])
+    return time.perf_counter() - begun_s
+
+
+def test_a_rank_that_does_not_answer_is_given_up(crew):
+    first, second = crew.together(2, keep_waiting, timeout_s=1.0)
+    assert re.fullmatch("rank 0 has lost another one: no answer within --timeout 1 s", str(first))
+    assert re.fullmatch("rank 1 has lost another one: connection closed by peer .*", str(second))
+    assert {type(first), type(second)} == {tsa.RankLost}
+    assert first.exit_code == 1
+
+
+def own_threads(ranks):
+    """The threads that gloo has started, whether they are on the rank's core, and known to be."""
+    with tsa.Lanes(one_core_plan(ranks.rank), ()) as lanes:
+        before = set(tsa.thread_ids())
+        lanes.backward.adopt(ranks.start)
+        own = set(tsa.thread_ids()) - before
+        cores = {frozenset(os.sched_getaffinity(thread)) for thread in own}
+        born_for = lanes.backward._audit.born_for
+        return len(own), cores, {born_for[thread].name for thread in own}
+
+
+def test_gloo_s_threads_belong_to_the_backward_group(crew):
+    for rank, (count, cores, groups) in enumerate(crew.together(2, own_threads)):
+        assert count >= 2
+        assert cores == {one_core_plan(rank).backward.cpu_set}
+        assert groups == {"backward"}
+
+
 # Numbers
 
 
@@ -212,7 +252,7 @@ def one_core_plan(rank):
     return tsa.CorePlan("even", *groups, (cpu,))
 
 
-def train_part(ranks, schedule, accumulate, steps=10, bad=None, **switches):
+def train_part(ranks, schedule, accumulate, steps=10, bad=None, switches=()):
     """Losses of the micro-batches of each step in their order; weights, buffers, the phases."""
     torch.manual_seed(1)
     count = accumulate * ranks.size
@@ -222,6 +262,7 @@ def train_part(ranks, schedule, accumulate, steps=10, bad=None, **switches):
     if bad is not None:
         batches[bad] = (math.nan * batches[bad][0], batches[bad][1])
     model = make_model()
+    switches = dict(switches)
     if switches.pop("frozen", False):
         model[0].requires_grad_(False)
     network = tsa.Network(model, nn.CrossEntropyLoss(), accumulate, ranks=ranks.size)
@@ -291,25 +332,10 @@ def test_a_step_over_ranks_has_a_reduce_phase_before_its_update(schedule, crew):
 )
 @pytest.mark.parametrize("schedule", ["sequential", "delayed"])
 def test_what_else_happens_to_gradients(schedule, switches, crew):
-    [one] = [crew.call(1, alone, schedule, 2, switches)][0]
-    for _, state, _, _ in crew.call(2, paired, crew_store(crew), schedule, 1, switches):
+    [(_, expected, _, _)] = crew.together(1, train_part, schedule, 2, 10, None, switches)
+    for _, state, _, _ in crew.together(2, train_part, schedule, 1, 10, None, switches):
         for name in dict(make_model().named_parameters()):
-            torch.testing.assert_close(state[name], one[1][name], rtol=0, atol=1e-5)
-
-
-def crew_store(crew):
-    crew.count += 1
-    return str(crew.folder / f"store {crew.count}")
-
-
-def alone(rank, schedule, accumulate, switches):
-    return train_part(tsa.ONE_PROCESS, schedule, accumulate, **switches)
-
-
-def paired(rank, store, schedule, accumulate, switches):
-    return connected(
-        rank, 2, store, lambda ranks: train_part(ranks, schedule, accumulate, **switches)
-    )
+            torch.testing.assert_close(state[name], expected[name], rtol=0, atol=1e-5)
 
 
 def watch_buckets(ranks, bucket_bytes):
@@ -593,3 +619,101 @@ def test_weights_that_come_apart_end_the_run(crew, tmp_path):
     reason = r"the weights of rank 1 on \S+ are not those of rank 0 after step 3"
     assert re.search(reason, several[0][2])
     assert not (tmp_path / "out/last.pt").exists()
+
+
+# Launchers
+
+
+def test_what_a_launcher_says():
+    said = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "box", "MASTER_PORT": "29500"}
+    assert tsa.launched(said) == tsa.Launch(3, 8, 0)
+    assert tsa.launched(said | {"LOCAL_RANK": "1"}) == tsa.Launch(3, 8, 1)
+    for name in said:
+        others = {key: value for key, value in said.items() if key != name}
+        assert tsa.launched(others) == tsa.Launch(0, 1, 0), "something else has set these"
+    assert tsa.launched(said | {"WORLD_SIZE": "many"}) == tsa.Launch(0, 1, 0)
+
+
+def test_all_images_of_a_step_count():
+    settings = Settings(batch_size=32, accumulate=2, ranks=4)
+    assert tsa.images_in_step(settings) == 256
+    assert tsa.learning_rate(settings) == 0.1
+    assert tsa.steps_in_epoch(settings, 17) == 2
+    assert "4 ranks with 2 batches of 32 images" in tsa.describe_run(
+        dataclasses.replace(settings, image_size=32)
+    )
+
+
+def test_drawing_ranks_that_are_not_there(in_tmp, capsys):
+    assert tsa.main(["plan", "--ranks", "2", "--split", "none"]) == 0
+    printed = capsys.readouterr().out
+    cpus = sorted(tsa.ALLOWED_CPUS)
+    if len(cpus) == 2:
+        assert re.search(r"^  rank +0 +1$", printed, re.MULTILINE)
+    assert re.search(rf"^rank 0 on this machine: all cores {cpus[0]}", printed, re.MULTILINE)
+    assert tsa.main(["plan", "--ranks", str(len(cpus) + 1)]) == 2
+    assert f"{len(cpus) + 1} ranks on this machine: more than its" in capsys.readouterr().err
+    assert tsa.main(["--ranks", "2", "--steps", "1"]) == 2
+    reason = "--ranks 2: 1 process started; torchrun --nproc-per-node 2 starts so many\n"
+    assert capsys.readouterr().err.endswith(reason)
+
+
+def test_wrong_arguments_are_said_once_on_a_machine(in_tmp):
+    said = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, "--batchsize", "4"],
+            env=said | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    texts = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2]
+    assert texts[0].count("\n") == 1
+    assert texts[1] == ""
+
+
+def torchrun(folder, *options):
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 2".split()
+    with (folder / "printed.txt").open("w") as printed:
+        return subprocess.Popen(
+            [sys.executable, *launcher, SCRIPT, *options],
+            cwd=folder,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def wait_for(text, folder):
+    printed = folder / "printed.txt"
+    end_s = time.perf_counter() + 100
+    while text not in printed.read_text():
+        assert time.perf_counter() < end_s, printed.read_text()
+        time.sleep(0.02)
+
+
+def test_killed_ranks_come_back_and_the_run_ends_as_if_they_had_not(crew, tmp_path):
+    """Under torchrun --max-restarts, by --resume auto; and the other says what has happened."""
+    options = "--model resnet20 --image-size 32 --num-classes 5 -j 0 --lr 0.05 --precision fp32"
+    options += " -b 8 --steps 40 --save-steps 1 --print-freq 1 --resume auto --output-dir"
+    process = torchrun(tmp_path, *options.split(), "out")
+    for victim, step in ((1, 10), (0, 25)):
+        wait_for(f"step {step}/40", tmp_path)
+        ranks = psutil.Process(process.pid).children()
+        chosen = [rank for rank in ranks if rank.environ()["RANK"] == str(victim)]
+        chosen[0].kill()
+    assert process.wait(100) == 0
+    printed = (tmp_path / "printed.txt").read_text()
+    for victim in (0, 1):
+        other = (
+            f"train_split_affinity.py: error: rank {1 - victim} has lost another one: connection"
+        )
+        assert printed.count(other) == 1
+    assert printed.count("resumed from out/last.pt, after step ") == 2
+    assert "gloo" not in printed
+    assert [each[0] for each in crew.main(2, tmp_path, f"{options} whole")] == [0, 0]
+    states = [state_of(tmp_path / folder / "last.pt") for folder in ("out", "whole")]
+    for part in ("model", "optimizer", "ranks"):
+        assert not list(differing(*(state[part] for state in states), part))
