@@ -167,6 +167,45 @@ class Stopped(Exception):
         return Stopped, (self.signum,)
 
 
+# What an error's text tells of its cause, and what helps: the first that fits.
+LIKELY_REASONS = (
+    (
+        r"MemoryError|allocate memory|not enough memory|ENOMEM",
+        "out of memory: try a smaller --batch-size (with more --accumulate), or fewer loaders (-j)",
+    ),
+    (
+        r"LoaderDied.*SIGBUS",
+        "shared memory (/dev/shm) is full: enlarge it (docker run --shm-size=1g), or try fewer "
+        "loaders (-j)",
+    ),
+    (
+        r"LoaderDied",
+        "a loader was killed, by the system for want of memory perhaps: try fewer loaders (-j) or "
+        "a smaller --batch-size",
+    ),
+    (r"Too many open files", "too many open files: raise `ulimit -n`, or try fewer loaders (-j)"),
+    (
+        r"can't start new thread",
+        "no room for another thread: raise the limits of memory (ulimit -v) and of processes (-u), "
+        "or try fewer loaders (-j)",
+    ),
+)
+
+
+def likely_reason(error: Exception) -> str:
+    """Why a run ended, in a line: what was foreseen in its own words, of anything else the likely
+    reason and a remedy, or what PyTorch or Python call it.
+    """
+    if isinstance(error, (UserError, RunError, Stopped)):
+        return str(error)
+    name, *lines = type(error).__name__, *str(error).strip().splitlines()
+    text = f"{name}: {lines[-1] if 'Original Traceback' in str(error) else (lines or [''])[0]}"
+    for pattern, reason in LIKELY_REASONS:
+        if re.search(pattern, f"{name}: {error}"):
+            return f"{reason} ({text})"
+    return f"an error that was not foreseen: {text}"
+
+
 def number(
     allowed: str, is_allowed: Callable[[float], bool], kind: Callable[[str], float] = float
 ) -> Callable[[str], Any]:
@@ -4765,7 +4804,7 @@ class SeveralRanks(Ranks):
         """
         told = error
         if error and not isinstance(error, (UserError, RunError, Stopped)):
-            told = RunError(f"{type(error).__name__}: {one_line(error)}")
+            told = RunError(likely_reason(error))
         found = self.exchange(told)
         for rank, each in enumerate(found):
             if each:
@@ -4845,20 +4884,20 @@ def network_interface(hosts: Sequence[Host]) -> str:
     that the launcher was given. Gloo by itself takes the one that the machine's own name stands
     for, which on many systems is 127.0.1.1. Raises UserError if only this machine is reached by it.
     """
-    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    family, kind, _, _, address = socket.getaddrinfo(*place, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)  # which sends nothing
-        own = probe.getsockname()[0]
+    place, own = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), ""
+    for family, kind, _, _, address in socket.getaddrinfo(*place, type=socket.SOCK_DGRAM)[::-1]:
+        with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+            probe.connect(address)  # which sends nothing
+            own = probe.getsockname()[0]
     if own.startswith(("127.", "::1")) and len({host.kernel for host in hosts}) > 1:
         remedy = "one that other machines know, or set GLOO_SOCKET_IFNAME"
         raise UserError(
             f"the address {place[0]} is this machine's own alone: give torchrun {remedy}"
         )
     for name, addresses in psutil.net_if_addrs().items():
-        if own in (each.address.partition("%")[0] for each in addresses):
+        if own and own in (each.address.partition("%")[0] for each in addresses):
             return name
-    raise UserError(f"no network interface has the address {own}: set GLOO_SOCKET_IFNAME")
+    raise UserError(f"no network interface leads to {place[0]}: set GLOO_SOCKET_IFNAME")
 
 
 @dataclass
@@ -7804,45 +7843,6 @@ def check_appendable(path: Path, folder: Path) -> None:
         path.open("a").close()
     else:
         tempfile.TemporaryFile(dir=folder).close()
-
-
-# What an error's text tells of its cause, and what helps: the first that fits.
-LIKELY_REASONS = (
-    (
-        r"MemoryError|allocate memory|not enough memory|ENOMEM",
-        "out of memory: try a smaller --batch-size (with more --accumulate), or fewer loaders (-j)",
-    ),
-    (
-        r"LoaderDied.*SIGBUS",
-        "shared memory (/dev/shm) is full: enlarge it (docker run --shm-size=1g), or try fewer "
-        "loaders (-j)",
-    ),
-    (
-        r"LoaderDied",
-        "a loader was killed, by the system for want of memory perhaps: try fewer loaders (-j) or "
-        "a smaller --batch-size",
-    ),
-    (r"Too many open files", "too many open files: raise `ulimit -n`, or try fewer loaders (-j)"),
-    (
-        r"can't start new thread",
-        "no room for another thread: raise the limits of memory (ulimit -v) and of processes (-u), "
-        "or try fewer loaders (-j)",
-    ),
-)
-
-
-def likely_reason(error: Exception) -> str:
-    """Why a run ended, in a line: what was foreseen in its own words, of anything else the likely
-    reason and a remedy, or what PyTorch or Python call it.
-    """
-    if isinstance(error, (UserError, RunError, Stopped)):
-        return str(error)
-    name, *lines = type(error).__name__, *str(error).strip().splitlines()
-    text = f"{name}: {lines[-1] if 'Original Traceback' in str(error) else (lines or [''])[0]}"
-    for pattern, reason in LIKELY_REASONS:
-        if re.search(pattern, f"{name}: {error}"):
-            return f"{reason} ({text})"
-    return f"an error that was not foreseen: {text}"
 
 
 def write_traceback(folder: Path | None, error: Exception) -> str:
@@ -10823,7 +10823,8 @@ def run_together(argv: Sequence[str], launch: Launch) -> int:
         RUNS[command](settings, ranks.meet(machine), ranks)
     except (Exception, KeyboardInterrupt) as raised:
         error = raised
-    if error and (not launch.local_rank or not ranks.agreed):
+    foreseen = isinstance(error, (UserError, RunError, Stopped))
+    if error and not (launch.local_rank and ranks.agreed and foreseen):
         say(f"{Path(__file__).name}: {last_words(error, folder)}", sys.stderr)
     ranks.close(not error or ranks.agreed)
     return exit_code(error)
