@@ -9069,7 +9069,7 @@ def defaults_to_go_on(path: Path, state: State, typed: Values, ranks: int = 1) -
     the checkpoint is now. A recipe that is not that of the saved run counts as typed. As many ranks
     as there are now share the batches of a step.
     """
-    taken = settings_to_go_on(state)
+    taken = dataclasses.replace(settings_to_go_on(state), ranks=ranks)
     batches, rest = divmod(taken.accumulate * saved_settings(state)["ranks"], ranks)
     accumulate = taken.accumulate if rest else batches
     taken = dataclasses.replace(taken, accumulate=accumulate, ranks=ranks)
