@@ -2,7 +2,7 @@
 
 Every command on the pages runs, shortened by further options, those of a page in order, in a folder
 with small data where the pages have data; every option named on them exists; every link to a
-file or to a heading leads somewhere.
+file or to a heading leads somewhere. What torchrun is given is looked at, not run.
 """
 
 import re
@@ -17,6 +17,7 @@ import cifar
 import pytest
 from digits import make_digits
 from photos import make_photos
+from torch.distributed.run import get_args_parser
 
 import train_split_affinity as tsa
 
@@ -29,6 +30,7 @@ SHORT_RAMP = ["--min-res", "32", "--max-res", "32"]
 # Options of other programs that the pages name.
 FOREIGN = {"--index-url", "--shm-size", "--amp", "--amp-dtype", "--channels-last", "--logdir"}
 FOREIGN |= {"--repo-type", "--space-sdk", "--exclude"}  # of the command hf
+FOREIGN |= {"--bind-to", "--delete"}  # of mpirun, of rsync
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -49,6 +51,13 @@ def commands(text: str) -> Iterator[list[str]]:
                 yield shlex.split(match[1], comments=True)
     for options in re.findall(r"\| `(--recipe .*?)` \|", text):
         yield [SCRIPT, *shlex.split(options)]
+
+
+def launches(text: str) -> Iterator[list[str]]:
+    """What a page has the reader give to torchrun."""
+    for line in fenced(text):
+        if match := re.match(r"(?:\.venv/bin/)?torchrun (.*)", line):
+            yield shlex.split(match[1])
 
 
 def shortened(arguments: list[str]) -> list[str]:
@@ -93,15 +102,26 @@ def test_the_commands_of_a_page_run(page, world, monkeypatch, capsys):
                 runpy.run_path(str(ROOT / program), run_name="__main__")
 
 
+@pages
+def test_what_a_page_gives_to_torchrun_makes_sense(page):
+    for arguments in launches(page.read_text()):
+        given = get_args_parser().parse_args(arguments)
+        assert given.training_script == SCRIPT
+        ranks = int(given.nnodes.split(":")[-1]) * int(given.nproc_per_node)
+        tsa.parse_arguments(given.training_script_args, ranks=ranks)
+
+
 def test_the_pages_have_commands():
     found = [command for page in PAGES for command in commands(page.read_text())]
     assert len(found) > 10
     assert [SCRIPT, "--batch-size", "32", "--steps", "50"] in found
+    assert any(launches((ROOT / "docs/scaling.md").read_text()))
 
 
 @pages
 def test_options_on_a_page_exist(page):
-    own = set(tsa.build_parser()._option_string_actions)
+    parsers = tsa.build_parser(), get_args_parser()
+    own = set().union(*(parser._option_string_actions for parser in parsers))
     programs = (*ROOT.glob("tests/*.py"), *ROOT.glob("deploy/*.py"))
     sources = "".join(path.read_text() for path in programs)
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", page.read_text())) - FOREIGN:
