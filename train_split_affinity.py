@@ -4749,6 +4749,33 @@ class SeveralRanks(Ranks):
         self._store, self._timeout_s = store, timeout_s
         self._started, self._asked = False, 0
 
+    def begin(self) -> None:
+        """Find the others that were started with this rank, and a part of the store for them alone.
+
+        A launcher may keep its store when it starts ranks once more, with all that earlier ones
+        have left there, and on each machine it counts the starts for itself. So each process gives
+        itself a name, and rank 0 goes on asking until one that is alive has answered.
+        """
+        own, until_s = os.urandom(8).hex(), time.monotonic() + self._timeout_s
+        with self.answered():
+            begun = own
+            if self.rank:
+                self._store.set(f"here/{self.rank}", own)
+                begun = self._store.get(f"begun/{own}").decode()
+                self._store.set(f"heard/{begun}/{own}", "")
+            waiting = range(1, 1 if self.rank else self.size)
+            while waiting := [rank for rank in waiting if not self._hears(rank, begun)]:
+                if time.monotonic() > until_s:
+                    raise RuntimeError("timeout")
+                time.sleep(0.01)
+        self._store = distributed.PrefixStore(begun, self._store)
+
+    def _hears(self, rank: int, begun: str) -> bool:
+        """Tell a rank, once it is there, what has begun; whether it has answered."""
+        name = self._store.get(f"here/{rank}").decode()
+        self._store.set(f"begun/{name}", begun)
+        return self._store.check([f"heard/{begun}/{name}"])
+
     def meet(self, topology: Topology) -> Topology:
         """As in Ranks. Raises UserError if they cannot work together."""
         self.hosts = self.exchange(this_host(topology))
@@ -4874,9 +4901,9 @@ def connect(launch: Launch, timeout_s: float) -> Ranks:
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = f"the store at {place} cannot be reached: {one_line(error)}"
         raise RunError(f"rank {launch.rank}: {reason}") from None
-    # A launcher may keep its store when it starts all ranks once more.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return SeveralRanks(rank, size, distributed.PrefixStore(attempt, store), timeout_s)
+    ranks = SeveralRanks(rank, size, store, timeout_s)
+    ranks.begin()
+    return ranks
 
 
 def network_interface(hosts: Sequence[Host]) -> str:

@@ -6,6 +6,7 @@ The ranks are processes that live as long as the tests here; what they shall do 
 import contextlib
 import copy
 import dataclasses
+import datetime
 import gc
 import io
 import json
@@ -718,3 +719,29 @@ def test_killed_ranks_come_back_and_the_run_ends_as_if_they_had_not(crew, tmp_pa
     states = [state_of(tmp_path / folder / "last.pt") for folder in ("out", "whole")]
     for part in ("model", "optimizer", "ranks"):
         assert not list(differing(*(state[part] for state in states), part))
+
+
+def test_ranks_find_those_started_with_them_whatever_earlier_ones_left_in_the_store():
+    store = distributed.HashStore()
+
+    def start(rank):
+        ranks = tsa.SeveralRanks(rank, 2, store, timeout_s=20)
+        ranks.begin()
+        return ranks.exchange(os.urandom(4))
+
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as threads:
+            first = threads.submit(start, 0)
+            time.sleep(0.1)  # it meets the name that is left there first
+            second = threads.submit(start, 1)
+            assert first.result() == second.result()
+        store.set("here/1", "one that was killed before it could answer")
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for_without_end():
+    store = distributed.HashStore()
+    store.set_timeout(datetime.timedelta(seconds=0.2))
+    for _ in range(2):
+        with pytest.raises(tsa.RankLost, match=r"no answer within --timeout 0\.2 s"):
+            tsa.SeveralRanks(0, 2, store, timeout_s=0.2).begin()
+        store.set("here/1", "one that was killed before it could answer")
