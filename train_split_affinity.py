@@ -9198,6 +9198,15 @@ def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
     return progress, notes
 
 
+def check_same_images(ranks: Ranks, fingerprint: str) -> None:
+    """Raise UserError unless all ranks have images of the same names and sizes to train on."""
+    for rank, found in enumerate(every := ranks.exchange(fingerprint)):
+        if found != every[0]:
+            where = f"rank {rank} on {ranks.hosts[rank].name}"
+            remedy = "the same names and sizes are needed below --data-path"
+            raise UserError(f"the images of {where} are not those of rank 0: {remedy}")
+
+
 def train(
     settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
 ) -> nn.Module:
@@ -9206,6 +9215,8 @@ def train(
         check_tensorboard(settings)
     with prepared(settings, topology, plan, ranks) as run:
         data = None if run.settings.test_only else describe_images(run.data)
+        if data:
+            check_same_images(ranks, data["fingerprint"])
         asked = asked_again(settings, run.settings)
         checkpoints = Checkpoints(run.settings, warn, data, asked, ranks)
         with contextlib.closing(checkpoints):

@@ -745,3 +745,14 @@ def test_a_rank_that_does_not_come_is_not_waited_for_without_end():
         with pytest.raises(tsa.RankLost, match=r"no answer within --timeout 0\.2 s"):
             tsa.SeveralRanks(0, 2, store, timeout_s=0.2).begin()
         store.set("here/1", "one that was killed before it could answer")
+
+
+def hand_in(ranks):
+    tsa.check_same_images(ranks, f"images {ranks.rank // 2}")
+
+
+def test_ranks_with_other_images_are_refused(crew):
+    assert crew.together(2, hand_in) == [None, None]
+    for error in crew.together(3, hand_in):
+        assert isinstance(error, tsa.UserError)
+        assert re.match(r"the images of rank 2 on \S+ are not those of rank 0", str(error))
