@@ -84,6 +84,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing.connection
 import multiprocessing.util
 import operator
 import os
@@ -9618,27 +9619,14 @@ class Elsewhere(Iterator[Any]):
 
     def __init__(self, check_stop: Callable[[], None], function: Callable[..., Any], *args: Any):
         context = multiprocessing.get_context("spawn")
-        self._check_stop = check_stop
-        self._pipe, theirs = context.Pipe()
+        self.check_stop = check_stop
+        self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, function, args))
         self._process.start()
         theirs.close()
 
     def __next__(self) -> Any:
-        return self.send(None)
-
-    def send(self, value: Any) -> Any:
-        """Go on with a value, as a generator's `send` does, and wait for the next result."""
-        try:
-            self._pipe.send(value)
-            while not self._pipe.poll(0.1):
-                self._check_stop()
-            result = self._pipe.recv()
-        except (EOFError, OSError):
-            raise RunError("a measuring process ended by itself (out of memory?)") from None
-        if isinstance(result, Exception):
-            raise result
-        return result
+        return send_to_all([self], None)[0]
 
     def close(self) -> None:
         """End the process and its loaders, whatever they are doing."""
@@ -9647,7 +9635,29 @@ class Elsewhere(Iterator[Any]):
                 loader.kill()
         self._process.kill()
         self._process.join()
-        self._pipe.close()
+        self.pipe.close()
+
+
+def send_to_all(processes: Sequence[Elsewhere], value: Any) -> list[Any]:
+    """Have generators go on with a value, as their `send` does, at the same time; wait for the next
+    result of each. The first error is raised at once, since others may wait for the one that had
+    it; of several, one that tells more than that another has gone.
+    """
+    pipes = [process.pipe for process in processes]
+    results: dict[Any, Any] = {}
+    try:
+        for pipe in pipes:
+            pipe.send(value)
+        while len(results) < len(pipes):
+            processes[0].check_stop()
+            for pipe in multiprocessing.connection.wait(set(pipes).difference(results), 0.1):
+                results[pipe] = pipe.recv()
+            errors = [each for each in results.values() if isinstance(each, Exception)]
+            if errors:
+                raise min(errors, key=lambda error: isinstance(error, RankLost))
+    except (EOFError, OSError):
+        raise RunError("a measuring process ended by itself (out of memory?)") from None
+    return [results[pipe] for pipe in pipes]
 
 
 def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) -> None:
@@ -9800,8 +9810,8 @@ def time_groups(
 
 # ==================================================================================================
 # 16 Comparison
-# All ways to train, in turn and round by round: plain loops, one lane, and every schedule of each
-# split; their figures side by side, and a verdict.
+# All ways to train, in turn and round by round: plain loops, one lane, and for each split every
+# schedule, and two ranks on its groups; their figures side by side, and a verdict.
 # ==================================================================================================
 
 ROUNDS, MOST_REPEATS = 7, 3
@@ -9812,9 +9822,9 @@ PRELOADED_BATCHES = 8  # at the least
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: a plain PyTorch loop, or this program's own on the lanes of a plan. Phases
-    without company are timed for it if its batches are not those of `sequential`, whose phases tell
-    the same where they are.
+    """One way to train: a plain PyTorch loop, or this program's own on the lanes of a plan; or in
+    two ranks, one on each of the plan's groups. Phases without company are timed for it if its
+    batches are not those of `sequential`, whose phases tell the same where they are.
     """
 
     name: str
@@ -9826,6 +9836,11 @@ class Way:
     def plain(self) -> bool:
         """Whether this is a plain loop, without lanes."""
         return self.name.startswith("plain")
+
+    @property
+    def ranks(self) -> int:
+        """In how many processes it trains."""
+        return self.settings.ranks
 
     @property
     def strict(self) -> bool:
@@ -9863,7 +9878,8 @@ class Round:
     """What one way to train did in one round of a comparison. Lanes by name; plain has none.
 
     `alone` are phase times without company, `matrix_flops` the lane's rate in matrix products. The
-    steps have `share` of the batches of a whole one, and an update, of `update_s`.
+    steps have `share` of the batches of a whole one, and an update, of `update_s`; that of ranks
+    has the sum of their gradients in it, from when the last of them has its own.
     """
 
     steps: tuple[StepResult, ...]
@@ -9909,7 +9925,8 @@ def best_plain(names: Iterable[str]) -> str:
 def way_settings(settings: Settings) -> dict[str, Settings]:
     """The settings of the ways to train, by name; all have the same images in an optimizer step.
 
-    If a step has one batch only, `overlap` divides it into micro-batches, four if possible.
+    If a step has one batch only, `overlap` divides it into micro-batches, four if possible. There
+    are no ranks where two cannot have a step between them (see halved_step), or without gloo.
     """
     groups = dict.fromkeys(CORES_OF_GROUPS)  # they are for the lanes of a split alone
     none = dataclasses.replace(settings, split="none", schedule="sequential", **groups)
@@ -9920,15 +9937,27 @@ def way_settings(settings: Settings) -> dict[str, Settings]:
         ),
         "none": none,
     }
-    splits = settings.split.split(",")
-    for split, schedule in itertools.product(splits, SCHEDULES):
-        name = schedule if len(splits) == 1 else f"{schedule} {split}"
-        ways[name] = dataclasses.replace(settings, split=split, schedule=schedule)
-        if schedule == "overlap" and settings.accumulate == 1:
+    splits, halves = settings.split.split(","), halved_step(settings)
+    connected = distributed.is_available() and distributed.is_gloo_available()
+    kinds = [*SCHEDULES, *(["ranks"] if halves and connected else [])]
+    for split, kind in itertools.product(splits, kinds):
+        name = kind if len(splits) == 1 else f"{kind} {split}"
+        chosen = {"schedule": kind} if kind in SCHEDULES else {"ranks": 2, **halves}
+        if kind == "overlap" and settings.accumulate == 1:
             parts = micro_batches(settings.batch_size)
-            size = settings.batch_size // parts
-            ways[name] = dataclasses.replace(ways[name], batch_size=size, accumulate=parts)
+            chosen |= {"batch_size": settings.batch_size // parts, "accumulate": parts}
+        ways[name] = dataclasses.replace(settings, split=split, **chosen)
     return ways
+
+
+def halved_step(settings: Settings) -> dict[str, int]:
+    """What one of two ranks has of a step: half of its batches, or of an odd number all, of half
+    the size. Nothing if that is odd too, or leaves single images, too few for BatchNorm.
+    """
+    if settings.accumulate % 2 == 0:
+        return {"accumulate": settings.accumulate // 2}
+    size, rest = divmod(settings.batch_size, 2)
+    return {"batch_size": size} if size > 1 and not rest else {}
 
 
 def micro_batches(batch_size: int) -> int:
@@ -9941,10 +9970,17 @@ def micro_batches(batch_size: int) -> int:
 
 
 def all_ways(settings: Settings, topology: Topology) -> list[Way]:
-    """The ways to train, with their cores: where these are listed, each way has all of them."""
+    """The ways to train, with their cores: where these are listed, each way has all of them. Ranks
+    have the groups of the split beside them; there are none where these are the same core.
+    """
     listed = {*(settings.forward_cores or ()), *(settings.backward_cores or ())}
     ways = []
     for name, chosen in way_settings(settings).items():
+        if chosen.ranks > 1:
+            plan = ways[-1].plan
+            if plan.forward.cpus != plan.backward.cpus:
+                ways.append(Way(name, chosen, plan_of_ranks(plan)))
+            continue
         plan = plan_for(chosen, topology)
         if plan.split == "none" and (listed or name.startswith("plain")):
             # A plain loop knows nothing of a quota: it has all that are allowed.
@@ -9952,6 +9988,38 @@ def all_ways(settings: Settings, topology: Topology) -> list[Way]:
             plan = CorePlan("none", group, group, chosen.loader_cores or group.cpus)
         ways.append(Way(name, chosen, plan, chosen.batch_size != settings.batch_size))
     return ways
+
+
+def why_no_ranks(way: Way) -> str:
+    """Why no ranks stand beside a way on two groups."""
+    if way.plan.forward.cpus == way.plan.backward.cpus:
+        return "both groups are the same core"
+    if halved_step(way.settings):
+        return "this build of torch has no gloo to connect them"
+    batches = f"{way.settings.accumulate} x {way.settings.batch_size}"
+    return f"the {batches} images of a step cannot be halved"
+
+
+def plan_of_ranks(plan: CorePlan) -> CorePlan:
+    """A rank on each group of a split. Loaders stay off the other rank's cores: they are on those
+    that were listed for them beside both groups, else each rank's are on its own.
+    """
+    groups = [
+        dataclasses.replace(group, name=f"rank {rank}") for rank, group in enumerate(plan.groups)
+    ]
+    used = set().union(*(group.cpus for group in groups))
+    loader_cpus = tuple(sorted(set(plan.loader_cpus) - used or used))
+    return dataclasses.replace(plan, forward=groups[0], backward=groups[1], loader_cpus=loader_cpus)
+
+
+def of_one_rank(way: Way, rank: int) -> Way:
+    """A way as one of its ranks has it, if it has several: on a lane over its own group."""
+    if way.ranks == 1:
+        return way
+    group = way.plan.groups[rank]
+    own = tuple(cpu for cpu in way.plan.loader_cpus if cpu in group.cpu_set)
+    plan = CorePlan("none", group, group, own or way.plan.loader_cpus)
+    return dataclasses.replace(way, plan=plan)
 
 
 def is_loading(settings: Settings) -> bool:
@@ -9965,9 +10033,10 @@ def steps_in_round(settings: Settings) -> int:
 
 
 @contextlib.contextmanager
-def supplied(settings: Settings, cpus: Sequence[int]) -> Iterator[Supply]:
-    """What gives the batches of a round: from memory; or from loader processes of the way's own,
-    which begin with the round, and have nothing to do any more after its last batch.
+def supplied(settings: Settings, cpus: Sequence[int], rank: int = 0) -> Iterator[Supply]:
+    """What gives the batches of a round, to one of the ranks its part: from memory; or from loader
+    processes of the way's own, which begin with the round, and have nothing to do any more after
+    its last batch.
     """
     loading, data = is_loading(settings), open_data(settings)
     settings = dataclasses.replace(settings, workers=settings.workers if loading else 0)
@@ -9975,13 +10044,13 @@ def supplied(settings: Settings, cpus: Sequence[int]) -> Iterator[Supply]:
     if loading:  # an epoch shall be long enough for any round
         count = settings.accumulate * steps_in_round(settings) + batches_ahead(settings) + 4
     bad = BadImages(settings.max_bad_images)
-    epochs = -(-count * settings.batch_size // len(data.chosen))
+    epochs = -(-count * settings.ranks * settings.batch_size // len(data.chosen))
     data = dataclasses.replace(data, chosen=[*data.chosen] * epochs)
-    with contextlib.closing(training_feed(data, settings, cpus)) as feed:
+    with contextlib.closing(training_feed(data, settings, cpus, rank)) as feed:
         if loading:
-            yield lambda number, count: feed.batches(bad, number, 0, count)
+            yield lambda number, count: feed.batches(bad, number, 0, count * settings.ranks)
             return
-        kept = [Loaded(batch) for batch in feed.batches(bad, 1, 0, count)]
+        kept = [Loaded(batch) for batch in feed.batches(bad, 1, 0, count * settings.ranks)]
     yield lambda number, count: Batches(kept, count)
 
 
@@ -10070,16 +10139,25 @@ class PlainLoop:
 
 
 class LaneLoop:
-    """The loop of this program, on the lanes of a way's plan."""
+    """The loop of this program, on the lanes of a way's plan; `ranks` have such a loop each."""
 
-    def __init__(self, way: Way, online: Sequence[int], stack: contextlib.ExitStack):
+    def __init__(
+        self,
+        way: Way,
+        online: Sequence[int],
+        stack: contextlib.ExitStack,
+        ranks: Ranks = ONE_PROCESS,
+    ):
         self._way, self._online = way, online
         stack.enter_context(coordinating(way.settings, way.plan))
-        self._supply = stack.enter_context(supplied(way.settings, way.plan.loader_cpus))
+        cpus = way.plan.loader_cpus
+        self._supply = stack.enter_context(supplied(way.settings, cpus, ranks.rank))
         first = self._supply(1, 1) if way.times_phases else ()
         self._ready = list(map(Loaded, first))  # for phases without company, or loading
         self._lanes = stack.enter_context(Lanes(way.plan, online))
-        self._work = build_work(way.settings, self._lanes)
+        self._work = build_work(way.settings, self._lanes, ranks=ranks)
+        self._lanes.backward.adopt(ranks.start)
+        stack.callback(ranks.close, together=False)
 
     def round(self, order: Order) -> Round:
         """The steps to measure, and the phases without company: those of the steps themselves if
@@ -10104,7 +10182,7 @@ class LaneLoop:
             phase_times(records) if self._way.strict else alone,
             rates,
             peak_memory_bytes(),
-            statistics.median(step.total("duration_s", "update") for step in steps),
+            statistics.median(map(end_s, steps)),
             order.batches / self._way.settings.accumulate,
         )
 
@@ -10136,19 +10214,81 @@ def exhaust(items: Iterable[Any]) -> None:
     deque(items, maxlen=0)
 
 
-def rounds_of(way: Way, online: Sequence[int]) -> Rounds:
-    """A way to train, in its own process: None when it is ready, then a Round for each Order."""
+def rounds_of(way: Way, online: Sequence[int], rank: int = 0, place: str = "") -> Rounds:
+    """A way to train, in its own process: None when it is ready, then a Round for each Order. Its
+    ranks, of which this is one, meet in the file `place`.
+    """
     if way.settings.tuned_malloc and not way.plain:
         tune_allocator()
     torch.manual_seed(way.settings.seed)
     # Nothing can diverge, at the same speed.
     settings = dataclasses.replace(way.settings, lr=0.0, lr_scheduler="constant")
     with contextlib.ExitStack() as stack:
-        kind = PlainLoop if way.plain else LaneLoop
-        loop = kind(dataclasses.replace(way, settings=settings), online, stack)
+        way = dataclasses.replace(way, settings=settings)
+        if way.plain:
+            loop = PlainLoop(way, online, stack)
+        else:
+            ranks = met_in(place, settings, rank)
+            loop = LaneLoop(of_one_rank(way, rank), online, stack, ranks)
         order = yield None
         while True:
             order = yield loop.round(order)
+
+
+def met_in(place: str, settings: Settings, rank: int) -> Ranks:
+    """The ranks of a way, processes of this machine, which meet in a file."""
+    if settings.ranks == 1:
+        return ONE_PROCESS
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = distributed.FileStore(place, settings.ranks)
+    ranks = SeveralRanks(rank, settings.ranks, store, settings.timeout)
+    ranks.hosts = ranks.exchange(this_host(read_topology()))
+    return ranks
+
+
+def measure(processes: Sequence[Elsewhere], order: Order) -> Round:
+    """What a way does in a round, in all of its processes together."""
+    return round_of_ranks(send_to_all(processes, order))
+
+
+def round_of_ranks(rounds: Sequence[Round]) -> Round:
+    """The rounds of a way's ranks as one. They make their steps together, each of which counts the
+    images of all. A rank's phases always have company: that of the others'.
+    """
+    if len(rounds) == 1:
+        return rounds[0]
+    by_step = list(zip(*(each.steps for each in rounds), strict=True))
+    return dataclasses.replace(
+        rounds[0],
+        steps=tuple(map(step_of_ranks, by_step)),
+        busy=merged_lanes(each.busy for each in rounds),
+        alone=None,
+        matrix_flops=merged_lanes(each.matrix_flops for each in rounds),
+        peak_memory_bytes=sum(each.peak_memory_bytes for each in rounds),
+        update_s=statistics.median(min(map(end_s, steps)) for steps in by_step),
+    )
+
+
+def merged_lanes(by_rank: Iterable[ByLane]) -> ByLane:
+    """The figures of all ranks' lanes."""
+    return {lane: figure for lanes in by_rank for lane, figure in lanes.items()}
+
+
+def end_s(step: StepResult) -> float:
+    """Seconds of what comes but once in a step: the update, and before it the sum over ranks."""
+    return step.total("duration_s", "reduce") + step.total("duration_s", "update")
+
+
+def step_of_ranks(steps: Sequence[StepResult]) -> StepResult:
+    """A step of several ranks, with the phases of all: processes of a machine have one clock."""
+    records = by_start(record for step in steps for record in step.records)
+    seen = [step.company for step in steps if step.company]
+    company = None
+    if seen:
+        others = merged_lanes(each.others for each in seen)
+        stolen = max(each.stolen for each in seen)
+        company = dataclasses.replace(seen[0], others=others, stolen=stolen)
+    return dataclasses.replace(steps[0], records=tuple(records), company=company)
 
 
 def matrix_flops(bf16: bool) -> float:
@@ -10222,19 +10362,25 @@ def choose_batches(paces: dict[str, Pace], steps: int, round_s: float) -> dict[s
 
 def start_ways(
     stack: contextlib.ExitStack, stop: StopRequest, ways: Sequence[Way], online: Sequence[int]
-) -> dict[str, Elsewhere]:
-    """The processes of all ways, ready to begin: nothing else shall run while one is measured."""
+) -> dict[str, list[Elsewhere]]:
+    """The processes of all ways, one for each rank, ready to begin: nothing else shall run while a
+    way is measured.
+    """
     say(f"{len(ways)} ways to train in {ROUNDS} rounds; first a round to warm up, which tells more")
-    running = {}
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    running: dict[str, list[Elsewhere]] = {way.name: [] for way in ways}
     for way in ways:
-        process = Elsewhere(stop.check, rounds_of, way, online)
-        running[way.name] = stack.enter_context(contextlib.closing(process))
-    for process in running.values():
-        next(process)
+        for rank in range(way.ranks):
+            process = Elsewhere(stop.check, rounds_of, way, online, rank, f"{folder}/{way.name}")
+            running[way.name].append(stack.enter_context(contextlib.closing(process)))
+    for processes in running.values():
+        send_to_all(processes, None)
     return running
 
 
-def warm_up(ways: Sequence[Way], running: dict[str, Elsewhere]) -> tuple[bool, dict[str, Pace]]:
+def warm_up(
+    ways: Sequence[Way], running: dict[str, list[Elsewhere]]
+) -> tuple[bool, dict[str, Pace]]:
     """Whether the memory of all ways fits at once, and how long each takes, by a first round.
 
     If it does not fit, each has to give it back after a round, and to fetch it again in the next.
@@ -10246,7 +10392,7 @@ def warm_up(ways: Sequence[Way], running: dict[str, Elsewhere]) -> tuple[bool, d
         start_s = time.perf_counter()
         # Two batches where two are held at once.
         count = 1 if way.strict else min(2, way.settings.accumulate)
-        first = running[way.name].send(Order(0, count, 1, keep_memory=False))
+        first = measure(running[way.name], Order(0, count, 1, keep_memory=False))
         firsts[way.name] = first = with_phases(way, first, firsts)
         paces[way.name] = find_pace(way, first, time.perf_counter() - start_s)
     peak_bytes = sum(first.peak_memory_bytes for first in firsts.values())
@@ -10255,9 +10401,9 @@ def warm_up(ways: Sequence[Way], running: dict[str, Elsewhere]) -> tuple[bool, d
 
 def with_phases(way: Way, result: Round, others: dict[str, Round]) -> Round:
     """A round of a way with lanes that has phases without company: if none were timed, those of
-    `sequential` on the same lanes, among the other ways' rounds.
+    `sequential` on the same lanes, among the other ways' rounds. Ranks have none.
     """
-    if result.alone or way.plain:
+    if result.alone or way.plain or way.ranks > 1:
         return result
     alone = others[way.name.replace(way.settings.schedule, "sequential")].alone
     own = phase_times(record for step in result.steps for record in step.records)
@@ -10325,13 +10471,15 @@ class Compared:
     `bound_share` is the bound's share of the step's time, `gflops` of the whole machine;
     `matrix_share`, by lane, is the rate of convolutions and matrix products as a share of the
     lane's rate in large matrix products: over whole steps for a single lane, during its phases for
-    a lane of two. Steps were measured by `timed_batches` of theirs, at the least.
+    a lane of two. Steps were measured by `timed_batches` of theirs, at the least. Where there are
+    several `ranks`, that is what each of them had, and `batches` are ranks x batches x images.
     """
 
     way: str
     split: str
     schedule: str
     cores: str
+    ranks: int
     batches: str
     timed_batches: int
     images_per_s: float
@@ -10354,12 +10502,14 @@ def matrix_share(lane: str, each: Round, flops: ByLane) -> float:
     if lane in flops:
         achieved_flops = flops[lane] * each.steps[0].images / each.phase_s(lane)
     else:
-        achieved_flops = sum(flops.values()) * each.images_per_s
+        achieved_flops = sum(flops.values()) * each.images_per_s / len(each.matrix_flops)
     return achieved_flops / each.matrix_flops[lane]
 
 
 def against_bound(rounds: Sequence[Round], settings: Settings) -> dict[str, float | None]:
-    """The bound in images a second, and its share of the step's time, medians; plain has none."""
+    """The bound in images a second, and its share of the step's time, medians; plain loops and
+    ranks have none.
+    """
     if not rounds[0].alone:
         return {"bound_images_per_s": None, "bound_share": None}
     schedule, accumulate = settings.schedule, settings.accumulate
@@ -10377,13 +10527,14 @@ def compared_way(way: Way, rounds: dict[str, list[Round]], flops: ByLane) -> Com
         [each.images_per_s / other.images_per_s for each, other in zip(own, others, strict=True)]
         for others in (rounds["none"], rounds[best_plain(rounds)])
     )
-    lanes = own[0].matrix_flops
+    lanes, batches = own[0].matrix_flops, (settings.accumulate, settings.batch_size)
     return Compared(
         way=way.name,
         split=split_name(settings),
         schedule=settings.schedule,
         cores=" + ".join(format_cpu_list(group.cpus) for group in way.plan.groups),
-        batches=f"{settings.accumulate} x {settings.batch_size}",
+        ranks=way.ranks,
+        batches=" x ".join(map(str, batches if way.ranks == 1 else (way.ranks, *batches))),
         timed_batches=round(min(each.share for each in own) * settings.accumulate),
         images_per_s=statistics.median(speeds),
         images_per_s_range=(min(speeds), max(speeds)),
@@ -10444,15 +10595,20 @@ class Comparison:
 def comparison_notes(found: Comparison) -> list[str]:
     """What has been compared, and which rounds others disturbed, in sentences."""
     rows = found.rows
-    parts = {row.way: (row.timed_batches, int(row.batches.split()[0])) for row in rows}
+    pairs = zip(rows, found.ways, strict=True)
+    parts = {row.way: (row.timed_batches, way.settings.accumulate) for row, way in pairs}
     flags = "bf16" if found.settings.precision == "bf16" else "fp32"
     images = "loaded beforehand"
     if is_loading(found.settings):
         images = f"loaded meanwhile, by {plural(found.settings.workers, 'process')} a way"
+    ranks = ""
+    if any(row.ranks > 1 for row in rows):
+        each = ", with loaders of its own" if is_loading(found.settings) else ""
+        ranks = f"; ranks: data parallelism, a process on each group of the split{each}"
     about = (
         f"{describe_run(found.settings)}; {plural(len(rows[0].to_none_rounds), 'round')}, images "
         f"{images}; plain: a PyTorch loop in its defaults, {found.plain}: with the flags of other "
-        f"trainers ({flags}, channels_last){part_note(parts)}"
+        f"trainers ({flags}, channels_last){ranks}{part_note(parts)}"
     )
     return [about, *disturbance_lines(found.rounds)]
 
@@ -10518,28 +10674,35 @@ def lanes_text(figures: ByLane, pattern: str) -> str:
 
 
 def judge_rounds(ratios: Iterable[float], candidates: int = 3) -> str:
-    """What the speeds relative to one lane show, each measured in a round of its own, of the
-    fastest of some schedules.
+    """What the speeds relative to one lane show of the fastest of some schedules."""
+    words = {1: "the split pays", 0: "no difference beyond the noise", -1: "the split costs speed"}
+    return words[beyond_noise(ratios, candidates)]
+
+
+def beyond_noise(ratios: Iterable[float], candidates: int) -> int:
+    """Whether relative speeds, each measured in a round of its own, show the fastest of some
+    candidates to be faster (1) or slower (-1) than what it is compared with, or neither (0).
 
     All rounds have to agree, but for at most the one that is nearest to 1: in seven rounds, a
     signed-rank test at 3 in 100. The fastest of many looks better than it is: of more than those of
     three splits, all rounds have to agree.
     """
     decisive = sorted(map(math.log, ratios), key=abs)[candidates <= 9 :]
-    if min(decisive) > 0:
-        return "the split pays"
-    return "the split costs speed" if max(decisive) < 0 else "no difference beyond the noise"
+    return (min(decisive) > 0) - (max(decisive) < 0)
 
 
 def verdict(compared: Sequence[Compared]) -> str:
     """What a comparison says about the split, and what to do, in some sentences."""
-    candidates = [row for row in compared if row.split != "none"]
+    candidates = [row for row in compared if row.split != "none" and row.ranks == 1]
     best = max(candidates, key=lambda row: row.to_none)
     low, high = min(best.to_none_rounds), max(best.to_none_rounds)
     judgement = judge_rounds(best.to_none_rounds, len(candidates))
+    rival, ahead = rival_of(best, compared)
     listed = best.split == "lists"
     advice = "train with --split none"
-    if judgement == "the split pays":
+    if ahead:
+        advice = "train in two ranks (torchrun --nproc-per-node 2, --split none)"
+    elif judgement == "the split pays":
         how = "on these cores with" if listed else f"with --split {best.split}"
         advice = f"train {how} --schedule {best.schedule}"
     elif judgement != "the split costs speed":
@@ -10550,7 +10713,25 @@ def verdict(compared: Sequence[Compared]) -> str:
         f"{best.to_none:.2f} of the speed of one lane over all {'of these ' * listed}cores "
         f"({low:.2f} to {high:.2f} in {plural(len(best.to_none_rounds), 'round')}), and at "
         f"{best.to_plain:.2f} of that of a plain PyTorch loop with the best flags, "
-        f"{best_plain(row.way for row in compared)}. For speed alone, {advice}.{old}"
+        f"{best_plain(row.way for row in compared)}.{rival} For speed alone, {advice}.{old}"
+    )
+
+
+def rival_of(best: Compared, compared: Sequence[Compared]) -> tuple[str, bool]:
+    """What data parallelism on the same groups reaches, in a sentence, if it is faster than the
+    split's `best` schedule or than one lane; and whether it is faster than both beyond the noise.
+    """
+    rivals = [row for row in compared if row.ranks > 1]
+    rival = max(rivals, key=lambda row: row.to_none, default=None)
+    if not rival or rival.to_none <= min(1.0, best.to_none):
+        return "", False
+    rounds = rival.to_none_rounds
+    pairs = zip(rounds, best.to_none_rounds, strict=True)
+    ahead = [own / max(1.0, other) for own, other in pairs]
+    return (
+        f" Data parallelism on the same groups, {rival.way}, trains at {rival.to_none:.2f} of one "
+        f"lane's speed ({min(rounds):.2f} to {max(rounds):.2f}).",
+        beyond_noise(ahead, len(rivals)) > 0,
     )
 
 
@@ -10604,9 +10785,23 @@ def draw_comparison(path: Path, found: Comparison) -> None:
         if not way.plain:
             title = f"{row.way}: {row.images_per_s:.1f} images/s, {row.batches} images a step"
             steps = steps_to_draw(found.rounds[row.way][ROUNDS - 1].steps)
-            panels.append(Panel(title, way.plan, steps, found.topology.cores))
+            panels += panels_of(way, Panel(title, way.plan, steps, found.topology.cores))
     footer = picture_footer(found.topology)
     draw_timelines(path, describe_run(found.settings), panels, footer)
+
+
+def panels_of(way: Way, panel: Panel) -> Iterator[Panel]:
+    """A panel of a way, or one for each of its ranks, whose micro-batches are counted each."""
+    zero_s = panel.records[0].start_s
+    for rank in range(way.ranks):
+        plan = of_one_rank(way, rank).plan
+        lanes = {group.name for group in plan.groups}
+        steps = [
+            dataclasses.replace(step, records=tuple(r for r in step.records if r.lane in lanes))
+            for step in panel.steps
+        ]
+        title = panel.title if not rank else ""
+        yield dataclasses.replace(panel, title=title, plan=plan, steps=steps, zero_s=zero_s)
 
 
 def compare(settings: Settings, topology: Topology) -> list[Compared]:
@@ -10662,9 +10857,13 @@ def check_comparison(settings: Settings) -> None:
 
 def split_lines(ways: Sequence[Way]) -> Iterator[str]:
     """The cores of each split, and what the user should know about them."""
-    for plan in {way.settings.split: way.plan for way in ways if not way.plain}.values():
-        groups = "; ".join(f"{group.name} {group}" for group in plan.groups)
-        yield f"split {plan.split}: {groups}"
+    ranked = {way.settings.split for way in ways if way.ranks > 1} | {"none"}
+    on_lanes = [way for way in ways if not way.plain and way.ranks == 1]
+    for split, way in {way.settings.split: way for way in on_lanes}.items():
+        groups = "; ".join(f"{group.name} {group}" for group in way.plan.groups)
+        yield f"split {way.plan.split}: {groups}"
+        if split not in ranked:
+            yield f"note: no ranks beside split {way.plan.split}: {why_no_ranks(way)}"
     for note in dict.fromkeys(note for way in ways for note in way.plan.notes):
         yield f"note: {note}"
 
@@ -10698,7 +10897,7 @@ def run_rounds(
             for way in ways:
                 whole = drawn and number == ROUNDS and not way.plain
                 count = way.settings.accumulate if whole else batches[way.name]
-                result = running[way.name].send(Order(number, count, steps, keep))
+                result = measure(running[way.name], Order(number, count, steps, keep))
                 latest[way.name] = with_phases(way, result, latest)
                 rounds[way.name].append(latest[way.name])
             say(describe_round(rounds))

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 from collections import Counter
 
@@ -38,13 +39,59 @@ def test_one_image_cannot_be_divided():
 def test_all_ways_have_the_same_images_in_a_step(accumulate):
     settings = Settings(batch_size=32, accumulate=accumulate, split="1:2", precision="bf16")
     ways = tsa.way_settings(settings)
-    assert list(ways) == ["plain", "plain bf16", "none", "sequential", "overlap", "delayed"]
+    assert list(ways)[:3] == ["plain", "plain bf16", "none"]
+    assert list(ways)[3:] == ["sequential", "overlap", "delayed", "ranks"]
     for way, each in ways.items():
-        assert each.batch_size * each.accumulate == 32 * accumulate
-        assert each.split == ("1:2" if way in tsa.SCHEDULES else "none")
+        assert tsa.images_in_step(each) == 32 * accumulate
+        assert each.ranks == (2 if way == "ranks" else 1)
+        assert each.split == ("none" if list(ways).index(way) < 3 else "1:2")
         assert each.schedule == (way if way in tsa.SCHEDULES else "sequential")
-        assert not list(tsa.contradictions("compare", each))
+        assert not list(tsa.contradictions("train", each, each.ranks))
     assert ways["overlap"].accumulate == (4 if accumulate == 1 else 3)
+
+
+@pytest.mark.parametrize(
+    ("batches", "of_each"),
+    [
+        ((8, 32), (4, 32)),
+        ((2, 1), (1, 1)),
+        ((1, 16), (1, 8)),
+        ((3, 4), (3, 2)),
+        ((3, 2), None),  # single images are too few for BatchNorm
+        ((1, 7), None),
+    ],
+)
+def test_two_ranks_have_a_step_between_them(batches, of_each):
+    accumulate, batch_size = batches
+    settings = Settings(accumulate=accumulate, batch_size=batch_size, precision="fp32")
+    ways = tsa.way_settings(settings)
+    found = ways.get("ranks")
+    assert (found and (found.accumulate, found.batch_size)) == of_each
+
+
+def test_why_there_are_no_ranks(tmp_path, monkeypatch):
+    settings = Settings(batch_size=3, precision="bf16", num_classes=3)
+    for name, rows, cpus in (("two", machines.TWO, 2), ("one", machines.ONE, 1)):
+        root = machines.write_machine(tmp_path / name, rows)
+        topology = tsa.read_topology(root, frozenset(range(cpus)))
+        odd, even = (dataclasses.replace(settings, accumulate=count) for count in (3, 2))
+        reason = "the 3 x 3 images of a step cannot be halved"
+        reason = reason if name == "two" else "both groups are the same core"
+        ways = tsa.all_ways(odd, topology)
+        assert ways[-1].name == "delayed"
+        assert f"note: no ranks beside split even: {reason}" in tsa.split_lines(ways)
+        ways = tsa.all_ways(even, topology)
+        assert ways[-1].name == ("ranks" if name == "two" else "delayed")
+        notes = [line for line in tsa.split_lines(ways) if "no ranks" in line]
+        assert len(notes) == (name == "one")
+    monkeypatch.setattr(tsa.distributed, "is_gloo_available", lambda: False)
+    root = machines.write_machine(tmp_path / "no gloo", machines.TWO)
+    ways = tsa.all_ways(even, tsa.read_topology(root, frozenset(range(2))))
+    assert ways[-1].name == "delayed"
+    lines = list(tsa.split_lines(ways))
+    assert lines[
+        2
+    ] == "note: no ranks beside split even: this build of torch has no gloo to conn" + ("ect them")
 
 
 @pytest.mark.parametrize(("precision", "best"), [("bf16", "plain bf16"), ("fp32", "plain nhwc")])
@@ -54,7 +101,7 @@ def test_plain_loops_are_named_for_what_they_are(precision, best):
     assert flags == {
         "plain": ("fp32", False),
         best: (precision, True),
-        **dict.fromkeys(("none", "sequential", "overlap", "delayed"), (precision, False)),
+        **dict.fromkeys(("none", "sequential", "overlap", "delayed", "ranks"), (precision, False)),
     }
 
 
@@ -65,11 +112,14 @@ def test_several_splits_have_their_schedules_each():
         "sequential even",
         "overlap even",
         "delayed even",
+        "ranks even",
         "sequential auto",
         "overlap auto",
         "delayed auto",
+        "ranks auto",
     ]
     assert (ways["delayed auto"].split, ways["delayed auto"].schedule) == ("auto", "delayed")
+    assert (ways["ranks even"].split, ways["ranks auto"].split) == ("even", "auto")
 
 
 def ways_on_four_cores(tmp_path, **options):
@@ -96,8 +146,28 @@ def test_all_ways_have_the_cores_of_lists(tmp_path):
     one_lane, split = [((1, 2, 3), 3)], [((1,), 1), ((2, 3), 4)]
     assert ways == {
         **dict.fromkeys(("plain", "plain bf16", "none"), (one_lane, (0,))),
-        **dict.fromkeys(("sequential", "overlap", "delayed"), (split, (0,))),
+        **dict.fromkeys(("sequential", "overlap", "delayed", "ranks"), (split, (0,))),
     }
+
+
+@pytest.mark.parametrize(
+    ("loaders", "of_ranks"),
+    [(None, [(1,), (2, 3)]), ((1, 2), [(1,), (2, 3)]), ((0, 1), [(0,), (0,)])],
+)
+def test_each_rank_has_a_lane_on_a_group_and_loaders_off_the_other(tmp_path, loaders, of_ranks):
+    root = machines.write_machine(tmp_path, machines.SMT_FAR)
+    settings = Settings(batch_size=4, accumulate=2, precision="bf16", num_classes=3)
+    settings = dataclasses.replace(
+        settings, forward_cores=(1,), backward_cores=(2, 3), loader_cores=loaders
+    )
+    way = tsa.all_ways(settings, tsa.read_topology(root, frozenset(range(8))))[-1]
+    assert (way.name, way.ranks) == ("ranks", 2)
+    plans = [tsa.of_one_rank(way, rank).plan for rank in range(2)]
+    assert [plan.groups for plan in plans] == [
+        (tsa.Group("rank 0", (1,), 1, 1),),
+        (tsa.Group("rank 1", (2, 3), 2, 2),),
+    ]
+    assert [plan.loader_cpus for plan in plans] == of_ranks
 
 
 def test_thread_counts_of_groups_leave_one_lane_all_its_threads(tmp_path):
@@ -174,6 +244,25 @@ def test_loaders_have_nothing_left_to_do_after_a_round(photos, monkeypatch):
     assert not all(torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("preload", [False, True])
+def test_ranks_have_a_round_s_images_dealt_out(photos, preload, monkeypatch):
+    """As many batches as were asked for each, which are those of one process in turn."""
+    settings = of_photos(photos, workers=0, preload=preload, ranks=2)
+    feeds, make = [], tsa.training_feed
+    monkeypatch.setattr(tsa, "training_feed", lambda *a: feeds.append(make(*a)) or feeds[-1])
+    keys, dealt = [], []
+    for rank in range(2):
+        with tsa.supplied(settings, (), rank) as supply:
+            dealt.append([images for images, _ in supply(1, 9)])
+            feeds[-1]._order.begin(1, 0, 18)
+            keys.append(list(feeds[-1]._order))
+    order = tsa.EpochOrder(feeds[-1]._order._indices, 2, settings.seed)
+    assert order.begin(1, 0, 18) == 18
+    assert tsa.in_turn(keys) == list(order)
+    assert [len(each) for each in dealt] == [9, 9]
+    assert not torch.equal(dealt[0][0], dealt[1][0])
+
+
 def make_round(step_s, forward_s=0.25, backward_s=0.5, rates=None):
     records = (record("forward", 0, forward_s), record("backward", 1, backward_s))
     steps = tuple(tsa.StepResult(n, 1.0, 8, step_s * n, records) for n in (1, 2, 3))
@@ -182,11 +271,29 @@ def make_round(step_s, forward_s=0.25, backward_s=0.5, rates=None):
     return tsa.Round(steps, {"forward": 0.5, "backward": 0.9}, alone, rates, 2**30)
 
 
+def make_round_of_ranks(step_s):
+    """Steps in which rank 1 takes twice as long."""
+    rounds = []
+    for rank in range(2):
+        each = make_round(step_s, 0.25 * (1 + rank), 0.5 * (1 + rank), rates={f"rank {rank}": 1e9})
+        steps = [
+            dataclasses.replace(
+                step,
+                records=tuple(dataclasses.replace(r, lane=f"rank {rank}") for r in step.records),
+            )
+            for step in each.steps
+        ]
+        rounds.append(dataclasses.replace(each, steps=tuple(steps), busy={f"rank {rank}": 0.5}))
+    return tsa.round_of_ranks(rounds)
+
+
 def make_way(name, settings=None):
     settings = settings or Settings(batch_size=4, accumulate=2)
     schedule = name if name in tsa.SCHEDULES else "sequential"
-    split = "even" if name in tsa.SCHEDULES else "none"
-    return tsa.Way(name, dataclasses.replace(settings, schedule=schedule, split=split), PLAN)
+    split = "even" if name in (*tsa.SCHEDULES, "ranks") else "none"
+    ranks = 2 if name == "ranks" else 1
+    settings = dataclasses.replace(settings, schedule=schedule, split=split, ranks=ranks)
+    return tsa.Way(name, settings, PLAN if ranks == 1 else tsa.plan_of_ranks(PLAN))
 
 
 def test_a_part_of_a_step_tells_the_whole_one():
@@ -319,10 +426,12 @@ def test_all_ways_freeze_alike(monkeypatch, split_plan, one_lane_plan):
     )
     for name, chosen in tsa.way_settings(settings).items():
         loop = tsa.PlainLoop if name.startswith("plain") else tsa.LaneLoop
+        if chosen.ranks > 1:  # what one of them makes of it by itself
+            chosen = dataclasses.replace(chosen, ranks=1, split="none")
         with contextlib.ExitStack() as stack:
             plan = one_lane_plan if chosen.split == "none" else split_plan
             loop(tsa.Way(name, chosen, plan), (), stack).round(tsa.Order(1, 1, 1, True))
-    assert len(built) == 6
+    assert len(built) == 7
     begun = tsa.SmallResNet(3, blocks=1).state_dict()
     for model in built:
         assert list(tsa.trained(model)) == ["fc.weight", "fc.bias"]
@@ -376,6 +485,91 @@ def test_a_plain_loop_stays_on_listed_cores(photos):
     with contextlib.closing(process):
         next(process)
         assert next(process) == (1, {cpu})
+
+
+@contextlib.contextmanager
+def ranks_of(settings, plan):
+    """A way in two ranks, ready to begin: it, and its processes."""
+    way = tsa.Way("ranks", dataclasses.replace(settings, ranks=2), tsa.plan_of_ranks(plan))
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(tsa.StopRequest())
+        yield way, tsa.start_ways(stack, stop, [way], sorted(tsa.ALLOWED_CPUS))["ranks"]
+
+
+RANKED = {"model": "resnet20", "precision": "fp32"}
+
+
+@needs_two_cpus
+@pytest.mark.parametrize(("preload", "workers"), [(True, 0), (False, 1)])
+def test_a_round_of_ranks(photos, split_plan, preload, workers):
+    """They add up their gradients once in a step, each within its own group."""
+    settings = of_photos(photos, preload=preload, workers=workers, **RANKED)
+    with ranks_of(settings, split_plan) as (way, processes):
+        whole = tsa.measure(processes, tsa.Order(1, 3, 2, keep_memory=True))
+        part = tsa.measure(processes, tsa.Order(2, 1, 1, keep_memory=False))
+    lanes = {"rank 0": split_plan.forward.cpu_set, "rank 1": split_plan.backward.cpu_set}
+    assert [step.images for step in whole.steps] == [12, 12]
+    for step in whole.steps:
+        phases = Counter((record.lane, record.phase) for record in step.records)
+        counts = {"forward": 3, "backward": 3, "reduce": 1, "update": 1}
+        assert phases == {(lane, phase): counts[phase] for lane in lanes for phase in counts}
+        assert step.records == tuple(tsa.by_start(step.records))
+        assert {record.lane: record.mask for record in step.records} == lanes
+        assert step.total("stray_s") == 0
+        ends = {each.lane: each.end_s for each in step.records if each.phase == "reduce"}
+        starts = {each.lane: each.start_s for each in step.records if each.phase == "reduce"}
+        assert max(starts.values()) < min(ends.values()), "one clock: nobody has the sum too early"
+    assert (whole.share, part.share, part.steps[0].images) == (1.0, pytest.approx(1 / 3), 4)
+    assert whole.alone is None
+    assert 0 < whole.update_s < whole.step_s
+    assert set(whole.busy) == set(whole.matrix_flops) == set(lanes)
+    assert whole.peak_memory_bytes > 2**28, "two processes with torch"
+    row = tsa.compared_way(way, {"ranks": [whole], "none": [part], "plain bf16": [part]}, {"x": 1})
+    assert (row.ranks, row.batches, row.timed_batches) == (2, "2 x 3 x 2", 3)
+
+
+@needs_two_cpus
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_rank_that_dies_ends_the_comparison(photos, split_plan, workers):
+    settings = of_photos(photos, workers=workers, timeout=600.0, **RANKED)
+    with ranks_of(settings, split_plan) as (_, processes):
+        tsa.measure(processes, tsa.Order(1, 3, 1, keep_memory=True))
+        os.kill(processes[1]._process.pid, signal.SIGKILL)
+        with pytest.raises(tsa.RunError, match="ended by itself|lost another one: connection"):
+            tsa.measure(processes, tsa.Order(2, 3, 1, keep_memory=True))
+    assert [process._process.exitcode for process in processes] == [-9, -9]
+
+
+def test_the_rounds_of_ranks_are_one():
+    """What comes but once in a step is counted from when the last rank has its gradients."""
+    rounds = []
+    for rank, (backward_s, reduce_s) in enumerate([(0.5, 0.375), (0.75, 0.125)]):
+        lane, reduced_s = f"rank {rank}", backward_s + reduce_s
+        phases = (record("backward", 0, backward_s), record("reduce", backward_s, reduce_s))
+        phases += (record("update", reduced_s, 0.25),)
+        records = tuple(dataclasses.replace(each, lane=lane) for each in phases)
+        company = tsa.Company(0.0, 1.0, {lane: 0.2 + rank / 10}, stolen=0.1 * rank)
+        step = tsa.StepResult(1, 1.0, 64, 1.125, records, company=company)
+        alone = PhaseTimes(0.0, 0.5, 0.25, 0.0)
+        rounds.append(tsa.Round((step,), {lane: 0.5}, alone, {lane: 1e9}, 2**30, 0.0, 0.25))
+    both = tsa.round_of_ranks(rounds)
+    assert (both.peak_memory_bytes, both.update_s, both.alone) == (2**31, 0.375, None)
+    assert both.step_s == pytest.approx(0.75 / 0.25 + 0.375)
+    assert both.images_per_s == pytest.approx(64 / 0.25 / both.step_s)
+    assert (both.busy, both.matrix_flops) == (
+        {"rank 0": 0.5, "rank 1": 0.5},
+        {"rank 0": 1e9, "rank 1": 1e9},
+    )
+    assert len(both.steps[0].records) == 6
+    assert both.steps[0].company.stolen == pytest.approx(0.1)
+    assert both.disturbance == (
+        pytest.approx(0.3),
+        "other processes took 30% of the rank 1 cores",
+    )
+    assert tsa.matrix_share("rank 1", both, {"forward": 1e6, "backward": 2e6}) == pytest.approx(
+        3e6 * both.images_per_s / 2 / 1e9
+    )
+    assert tsa.round_of_ranks(rounds[:1]) is rounds[0]
 
 
 @needs_two_cpus
@@ -437,7 +631,7 @@ def test_how_many_steps_a_round_has(asked, shortest_s, steps):
 
 def test_every_way_leaves_a_batch_out():
     settings = Settings(batch_size=32, precision="bf16", num_classes=3, image_size=32)
-    for accumulate, left_out in ((8, [1] * 6), (1, [1, 1, 1, 1, 2, 1])):
+    for accumulate, left_out in ((8, [1] * 7), (1, [1, 1, 1, 1, 2, 1, 1])):
         asked = dataclasses.replace(settings, accumulate=accumulate)
         assert [way.warmup for way in tsa.all_ways(asked, tsa.read_topology())] == left_out
 
@@ -456,6 +650,7 @@ def test_phases_without_company_are_those_of_sequential():
     assert tsa.with_phases(make_way("plain bf16"), bare, others) is bare
     own = make_round(2.0)
     assert tsa.with_phases(make_way("overlap"), own, others) is own
+    assert tsa.with_phases(make_way("ranks"), bare, others) is bare
 
 
 def test_the_pace_of_a_way_by_its_first_round():
@@ -508,6 +703,7 @@ class FakeWays:
 def test_disturbed_rounds_are_repeated_and_left_out(shares, count, used, monkeypatch, capsys):
     fakes = FakeWays(shares)
     monkeypatch.setattr(tsa, "start_ways", lambda *args: fakes)
+    monkeypatch.setattr(tsa, "measure", FakeWays.send)
     ways = [make_way(name, Settings(batch_size=4, accumulate=2)) for name in ("none", "overlap")]
     rounds = tsa.run_rounds(ways, (0, 1, 2), 0.0, drawn=False)
     assert {way: len(each) for way, each in rounds.items()} == {"none": count, "overlap": count}
@@ -533,6 +729,7 @@ def test_the_words_for_disturbed_rounds():
 def test_the_last_round_is_whole_for_the_picture(monkeypatch, capsys):
     fakes = FakeWays([])
     monkeypatch.setattr(tsa, "start_ways", lambda *args: fakes)
+    monkeypatch.setattr(tsa, "measure", FakeWays.send)
     monkeypatch.setattr(tsa, "TIME_LIMIT_S", 0)
     tsa.run_rounds([make_way(name) for name in ("plain", "none")], (0,), 0.0, drawn=True)
     assert [order.batches for order in fakes.orders] == [1, 1] * 7 + [1, 2]
@@ -545,8 +742,14 @@ def make_comparison(split="even", **options):
     settings = Settings(
         batch_size=32, accumulate=8, num_classes=1000, image_size=224, precision="bf16", split=split
     )
-    ways = [tsa.Way(name, each, PLAN) for name, each in tsa.way_settings(settings).items()]
-    rounds = {way.name: [make_round(1.0)] * 7 for way in ways}
+    ways = [
+        tsa.Way(name, each, PLAN if each.ranks == 1 else tsa.plan_of_ranks(PLAN))
+        for name, each in tsa.way_settings(settings).items()
+    ]
+    rounds = {
+        way.name: [make_round(1.0) if way.ranks == 1 else make_round_of_ranks(1.0)] * 7
+        for way in ways
+    }
     flops = {"forward": 1.0, "backward": 1.0}
     topology = tsa.read_topology()
     return tsa.Comparison(settings, settings, topology, ways, rounds | options, flops, 90.0)
@@ -594,14 +797,16 @@ def test_a_picture_has_a_whole_step_of_each_way_with_lanes(monkeypatch, tmp_path
     tsa.draw_comparison(tmp_path / "x.png", make_comparison(delayed=[long] * 7))
     axes = figures[0].axes
     titles = [ax.get_title(loc="left").partition(":")[0] for ax in axes]
-    assert titles == ["none", "sequential", "overlap", "delayed"]
-    assert [ax.get_xlim()[1] for ax in axes] == [pytest.approx(axes[0].get_xlim()[1])] * 4
+    assert titles == ["none", "sequential", "overlap", "delayed", "ranks", ""]
+    assert [ax.get_xlim()[1] for ax in axes] == [pytest.approx(axes[0].get_xlim()[1])] * 6
+    rows = [[label.get_text() for label in ax.get_yticklabels()] for ax in axes[-2:]]
+    assert rows == [["rank 0 lane", "core 0"], ["rank 1 lane", "core 1", "core 2"]]
     assert axes[0].get_xlim()[1] >= 7.0, "delayed goes back from 1.0 s to 7.0 s"
     assert any("torch" in text.get_text() for text in figures[0].figure.findobj(Text))
 
 
-def make_rows(splits=1):
-    names = ["plain", "plain bf16", "none", *tsa.SCHEDULES]
+def make_rows(splits=1, ranks=False):
+    names = ["plain", "plain bf16", "none", *tsa.SCHEDULES, *["ranks"] * ranks]
     rounds = {name: [make_round(1.0)] for name in names}
     flops = {"forward": 1.0, "backward": 1.0}
     rows = [tsa.compared_way(make_way(name), rounds, flops) for name in names]
@@ -651,6 +856,34 @@ def test_the_best_of_many_schedules_needs_all_rounds():
     assert tsa.judge_rounds(ratios, candidates=9) == "the split pays"
     assert tsa.judge_rounds(ratios, candidates=12) == "no difference beyond the noise"
     assert tsa.judge_rounds((1.01, *ratios[1:]), candidates=12) == "the split pays"
+
+
+@pytest.mark.parametrize(
+    ("best", "ratios", "said", "advice"),
+    [
+        (0.75, (0.97, 0.99, 1.0, 1.0, 1.0, 1.01, 1.02), True, "train with --split none"),
+        (0.75, (0.8,) * 7, True, "train with --split none"),
+        (0.75, (0.7,) * 7, False, "train with --split none"),
+        (1.2, (1.1,) * 7, True, "train with --split even --schedule sequential"),
+        (1.2, (1.1, 1.3, 1.3, 1.3, 1.4, 1.4, 1.4), True, "train with --split even --schedule sequ"),
+        (1.2, (1.3,) * 7, True, "train in two ranks (torchrun --nproc-per-node 2, --split none)"),
+        (0.75, (1.1,) * 7, True, "train in two ranks (torchrun --nproc-per-node 2, --split none)"),
+    ],
+)
+def test_the_verdict_on_ranks_is_one_of_a_rival(best, ratios, said, advice):
+    """They are no schedule of the split, whatever their speed."""
+    rows = [dataclasses.replace(row, to_none_rounds=(1.0,) * 7) for row in make_rows(ranks=True)]
+    rounds = {"to_none": best, "to_none_rounds": (best,) * 7}
+    rows[3:6] = (dataclasses.replace(row, **rounds) for row in rows[3:6])
+    rows[6] = dataclasses.replace(rows[6], to_none=ratios[3], to_none_rounds=ratios)
+    text = tsa.verdict(rows)
+    assert "The fastest schedule of the split, sequential, trains at" in text
+    sentence = (
+        f" Data parallelism on the same groups, ranks, trains at {ratios[3]:.2f} of one lane's "
+        f"speed ({ratios[0]:.2f} to {ratios[-1]:.2f}). For speed alone, "
+    )
+    assert (sentence in text) == said
+    assert f" For speed alone, {advice}" in text
 
 
 def simulate(speeds, noise, comparisons=2000):
@@ -713,19 +946,27 @@ def test_a_comparison(in_tmp, capfd, monkeypatch):
     ways = [row["way"] for row in figures["ways"]]
     assert ways[0] == "plain"
     assert ways[1] in ("plain bf16", "plain nhwc")
-    assert ways[2:] == ["none", *tsa.SCHEDULES]
+    assert ways[2:] == ["none", *tsa.SCHEDULES, "ranks"]
     none = figures["ways"][2]
     for row in figures["ways"]:
         low, high = row["images_per_s_range"]
         assert 0 < low <= row["images_per_s"] <= high
         assert row["stray_s"] == 0
         assert row["peak_memory_bytes"] > 2**27
-        assert (row["bound_share"] is None) == row["way"].startswith("plain")
+        ranks = row["way"] == "ranks"
+        assert (row["bound_share"] is None) == (row["way"].startswith("plain") or ranks)
         assert row["way"] in printed
-        assert (row["batches"], row["timed_batches"]) == ("2 x 2", 2)
+        batches = (2, "2 x 1 x 2", 1) if ranks else (1, "2 x 2", 2)
+        assert (row["ranks"], row["batches"], row["timed_batches"]) == batches
     assert none["to_none"] == 1
     assert set(none["matrix_share"]) == {"all"}
-    assert set(figures["ways"][-1]["matrix_share"]) == {"forward", "backward"}
+    assert set(figures["ways"][-2]["matrix_share"]) == {"forward", "backward"}
+    assert set(figures["ways"][-1]["matrix_share"]) == {"rank 0", "rank 1"}
+    assert [figures["plans"]["ranks"][key]["name"] for key in ("forward", "backward")] == [
+        "rank 0",
+        "rank 1",
+    ]
+    assert "; ranks: data parallelism, a process on each group of the split" in printed
     assert figures["verdict"] in printed
     assert printed.count("images/s: plain") == len(figures["rounds"]) == tsa.ROUNDS
     assert sum(each["counts"] for each in figures["rounds"]) == tsa.ROUNDS

@@ -101,6 +101,63 @@ def test_a_process_that_dies_is_an_error():
             next(results)
 
 
+def echo(delay_s):
+    """Gives back what it is sent, after a while."""
+    value = None
+    while True:
+        value = yield value
+        time.sleep(delay_s)
+
+
+def failing(errors):
+    """Raises its error when sent one number, and dies when sent another."""
+    number = yield
+    if number == 9:
+        os._exit(9)
+    raise errors[number]
+
+
+@contextlib.contextmanager
+def elsewhere(*functions):
+    """Several processes."""
+    with contextlib.ExitStack() as stack:
+        made = (tsa.Elsewhere(never, *each) for each in functions)
+        yield [stack.enter_context(contextlib.closing(each)) for each in made]
+
+
+def test_several_go_on_at_the_same_time():
+    with elsewhere((echo, 0.0), (echo, 1.0), (echo, 1.0)) as processes:
+        assert tsa.send_to_all(processes, None) == [None] * 3
+        start_s = time.perf_counter()
+        assert tsa.send_to_all(processes, "x") == ["x"] * 3
+        assert time.perf_counter() - start_s < 1.9
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "message"),
+    [(0, tsa.UserError, "none such"), (1, tsa.RankLost, "gone"), (9, tsa.RunError, "ended by its")],
+)
+def test_one_that_fails_is_not_waited_for_by_others(number, error, message):
+    """The other would take an hour."""
+    errors = tsa.UserError("none such"), tsa.RankLost("gone")
+    with elsewhere((echo, 3600.0), (failing, errors)) as processes:
+        for process in processes:
+            next(process)
+        with pytest.raises(error, match=message):
+            tsa.send_to_all(processes, number)
+
+
+def test_who_has_gone_tells_more_than_who_lost_it(monkeypatch):
+    """Both have answered before anybody looks."""
+    both = tsa.RankLost("gone"), tsa.RunError("a broken image")
+    with elsewhere((failing, both), (failing, both[::-1])) as processes:
+        for process in processes:
+            next(process)
+        monkeypatch.setattr(processes[0], "check_stop", lambda: time.sleep(2))
+        with pytest.raises(tsa.RunError, match="a broken image"):
+            tsa.send_to_all(processes, 0)
+
+
 def test_waiting_for_a_result_can_be_stopped():
     checks = itertools.count()
 
@@ -209,8 +266,14 @@ def test_measuring_groups_of_this_machine():
     topology = tsa.read_topology()
     measured = tsa.measure_scaling(TINY, topology, [1])
     assert list(measured) == [1]
-    for seconds in dataclasses.astuple(measured[1]):
-        assert 0 < seconds < 10
+    check_times(measured[1])
+
+
+def check_times(times):
+    """Phase times of one process, which has nothing to reduce."""
+    found = dataclasses.asdict(times)
+    assert found.pop("reduce_s") == 0
+    assert all(0 < seconds < 10 for seconds in found.values())
 
 
 def test_measuring_meets_the_user_s_errors_first():
@@ -286,4 +349,4 @@ def test_what_a_recipe_asks_for_can_be_measured(recipe, one_lane_plan):
         "tuned_malloc": False,
     }
     (times,) = tsa.time_groups(Settings(**asked), (), [one_lane_plan.forward])
-    assert all(seconds > 0 for seconds in dataclasses.astuple(times))
+    check_times(times)
