@@ -9622,7 +9622,10 @@ class Elsewhere(Iterator[Any]):
         self.check_stop = check_stop
         self.pipe, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, function, args))
+        # It inherits what is blocked: Ctrl-C shall not reach it before it can ignore signals.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         self._process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def __next__(self) -> Any:

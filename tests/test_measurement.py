@@ -57,6 +57,14 @@ def test_an_iterator_elsewhere():
     assert processes[0] != os.getpid()
 
 
+def test_a_signal_does_not_reach_a_process_that_is_only_starting():
+    with contextlib.closing(tsa.Elsewhere(never, squares, 3)) as results:
+        for signum in tsa.STOP_SIGNALS:
+            os.kill(results._process.pid, signum)
+        assert next(results)[0] == 0
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
 def test_an_error_elsewhere_arrives():
     with contextlib.closing(tsa.Elsewhere(never, broken, tsa.UserError("none such"))) as results:
         assert next(results) == 1
@@ -125,12 +133,19 @@ def elsewhere(*functions):
         yield [stack.enter_context(contextlib.closing(each)) for each in made]
 
 
-def test_several_go_on_at_the_same_time():
-    with elsewhere((echo, 0.0), (echo, 1.0), (echo, 1.0)) as processes:
-        assert tsa.send_to_all(processes, None) == [None] * 3
-        start_s = time.perf_counter()
-        assert tsa.send_to_all(processes, "x") == ["x"] * 3
-        assert time.perf_counter() - start_s < 1.9
+def meeting(folder, rank):
+    """Comes back once the other one, too, has begun."""
+    value = yield
+    (folder / f"{rank}").touch()
+    while not (folder / f"{1 - rank}").exists():
+        time.sleep(0.01)
+    yield value, rank
+
+
+def test_several_go_on_at_the_same_time(tmp_path):
+    with elsewhere((meeting, tmp_path, 0), (meeting, tmp_path, 1)) as processes:
+        assert tsa.send_to_all(processes, None) == [None, None]
+        assert tsa.send_to_all(processes, "x") == [("x", 0), ("x", 1)]
 
 
 @pytest.mark.parametrize(
