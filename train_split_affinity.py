@@ -9097,7 +9097,7 @@ def defaults_to_go_on(path: Path, state: State, typed: Values, ranks: int = 1) -
     the checkpoint is now. A recipe that is not that of the saved run counts as typed. As many ranks
     as there are now share the batches of a step.
     """
-    taken = dataclasses.replace(settings_to_go_on(state), ranks=ranks)
+    taken = settings_to_go_on(state)
     batches, rest = divmod(taken.accumulate * saved_settings(state)["ranks"], ranks)
     accumulate = taken.accumulate if rest else batches
     taken = dataclasses.replace(taken, accumulate=accumulate, ranks=ranks)
@@ -9199,7 +9199,7 @@ def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
     return progress, notes
 
 
-def check_same_images(ranks: Ranks, fingerprint: str) -> None:
+def check_same_images(ranks: Ranks, fingerprint: str | None) -> None:
     """Raise UserError unless all ranks have images of the same names and sizes to train on."""
     for rank, found in enumerate(every := ranks.exchange(fingerprint)):
         if found != every[0]:
@@ -9216,8 +9216,8 @@ def train(
         check_tensorboard(settings)
     with prepared(settings, topology, plan, ranks) as run:
         data = None if run.settings.test_only else describe_images(run.data)
-        if data:
-            check_same_images(ranks, data["fingerprint"])
+        with ranks.together():
+            check_same_images(ranks, data and data["fingerprint"])
         asked = asked_again(settings, run.settings)
         checkpoints = Checkpoints(run.settings, warn, data, asked, ranks)
         with contextlib.closing(checkpoints):
@@ -9667,6 +9667,7 @@ def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) ->
     """The process behind Elsewhere: for each value received, the next result or the exception."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     # Else a process made by spawn spawns its loaders, which then differ from those of a run.
     multiprocessing.set_start_method(None, force=True)
     with (

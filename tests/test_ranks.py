@@ -60,14 +60,12 @@ class Crew:
     def __init__(self, folder):
         self.folder, self.count = folder, 0
         self.processes = [tsa.Elsewhere(lambda: None, obey, rank) for rank in range(4)]
-        with ThreadPoolExecutor(4) as executor:
-            list(executor.map(next, self.processes))
+        tsa.send_to_all(self.processes, None)
 
     def call(self, ranks, function, *args):
         """What the function returns on each of so many ranks, or the exception that it raises."""
-        with ThreadPoolExecutor(ranks) as executor:
-            orders = ((process, (function, *args)) for process in self.processes[:ranks])
-            return [result for [result] in executor.map(lambda one: one[0].send(one[1]), orders)]
+        order = function, *args
+        return [result for [result] in tsa.send_to_all(self.processes[:ranks], order)]
 
     def together(self, ranks, function, *args, timeout_s=60.0):
         """The same for a function that gets SeveralRanks first, each connected with all others."""
@@ -566,7 +564,7 @@ def send_signal(rank, delay_s, signum):
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(crew, tmp_path):
-    crew.processes[1].send((send_signal, 3.0, signal.SIGTERM))
+    tsa.send_to_all(crew.processes[1:2], (send_signal, 3.0, signal.SIGTERM))
     options = f"{TINY} -b 4 --steps 1000000 --print-freq 1000000 --output-dir out"
     first, second = crew.main(2, tmp_path, options)
     assert (first[0], second[0]) == (143, 143)
