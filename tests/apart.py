@@ -39,12 +39,10 @@ from digits import make_digits
 
 SCRIPT = Path(__file__).parents[1] / "train_split_affinity.py"
 ENOUGH_PERCENT = 97.0  # top-1
-TIMEOUT_S = 10.0  # how long a rank waits for the other one
+TIMEOUT_S = 10.0  # how long a rank waits for the other one, where that is to be seen
+PATIENT_S = 120.0  # and elsewhere: the first rank may save and draw for a while
 SPARE_S = 20.0  # beyond that: to tell the summary and to draw pictures
-TRAIN = (
-    "--recipe digits --data-path digits --split none -b 16 -j 1 --save-steps 20 "
-    f"--timeout {TIMEOUT_S:g} --resume auto"
-)
+TRAIN = "--recipe digits --data-path digits --split none -b 16 -j 1 --save-steps 20 --resume auto"
 # A name and a boot id of its own for what is started in a namespace.
 AS_MACHINE = 'hostname "$0" && mount --bind boot_id /proc/sys/kernel/random/boot_id && exec "$@"'
 
@@ -187,14 +185,15 @@ class Training:
         self._options = [*TRAIN.split(), "--output-dir", folder, *options]
         self._folder, self._steps = folder, 0
 
-    def start(self) -> list[Half]:
+    def start(self, timeout_s: float) -> list[Half]:
         """Type the same command on both."""
-        return [each.start(self._machines[0], self._options) for each in self._machines]
+        options = [*self._options, "--timeout", f"{timeout_s:g}"]
+        return [each.start(self._machines[0], options) for each in self._machines]
 
     def to_the_end(self) -> int:
         """Begin or go on, to the end; the number of steps."""
         began_s = time.perf_counter()
-        halves = self.start()
+        halves = self.start(PATIENT_S)
         for half in halves:
             self._claims.add(*half.ended_well())
         first = halves[0]
@@ -214,7 +213,7 @@ class Training:
 
     def until(self, step: int) -> list[Half]:
         """Begin or go on, until so many steps are made."""
-        halves = self.start()
+        halves = self.start(TIMEOUT_S)
         while halves[0].process.poll() is None and halves[0].step() < step:
             time.sleep(0.05)
         self._steps = halves[0].step()
