@@ -1942,7 +1942,7 @@ def rank_topology(hosts: Sequence[Host], rank: int) -> Topology:
     machine, as they have not been given any of their own.
 
     Ranks with the same allowed CPUs share them out; a mask that a launcher has set for one rank
-    (torchrun --numa-binding, mpirun --bind-to, taskset) stays as it is. Of a CPU quota and of the
+    (mpirun --bind-to, taskset) stays as it is. Of a CPU quota and of the
     memory each rank of the machine has the same part. bfloat16 is native if it is so for all ranks.
     Pure; raises UserError if there are more ranks than cores.
     """
@@ -5516,7 +5516,7 @@ PLACES = "data_path augment_confused teacher_weights mirror log_file".split()
 BY_MACHINE = "loader_cores forward_threads backward_threads precision tuned_malloc".split()
 NOT_TAKEN = """
     resume weights init_from test_only download machine record quick preload pictures
-    json ranks""".split()
+    json ranks timeout""".split()
 
 # What becomes of another value of each setting when a run is resumed: see `option`.
 ON_RESUME = {each.name: each.metadata["on_resume"] for each in dataclasses.fields(Settings)}
