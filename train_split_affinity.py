@@ -4780,12 +4780,12 @@ class SeveralRanks(Ranks):
     def meet(self, topology: Topology) -> Topology:
         """As in Ranks. Raises UserError if they cannot work together."""
         self.hosts = self.exchange(this_host(topology))
-        versions = [host.torch_version for host in self.hosts]
-        for rank, version in enumerate(versions):
-            if version != versions[0]:
-                where = f"rank {rank} on {self.hosts[rank].name} has torch {version}"
-                raise UserError(f"{where}, rank 0 has {versions[0]}: all need the same")
         with self.together():
+            versions = [host.torch_version for host in self.hosts]
+            for rank, version in enumerate(versions):
+                if version != versions[0]:
+                    where = f"rank {rank} on {self.hosts[rank].name} has torch {version}"
+                    raise UserError(f"{where}, rank 0 has {versions[0]}: all need the same")
             if "GLOO_SOCKET_IFNAME" not in os.environ:
                 os.environ["GLOO_SOCKET_IFNAME"] = network_interface(self.hosts)
             return rank_topology(self.hosts, self.rank)
@@ -4838,7 +4838,8 @@ class SeveralRanks(Ranks):
             if each:
                 self.agreed = True
                 if rank and not isinstance(each, Stopped):
-                    each.args = (f"rank {rank} on {self.hosts[rank].name}: {each}",)
+                    place = f" on {self.hosts[rank].name}" if self.hosts else ""
+                    each.args = (f"rank {rank}{place}: {each}",)
                 raise error if told is not error and rank == self.rank else each
 
     def first(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -11017,6 +11018,20 @@ OF_A_MACHINE = """
     forward_threads backward_threads tuned_malloc""".split()
 
 
+def check_same_options(given: Sequence[dict[str, str]]) -> None:
+    """Raise UserError for the first option that a rank was not given as rank 0 was, unless it is
+    one of a machine.
+    """
+    for rank, name in itertools.product(range(len(given)), sorted(set().union(*given))):
+        here, there = given[rank].get(name), given[0].get(name)
+        if here != there and name not in OF_A_MACHINE:
+            texts = (
+                as_option(name, text) if text else f"no {as_option(name, True)}"
+                for text in (here, there)
+            )
+            raise UserError("rank {} was given {}, rank 0 {}".format(rank, *texts))
+
+
 def parse_together(argv: Sequence[str], ranks: Ranks) -> tuple[str, Settings]:
     """The command and the settings: those of the first rank, which alone may have the checkpoint to
     go on from, but for what may differ between machines. Raises UserError if a rank was given other
@@ -11025,11 +11040,8 @@ def parse_together(argv: Sequence[str], ranks: Ranks) -> tuple[str, Settings]:
     command, settings = ranks.first(parse_arguments, argv, saved_defaults, ranks.size)
     typed = typed_options(*split_arguments(argv))
     given = ranks.exchange({name: option_text(value) for name, value in typed.items()})
-    for rank, name in itertools.product(range(ranks.size), sorted(set().union(*given))):
-        here, there = given[rank].get(name), given[0].get(name)
-        if here != there and name not in OF_A_MACHINE:
-            texts = (as_option(name, text) if text else "none" for text in (here, there))
-            raise UserError("rank {} was given {}, rank 0 {}".format(rank, *texts))
+    with ranks.together():
+        check_same_options(given)
     own = {name: typed[name] for name in OF_A_MACHINE if name in typed}
     return command, dataclasses.replace(settings, **own)
 

@@ -559,6 +559,43 @@ def test_what_ranks_refuse(options, message, crew, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def run_own(rank, size, port, folder, words):
+    return run_main(rank, size, port, folder, words[rank].split())
+
+
+def test_options_that_differ_from_rank_to_rank(crew, digits, tmp_path):
+    """But for what is a machine's own, such as where the data are."""
+    shutil.copytree(digits, tmp_path / "copy")
+    same = f"--model small --image-size 32 -b 8 -j 0 --subset 0.05 --steps 1 --data-path {digits}"
+    words = [f"{same} --lr 0.1", f"{same} --lr 0.2"]
+    first, second = crew.call(2, run_own, 2, free_port(), tmp_path, words)
+    assert (first[0], second[0], second[2]) == (2, 2, "")
+    assert first[2].endswith("error: rank 1 was given --lr 0.2, rank 0 --lr 0.1\n")
+    words = [f"{same} --lr 0.1", f"{same} --lr 0.1 --schedule delayed"]
+    first, _ = crew.call(2, run_own, 2, free_port(), tmp_path, words)
+    assert "rank 1 was given --schedule delayed, rank 0 no --schedule" in first[2]
+    words = [f"{same} --lr 0.1", f"{same} --lr 0.1 -j 1 --data-path {tmp_path}/copy"]
+    several = crew.call(2, run_own, 2, free_port(), tmp_path, words)
+    assert [each[0] for each in several] == [0, 0]
+
+
+def other_torch(ranks):
+    real = tsa.this_host
+    tsa.this_host = lambda topology: dataclasses.replace(
+        real(topology), torch_version=f"2.{ranks.rank}"
+    )
+    try:
+        ranks.meet(tsa.read_topology())
+    finally:
+        tsa.this_host = real
+
+
+def test_ranks_need_the_same_torch(crew):
+    for raised in crew.together(2, other_torch):
+        assert type(raised) is tsa.UserError
+        assert re.fullmatch(r"rank 1 on \S+ has torch 2\.1, rank 0 has 2\.0: .*", str(raised))
+
+
 def send_signal(rank, delay_s, signum):
     threading.Timer(delay_s, os.kill, (os.getpid(), signum)).start()
 
