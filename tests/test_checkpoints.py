@@ -1238,7 +1238,7 @@ def test_settings_that_may_change(settings):
         ({"model": "resnet18"}, "--model resnet18: last.pt has resnet50"),
         ({"num_classes": 5}, "--num-classes 5: last.pt has None"),
         ({"batch_size": 16}, "--batch-size 16: last.pt has 32"),
-        ({"accumulate": 1}, "--accumulate 1: last.pt has 2"),
+        ({"accumulate": 1}, "--accumulate 1: last.pt has 2 batches a step"),
         ({"subset": 0.5}, "--subset 0.5: last.pt has 1.0"),
         ({"opt": "adam"}, "--opt adam: last.pt has sgd"),
         ({"lr_scheduler": "cosine"}, "--lr-scheduler cosine: last.pt has constant"),

@@ -975,7 +975,7 @@ def without_torch(tmp_path):
         (
             "plan --help",
             "usage: train_split_affinity.py plan [options]\n",
-            "--backward-cores 2-5\n",
+            "plan --ranks 4\n",
         ),
         ("find-lr --help", "usage: train_split_affinity.py find-lr [options]", "--steps 200\n"),
         ("compare --steps 3 -h", "usage: train_split_affinity.py compare ", " compare.json\n"),
