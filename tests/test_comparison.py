@@ -489,7 +489,9 @@ def test_a_plain_loop_stays_on_listed_cores(photos):
 
 @contextlib.contextmanager
 def ranks_of(settings, plan):
-    """A way in two ranks, ready to begin: it, and its processes."""
+    """A way in two ranks, a thread each, ready to begin: it, and its processes."""
+    groups = (dataclasses.replace(group, threads=1) for group in plan.groups)
+    plan = dataclasses.replace(plan, **{group.name: group for group in groups})
     way = tsa.Way("ranks", dataclasses.replace(settings, ranks=2), tsa.plan_of_ranks(plan))
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(tsa.StopRequest())
