@@ -124,6 +124,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 __version__ = "1.0.0"
+PROGRAM = "train_split_affinity.py"  # what messages, checkpoints and logs call it
 
 
 # ==================================================================================================
@@ -1190,7 +1191,7 @@ def build_parser(command: str = "train") -> Parser:
     name = f"[{'|'.join(COMMANDS)}]" if command == "train" else command
     name += " PICTURE..." if command == "predict" else ""
     parser = Parser(
-        prog=Path(__file__).name,
+        prog=PROGRAM,
         usage=f"%(prog)s {name} [options]",
         description=describe_command(command),
         epilog=describe_use(command),
@@ -1259,7 +1260,7 @@ def list_recipes() -> str:
 def version_line() -> str:
     """The versions that a report of trouble should name."""
     packages = ", ".join(f"{name} {installed_version(name)}" for name in ("torch", "torchvision"))
-    return f"{Path(__file__).name} {__version__}, Python {platform.python_version()}, {packages}"
+    return f"{PROGRAM} {__version__}, Python {platform.python_version()}, {packages}"
 
 
 def add_option(help_group: Any, setting: dataclasses.Field, shown: bool) -> None:
@@ -1367,7 +1368,7 @@ def end_early() -> None:
         if launch.local_rank:  # which the launcher ends as soon as the first one has said why
             time.sleep(ENDED_WITHIN_S)
         else:
-            tell(f"{Path(__file__).name}: error: {readable(str(error))}", sys.stderr)
+            tell(f"{PROGRAM}: error: {readable(str(error))}", sys.stderr)
         raise SystemExit(error.exit_code) from None
 
 
@@ -1399,7 +1400,7 @@ def explain_import_error(error: Exception) -> str:
     versions = (f"{package} {installed_version(package)}" for package in ("torch", "torchvision"))
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (
-        f"{Path(__file__).name}: error: cannot load {' with '.join(versions)}: {reason}; a torch "
+        f"{PROGRAM}: error: cannot load {' with '.join(versions)}: {reason}; a torch "
         "release needs the torchvision made for it: pip install --upgrade -r requirements.txt"
     )
 
@@ -5586,7 +5587,7 @@ def versions() -> dict[str, str]:
         "torchvision": str(torchvision.__version__),
         "psutil": psutil.__version__,
         "system": f"{platform.system()} {platform.release()}",
-        Path(__file__).stem: __version__,
+        Path(PROGRAM).stem: __version__,
     }
 
 
@@ -9819,9 +9820,12 @@ def time_groups(
 # schedule, and two ranks on its groups; their figures side by side, and a verdict.
 # ==================================================================================================
 
-ROUNDS, MOST_REPEATS = 7, 3
+ROUNDS = 7
+MOST_REPEATS = 3  # of disturbed rounds
 TIME_LIMIT_S = 14 * 60  # for a comparison whose steps nobody has counted
-LEAST_STEPS_S, MOST_STEPS = 2.0, 32  # to measure of a way in a round, where steps are short
+# To measure of a way in a round, where steps are short.
+LEAST_STEPS_S = 2.0
+MOST_STEPS = 32
 PRELOADED_BATCHES = 8  # at the least
 
 
@@ -11078,7 +11082,7 @@ def run_together(argv: Sequence[str], launch: Launch) -> int:
         error = raised
     foreseen = isinstance(error, (UserError, RunError, Stopped))
     if error and not (launch.local_rank and ranks.agreed and foreseen):
-        say(f"{Path(__file__).name}: {last_words(error, folder)}", sys.stderr)
+        say(f"{PROGRAM}: {last_words(error, folder)}", sys.stderr)
     ranks.close(not error or ranks.agreed)
     return exit_code(error)
 
