@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -37,6 +38,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 from kill import differing
+from patching import set_everywhere
 from torch import nn
 
 import train_split_affinity as tsa
@@ -53,7 +55,7 @@ def small_runs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tsa.OWN_MODELS, "small", small_model)
         for name in ("draw_timelines", "draw_curves", "draw_gradients"):
-            patch.setattr(tsa, name, lambda *args: None)
+            set_everywhere(patch, name, lambda *args: None)
         yield
 
 
@@ -680,7 +682,7 @@ def test_killed_at_any_moment_of_the_save_after_a_damaged_one(tmp_path):
 def test_names_that_a_kill_kept_from_being_given(in_tmp, monkeypatch, train):
     """Epoch 1 is the best one, and its file is what a run of weeks is made for."""
     with monkeypatch.context() as patch:
-        patch.setattr(tsa, "link_file", functools.partial(raise_, Killed()))
+        set_everywhere(patch, "link_file", functools.partial(raise_, Killed()))
         with pytest.raises(Killed):
             train(in_tmp / "out", save_freq=1)
     assert [path.name for path in (in_tmp / "out").glob("*.pt")] == ["last.pt"]
@@ -715,16 +717,16 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path):
     assert (step_of(tmp_path), step_of(tmp_path, "previous.pt")) == (3, 2)
 
 
-def patch_from_epoch_2(monkeypatch, owner, name, error):
-    """Have a function fail once the second epoch is finished."""
+def patch_from_epoch_2(monkeypatch, patch, owner, error):
+    """Have a function fail once the second epoch is finished: `patch` puts another in its place."""
     finish_epoch = tsa.finish_epoch
 
     def finish(run, progress, report):
         finish_epoch(run, progress, report)
         if progress.epoch == 2:
-            monkeypatch.setattr(owner, name, functools.partial(raise_, error))
+            patch(*owner, functools.partial(raise_, error))
 
-    monkeypatch.setattr(tsa, "finish_epoch", finish)
+    set_everywhere(monkeypatch, "finish_epoch", finish)
 
 
 @pytest.mark.parametrize(
@@ -738,7 +740,8 @@ def test_a_disk_that_fails_while_the_run_goes_on(
     in_tmp, monkeypatch, capsys, arguments, broken, number, reason
 ):
     error = OSError(number, os.strerror(number))
-    patch_from_epoch_2(monkeypatch, os if broken == "fsync" else torch, broken, error)
+    owner = os if broken == "fsync" else torch, broken
+    patch_from_epoch_2(monkeypatch, monkeypatch.setattr, owner, error)
     assert tsa.main([*arguments, *output(in_tmp / "out")]) == 0
     captured = capsys.readouterr()
     assert f"last.pt: not saved: {reason}; earlier checkpoints are untouched" in captured.err
@@ -749,7 +752,8 @@ def test_a_disk_that_fails_while_the_run_goes_on(
 
 def test_a_name_that_cannot_be_given_is_told(in_tmp, monkeypatch, capsys, arguments):
     error = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-    patch_from_epoch_2(monkeypatch, tsa, "link_file", error)
+    patch = functools.partial(set_everywhere, monkeypatch)
+    patch_from_epoch_2(monkeypatch, patch, ["link_file"], error)
     options = [*arguments, *output(in_tmp / "out"), "--keep-best", "2"]
     assert tsa.main(options) == 0
     told = capsys.readouterr().err
@@ -913,7 +917,7 @@ def test_the_report_of_a_run_on_a_full_disk(small_disk, monkeypatch, capsys):
     for name in ("timeline.png", "trace.json"):
         (folder / name).write_text("earlier")
     monkeypatch.setattr(tsa.RunReport, "finish", lambda *args: (fill(small_disk), finish(*args)))
-    monkeypatch.setattr(tsa, "draw_timelines", lambda path, *_: picture(path))
+    set_everywhere(monkeypatch, "draw_timelines", lambda path, *_: picture(path))
     options = ["--log-file", str(small_disk.parent / "logs.md"), "--output-dir", str(folder)]
     assert tsa.main([*TINY, "--steps", "8", *options]) == 0
     error = capsys.readouterr().err
@@ -1774,7 +1778,7 @@ def test_no_team_of_threads_reads_the_settings(trained, monkeypatch):
         threads.append(torch.get_num_threads())
         return read(path)
 
-    monkeypatch.setattr(tsa, "read_checkpoint", counting)
+    set_everywhere(monkeypatch, "read_checkpoint", counting)
     before = torch.get_num_threads()
     for resumed in (
         {"resume": trained / "last.pt"},
@@ -1796,7 +1800,7 @@ def test_auto_brings_the_settings_of_the_run_that_it_finds(copied, capsys):
 
 @needs_two_cpus
 def test_a_checkpoint_of_an_earlier_version_goes_on_alone(in_tmp, monkeypatch, capsys):
-    monkeypatch.setattr(tsa, "SyntheticImages", EarlierImages)
+    set_everywhere(monkeypatch, "SyntheticImages", EarlierImages)
     shutil.copy(EARLIER / "sequential.pt", "last.pt")
     threads = ["--forward-threads", "1", "--backward-threads", "1", "--precision", "fp32"]
     assert tsa.main(["--resume", "last.pt", *threads]) == 0
@@ -2163,7 +2167,7 @@ def test_a_teacher_of_torchvision_by_name(monkeypatch, one_lane_plan):
         asked.append(about)
         return tsa.Pretrained(names, native, source.state_dict)
 
-    monkeypatch.setattr(tsa, "find_weights", find)
+    set_everywhere(monkeypatch, "find_weights", find)
     settings = Settings(
         num_classes=3, image_size=32, teacher="small", teacher_weights="DEFAULT", teacher_share=0.3
     )
@@ -2438,7 +2442,7 @@ def uploads(monkeypatch):
             return put_file(*args, **options)
 
         monkeypatch.setattr(MemoryFileSystem, "put_file", put)
-        monkeypatch.setattr(tsa.time, "sleep", pauses.append)
+        monkeypatch.setattr(time, "sleep", pauses.append)
         return pauses
 
     return fail_with
@@ -2507,7 +2511,7 @@ def test_half_an_upload_is_never_under_the_name(monkeypatch, tmp_path, far):
         raise ConnectionError("cable cut")
 
     monkeypatch.setattr(MemoryFileSystem, "put_file", put)
-    monkeypatch.setattr(tsa, "UPLOAD_ATTEMPTS", 1)
+    set_everywhere(monkeypatch, "UPLOAD_ATTEMPTS", 1)
     assert mirror_files(far, path) == ["mirror: last.pt not copied in 1 attempt: cable cut"]
     assert fsspec.open(f"{far}/last.pt").open().read() == b"old"
 
@@ -2572,7 +2576,7 @@ def hanging_store(monkeypatch):
         begun.set()
         released.wait()
 
-    monkeypatch.setattr(tsa, "LAST_UPLOADS_S", 0.1)
+    set_everywhere(monkeypatch, "LAST_UPLOADS_S", 0.1)
     monkeypatch.setattr(MemoryFileSystem, "put_file", put)
     yield begun
     released.set()
@@ -2775,7 +2779,7 @@ class EarlierImages(torchvision.datasets.FakeData):
 @pytest.fixture
 def go_on_from_earlier(monkeypatch):
     """Runs of today's program on the images of then."""
-    monkeypatch.setattr(tsa, "SyntheticImages", EarlierImages)
+    set_everywhere(monkeypatch, "SyntheticImages", EarlierImages)
     return resume_earlier
 
 
@@ -2815,7 +2819,7 @@ def test_a_checkpoint_of_an_earlier_version_is_restored_to_the_bit(
         states.append(copy.deepcopy([state, made]))
         return progress
 
-    monkeypatch.setattr(tsa, "restore_state", restored)
+    set_everywhere(monkeypatch, "restore_state", restored)
     go_on_from_earlier(schedule)
     ((saved, made),) = states
     assert saved["progress"]["step"] == 7

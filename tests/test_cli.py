@@ -21,6 +21,7 @@ import pytest
 import torch
 import torchvision
 from conftest import TINY, TWO_CPUS, needs_two_cpus, read_metrics, scalars_in
+from patching import set_everywhere
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
@@ -281,7 +282,7 @@ def test_tensorboard_is_needed_to_train_alone(monkeypatch):
     def fail():
         raise TypeError("Descriptors cannot be created directly.\nIf this call came from ...")
 
-    monkeypatch.setattr(tsa, "event_record", fail)
+    set_everywhere(monkeypatch, "event_record", fail)
     tsa.check_tensorboard(tsa.Settings())
     tsa.check_tensorboard(tsa.Settings(tensorboard=True, test_only=True))
     with pytest.raises(tsa.UserError, match=r"tensorboard \(Descriptors cannot be .* directly.\)$"):
@@ -369,8 +370,10 @@ def test_a_run_over_epochs_says_that_nothing_is_saved(in_tmp, photos_with_val, c
 
 
 def test_find_lr(in_tmp, photos, capsys, monkeypatch):
-    monkeypatch.setattr(
-        tsa, "judge_rates", lambda rates, losses: tsa.RangeTest(tuple(rates), tuple(losses), 0.0123)
+    set_everywhere(
+        monkeypatch,
+        "judge_rates",
+        lambda rates, losses: tsa.RangeTest(tuple(rates), tuple(losses), 0.0123),
     )
     arguments = [*TINY, "--data-path", str(photos), "--steps", "12"]
     assert tsa.main(["find-lr", *arguments, "--output-dir", "out"]) == 0
@@ -530,7 +533,7 @@ def test_weights_by_name_are_tested_without_any_training(
     in_tmp, imagenet_photos, torch_cache, capsys, monkeypatch
 ):
     """Their figures are those of torchvision's model and preprocessing."""
-    monkeypatch.setattr(tsa, "LARGEST_MATRIX", 100)  # a picture of more takes seconds
+    set_everywhere(monkeypatch, "LARGEST_MATRIX", 100)  # a picture of more takes seconds
     torch_cache("squeezenet1_1")
     weights = torchvision.models.SqueezeNet1_1_Weights.DEFAULT
     model = torchvision.models.squeezenet1_1(weights=weights).eval()
@@ -866,7 +869,7 @@ def test_an_error_that_nobody_foresaw(in_tmp, tmp_path, monkeypatch, capsys, err
 
 def test_a_traceback_that_cannot_be_written_is_shown(in_tmp, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
-    monkeypatch.setattr(tsa, "read_topology", lambda: [][0])
+    set_everywhere(monkeypatch, "read_topology", lambda: [][0])
     assert tsa.main(TINY) == 1
     error = capsys.readouterr().err
     assert "error: an error that was not foreseen: IndexError: list index out of range" in error
@@ -877,7 +880,7 @@ def test_an_interrupt_before_the_run_has_begun(in_tmp, capsys, monkeypatch):
     def interrupted(settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tsa, "open_data", interrupted)
+    set_everywhere(monkeypatch, "open_data", interrupted)
     assert tsa.main(TINY) == 130
     assert capsys.readouterr().err == "train_split_affinity.py: stopped by SIGINT\n"
 
@@ -1095,7 +1098,7 @@ def test_programs_beside_the_tests_make_their_data(in_tmp, monkeypatch, name, fi
 
 def test_digits_like_cifar10_go_to_the_program_with_its_options(in_tmp, monkeypatch):
     commands = []
-    monkeypatch.setattr(tsa, "main", lambda arguments: commands.append(arguments) or 3)
+    set_everywhere(monkeypatch, "main", lambda arguments: commands.append(arguments) or 3)
     for name in ("train_list", "test_list", "meta"):
         monkeypatch.setattr(CIFAR10, name, getattr(CIFAR10, name))  # to be put back
     options = ["--recipe", "cifar10", "--epochs", "2", "--help"]

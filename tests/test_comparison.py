@@ -16,8 +16,9 @@ import pytest
 import torch
 from conftest import needs_two_cpus, small_model
 from matplotlib.text import Text
+from patching import set_everywhere
 from records import PLAN, record
-from torch import nn
+from torch import distributed, nn
 
 import train_split_affinity as tsa
 from train_split_affinity import PhaseTimes, Settings
@@ -84,7 +85,7 @@ def test_why_there_are_no_ranks(tmp_path, monkeypatch):
         assert ways[-1].name == ("ranks" if name == "two" else "delayed")
         notes = [line for line in tsa.split_lines(ways) if "no ranks" in line]
         assert len(notes) == (name == "one")
-    monkeypatch.setattr(tsa.distributed, "is_gloo_available", lambda: False)
+    monkeypatch.setattr(distributed, "is_gloo_available", lambda: False)
     root = machines.write_machine(tmp_path / "no gloo", machines.TWO)
     ways = tsa.all_ways(even, tsa.read_topology(root, frozenset(range(2))))
     assert ways[-1].name == "delayed"
@@ -235,7 +236,7 @@ def test_the_images_of_a_comparison_may_be_mixed(photos):
 def test_loaders_have_nothing_left_to_do_after_a_round(photos, monkeypatch):
     """A round may have more batches than the data; each has others, the same for all ways."""
     feeds, make = [], tsa.training_feed
-    monkeypatch.setattr(tsa, "training_feed", lambda *a: feeds.append(make(*a)) or feeds[0])
+    set_everywhere(monkeypatch, "training_feed", lambda *a: feeds.append(make(*a)) or feeds[0])
     with tsa.supplied(of_photos(photos, workers=2), sorted(tsa.ALLOWED_CPUS)) as supply:
         first, second, again = (list(supply(number, 20)) for number in (1, 2, 1))
         assert feeds[0]._loader._iterator._tasks_outstanding == 0
@@ -249,7 +250,7 @@ def test_ranks_have_a_round_s_images_dealt_out(photos, preload, monkeypatch):
     """As many batches as were asked for each, which are those of one process in turn."""
     settings = of_photos(photos, workers=0, preload=preload, ranks=2)
     feeds, make = [], tsa.training_feed
-    monkeypatch.setattr(tsa, "training_feed", lambda *a: feeds.append(make(*a)) or feeds[-1])
+    set_everywhere(monkeypatch, "training_feed", lambda *a: feeds.append(make(*a)) or feeds[-1])
     keys, dealt = [], []
     for rank in range(2):
         with tsa.supplied(settings, (), rank) as supply:
@@ -344,9 +345,9 @@ def test_how_busy_the_plain_loop_is_by_physical_cores(tmp_path, monkeypatch):
     settings = Settings(batch_size=2, num_classes=3, image_size=8, precision="fp32", split="1:2")
     plain = tsa.all_ways(settings, topology)[0]
     step = tsa.StepResult(0, 1.0, 2, step_s=0.5, records=(), main_thread_s=2.0)
-    monkeypatch.setattr(tsa, "build_model", lambda name, *shape: small_model(*shape[:2]))
+    set_everywhere(monkeypatch, "build_model", lambda name, *shape: small_model(*shape[:2]))
     monkeypatch.setattr(tsa.PlainLoop, "step", lambda *args: (step, 0.125))
-    monkeypatch.setattr(tsa, "start_team", set)
+    set_everywhere(monkeypatch, "start_team", set)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     with contextlib.closing(tsa.rounds_of(plain, topology.online)) as rounds:
@@ -373,11 +374,11 @@ def test_a_plain_loop_is_the_textbook_one(monkeypatch, precision, layout, share)
         label_smoothing=0.1,
     )
     monkeypatch.setitem(tsa.OWN_MODELS, "small", small_model)
-    monkeypatch.setattr(tsa, "start_team", set)
+    set_everywhere(monkeypatch, "start_team", set)
     torch.manual_seed(1)
     teacher = small_model(3, 8).eval()
     made = None if share is None else tsa.Teacher(teacher, share)
-    monkeypatch.setattr(tsa, "build_teacher", lambda settings, classes: made)
+    set_everywhere(monkeypatch, "build_teacher", lambda settings, classes: made)
     group = tsa.Group("all", tuple(sorted(tsa.ALLOWED_CPUS)), 1)
     way = tsa.Way("plain", settings, tsa.CorePlan("none", group, group, group.cpus))
     with contextlib.ExitStack() as stack:
@@ -407,7 +408,7 @@ def test_a_plain_loop_is_the_textbook_one(monkeypatch, precision, layout, share)
 def test_all_ways_freeze_alike(monkeypatch, split_plan, one_lane_plan):
     """Plain loops too, and blocks are left out in all of them."""
     monkeypatch.setitem(tsa.OWN_MODELS, "blocks", lambda classes, _: tsa.SmallResNet(classes, 1))
-    monkeypatch.setattr(tsa, "start_team", set)
+    set_everywhere(monkeypatch, "start_team", set)
     settings = Settings(
         model="blocks",
         num_classes=3,
@@ -421,8 +422,8 @@ def test_all_ways_freeze_alike(monkeypatch, split_plan, one_lane_plan):
         preload=True,
     )
     built, real = [], tsa.build_optimizer
-    monkeypatch.setattr(
-        tsa, "build_optimizer", lambda model, *_: built.append(model) or real(model, *_)
+    set_everywhere(
+        monkeypatch, "build_optimizer", lambda model, *_: built.append(model) or real(model, *_)
     )
     for name, chosen in tsa.way_settings(settings).items():
         loop = tsa.PlainLoop if name.startswith("plain") else tsa.LaneLoop
@@ -578,8 +579,8 @@ def test_the_rounds_of_ranks_are_one():
 @pytest.mark.parametrize("schedule", list(tsa.SCHEDULES))
 @pytest.mark.parametrize("preload", [False, True])
 def test_a_round_on_lanes(photos, split_plan, monkeypatch, schedule, preload):
-    monkeypatch.setattr(tsa, "build_model", lambda name, *shape: small_model(*shape[:2]))
-    monkeypatch.setattr(tsa, "matrix_flops", lambda bf16: 1e9)
+    set_everywhere(monkeypatch, "build_model", lambda name, *shape: small_model(*shape[:2]))
+    set_everywhere(monkeypatch, "matrix_flops", lambda bf16: 1e9)
     options = {"precision": "fp32", "tuned_malloc": False, "workers": 0, "preload": preload}
     settings = of_photos(photos, split="even", schedule=schedule, **options)
     way = tsa.Way(schedule, settings, split_plan)
@@ -704,8 +705,8 @@ class FakeWays:
 )
 def test_disturbed_rounds_are_repeated_and_left_out(shares, count, used, monkeypatch, capsys):
     fakes = FakeWays(shares)
-    monkeypatch.setattr(tsa, "start_ways", lambda *args: fakes)
-    monkeypatch.setattr(tsa, "measure", FakeWays.send)
+    set_everywhere(monkeypatch, "start_ways", lambda *args: fakes)
+    set_everywhere(monkeypatch, "measure", FakeWays.send)
     ways = [make_way(name, Settings(batch_size=4, accumulate=2)) for name in ("none", "overlap")]
     rounds = tsa.run_rounds(ways, (0, 1, 2), 0.0, drawn=False)
     assert {way: len(each) for way, each in rounds.items()} == {"none": count, "overlap": count}
@@ -730,9 +731,9 @@ def test_the_words_for_disturbed_rounds():
 
 def test_the_last_round_is_whole_for_the_picture(monkeypatch, capsys):
     fakes = FakeWays([])
-    monkeypatch.setattr(tsa, "start_ways", lambda *args: fakes)
-    monkeypatch.setattr(tsa, "measure", FakeWays.send)
-    monkeypatch.setattr(tsa, "TIME_LIMIT_S", 0)
+    set_everywhere(monkeypatch, "start_ways", lambda *args: fakes)
+    set_everywhere(monkeypatch, "measure", FakeWays.send)
+    set_everywhere(monkeypatch, "TIME_LIMIT_S", 0)
     tsa.run_rounds([make_way(name) for name in ("plain", "none")], (0,), 0.0, drawn=True)
     assert [order.batches for order in fakes.orders] == [1, 1] * 7 + [1, 2]
     assert "a part is measured: plain 1 of 2, none 1 of 2 batches" in " ".join(
@@ -794,7 +795,7 @@ def test_a_verdict_from_disturbed_rounds_says_so():
 
 def test_a_picture_has_a_whole_step_of_each_way_with_lanes(monkeypatch, tmp_path):
     figures = []
-    monkeypatch.setattr(tsa, "save_figure", lambda figure, path: figures.append(figure))
+    set_everywhere(monkeypatch, "save_figure", lambda figure, path: figures.append(figure))
     long = make_round(9.0, forward_s=2.0, backward_s=6.0)
     tsa.draw_comparison(tmp_path / "x.png", make_comparison(delayed=[long] * 7))
     axes = figures[0].axes
@@ -937,8 +938,8 @@ def test_a_difference_of_a_tenth_is_nearly_always_found(speeds, judgement):
 
 @needs_two_cpus
 def test_a_comparison(in_tmp, capfd, monkeypatch):
-    monkeypatch.setattr(tsa, "ROUNDS", 2)
-    monkeypatch.setattr(tsa, "MOST_REPEATS", 0)
+    set_everywhere(monkeypatch, "ROUNDS", 2)
+    set_everywhere(monkeypatch, "MOST_REPEATS", 0)
     arguments = "--model resnet18 --image-size 32 -b 2 --num-classes 5 --steps 1".split()
     arguments += ["--accumulate", "2"]
     places = ["--json", "c.json", "--output-dir", "out"]

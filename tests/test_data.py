@@ -1,6 +1,7 @@
 """Data. Run: python -m pytest tests/test_data.py"""
 
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import functools
@@ -8,6 +9,7 @@ import gc
 import hashlib
 import http.server
 import json
+import multiprocessing
 import os
 import pickle
 import resource
@@ -32,6 +34,7 @@ from cifar import CIFAR10, DIGITS, FOLDER, accept, make_cifar, make_cifar_digits
 from conftest import TINY, as_loaded
 from hypothesis import given
 from hypothesis import strategies as st
+from patching import set_everywhere
 from PIL import Image
 from scipy.special import betainc
 from torch.utils.data import Dataset
@@ -1443,7 +1446,7 @@ def test_images_grow_while_training_and_not_in_validation(with_val, workers):
 
 def test_a_ramp_of_any_length_is_ready_at_once(monkeypatch):
     calls, size_in = [], tsa.image_size_in
-    monkeypatch.setattr(tsa, "image_size_in", lambda *args: calls.append(args) or size_in(*args))
+    set_everywhere(monkeypatch, "image_size_in", lambda *args: calls.append(args) or size_in(*args))
     settings = small(min_res=32, image_size=64, end_ramp=100_000)
     data = tsa.open_data(settings)
     sides = [load(data, settings, epoch, stop=1)[0][0].shape[-1] for epoch in (1, 99_999, 100_000)]
@@ -1516,7 +1519,7 @@ def test_a_picture_that_nobody_has_room_for_is_not_broken(photos, monkeypatch, e
     def fail(path):
         raise error
 
-    monkeypatch.setattr(tsa.Image, "open", fail)
+    monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(type(error)) as caught:
         tsa.load_image(str(path))
     assert caught.value is error
@@ -1760,7 +1763,7 @@ class NoMemoryFiles:
     "library", [NoMemoryFiles(), type("", (), {"memfd_create": lambda *_: -1})()]
 )
 def test_without_memory_files_torch_shares_as_it_does(monkeypatch, library):
-    monkeypatch.setattr(tsa.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     tensor = torch.arange(5)
     assert tsa.shared(tensor) is tensor
     settings = small(workers=1, num_classes=5)
@@ -1775,7 +1778,7 @@ def load_in_small_shm():
     its own; ends with SHARES_NOTHING if there may be none.
     """
     clone_newns = 0x20000  # of sched.h
-    if tsa.ctypes.CDLL(None).unshare(clone_newns):
+    if ctypes.CDLL(None).unshare(clone_newns):
         os._exit(SHARES_NOTHING)
     for options in ("--make-rprivate /", "-t tmpfs -o size=64k tmpfs /dev/shm"):
         if subprocess.run(["mount", *options.split()], stderr=subprocess.DEVNULL).returncode:
@@ -1787,7 +1790,7 @@ def load_in_small_shm():
 
 @needs_memory_files
 def test_loading_with_64_kilobytes_of_dev_shm():
-    process = tsa.multiprocessing.get_context("fork").Process(target=load_in_small_shm)
+    process = multiprocessing.get_context("fork").Process(target=load_in_small_shm)
     process.start()
     process.join(60)
     if process.exitcode == SHARES_NOTHING:
@@ -1797,7 +1800,7 @@ def test_loading_with_64_kilobytes_of_dev_shm():
 
 def test_too_few_open_files_are_refused_before_any_loader_starts(monkeypatch):
     before, limits = loaders(), resource.getrlimit(resource.RLIMIT_NOFILE)
-    monkeypatch.setattr(tsa.resource, "getrlimit", lambda which: (20, 20))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (20, 20))
     settings = small(num_classes=3, workers=2)
     error = (
         r"^--workers 2 can need \d+ open files, and 20 are allowed: raise ulimit -n, or .* -j 0$"
@@ -1835,8 +1838,8 @@ def test_loaders_need_no_more_open_files_than_are_asked_for(monkeypatch, workers
     opens to see whether it can.
     """
     asked = []
-    monkeypatch.setattr(tsa.resource, "setrlimit", lambda which, limits: asked.append(limits[0]))
-    monkeypatch.setattr(tsa.resource, "getrlimit", lambda which: (0, 0))
+    monkeypatch.setattr(resource, "setrlimit", lambda which, limits: asked.append(limits[0]))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (0, 0))
     me, most = psutil.Process(), 0
     settings = small(num_classes=3, workers=workers, batch_size=2)
     before = loaders()
@@ -1863,7 +1866,7 @@ def test_loaders_that_cannot_start_leave_none_behind(monkeypatch):
     settings = small(num_classes=3, workers=3)
     with pytest.raises(tsa.RunError, match=error):
         tsa.training_feed(tsa.open_data(settings), settings, ALL_CPUS)
-    for process in tsa.multiprocessing.active_children():
+    for process in multiprocessing.active_children():
         process.join(10)
     assert loaders() == before
     gc.collect()
@@ -2091,7 +2094,7 @@ def test_too_few_images_to_keep_any_apart(tmp_path):
 def run(tmp_path, in_tmp, capsys, monkeypatch):
     """Runs with images kept apart; returns the exit code and what was printed."""
     for name in ("draw_timelines", "draw_curves", "draw_gradients"):  # longer than such a run
-        monkeypatch.setattr(tsa, name, lambda *args: None)
+        set_everywhere(monkeypatch, name, lambda *args: None)
     root = folder_with(tmp_path / "data", a=5, b=5)
     fixed = [*TINY, "--data-path", str(root), "--num-classes", "2", "--split", "none", "-b", "4"]
 

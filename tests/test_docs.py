@@ -16,6 +16,7 @@ from pathlib import Path
 import cifar
 import pytest
 from digits import make_digits
+from patching import set_everywhere
 from photos import make_photos
 from torch.distributed.run import get_args_parser
 
@@ -88,7 +89,7 @@ def world(tmp_path, torch_cache) -> Path:
 def test_the_commands_of_a_page_run(page, world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     monkeypatch.syspath_prepend(ROOT / "tests")
-    monkeypatch.setattr(tsa, "ROUNDS", 2)
+    set_everywhere(monkeypatch, "ROUNDS", 2)
     cifar.accept(monkeypatch, world / "cifar")
     for program, *arguments in commands(page.read_text()):
         if program == SCRIPT:

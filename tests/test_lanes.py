@@ -1,6 +1,7 @@
 """Lanes and the audit, read from /proc. Run: python -m pytest tests/test_lanes.py"""
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import platform
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import needs_two_cpus
+from patching import set_everywhere
 
 import train_split_affinity as tsa
 
@@ -79,7 +81,7 @@ def test_a_lane_s_thread_is_never_elsewhere(split_plan, monkeypatch):
         first_masks.setdefault(threading.get_native_id(), tsa.process_cpus())
         return confine(cpus)
 
-    monkeypatch.setattr(tsa, "confine_thread", confine)
+    set_everywhere(monkeypatch, "confine_thread", confine)
     with tsa.Lanes(split_plan, ()) as lanes:
         for lane in (lanes.forward, lanes.backward):
             born_on = first_masks[lane.call(threading.get_native_id)]
@@ -157,9 +159,9 @@ def test_the_audit_tells_how_long_threads_were_busy_where_they_were_last_seen(
     """Two threads on one CPU, and one elsewhere; none of them is Python's."""
     tids = range(10**8, 10**8 + 3)
     cpu_of = dict(zip(tids, (0, 0, 4), strict=True))
-    monkeypatch.setattr(tsa, "last_cpu", cpu_of.get)
+    set_everywhere(monkeypatch, "last_cpu", cpu_of.get)
     group = split_plan.forward
-    monkeypatch.setattr(tsa.os, "sched_getaffinity", lambda tid: set(group.cpus))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda tid: set(group.cpus))
     before = dict.fromkeys(tids, 1_000_000_000)
     after = dict(zip(tids, (3_000_000_000, 1_500_000_000, 1_250_000_000), strict=True))
     used = tsa.Audit(()).attribute(group, before, after)
@@ -186,7 +188,7 @@ def test_the_audit_counts_a_thread_born_within_the_phase(forward_worker, split_p
 )
 def test_the_audit_looks_closely_as_often_as_it_may_cost(share, looks, lanes, monkeypatch):
     """At each kind of phase by itself, so that a short one is not always passed over."""
-    monkeypatch.setattr(tsa, "LOOK_SHARE", share)
+    set_everywhere(monkeypatch, "LOOK_SHARE", share)
     for phase in ("backward", "update") * 3:
         lanes.backward.run(phase, convolve, *make_conv(), 1)
     records = lanes.take_records()
@@ -399,7 +401,7 @@ def test_the_tuned_allocator_keeps_its_memory():
 
 def test_without_glibc_the_allocator_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    monkeypatch.setattr(tsa.ctypes, "CDLL", None)
+    monkeypatch.setattr(ctypes, "CDLL", None)
     assert "known for glibc alone" in tsa.tune_allocator()
 
 
@@ -560,8 +562,8 @@ def test_looks_come_as_often_as_they_may_cost(
         at_s, clock.now_s = clock.now_s, clock.now_s + cost_s
         return usage(at_s)
 
-    monkeypatch.setattr(tsa, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
-    monkeypatch.setattr(tsa, "read_usage", read)
+    set_everywhere(monkeypatch, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
+    set_everywhere(monkeypatch, "read_usage", read)
     lookout, seen = tsa.Lookout(three_cpus_used, range(4)), []
     for half_seconds in range(1, 9):
         clock.now_s = half_seconds / 2

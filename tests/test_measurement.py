@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from conftest import as_loaded, needs_two_cpus
+from patching import set_everywhere
 
 import train_split_affinity as tsa
 from train_split_affinity import PhaseTimes, Settings
@@ -257,7 +258,7 @@ def test_the_split_is_chosen_by_what_was_measured(tmp_path, monkeypatch):
         asked.append(counts)
         return {count: perfect(count) for count in counts}
 
-    monkeypatch.setattr(tsa, "measure_scaling", measure)
+    set_everywhere(monkeypatch, "measure_scaling", measure)
     plan = tsa.plan_for(Settings(split="auto", schedule="delayed"), topology)
     assert asked == [[2, 4, 5]]
     assert plan.split == "auto, 2:5"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, needs_two_cpus, small_model
+from patching import set_everywhere
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -27,7 +28,7 @@ def small_runs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tsa.OWN_MODELS, "small", small_model)
         for name in ("draw_timelines", "draw_curves", "draw_gradients", "draw_confusion"):
-            patch.setattr(tsa, name, lambda *args: None)
+            set_everywhere(patch, name, lambda *args: None)
         yield
 
 
@@ -151,7 +152,7 @@ def test_the_forward_group_computes_and_the_main_thread_stays_on_the_loaders_cor
         places.append((tsa.process_cpus(), torch.get_num_threads()))
         return real(*args)
 
-    monkeypatch.setattr(tsa, "probabilities", seen)
+    set_everywhere(monkeypatch, "probabilities", seen)
     cores = ["--forward-cores", str(second), "--backward-cores", str(first)]
     ask(photos_with_val / "val", *cores, "--forward-threads", "2")
     assert places == 3 * [({second}, 2)]
@@ -314,7 +315,7 @@ def by_name(checkpoint, monkeypatch):
         asked.append((model, name))
         return known
 
-    monkeypatch.setattr(tsa, "find_weights", find)
+    set_everywhere(monkeypatch, "find_weights", find)
     return weights, asked
 
 
@@ -407,7 +408,7 @@ def test_a_signal_ends_it_between_two_batches(
         os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(tsa, "probabilities", interrupted)
+    set_everywhere(monkeypatch, "probabilities", interrupted)
     options = ["--resume", str(checkpoint), "--json", "a.json"]
     assert tsa.main(["predict", str(photos_with_val / "val"), *options]) == 130
     captured = capsys.readouterr()

@@ -12,6 +12,7 @@ import io
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -475,7 +476,7 @@ def test_a_run_over_ranks(crew, digits, tmp_path):
     assert [step["images"] for step in steps] == [32] * len(steps)
     assert all(min(step["waited_s"]) == 0.0 < step["reduce_s"] for step in steps)
     run, *_, summary = read_metrics(tmp_path / "out")
-    assert [rank["host"] for rank in run["ranks"]] == 2 * [tsa.platform.node()]
+    assert [rank["host"] for rank in run["ranks"]] == 2 * [platform.node()]
     assert [each["steps"] for each in summary["ranks"]] == 2 * [len(steps)]
     assert all(each["stray_s"] == 0 for each in summary["ranks"])
     events = json.loads((tmp_path / "out/trace.json").read_text())["traceEvents"]

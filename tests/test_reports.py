@@ -28,6 +28,7 @@ import pytest
 import torch
 from cmarkgfm.cmark import Options
 from conftest import read_metrics, scalars_in
+from patching import set_everywhere
 from PIL import Image
 from records import PLAN, record, step, summarise
 from tqdm import tqdm
@@ -261,7 +262,7 @@ def test_the_log_tells_where_memory_is(tmp_path):
 
 @pytest.mark.parametrize("by_node", [{}, {0: 2**30, 1: 2**29}])
 def test_a_run_on_several_nodes_ends_with_where_memory_is(settings, monkeypatch, by_node):
-    monkeypatch.setattr(tsa, "memory_by_node", lambda: by_node)
+    set_everywhere(monkeypatch, "memory_by_node", lambda: by_node)
     report = report_on(settings)
     report.step(step(1))
     report.finish("finished")
@@ -965,7 +966,7 @@ def test_no_room_for_tensorboard_ends_no_run_and_leaves_a_file_that_is_whole(
     report.step(step(1))
     (file,) = folder.iterdir()
     room = file.stat().st_size + 20
-    monkeypatch.setattr(tsa, "append_text", lambda *args: None)  # of metrics.jsonl
+    set_everywhere(monkeypatch, "append_text", lambda *args: None)  # of metrics.jsonl
     with files_up_to(room):
         report.step(step(2))
         report.step(step(3))
@@ -1266,7 +1267,7 @@ def test_the_time_left_goes_by_the_median_step(settings, capsys):
 
 def test_the_time_left_goes_by_the_latest_steps(settings, capsys, monkeypatch):
     """As when images have grown since."""
-    monkeypatch.setattr(tsa, "RECENT_STEPS", 3)
+    set_everywhere(monkeypatch, "RECENT_STEPS", 3)
     report = report_on(settings, step=2, batches=4)
     for seconds in (0.1, 0.1, 0.1, 0.1, 2.0, 2.0):
         report.step(step(2, step_s=seconds))
@@ -1296,7 +1297,7 @@ def test_a_run_ends_with_its_best_accuracy_and_its_files_then_the_figures(settin
 
 
 def test_the_machine_in_the_metrics(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(tsa, "host_kind", lambda: "bare metal")
+    set_everywhere(monkeypatch, "host_kind", lambda: "bare metal")
     memory = {"proc/meminfo": "MemTotal:   1024 kB\n", "proc/cpuinfo": "flags : amx_bf16\n"}
     root = machines.write_machine(tmp_path / "root", machines.TWO_SOCKETS, memory)
     topology = tsa.read_topology(root, frozenset(range(6)))
@@ -1371,8 +1372,8 @@ def test_gradients_are_warned_of_once_for_each_part_of_the_model(settings, capsy
 def figures(monkeypatch):
     """The figures that are saved, as well as the files."""
     saved, save = [], tsa.save_figure
-    monkeypatch.setattr(
-        tsa, "save_figure", lambda figure, path: (saved.append(figure), save(figure, path))
+    set_everywhere(
+        monkeypatch, "save_figure", lambda figure, path: (saved.append(figure), save(figure, path))
     )
     return saved
 
@@ -1641,7 +1642,7 @@ def test_of_many_pairs_the_worst_are_written():
 def test_of_too_many_classes_for_a_matrix_the_worst_pairs(
     tmp_path, monkeypatch, capsys, largest, written
 ):
-    monkeypatch.setattr(tsa, "LARGEST_MATRIX", largest)
+    set_everywhere(monkeypatch, "LARGEST_MATRIX", largest)
     folder = tmp_path / "out"
     tsa.write_confusion(folder, "title", PAIRS, CLASSES, "a.pt")
     assert sorted(path.name for path in folder.iterdir()) == ["confused.json", *written]
@@ -1672,7 +1673,7 @@ def test_a_range_test_drawn(tmp_path, figures):
 def test_a_run_s_pictures_name_its_machine(settings, tmp_path, monkeypatch):
     calls = {}
     for name in ("draw_timelines", "draw_curves", "draw_gradients"):
-        monkeypatch.setattr(tsa, name, lambda *args, name=name: calls.update({name: args}))
+        set_everywhere(monkeypatch, name, lambda *args, name=name: calls.update({name: args}))
     report = report_on(dataclasses.replace(settings, output_dir=tmp_path / "out"))
     report.step(step(1))
     report.epoch(epoch_row(), [epoch_row()])

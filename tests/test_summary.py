@@ -4,6 +4,7 @@ import dataclasses
 
 import machines
 import pytest
+from patching import set_everywhere
 from records import PLAN, record, step, summarise
 
 import train_split_affinity as tsa
@@ -85,7 +86,7 @@ def test_warm_up_steps(steps, warmup):
 
 
 def test_a_long_run_keeps_its_latest_steps_only(monkeypatch):
-    monkeypatch.setattr(tsa, "LATEST_STEPS", 10)
+    set_everywhere(monkeypatch, "LATEST_STEPS", 10)
     slow = [step(number, stray_s=0.5, step_s=9.0) for number in range(1, 21)]
     summary = summarise([*slow, *(step(number) for number in range(21, 31))])
     assert (summary.steps, summary.images) == (30, 240)

@@ -7,6 +7,7 @@ import machines
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from patching import set_everywhere
 from PIL import Image
 from records import PLAN, record, step
 
@@ -59,9 +60,9 @@ def test_the_latest_steps_are_drawn(steps, shown):
 
 
 def test_no_more_than_can_be_read_is_drawn(monkeypatch):
-    monkeypatch.setattr(tsa, "PHASES_TO_DRAW", 10)
+    set_everywhere(monkeypatch, "PHASES_TO_DRAW", 10)
     assert len(tsa.steps_to_draw([step(number) for number in range(1, 9)])) == 2
-    monkeypatch.setattr(tsa, "PHASES_TO_DRAW", 1)
+    set_everywhere(monkeypatch, "PHASES_TO_DRAW", 1)
     assert len(tsa.steps_to_draw([step(number) for number in range(1, 9)])) == 1
 
 
@@ -319,7 +320,7 @@ def test_company_is_marked_above_the_lane_that_it_disturbed():
 def figures(monkeypatch):
     """The figures that would be saved."""
     saved = []
-    monkeypatch.setattr(tsa, "save_figure", lambda figure, path: saved.append(figure))
+    set_everywhere(monkeypatch, "save_figure", lambda figure, path: saved.append(figure))
     return saved
 
 

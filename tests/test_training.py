@@ -22,6 +22,7 @@ import pytest
 import torch
 from cifar import accept, make_cifar_digits
 from conftest import as_loaded, needs_two_cpus, read_metrics, small_model
+from patching import set_everywhere
 from torch import nn
 
 import train_split_affinity as tsa
@@ -47,7 +48,7 @@ def small(monkeypatch):
 def no_pictures(monkeypatch):
     """Drawing them takes longer than a run."""
     for name in ("draw_timelines", "draw_curves", "draw_gradients"):
-        monkeypatch.setattr(tsa, name, lambda *args: None)
+        set_everywhere(monkeypatch, name, lambda *args: None)
 
 
 def with_plan(function, settings):
@@ -366,7 +367,7 @@ def test_the_precision_and_its_reason(asked, bf16, chosen, reason):
 
 
 def test_the_settings_in_force_are_listed(in_tmp, monkeypatch):
-    monkeypatch.setattr(tsa, "tune_allocator", lambda: "cannot be tuned here")
+    set_everywhere(monkeypatch, "tune_allocator", lambda: "cannot be tuned here")
     train(split="none", steps=1, output_dir=in_tmp)
     settings = read_metrics(in_tmp)[0]["settings"]
     assert settings["precision"] == ("bf16" if tsa.read_topology().bf16 else "fp32")
@@ -444,8 +445,10 @@ def test_threads_that_stray_are_shown(in_tmp, monkeypatch, capsys):
 def test_the_main_thread_coordinates_on_the_loader_cores(in_tmp, monkeypatch):
     seen = []
     run = tsa.run_schedule
-    monkeypatch.setattr(
-        tsa, "run_schedule", lambda *args: (seen.append(os.sched_getaffinity(0)), run(*args))[1]
+    set_everywhere(
+        monkeypatch,
+        "run_schedule",
+        lambda *args: (seen.append(os.sched_getaffinity(0)), run(*args))[1],
     )
     last = max(tsa.ALLOWED_CPUS)
     train(steps=1)
@@ -554,7 +557,7 @@ def test_nothing_is_written_where_memory_is_missing(in_tmp, monkeypatch, functio
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setitem(tsa.OWN_MODELS, "small", no_room)
-    monkeypatch.setattr(tsa, "check_memory", lambda *args: None)
+    set_everywhere(monkeypatch, "check_memory", lambda *args: None)
     with pytest.raises(tsa.UserError, match="^not enough memory: can't allocate memory; lower"):
         getattr(tsa, function)(settings, topology, plan)
     assert not list(in_tmp.iterdir())
@@ -1121,7 +1124,7 @@ def test_the_moving_average_is_validated(in_tmp, monkeypatch, no_pictures, epoch
 def say_validations(monkeypatch, *results):
     """Validations of twelve images that come to this."""
     left = iter(results)
-    monkeypatch.setattr(tsa, "evaluate", lambda *args: next(left))
+    set_everywhere(monkeypatch, "evaluate", lambda *args: next(left))
 
 
 def test_the_best_epoch_is_that_of_the_moving_average(in_tmp, monkeypatch, no_pictures, epochs):
