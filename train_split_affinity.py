@@ -69,13 +69,10 @@ import atexit
 import base64
 import contextlib
 import copy
-import csv
 import ctypes
 import dataclasses
 import datetime
-import difflib
 import errno
-import fcntl
 import functools
 import glob
 import hashlib
@@ -94,7 +91,6 @@ import queue
 import re
 import resource
 import shlex
-import shutil
 import signal
 import socket
 import statistics
@@ -103,7 +99,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import traceback
 import warnings
 import zlib
 from collections import Counter, OrderedDict, deque
@@ -123,9 +118,51 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-__version__ = "1.0.0"
-PROGRAM = "train_split_affinity.py"  # what messages, checkpoints and logs call it
-
+from split_affinity import ALLOWED_CPUS, DROPPED_VARIABLES, PROGRAM, __version__, process_cpus  # noqa: F401
+from split_affinity.errors import (  # noqa: F401
+    LESS_MEMORY,
+    LIKELY_REASONS,
+    STOP_SIGNALS,
+    RunError,
+    Stopped,
+    UserError,
+    likely_reason,
+    memory_errors,
+    one_line,
+)
+from split_affinity.files import (  # noqa: F401
+    LOCK,
+    TRACEBACK,
+    append_bytes,
+    append_text,
+    can_be_edited,
+    check_appendable,
+    flush_folder,
+    link_file,
+    lock_folder,
+    read_text,
+    replace_text,
+    why_not_saved,
+    write_end,
+    write_traceback,
+    write_whole,
+)
+from split_affinity.text import (  # noqa: F401
+    alike,
+    as_option,
+    csv_text,
+    format_cpu_list,
+    markdown_table,
+    nearest,
+    nearest_of_each,
+    option_text,
+    plural,
+    readable,
+    span_text,
+    speed_text,
+    tell,
+    utc_now,
+)
 
 # ==================================================================================================
 # 1  Settings and options
@@ -142,70 +179,7 @@ RESIZING_STEP = 32  # pixels
 COMPARED_BATCHES = 8  # in a step: 256 images with the default batch, as recipes have them
 
 
-class UserError(Exception):
-    """The user asked for something that cannot be done: one line, nothing written."""
-
-    exit_code = 2
-
-
-class RunError(Exception):
-    """A run cannot go on, through no fault of the program: one line."""
-
-    exit_code = 1
-
-
 ENDED_WITHIN_S = 5  # a launcher ends the other processes of a machine once one has failed
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class Stopped(Exception):
-    """A signal asked the run to stop; raised where the next optimizer step would have begun."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum, self.exit_code = signum, 128 + signum
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Stopped, (self.signum,)
-
-
-# What an error's text tells of its cause, and what helps: the first that fits.
-LIKELY_REASONS = (
-    (
-        r"MemoryError|allocate memory|not enough memory|ENOMEM",
-        "out of memory: try a smaller --batch-size (with more --accumulate), or fewer loaders (-j)",
-    ),
-    (
-        r"LoaderDied.*SIGBUS",
-        "shared memory (/dev/shm) is full: enlarge it (docker run --shm-size=1g), or try fewer "
-        "loaders (-j)",
-    ),
-    (
-        r"LoaderDied",
-        "a loader was killed, by the system for want of memory perhaps: try fewer loaders (-j) or "
-        "a smaller --batch-size",
-    ),
-    (r"Too many open files", "too many open files: raise `ulimit -n`, or try fewer loaders (-j)"),
-    (
-        r"can't start new thread",
-        "no room for another thread: raise the limits of memory (ulimit -v) and of processes (-u), "
-        "or try fewer loaders (-j)",
-    ),
-)
-
-
-def likely_reason(error: Exception) -> str:
-    """Why a run ended, in a line: what was foreseen in its own words, of anything else the likely
-    reason and a remedy, or what PyTorch or Python call it.
-    """
-    if isinstance(error, (UserError, RunError, Stopped)):
-        return str(error)
-    name, *lines = type(error).__name__, *str(error).strip().splitlines()
-    text = f"{name}: {lines[-1] if 'Original Traceback' in str(error) else (lines or [''])[0]}"
-    for pattern, reason in LIKELY_REASONS:
-        if re.search(pattern, f"{name}: {error}"):
-            return f"{reason} ({text})"
-    return f"an error that was not foreseen: {text}"
 
 
 def number(
@@ -278,17 +252,6 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
     return tuple(sorted(cpus))
 
 
-def format_cpu_list(cpus: Iterable[int]) -> str:
-    """The inverse of `parse_cpu_list`, in ranges: `0-3,8`; `none` for no CPUs."""
-    runs: list[list[int]] = []
-    for cpu in sorted(cpus):
-        if runs and cpu == runs[-1][1] + 1:
-            runs[-1][1] = cpu
-        else:
-            runs.append([cpu, cpu])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
-
-
 def parse_split(text: str) -> str:
     """A checked `--split`: `even`, `auto`, `none`, or forward:backward in whole parts from 1 up; or
     several of these, with commas between them.
@@ -310,48 +273,12 @@ def parse_split(text: str) -> str:
     return text
 
 
-def alike(name: str, known: Iterable[str], least: float = 0.72) -> list[str]:
-    """Those known names that are most like an unknown one, from a ratio `least` on."""
-    return difflib.get_close_matches(name, list(known), n=4, cutoff=least)
-
-
-def nearest(name: str, known: Iterable[str], least: float = 0.72) -> str:
-    """What to add to a message about an unknown name: those most alike, from a ratio `least` on."""
-    near = alike(name, known, least)
-    return f"; did you mean {', '.join(near)}?" if near else ""
-
-
-def nearest_of_each(names: Collection[str], known: Collection[str]) -> str:
-    """What to add to a message about unknown names: those most alike, for each of several."""
-    if len(names) == 1:
-        return nearest(*names, known)
-    near = {name: " or ".join(alike(name, known)) for name in names}
-    hints = ", ".join(f"{found} for {name}" for name, found in near.items() if found)
-    return f"; did you mean {hints}?" if hints else ""
-
-
 def installed_version(package: str) -> str:
     """The version of a package, which is not imported for that."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "(not installed)"
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 core`, `2 cores`, `2 loader processes`."""
-    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
-
-
-def option_text(value: Any) -> str:
-    """A setting's value as it is written on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def as_option(name: str, value: Any) -> str:
-    """A setting as it is given on the command line, as `--name value`, or `--name` for True."""
-    flag = f"--{name.replace('_', '-')}"
-    return flag if value is True else f"{flag} {option_text(value)}"
 
 
 COUNT, COUNT_FROM_0 = whole_number(1), whole_number(0)
@@ -800,13 +727,6 @@ class Settings(ReportSettings, PredictionSettings, ComparisonSettings, SpeedSett
 # fmt: on
 
 
-def readable(text: str) -> str:
-    r"""Text that UTF-8 can hold: bytes of a file's name that Python could not decode, and has as
-    lone surrogates, become the characters that they are in UTF-8, or else escapes such as \xe9.
-    """
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
 def plain_settings(settings: Settings) -> dict[str, Any]:
     """Settings as JSON types."""
     return {
@@ -1146,17 +1066,6 @@ COMMANDS = {
 # fmt: on
 
 
-def tell(text: str, stream: Any) -> None:
-    """Print what a program ends with, as far as somebody takes it: a stream may be closed, the
-    reader of a pipe have gone, a disk be full.
-    """
-    try:
-        if stream:
-            print(text, file=stream, flush=True)
-    except OSError:  # nor shall the interpreter's own flush fail, when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
 class Tell(argparse.Action):
     """An option that ends the program with a text: what `const` returns."""
 
@@ -1376,25 +1285,6 @@ if __name__ == "__main__":
     end_early()
 
 
-def process_cpus() -> frozenset[int]:
-    """Logical CPUs that the calling thread may run on; all of them where no affinity exists."""
-    if hasattr(os, "sched_getaffinity"):
-        return frozenset(os.sched_getaffinity(0))
-    return frozenset(range(os.cpu_count() or 1))
-
-
-# These two must precede `import torch`. With one of the first four variables set, libgomp shrinks
-# the main thread to a single CPU as it loads, and binds every team to one list of places for the
-# whole process [pytorch 49971, 91989, 149422]; lanes place their own threads. With the last one,
-# teams shrink as the machine's load grows, also in the middle of a run (see start_team).
-ALLOWED_CPUS = process_cpus()
-DROPPED_VARIABLES = {
-    name: os.environ.pop(name)
-    for name in ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_DYNAMIC")
-    if name in os.environ
-}
-
-
 def explain_import_error(error: Exception) -> str:
     """One line that says which packages do not fit together and how to mend it."""
     versions = (f"{package} {installed_version(package)}" for package in ("torch", "torchvision"))
@@ -1426,7 +1316,16 @@ except (ImportError, RuntimeError, OSError) as import_error:
         raise
     print(explain_import_error(import_error), file=sys.stderr)
     raise SystemExit(2) from None
-
+from split_affinity.terminal import (  # noqa: F401
+    Lossy,
+    fitted,
+    lossy,
+    lossy_output,
+    say,
+    silent,
+    terminal_columns,
+    warn,
+)
 
 # ==================================================================================================
 # 2  Topology and core plan
@@ -1476,14 +1375,6 @@ class Topology:
 def cpus_of(cores: Iterable[Core]) -> tuple[int, ...]:
     """The logical CPUs of some cores, ascending."""
     return tuple(sorted(cpu for core in cores for cpu in core.cpus))
-
-
-def read_text(path: Path) -> str:
-    """A small system file without its line end; empty where it is missing or unreadable."""
-    try:
-        return os.fsdecode(path.read_bytes()).strip()  # names of mounts need not be UTF-8
-    except OSError:
-        return ""
 
 
 def read_number(path: Path, default: int) -> int:
@@ -2623,7 +2514,6 @@ class Lanes:
 # ==================================================================================================
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LESS_MEMORY = "lower --batch-size, --image-size or --num-classes"
 # How the names of a DenseNet's layers were before: with a dot in front of their number.
 DENSENET_NAMES = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
 TIMM = "timm/"  # what the names of timm's models begin with here
@@ -3103,23 +2993,6 @@ def measure_model(
     flops = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
     flops = {phase: count / len(images) for phase, count in flops.items()}
     return ModelFigures(parameters, weight_bytes, flops)
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an exception's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@contextlib.contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turn an allocation that failed, in Python, torch or the system, into one line."""
-    try:
-        yield
-    except (MemoryError, RuntimeError, OSError) as error:
-        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):
-            raise
-        reason = one_line(error).rpartition("DefaultCPUAllocator: ")[2]
-        raise UserError(f"not enough memory: {reason}; {LESS_MEMORY}") from None
 
 
 def largest_size(settings: DataSettings, native: int) -> int:
@@ -5505,7 +5378,6 @@ SEAL = b"\nsha256 "
 SEAL_BYTES = len(SEAL) + 64 + 1  # 64 hexadecimal digits and a line feed
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 KEPT = re.compile(r"(best|epoch)-(\d{4,})\.pt")
-LOCK = ".lock"
 UPLOAD_ATTEMPTS, LAST_UPLOADS_S = 3, 60
 
 # Where other programs keep weights in a file, a moving average first, as timm's own loading has it;
@@ -5982,15 +5854,6 @@ def plain_weights(path: Path, content: Any) -> SavedWeights:
     return SavedWeights(weights, part=part)
 
 
-def flush_folder(folder: Path) -> None:
-    """Have the disk know which names a folder holds."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_verified(path: Path, state: State) -> None:
     """Write a state to disk and read it back. Raises OSError, RuntimeError (torch's, for a full
     disk) or BadCheckpoint, and leaves nothing behind then.
@@ -6005,54 +5868,6 @@ def write_verified(path: Path, state: State) -> None:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-
-
-def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file in place of what was there, which stays if not all gets to the disk. Raises
-    RunError then. Of a link, the file that it points to is replaced; a pipe or a device, such as
-    /dev/stdout, is written to as it is.
-    """
-    data = data.encode() if isinstance(data, str) else data
-    try:
-        if path.exists() and not path.is_file():
-            path.write_bytes(data)
-            return
-        target = path.resolve()
-        temporary = target.with_name(target.name + ".tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def why_not_saved(error: Exception) -> str:
-    """The system's reason where there is one: torch hides it behind an error of its own."""
-    for cause in (error, error.__context__):
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-    return one_line(error)
-
-
-def link_file(source: Path, target: Path) -> None:
-    """Have `target` be the same file as `source`, or a copy where the disk knows no links."""
-    if target.exists() and target.samefile(source):
-        return  # and renaming one of two links over the other would leave both
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-    temporary.replace(target)
 
 
 class Mirror:
@@ -6128,32 +5943,6 @@ class Mirror:
         target = f"{self._root}/{path.name}"
         if self._filesystem.exists(target):
             self._filesystem.rm_file(target)
-
-
-def lock_folder(folder: Path) -> io.FileIO:
-    """Take a folder for this process; closing the file gives it free.
-
-    The kernel keeps the lock, so that a killed process leaves none. Processes that are forked later
-    share it, and may live a little longer. Raises UserError if another process has it, and OSError
-    where the file system knows no locks.
-    """
-    path = folder / LOCK
-    while True:
-        file = path.open("ab+", buffering=0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"--output-dir {folder}: process {file.read().decode()} is training there; wait "
-                "for its end, or choose another folder"
-            ) from None
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            with contextlib.suppress(OSError):  # a full disk can hold a lock, but no text
-                file.truncate(0)
-                file.write(f"{os.getpid()} on {platform.node()}".encode())
-            return file
-        file.close()  # the one that had it has removed it meanwhile
 
 
 class Checkpoints:
@@ -7045,7 +6834,6 @@ RANKS_TO_DRAW, RANKS_WITH_CORES = 16, 4  # in timeline.png; and with rows of the
 COMPANY_IN_SUMMARY = 0.02  # below that it may be the error of the clocks
 METRICS, TIMELINE, TRACE = "metrics.jsonl", "timeline.png", "trace.json"
 TENSORBOARD = "tensorboard"
-TRACEBACK = "traceback.txt"
 CURVES, GRADIENTS, RANGE_PLOT = "curves.png", "gradients.png", "lr.png"
 CONFUSION, PAIRS, CONFUSED = "confusion", "confusion-pairs.csv", "confused.json"
 EPOCH_FIELDS = ("train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5")
@@ -7086,17 +6874,6 @@ def placement_warnings(record: PhaseRecord, plan: CorePlan) -> Iterator[str]:
             f"{record.phase}: {1e3 * record.stray_s:.1f} ms of CPU time strayed from cores {cores} "
             f"in a phase of {1e3 * record.duration_s:.1f} ms"
         )
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well as Markdown and on a terminal; first column left, others right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = []
-    for first, *rest in (header, rule, *rows):
-        cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
-        lines.append(f"| {' | '.join([first.ljust(widths[0]), *cells])} |")
-    return "\n".join(lines)
 
 
 def phase_table(summary: Summary, with_cores: bool = True) -> str:
@@ -7172,11 +6949,6 @@ def summary_lines(summary: Summary) -> list[str]:
         f"the audit of where threads ran took {summary.audit_ms:.2f} ms a phase, "
         f"{summary.audit_share:.1%} of a step",
     ]
-
-
-def utc_now() -> str:
-    """The time of day, as in 2025-10-11T14:02:13Z."""
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def epoch_line(row: dict[str, Any], names: Sequence[str] = EPOCH_FIELDS) -> str:
@@ -7317,13 +7089,6 @@ def draw_confusion(
     ax.set(xlabel="predicted class", ylabel="true class")
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
-
-
-def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """Rows as comma-separated values."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
 
 
 def confusion_csv(matrix: torch.Tensor, classes: Sequence[str]) -> str:
@@ -7735,72 +7500,6 @@ def result_lines(
     return lines
 
 
-def append_text(path: Path, text: str, header: str = "") -> None:
-    """Append text to a file, as `append_bytes`."""
-    append_bytes(path, readable(text).encode(), readable(header).encode())
-
-
-def append_bytes(path: Path, data: bytes, header: bytes = b"") -> None:
-    """Append to a file under a lock, so that what two runs write stays whole; a new file gets the
-    header first. Raises RunError when the file cannot be written, and leaves no part of the data.
-    """
-    try:
-        with path.open("ab", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            size = os.fstat(file.fileno()).st_size
-            write_end(file, size, data if size else header + data)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def replace_text(path: Path, old: str, new: str) -> bool:
-    """Put text in place of the last `old` in a file; False if there is none. Under a lock, as
-    `append_text`; in the same file, since another run may hold its lock, or wait for it.
-    """
-    try:
-        with path.open("r+b", buffering=0) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            before, found, after = file.read().rpartition(old.encode())
-            if found:
-                file.seek(len(before))
-                write_end(file, len(before), readable(new).encode() + after, found + after)
-            return bool(found)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-def write_end(file: io.FileIO, start: int, data: bytes, before: bytes = b"") -> None:
-    """Write to a file from `start` on, in place of `before`, which is all that follows there. If
-    there is no room, it stands there again. In one call, which a kill cuts between pages at most.
-    """
-    left = data
-    try:
-        while left:
-            left = left[file.write(left) :]
-        if len(data) < len(before):
-            file.truncate(start + len(data))
-    except OSError:
-        if before:
-            file.seek(start)
-            file.write(before)
-        file.truncate(start + len(before))
-        raise
-
-
-def can_be_edited(path: Path) -> bool:
-    """Whether text of a file can be replaced; not in a device or a pipe, which would block, nor in
-    a file that may only be appended to.
-    """
-    try:
-        if path.is_file():
-            path.open("r+b").close()
-        return path.is_file() or not path.exists()
-    except OSError:
-        return False
-
-
 class LogSection:
     """A run's section of logs.md: the heading when the run begins, a line for each epoch, a summary
     in the end.
@@ -7867,119 +7566,9 @@ def check_json(path: Path | None) -> None:
         raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
 
 
-def check_appendable(path: Path, folder: Path) -> None:
-    """Raise OSError if a file, or a folder in which it is to be made, cannot be written."""
-    if path.exists():
-        path.open("a").close()
-    else:
-        tempfile.TemporaryFile(dir=folder).close()
-
-
-def write_traceback(folder: Path | None, error: Exception) -> str:
-    """Write an error's traceback into a folder, or that for temporary files; says where it is."""
-    text = readable("".join(traceback.format_exception(error)))
-    for place in filter(None, (folder, Path(tempfile.gettempdir()))):
-        with contextlib.suppress(RunError):
-            write_whole(place / TRACEBACK, text)
-            return f"traceback in {place / TRACEBACK}"
-    return text
-
-
-class Lossy(io.FileIO):
-    """A descriptor for output whose loss ends nothing: what the system does not take, since the
-    reader has gone or the disk is full, is dropped.
-    """
-
-    def write(self, data: Any) -> int:
-        """As the file's own, but that it never fails."""
-        with contextlib.suppress(OSError):
-            return super().write(data) or len(data)
-        return len(data)
-
-
-def lossy(stream: Any) -> io.TextIOWrapper:
-    """A stream to write to in place of the process's own, or of a missing one. Characters that its
-    encoding lacks are escaped.
-    """
-    if stream:
-        with contextlib.suppress(OSError):
-            stream.flush()
-    raw = Lossy(stream.fileno() if stream else os.devnull, "w", closefd=not stream)
-    encoding = stream.encoding if stream else None
-    return io.TextIOWrapper(
-        io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True
-    )
-
-
-@contextlib.contextmanager
-def lossy_output() -> Iterator[None]:
-    """Have no trouble with standard output or standard error end what is done meanwhile. Streams
-    that somebody has put in place of the process's own stay.
-
-    Descriptors 0 to 2 that are closed are opened: a checkpoint would get their numbers otherwise,
-    and in it what any library prints.
-    """
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
-    with contextlib.ExitStack() as stack:
-        if sys.stdout in (None, sys.__stdout__):
-            stack.enter_context(contextlib.redirect_stdout(lossy(sys.stdout)))
-        if sys.stderr in (None, sys.__stderr__):
-            stack.enter_context(contextlib.redirect_stderr(lossy(sys.stderr)))
-        yield
-
-
-def say(text: str, file: Any = None) -> None:
-    """Print above the progress bar, at once: into a pipe, too, lines shall come as they arise."""
-    file = file or sys.stdout
-    tqdm.write(fitted(readable(text), terminal_columns(file)), file=file)
-    file.flush()
-
-
-def terminal_columns(stream: Any) -> int | None:
-    """The width of the terminal that a stream writes to; None if it writes elsewhere."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80  # some are 0 columns wide
-    except (OSError, ValueError):
-        return None
-
-
-def fitted(text: str, columns: int | None) -> str:
-    """Text whose lines are broken at blanks if they are longer than a terminal's, and go on below,
-    indented; None: left whole. Without blanks they stay long, as lists of cores.
-    """
-    if not columns:
-        return text
-    wrap = textwrap.TextWrapper(
-        columns, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
-    )
-    lines = text.split("\n")
-    return "\n".join(wrap.fill(line) if len(line) > columns else line for line in lines)
-
-
-def warn(text: str) -> None:
-    """Print a warning on standard error."""
-    say(f"warning: {text}", sys.stderr)
-
-
 BAR = "|{bar}| {n_fmt}/{total_fmt}{postfix}"
 WIDE_COLUMNS = 99  # tqdm leaves one of a terminal's free
 RECENT_STEPS = 100  # go into the time that is left; the median of thousands would take longer
-
-
-def span_text(seconds: float) -> str:
-    """A span of time in its two largest units: 9s, 1m05s, 23h59m, 66d02h."""
-    minutes, rest_s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02}h"
-    if hours:
-        return f"{hours}h{minutes:02}m"
-    return f"{minutes}m{rest_s:02}s" if minutes else f"{rest_s}s"
 
 
 def step_figures(result: StepResult, left_s: float) -> list[str]:
@@ -10653,11 +10242,6 @@ def speed_table(found: Comparison) -> str:
     )
 
 
-def speed_text(images_per_s: float) -> str:
-    """Images a second, in three digits or more."""
-    return f"{images_per_s:.{2 if images_per_s < 9.995 else 1 if images_per_s < 99.95 else 0}f}"
-
-
 def placement_table(rows: Sequence[Compared]) -> str:
     """What the ways use of the machine; their cores are told before (see split_lines)."""
     cells = []
@@ -11048,13 +10632,6 @@ def parse_together(argv: Sequence[str], ranks: Ranks) -> tuple[str, Settings]:
         check_same_options(given)
     own = {name: typed[name] for name in OF_A_MACHINE if name in typed}
     return command, dataclasses.replace(settings, **own)
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    """Have nothing printed on standard output meanwhile."""
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
 
 
 @lossy_output()

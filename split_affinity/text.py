@@ -1,0 +1,116 @@
+"""Wording: counts, lists of cores, tables, hints about misspelt names. Pure, but for `tell`."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import difflib
+import io
+import os
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+
+def format_cpu_list(cpus: Iterable[int]) -> str:
+    """The inverse of `parse_cpu_list`, in ranges: `0-3,8`; `none` for no CPUs."""
+    runs: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if runs and cpu == runs[-1][1] + 1:
+            runs[-1][1] = cpu
+        else:
+            runs.append([cpu, cpu])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
+
+
+def alike(name: str, known: Iterable[str], least: float = 0.72) -> list[str]:
+    """Those known names that are most like an unknown one, from a ratio `least` on."""
+    return difflib.get_close_matches(name, list(known), n=4, cutoff=least)
+
+
+def nearest(name: str, known: Iterable[str], least: float = 0.72) -> str:
+    """What to add to a message about an unknown name: those most alike, from a ratio `least` on."""
+    near = alike(name, known, least)
+    return f"; did you mean {', '.join(near)}?" if near else ""
+
+
+def nearest_of_each(names: Collection[str], known: Collection[str]) -> str:
+    """What to add to a message about unknown names: those most alike, for each of several."""
+    if len(names) == 1:
+        return nearest(*names, known)
+    near = {name: " or ".join(alike(name, known)) for name in names}
+    hints = ", ".join(f"{found} for {name}" for name, found in near.items() if found)
+    return f"; did you mean {hints}?" if hints else ""
+
+
+def plural(count: int, noun: str) -> str:
+    """`1 core`, `2 cores`, `2 loader processes`."""
+    return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
+
+
+def option_text(value: Any) -> str:
+    """A setting's value as it is written on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def as_option(name: str, value: Any) -> str:
+    """A setting as it is given on the command line, as `--name value`, or `--name` for True."""
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value is True else f"{flag} {option_text(value)}"
+
+
+def readable(text: str) -> str:
+    r"""Text that UTF-8 can hold: bytes of a file's name that Python could not decode, and has as
+    lone surrogates, become the characters that they are in UTF-8, or else escapes such as \xe9.
+    """
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def tell(text: str, stream: Any) -> None:
+    """Print what a program ends with, as far as somebody takes it: a stream may be closed, the
+    reader of a pipe have gone, a disk be full.
+    """
+    try:
+        if stream:
+            print(text, file=stream, flush=True)
+    except OSError:  # nor shall the interpreter's own flush fail, when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that reads well as Markdown and on a terminal; first column left, others right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
+    lines = []
+    for first, *rest in (header, rule, *rows):
+        cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        lines.append(f"| {' | '.join([first.ljust(widths[0]), *cells])} |")
+    return "\n".join(lines)
+
+
+def utc_now() -> str:
+    """The time of day, as in 2025-10-11T14:02:13Z."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as comma-separated values."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def span_text(seconds: float) -> str:
+    """A span of time in its two largest units: 9s, 1m05s, 23h59m, 66d02h."""
+    minutes, rest_s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{rest_s:02}s" if minutes else f"{rest_s}s"
+
+
+def speed_text(images_per_s: float) -> str:
+    """Images a second, in three digits or more."""
+    return f"{images_per_s:.{2 if images_per_s < 9.995 else 1 if images_per_s < 99.95 else 0}f}"
