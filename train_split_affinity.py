@@ -76,7 +76,6 @@ import errno
 import functools
 import glob
 import hashlib
-import importlib.metadata
 import io
 import itertools
 import json
@@ -90,7 +89,6 @@ import platform
 import queue
 import re
 import resource
-import shlex
 import signal
 import socket
 import statistics
@@ -147,6 +145,105 @@ from split_affinity.files import (  # noqa: F401
     write_traceback,
     write_whole,
 )
+from split_affinity.options.command_line import (  # noqa: F401
+    ALIASES,
+    ASKED_WITH,
+    COMMANDS,
+    Command,
+    Parser,
+    Tell,
+    add_option,
+    build_parser,
+    command_defaults,
+    describe_command,
+    describe_use,
+    installed_version,
+    is_shown,
+    parse_arguments,
+    split_arguments,
+    typed_options,
+    version_line,
+)
+from split_affinity.options.contradictions import (  # noqa: F401
+    ALONE,
+    checkpoint_contradictions,
+    command_contradictions,
+    contradictions,
+    data_contradictions,
+    is_name,
+    prediction_contradictions,
+    rank_contradictions,
+    rate_contradictions,
+    resizing_contradictions,
+    teacher_contradictions,
+    typed_contradictions,
+)
+from split_affinity.options.data_sets import (  # noqa: F401
+    DATA_SETS,
+    IMAGE_FOLDER,
+    IMAGENET_FILES,
+    NAMED_DATA,
+    NOT_MIRRORED,
+    SYNTHETIC,
+    VAL_SHARE,
+    NamedData,
+    describe_data_set,
+    parse_data_set,
+)
+from split_affinity.options.recipes import (  # noqa: F401
+    FROM_CHECKPOINT,
+    GIVE_WEIGHTS,
+    RECIPES,
+    list_recipes,
+    recipe_defaults,
+)
+from split_affinity.options.settings import (  # noqa: F401
+    COMPARED_BATCHES,
+    MOST_CLASSES,
+    MOST_SYNTHETIC_IMAGES,
+    RESIZING_STEP,
+    AugmentationSettings,
+    CheckpointSettings,
+    ComparisonSettings,
+    CoreSettings,
+    DataSettings,
+    PredictionSettings,
+    RankSettings,
+    ReportSettings,
+    Settings,
+    SpeedSettings,
+    TrainingSettings,
+    as_options,
+    batches_in_step,
+    fixed,
+    free,
+    images_in_step,
+    learning_rate,
+    option,
+    plain_settings,
+    rate,
+    settings_of,
+)
+from split_affinity.options.values import (  # noqa: F401
+    BELOW_1,
+    COUNT,
+    COUNT_FROM_0,
+    LARGEST_CPU,
+    LARGEST_NUMBER,
+    METAVARS,
+    MIXING,
+    NOT_NEGATIVE,
+    PART,
+    PERCENT,
+    SHARE,
+    Values,
+    channels,
+    number,
+    parse_cpu_list,
+    parse_milestones,
+    parse_split,
+    whole_number,
+)
 from split_affinity.text import (  # noqa: F401
     alike,
     as_option,
@@ -171,1075 +268,17 @@ from split_affinity.text import (  # noqa: F401
 # Below them the commands and the command line, which need Python's own library alone.
 # ==================================================================================================
 
-LARGEST_NUMBER = 2**31 - 1
-LARGEST_CPU = 2**16 - 1
-MOST_CLASSES = 10**7
-MOST_SYNTHETIC_IMAGES = 2**17  # in a step; more than any published training had
-RESIZING_STEP = 32  # pixels
-COMPARED_BATCHES = 8  # in a step: 256 images with the default batch, as recipes have them
-
 
 ENDED_WITHIN_S = 5  # a launcher ends the other processes of a machine once one has failed
 
 
-def number(
-    allowed: str, is_allowed: Callable[[float], bool], kind: Callable[[str], float] = float
-) -> Callable[[str], Any]:
-    """A parser of those numbers that pass `is_allowed`; `allowed` says which these are."""
-
-    def parse(text: str) -> Any:
-        with contextlib.suppress(ValueError):
-            if is_allowed(kind(text)):
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not {allowed}")
-
-    return parse
-
-
-def whole_number(minimum: int, maximum: int = LARGEST_NUMBER) -> Callable[[str], int]:
-    """A parser of whole numbers from `minimum` to `maximum`."""
-    allowed = f"a whole number from {minimum} to {maximum}"
-    return number(allowed, lambda value: minimum <= value <= maximum, int)
-
-
-def parse_milestones(text: str) -> tuple[int, ...]:
-    """Epochs in ascending order, such as 30,60,80."""
-    if re.fullmatch(r"\d{1,6}(,\d{1,6})*", text, re.ASCII):
-        epochs = tuple(map(int, text.split(",")))
-        if epochs[0] > 0 and all(before < after for before, after in itertools.pairwise(epochs)):
-            return epochs
-    raise argparse.ArgumentTypeError(f"{text!r} is not a list of ascending epochs such as 30,60,80")
-
-
-def channels(parse: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
-    """A parser of three numbers, one for each channel, such as 0.485,0.456,0.406; `parse` takes
-    each of them.
-    """
-
-    def parse_all(text: str) -> tuple[float, ...]:
-        values = tuple(map(parse, text.split(",")))
-        if len(values) != 3:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not three numbers, such as 0.485,0.456,0.406"
-            )
-        return values
-
-    return parse_all
-
-
-def parse_cpu_list(text: str) -> tuple[int, ...]:
-    """Logical CPUs of a list as the kernel and taskset write it: `0-3,8-11`, stride `0-15:2`.
-
-    Returns them ascending. Raises ArgumentTypeError for text that is no such list, a range that
-    runs backwards, a CPU named twice, or an id above 65,535.
-    """
-    cpus: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::([1-9]\d*))?)?\s*", part, re.ASCII)
-        if not match:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a core list such as 0-3,8-11 or 0-15:2"
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise argparse.ArgumentTypeError(f"{part!r} runs backwards: write {last}-{first}")
-        if last > LARGEST_CPU:
-            raise argparse.ArgumentTypeError(f"{part!r} names a CPU above {LARGEST_CPU}")
-        cpus += range(first, last + 1, int(match[3] or 1))
-    twice = [cpu for cpu, count in Counter(cpus).items() if count > 1]
-    if twice:
-        raise argparse.ArgumentTypeError(f"{text!r} names CPU {twice[0]} twice")
-    return tuple(sorted(cpus))
-
-
-def parse_split(text: str) -> str:
-    """A checked `--split`: `even`, `auto`, `none`, or forward:backward in whole parts from 1 up; or
-    several of these, with commas between them.
-    """
-    if "," in text:
-        splits = [parse_split(part) for part in text.split(",")]
-        if twice := [split for split, count in Counter(splits).items() if count > 1]:
-            raise argparse.ArgumentTypeError(f"{text!r} names {twice[0]} twice")
-        return text
-    match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text, re.ASCII)
-    if not match and text not in ("even", "auto", "none"):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not even, auto, none, or forward:backward such as 1:2"
-        )
-    if match and not (int(match[1]) and int(match[2])):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} leaves a group without cores: both parts must be 1 or more"
-        )
-    return text
-
-
-def installed_version(package: str) -> str:
-    """The version of a package, which is not imported for that."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
-COUNT, COUNT_FROM_0 = whole_number(1), whole_number(0)
-NOT_NEGATIVE = number("a number of 0 or more", lambda value: 0 <= value < math.inf)
-BELOW_1 = number("a number of 0 or more and below 1", lambda value: 0 <= value < 1)
-SHARE = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
-PART = number("above 0 and up to 1", lambda value: 0 < value <= 1)
-PERCENT = number("above 0 and up to 100", lambda value: 0 < value <= 100)
-# Below 0.01 torch draws the mean too often, as both of its gamma variates underflow to 0 (a quarter
-# of all draws for 0.001), above 1000 next to nothing else.
-MIXING = number("0, or from 0.01 to 1000", lambda value: value == 0 or 0.01 <= value <= 1000)
-# What --help calls the value of an option, by its type; X if nothing is said.
-METAVARS = {None: None, COUNT: "N", COUNT_FROM_0: "N", SHARE: "P", PERCENT: "PERCENT"}
-METAVARS |= {parse_cpu_list: "LIST", Path: "PATH"}
-
-
-def option(
-    default: Any,
-    help: str,
-    *short: str,
-    on_resume: str = "told",
-    only: str = "",
-    **argument: Any,
-) -> Any:
-    """A field of Settings: its default, its help, and what else argparse needs to know.
-
-    The help of a switch that is on by default says what `--no-...` does. `short` are further flags,
-    `on_resume` is what becomes of another value when a run is resumed, `only` the commands that
-    take the option (without it, all do, and what Command.shows says is in their help), and
-    `argument` goes to `add_argument` (type, choices, metavar).
-    """
-    argument = {"metavar": METAVARS.get(argument.get("type"), "X"), **argument}
-    told = {"help": help, "short": short, "on_resume": on_resume, "only": only.split()}
-    return field(default=default, metadata={**told, "argument": argument})
-
-
-# What becomes of another value when a run is resumed: it is told, since the numbers will differ;
-# free, since they will not; or fixed, and refused, since the saved state makes no sense with it. A
-# rate is told too: the optimizer and the course of its learning rate are then made anew.
-free, fixed, rate = (partial(option, on_resume=kind) for kind in ("free", "fixed", "rate"))
-
-
-# Each recipe is a set of defaults. Its steps have 256 images where the rates are those of papers
-# that use 256, and 128 where it is made for small machines; to fine-tune, 32.
-# fmt: off
-RECIPES: dict[str, dict[str, Any]] = {
-    "digits": {
-        "model": "resnet56", "image_size": 32, "hflip": 0.0, "min_scale": 0.6, "epochs": 12,
-        "lr": 0.05, "lr_warmup_epochs": 2, "lr_scheduler": "cosine",
-    },
-    "imagenet": {
-        "epochs": 90, "batch_size": 32, "accumulate": 8, "lr_scheduler": "cosine",
-        "lr_warmup_epochs": 5, "auto_augment": "ra", "mixup_alpha": 0.2, "cutmix_alpha": 1.0,
-        "label_smoothing": 0.1, "save_freq": 5,
-    },
-    "imagenet-subset": {
-        "epochs": 30, "batch_size": 32, "accumulate": 4, "subset": 0.2, "image_size": 128,
-        "opt": "adam", "lr": 1e-3, "lr_scheduler": "onecycle", "color_jitter": 0.4,
-    },
-    "imagenet-finetune": {
-        "epochs": 30, "batch_size": 32, "accumulate": 4, "min_res": 128, "max_res": 224,
-        "end_ramp": 20, "lr": 0.01, "lr_scheduler": "cosine", "auto_augment": "ra",
-        "mixup_alpha": 0.2, "cutmix_alpha": 1.0,
-    },
-    "imagenet-full": {
-        "epochs": 60, "batch_size": 32, "accumulate": 4, "lr": 0.02, "lr_scheduler": "cosine",
-        "lr_warmup_epochs": 2, "label_smoothing": 0.1, "clip_grad_norm": 1.0,
-        "stochastic_depth": 0.1, "model_ema": True,
-    },
-    "finetune": {
-        "weights": "DEFAULT", "epochs": 10, "freeze": "body", "freeze_epochs": 1, "batch_size": 32,
-        "lr": 0.005, "lr_scheduler": "cosine", "auto_augment": "ra", "label_smoothing": 0.1,
-    },
-    "cifar10": {
-        "model": "resnet56", "epochs": 205, "batch_size": 128, "lr": 0.1,
-        "lr_scheduler": "multistep", "lr_milestones": (102, 154),
-    },
-    "hybrid": {
-        "model": "hybrid", "epochs": 70, "opt": "adamw", "lr": 1e-4, "weight_decay": 0.01,
-        "lr_scheduler": "warm-restarts", "min_lr": 1e-6, "label_smoothing": 0.1,
-    },
-}
-# fmt: on
-FROM_CHECKPOINT = ("imagenet-finetune", "imagenet-full")  # these start with trained weights
-GIVE_WEIGHTS = "give --init-from PATH or --weights NAME"
-
-
-@dataclass(frozen=True)
-class NamedData:
-    """What `--dataset` takes, in words and figures: what it is, its title first; what torchvision
-    reads in --data-path; images to train and to validate on (0: some of the former are drawn), and
-    which part of it the latter are; classes; defaults of its own; and what it needs beside
-    torchvision.
-    """
-
-    what: str
-    layout: str
-    train: int
-    val: int
-    part: str
-    classes: int
-    defaults: dict[str, Any] = field(default_factory=dict)
-    needs: str = ""
-
-
-# What stands in a picture of these is something else in a mirror.
-NOT_MIRRORED = {"hflip": 0.0}
-IMAGENET_FILES = (
-    "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, from "
-    "https://image-net.org/download.php"
-)
-VAL_SHARE = 0.2  # of a data set by name without images to validate with
-# fmt: off
-NAMED_DATA = {
-    "imagenet": NamedData("ImageNet: photographs of animals and things (ILSVRC 2012)",
-        f"PATH/train and PATH/val, unpacked there from {IMAGENET_FILES}, which you put into PATH",
-        1281167, 50000, "val", 1000, needs="scipy, to unpack it"),
-    "imagenette": NamedData("Imagenette: ten of ImageNet's classes, easily told apart",
-        "PATH/imagenette2", 9469, 3925, "val", 10),
-    "imagenette-320": NamedData("Imagenette-320: the same, with shorter sides of 320 px",
-        "PATH/imagenette2-320", 9469, 3925, "val", 10),
-    "imagenette-160": NamedData("Imagenette-160: the same, with shorter sides of 160 px",
-        "PATH/imagenette2-160", 9469, 3925, "val", 10),
-    "cifar10": NamedData("CIFAR-10: photographs of animals and vehicles, 32 px",
-        "PATH/cifar-10-batches-py", 50000, 10000, "test", 10),
-    "cifar100": NamedData("CIFAR-100: photographs of things, plants, animals and people, 32 px",
-        "PATH/cifar-100-python", 50000, 10000, "test", 100),
-    "fashion-mnist": NamedData("Fashion-MNIST: clothes and shoes in grey, 28 px",
-        "PATH/FashionMNIST/raw", 60000, 10000, "test", 10),
-    "flowers102": NamedData("Flowers-102: photographs of British flowers",
-        "PATH/flowers-102", 1020, 1020, "val", 102, needs="scipy"),
-    "food101": NamedData("Food-101: photographs of dishes",
-        "PATH/food-101", 75750, 25250, "test", 101),
-    "oxford-pets": NamedData("Oxford-IIIT Pet: photographs of breeds of cats and dogs",
-        "PATH/oxford-iiit-pet", 3680, 3669, "test", 37),
-    "eurosat": NamedData("EuroSAT: use of land as satellites see it, 64 px",
-        "PATH/eurosat/2750", 27000, 0, "", 10),
-    "dtd": NamedData("DTD: photographs of textures, its first partition",
-        "PATH/dtd/dtd", 1880, 1880, "val", 47),
-    "gtsrb": NamedData("GTSRB: German traffic signs, 15 to 250 px",
-        "PATH/gtsrb", 26640, 12630, "test", 43, {**NOT_MIRRORED, "min_scale": 0.6}),
-    "svhn": NamedData("SVHN: digits of house numbers, 32 px",
-        "PATH/train_32x32.mat and PATH/test_32x32.mat", 73257, 26032, "test", 10, NOT_MIRRORED,
-        needs="scipy"),
-    "stl10": NamedData("STL-10: photographs of animals and vehicles, 96 px",
-        "PATH/stl10_binary", 5000, 8000, "test", 10),
-}
 # fmt: on
 
 
-def parse_data_set(text: str) -> str:
-    """The name of a data set."""
-    if text in NAMED_DATA:
-        return text
-    hint = nearest(text.lower(), NAMED_DATA, 0.6)
-    known = ", ".join(NAMED_DATA)
-    raise argparse.ArgumentTypeError(f"no data set {text!r} (choose from {known}){hint}")
-
-
-Values = dict[str, Any]  # of settings, by name
-
-
-def recipe_defaults(name: str) -> Values:
-    """What a recipe sets, its output folder included: nobody wants to lose a run of weeks."""
-    return {"output_dir": Path("out") / name, **RECIPES[name]}
-
-
-def command_defaults(command: str, typed: Values) -> Values:
-    """What takes the place of Settings' own defaults: a recipe's, what suits a data set, and what
-    compare has in a step; `typed` are the options given. A recipe's weights give way to a file's.
-    """
-    recipe, quick, resume = (typed.get(name) for name in ("recipe", "quick", "resume"))
-    defaults = recipe_defaults(recipe) if recipe else {}
-    if dataset := typed.get("dataset"):
-        defaults |= NAMED_DATA[dataset].defaults
-    if command == "compare" and (quick or not recipe):
-        defaults["accumulate"] = 1 if quick else COMPARED_BATCHES
-    resumes = resume and (typed.get("test_only") or resume != Path("auto"))
-    if typed.get("init_from") or resumes:
-        defaults.pop("weights", None)
-    return defaults
-
-
-# Settings, in the groups of --help. A group's docstring is its title there.
-# fmt: off
-@dataclass(frozen=True)
-class DataSettings:
-    """model and data"""
-
-    model: str = fixed("resnet50", "torchvision classifier by name, or resnet20 or resnet56 (for "
-        "small images), hybrid, hybrid-light, hybrid-heavy; timm/NAME: one of timm's, where that "
-        "is installed", metavar="NAME")
-    data_path: Path | None = free(None, "image folder, PATH/train/<class>/*.jpg and PATH/val "
-        "(or valid, or validation), or PATH/<class>/*.jpg; or a folder with CIFAR-10's "
-        "cifar-10-batches-py (default: synthetic images for timing, of the first 10 classes, "
-        "with a noisy pattern for each)",
-        type=Path)
-    dataset: str | None = fixed(None, "data set by name, in --data-path: see --list-data-sets",
-        type=parse_data_set, metavar="NAME")
-    download: bool = free(False, "let torchvision fetch the --dataset (without one, CIFAR-10) "
-        "into --data-path, and verify it")
-    val_share: float | None = fixed(None, "part of the images of each class to keep apart and "
-        "validate with, where the data has none for that (default: 0.2 of a --dataset, else none)",
-        type=BELOW_1)
-    num_classes: int | None = fixed(None, "number of classes (default: as many as the data has; "
-        "1000 for synthetic images)", type=whole_number(2, MOST_CLASSES), metavar="N")
-    image_size: int | None = option(None, "side of the square images in pixels (default: that of "
-        "--weights or of the --dataset, else 224)", type=COUNT)
-    val_resize: int | None = option(None, "pixels of the shorter side that a picture is resized "
-        "to before its middle is cut out, to validate or to predict (default: in proportion to "
-        "--image-size as with --weights or the --dataset, else as 256 to 224)", type=COUNT)
-    interpolation: str | None = option(None, "how pictures are resized (default: as with "
-        "--weights, else bilinear)", choices=("nearest", "bilinear", "bicubic"))
-    mean: tuple[float, ...] | None = option(None, "mean of each channel, of values from 0 to 1 "
-        "(default: that of --weights or of the --dataset, else ImageNet's)", type=channels(SHARE),
-        metavar="R,G,B")
-    std: tuple[float, ...] | None = option(None, "standard deviation of each channel, likewise",
-        type=channels(PART), metavar="R,G,B")
-    min_res: int | None = option(None, "progressive resizing: side of the training images in the "
-        "first epoch; it grows to --max-res in steps of 32", type=COUNT)
-    max_res: int | None = option(None, "side of the training images from --end-ramp on (default: "
-        "--image-size)", type=COUNT)
-    end_ramp: int | None = option(None, "epoch in which --max-res is reached", type=COUNT)
-    subset: float = fixed(1.0, "part of the training images to use, the same of each class; the "
-        "choice is kept in the output folder", type=PART)
-    max_bad_images: int = free(0, "broken images to skip before the run stops; a batch without "
-        "any whole image always stops it", type=COUNT_FROM_0)
-    workers: int = free(2, "loader processes, as many again for validation; 0 loads in the main "
-        "thread", "-j", type=COUNT_FROM_0)
-
-
-@dataclass(frozen=True)
-class AugmentationSettings:
-    """augmentation"""
-
-    min_scale: float = option(0.08, "smallest part of a picture's area that a training crop may "
-        "show; not for CIFAR-10 and other pictures of one small size, which are padded by an "
-        "eighth and cropped; 0.6 for gtsrb unless given", type=PART)
-    hflip: float = option(0.5, "probability of a horizontal flip; 0 for svhn and gtsrb unless "
-        "given", type=SHARE)
-    color_jitter: float = option(0.0, "strength of random brightness, contrast and saturation",
-        type=NOT_NEGATIVE)
-    auto_augment: str = option("none", "ra: RandAugment, ta: TrivialAugment, aa: AutoAugment",
-        choices=("none", "ra", "ta", "aa"))
-    ra_magnitude: int = option(9, "strength of RandAugment's operations, up to 30",
-        type=whole_number(0, 30), metavar="N")
-    random_erase: float = option(0.0, "probability of erasing a random rectangle", type=SHARE)
-    mixup_alpha: float = option(0.0, "strength of mixup; 0: off", type=MIXING)
-    cutmix_alpha: float = option(0.0, "strength of CutMix; 0: off; with both, one is drawn for "
-        "each batch", type=MIXING)
-    augment_confused: Path | None = free(None, "file that --test-only wrote, confused.json: images "
-        "of the classes that were confused most (in pairs with at least half as many images as the "
-        "worst) get a stronger RandAugment in training: the usual one if others get none, else 3 "
-        "operations at --ra-magnitude + 5", type=Path)
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """training"""
-
-    recipe: str | None = free(None, "a set of defaults, which every other option overrides: "
-        + ", ".join(RECIPES), choices=tuple(RECIPES), metavar="NAME")
-    batch_size: int = fixed(32, "images per batch", "-b", type=COUNT)
-    accumulate: int = fixed(1, "batches per optimizer step", type=COUNT)
-    steps: int | None = rate(None, "optimizer steps after which to stop (default: 50 without "
-        "--epochs; find-lr 100, compare as many as its time allows)", type=COUNT)
-    epochs: int | None = rate(None, "passes over the data to train, with a validation after each",
-        type=COUNT)
-    opt: str = fixed("sgd", "optimizer", choices=("sgd", "adam", "adamw", "nadam", "rmsprop"))
-    lr: float | None = rate(None, "learning rate, the highest one (default: SGD 0.1 and RMSprop "
-        "0.016 for 256 images a step, and in proportion; Adam, AdamW and NAdam 0.001)",
-        type=NOT_NEGATIVE)
-    lr_body_factor: float = fixed(1.0, "the learning rate of all but the classifier, as a part of "
-        "the classifier's, which is the one that is shown", type=PART)
-    momentum: float = rate(0.9, "momentum of SGD and RMSprop", type=SHARE)
-    weight_decay: float = rate(1e-4, "weight decay", type=NOT_NEGATIVE)
-    norm_weight_decay: float | None = fixed(None, "weight decay of normalisation layers (default: "
-        "--weight-decay)", type=NOT_NEGATIVE)
-    bias_weight_decay: float | None = fixed(None, "weight decay of biases, in all layers (default: "
-        "--weight-decay)", type=NOT_NEGATIVE)
-    skip_decay_1d: bool = fixed(False, "no weight decay for parameters with one dimension, such "
-        "as biases")
-    lr_scheduler: str = fixed("constant", "course of the learning rate", choices=("constant",
-        "cosine", "step", "multistep", "onecycle", "warm-restarts"))
-    lr_warmup_epochs: float | None = rate(None, "epochs of linear warm-up from a hundredth of the "
-        "rate (default: with --lr and for onecycle none, else a tenth of the run, at most 5)",
-        type=COUNT_FROM_0)
-    lr_step_epochs: int = rate(30, "step: epochs between two reductions", type=COUNT)
-    lr_milestones: tuple[int, ...] = rate((30, 60, 80), "multistep: epochs with a reduction",
-        type=parse_milestones, metavar="LIST")
-    lr_gamma: float = rate(0.1, "step and multistep: factor of a reduction", type=PART)
-    lr_restart_epochs: int = rate(10, "warm-restarts: epochs of the first cosine; each further "
-        "one is twice as long", type=COUNT)
-    min_lr: float = rate(0.0, "cosine and warm-restarts: lowest rate (of the "
-        "classifier, with --lr-body-factor)", type=NOT_NEGATIVE)
-    label_smoothing: float = option(0.0, "label smoothing", type=SHARE)
-    clip_grad_norm: float = option(0.0, "largest norm of all gradients; 0: not clipped",
-        type=NOT_NEGATIVE)
-    freeze: str | None = option(None, "leave weights as they are: body (all but the classifier), "
-        "or layer groups such as conv1,bn1,layer1, as gradients.png names them", metavar="LIST")
-    freeze_epochs: int | None = option(None, "epochs after which what --freeze names is trained "
-        "too (default: it never is)", type=COUNT)
-    stochastic_depth: float = option(0.0, "probability of leaving out the last residual block for "
-        "an image, rising in proportion from the first; 0: what the model has by itself",
-        type=BELOW_1)
-    teacher: str | None = option(None, "model whose probabilities are part of the target "
-        "(distillation); it runs in the forward phase, on the same images (default: the one that "
-        "--teacher-weights was made by, if that is a checkpoint)", metavar="NAME")
-    teacher_weights: str | None = option(None, "the teacher's weights: torchvision's by name, such "
-        "as DEFAULT, or a file as for --init-from", metavar="NAME|PATH")
-    teacher_share: float = option(0.5, "the teacher's part of the target; the labels have the rest",
-        type=SHARE)
-    model_ema: bool = fixed(False, "keep an exponential moving average of the weights: best.pt "
-        "and reasons to stop go by it, the raw weights are validated beside it")
-    model_ema_decay: float = option(0.9999, "decay of that average per optimizer step; after t "
-        "steps it is at most (1 + t) / (10 + t)", type=BELOW_1)
-    early_stopping: int | None = free(None, "stop after so many epochs without a better top-1",
-        type=COUNT, metavar="EPOCHS")
-    target_top1: float | None = free(None, "stop once two validations in a row reach this top-1",
-        type=PERCENT)
-    seed: int = option(0, "seed of weights, data order and augmentation", type=COUNT_FROM_0)
-    deterministic: bool = option(False, "refuse operations without a deterministic implementation")
-
-
-@dataclass(frozen=True)
-class CheckpointSettings:
-    """checkpoints"""
-
-    resume: Path | None = free(None, "checkpoint to go on from, exactly, or to ask; the settings "
-        "of its run are the defaults; auto: the newest good one in --output-dir, if any",
-        only="train predict", type=Path, metavar="PATH|auto")
-    weights: str | None = free(None, "trained weights by torchvision's name for them, such as "
-        "DEFAULT or IMAGENET1K_V2, or timm's, such as a1_in1k, to start a new run from; with "
-        "--resume auto they count if there is nothing to go on from", metavar="NAME")
-    init_from: Path | None = free(None, "file to take the weights from, for a new run: a "
-        "checkpoint, or a plain state dict (.pt, .pth, .safetensors); with --resume auto it counts "
-        "if there is nothing to go on from", type=Path)
-    test_only: bool = free(False, "evaluate the checkpoint of --resume, train nothing; or "
-        "--weights, whose classes are found by the names of the folders")
-    save_steps: int | None = free(None, "optimizer steps between two saves (default: after each "
-        "epoch only)", type=COUNT)
-    save_freq: int | None = free(None, "epochs between two checkpoints that are kept for good "
-        "(default: none)", type=COUNT)
-    keep_best: int = free(3, "checkpoints to keep, best top-1 first", type=COUNT)
-    mirror: str | None = free(None, "address to copy checkpoints to, in the background: any that "
-        "fsspec knows (s3:// with s3fs installed)", metavar="URL")
-
-
-@dataclass(frozen=True)
-class CoreSettings:
-    """cores"""
-
-    split: str = free("even", "how cores are divided: even, forward:backward such as 1:2, auto "
-        "(measured, for the shortest step) or none (one lane over all cores); compare takes "
-        "several, such as even,1:2", type=parse_split, metavar="even|F:B|auto|none")
-    schedule: str = option("sequential", "how the phases of a step are laid over the lanes: "
-        "sequential alternates strictly; overlap runs the forward pass of a step's next batch "
-        "beside backward, with the same numbers (needs --accumulate 2 or more); delayed overlaps "
-        "across steps too, with weights one update old",
-        choices=("sequential", "overlap", "delayed"))
-    forward_cores: tuple[int, ...] | None = free(None,
-        "logical CPUs of the forward group, such as 0-3,8-11 or 0-15:2", type=parse_cpu_list)
-    backward_cores: tuple[int, ...] | None = free(None, "logical CPUs of the backward group",
-        type=parse_cpu_list)
-    loader_cores: tuple[int, ...] | None = free(None, "logical CPUs of the main thread and the "
-        "loader processes (default: those of the forward group)", type=parse_cpu_list)
-    forward_threads: int | None = option(None,
-        "threads of the forward lane (default: one per core)", type=COUNT)
-    backward_threads: int | None = option(None,
-        "threads of the backward lane (default: one per core)", type=COUNT)
-    machine: Path | None = free(None, "divide the cores of another machine, given by a file of "
-        "--record, or by a folder with its /sys/devices/system and /proc/cpuinfo", only="plan",
-        type=Path)
-    record: Path | None = free(None, "file to describe this machine in, for --machine elsewhere "
-        "(default: not written)", only="plan", type=Path)
-
-
-@dataclass(frozen=True)
-class RankSettings:
-    """ranks: processes that train one model together"""
-
-    ranks: int = free(1, "how many: torchrun starts those of a run (torchrun --nproc-per-node 4); "
-        "plan draws so many of one machine without it", type=COUNT)
-    timeout: float = free(300.0, "seconds that a rank may let the others wait before these give it "
-        "up for lost", type=number("a number above 0", lambda value: 0 < value <= 1e6))
-
-
-@dataclass(frozen=True)
-class SpeedSettings:
-    """speed"""
-
-    precision: str = option("auto", "bf16: convolutions and matrix products in bfloat16 by "
-        "autocast; auto: bf16 where the CPU computes it natively, else fp32",
-        choices=("auto", "fp32", "bf16"))
-    channels_last: bool = option(True, "keep images and weights in the default memory format, NCHW")
-    fused: bool = rate(True, "update the weights tensor by tensor, not in a fused kernel (NAdam "
-        "and RMSprop have none)")
-    tuned_malloc: bool = free(True, "leave glibc's allocator as it is; by default it keeps the "
-        "memory of a step for the next one")
-    flush_denormals: bool = option(True, "compute with denormal numbers, not with 0 in their place")
-    grads_to_none: bool = free(True, "set gradients to zero after an update, not to None")
-
-
-@dataclass(frozen=True)
-class ComparisonSettings:
-    """compare"""
-
-    quick: bool = free(False, "one batch a step, of which overlap makes four parts; without it, a "
-        f"step has {COMPARED_BATCHES} batches (--accumulate holds in any case, a recipe's too "
-        "without --quick)", only="compare")
-    preload: bool = free(False, "load the images of --data-path beforehand, so that loading and "
-        "augmentation are not timed; synthetic images always are loaded so", only="compare")
-
-
-@dataclass(frozen=True)
-class PredictionSettings:
-    """predict"""
-
-    pictures: tuple[str, ...] = free((), "files, folders (with all that lies below) and patterns "
-        "such as 'new/*.jpg'", only="predict", nargs="*", metavar="PICTURE")
-
-
-@dataclass(frozen=True)
-class ReportSettings:
-    """reports"""
-
-    log_file: Path = free(Path("logs.md"), "Markdown file that gets a section for each run",
-        type=Path)
-    output_dir: Path | None = free(None, "folder for checkpoints, metrics.jsonl and pictures "
-        "(default: that of --resume, else not written)", type=Path)
-    print_freq: int = free(10, "steps between two lines of figures", type=COUNT)
-    tensorboard: bool = free(False, "write what is measured for TensorBoard too, into the folder "
-        "tensorboard in --output-dir (pip install tensorboard)")
-    json: Path | None = free(None, "file for the figures of compare, or for the answers of "
-        "predict (default: not written)", only="compare predict", type=Path)
-
-
-@dataclass(frozen=True)
-class Settings(ReportSettings, PredictionSettings, ComparisonSettings, SpeedSettings, RankSettings,
-               CoreSettings, CheckpointSettings, TrainingSettings, AugmentationSettings,
-               DataSettings):
-    """What the user can choose. Derived values live elsewhere (see CorePlan), never here.
-
-    The groups stand in reverse, since a dataclass has the fields of its last base first.
-    """
 # fmt: on
 
 
-def plain_settings(settings: Settings) -> dict[str, Any]:
-    """Settings as JSON types."""
-    return {
-        key: readable(str(value)) if isinstance(value, Path) else value
-        for key, value in dataclasses.asdict(settings).items()
-    }
-
-
-def contradictions(command: str, settings: Settings, ranks: int = 1) -> Iterator[str]:
-    """What is wrong with options that contradict each other, a command, or the number of `ranks`
-    that have been started, whatever the machine.
-    """
-    yield from typed_contradictions(command, settings, ranks)
-    asked = f"--schedule {settings.schedule} has nothing to overlap with"
-    if settings.split == "none" and settings.schedule != "sequential":
-        remedy = "choose another --split, or --schedule sequential"
-        yield f"{asked} --split none, which has one lane: {remedy}"
-    if settings.schedule == "overlap" and settings.accumulate == 1:
-        yield f"{asked} --accumulate 1: raise --accumulate to 2 or more, or use --schedule delayed"
-    yield from resizing_contradictions(settings)
-    yield from rate_contradictions(settings)
-    yield from checkpoint_contradictions(settings)
-    yield from teacher_contradictions(settings)
-    yield from data_contradictions(settings)
-    if settings.tensorboard and not settings.output_dir:
-        yield "--tensorboard needs --output-dir, the folder for all that is written"
-    for name in ("norm_weight_decay", "bias_weight_decay"):
-        if settings.skip_decay_1d and getattr(settings, name) is not None:
-            yield f"{as_option(name, getattr(settings, name))} and --skip-decay-1d: give one"
-    for name in ("freeze", "epochs"):
-        if settings.freeze_epochs and not getattr(settings, name):
-            yield f"--freeze-epochs {settings.freeze_epochs} needs --{name}"
-    if settings.early_stopping and not settings.epochs:
-        yield f"--early-stopping {settings.early_stopping:g} needs --epochs"
-    if settings.target_top1 and not settings.epochs:
-        yield f"--target-top1 {settings.target_top1:g} needs --epochs"
-    yield from command_contradictions(command, settings)
-
-
-# Commands that are no work for several ranks, and why.
-ALONE = {
-    "compare": "starts the ranks that it measures itself",
-    "predict": "answers in one process, on all cores",
-}
-
-
-def rank_contradictions(command: str, settings: Settings, started: int) -> Iterator[str]:
-    """Why so many ranks are not to be had; `plan` alone draws more than have been started."""
-    asked = settings.ranks
-    if started > 1 and command in ALONE:
-        yield f"{command} {ALONE[command]}: start it without torchrun"
-    elif asked != started and (command != "plan" or started > 1):
-        remedy = f"torchrun --nproc-per-node {asked} starts so many"
-        yield f"--ranks {asked}: {plural(started, 'process')} started; {remedy}"
-
-
-def data_contradictions(settings: Settings) -> Iterator[str]:
-    """What the options on data lack, or synthetic images cannot be."""
-    name = settings.dataset or "CIFAR-10"
-    if settings.download and not settings.data_path:
-        yield f"--download needs --data-path, the folder to put {name} into"
-    if settings.dataset and not settings.data_path:
-        yield f"--dataset {name} needs --data-path, the folder where it is"
-    if settings.val_share and not settings.data_path:
-        yield f"--val-share {settings.val_share:g} needs --data-path: synthetic images are made"
-    if settings.download and name == "imagenet":
-        remedy = f"put {IMAGENET_FILES}, into --data-path"
-        yield f"--download: imagenet is given to those alone who ask for it: {remedy}"
-    if settings.subset < 1 and not settings.data_path:
-        yield f"--subset {settings.subset:g} needs --data-path: synthetic images are made"
-    if settings.augment_confused and not settings.data_path:
-        asked = as_option("augment_confused", settings.augment_confused)
-        yield f"{asked} needs --data-path: synthetic images are not augmented"
-    images = images_in_step(settings)
-    if not settings.data_path and images > MOST_SYNTHETIC_IMAGES:
-        asked = f"--batch-size {settings.batch_size} --accumulate {settings.accumulate}"
-        allowed = f"at most {MOST_SYNTHETIC_IMAGES} synthetic ones are allowed"
-        yield f"{asked}: a step of {images} images; {allowed}"
-
-
-def resizing_contradictions(settings: DataSettings, native_size: int = 0) -> Iterator[str]:
-    """Why a progressive resizing is no ramp; without an end of its own it goes up to the data's
-    native size, which may not be known yet.
-    """
-    low, high, size = settings.min_res, settings.max_res, settings.image_size
-    whole, known = settings.val_resize, high or size or native_size
-    end = known or 224
-    if whole and whole < known:
-        yield f"--val-resize {whole}: at least the image size, {known}, is allowed"
-    if (low is None) != (settings.end_ramp is None):
-        yield "--min-res and --end-ramp belong together: give both"
-    if high and not low:
-        yield f"--max-res {high} needs --min-res, where the ramp begins"
-    if low and (low % RESIZING_STEP or end % RESIZING_STEP or low > end):
-        allowed = f"multiples of {RESIZING_STEP} are allowed, the smaller one first"
-        yield f"--min-res {low} --max-res {end}: {allowed}"
-    if high and size and high != size:
-        yield f"--image-size {size} --max-res {high}: give one of them"
-
-
-def batches_in_step(settings: Settings) -> int:
-    """Batches that go into an optimizer step, those of all ranks together."""
-    return settings.accumulate * settings.ranks
-
-
-def images_in_step(settings: Settings) -> int:
-    """Images that go into an optimizer step, those of all ranks together."""
-    return settings.batch_size * batches_in_step(settings)
-
-
-def learning_rate(settings: Settings) -> float:
-    """The highest learning rate: as asked, or by the optimizer and the images of a step."""
-    if settings.lr is not None:
-        return settings.lr
-    of_256_images = {"sgd": 0.1, "rmsprop": 0.016}.get(settings.opt)
-    return of_256_images * images_in_step(settings) / 256 if of_256_images else 1e-3
-
-
-def rate_contradictions(settings: Settings) -> Iterator[str]:
-    """Why a course of the learning rate cannot be."""
-    warmup, epochs = settings.lr_warmup_epochs or 0, settings.epochs
-    if warmup and not epochs:
-        yield f"--lr-warmup-epochs {warmup} needs --epochs"
-    if warmup and settings.lr_scheduler == "onecycle":
-        yield f"--lr-warmup-epochs {warmup}: onecycle has a warm-up of its own"
-    first = settings.lr_milestones[0]
-    if settings.lr_scheduler == "multistep" and warmup >= first:
-        yield f"--lr-milestones {first},...: the first is within the warm-up of {warmup}"
-    if epochs and warmup >= epochs:
-        yield f"--lr-warmup-epochs {warmup}: fewer than --epochs {epochs} are allowed"
-    low, high = settings.min_lr, learning_rate(settings)
-    if settings.lr_scheduler in ("cosine", "warm-restarts") and low > high:
-        yield f"--min-lr {low:g} is above the learning rate, {high:g}: lower it, or raise --lr"
-
-
-def checkpoint_contradictions(settings: Settings) -> Iterator[str]:
-    """What checkpoint options lack, or contradict each other in."""
-    needs_folder = {"--save-steps": settings.save_steps, "--mirror": settings.mirror}
-    for flag, value in needs_folder.items():
-        if value and not settings.output_dir:
-            yield f"{flag} needs --output-dir, where checkpoints are"
-    if settings.test_only and not (settings.resume or settings.weights):
-        yield "--test-only needs --resume, the checkpoint to evaluate, or --weights NAME"
-
-
-def is_name(weights: str) -> bool:
-    """Whether weights are given by a name such as DEFAULT, and not by a file's path."""
-    return re.fullmatch(r"\w+", weights) is not None
-
-
-def teacher_contradictions(settings: TrainingSettings) -> Iterator[str]:
-    """What the options of a teacher lack."""
-    teacher, weights, share = settings.teacher, settings.teacher_weights, settings.teacher_share
-    if teacher and not weights:
-        yield f"--teacher {teacher} needs --teacher-weights, a name such as DEFAULT or a file"
-    if weights and not teacher and is_name(weights):
-        yield f"--teacher-weights {weights} needs --teacher, the model that they are of"
-    if share != Settings.teacher_share and not weights:
-        yield f"--teacher-share {share:g} needs --teacher and --teacher-weights"
-
-
-def typed_contradictions(command: str, settings: Settings, ranks: int = 1) -> Iterator[str]:
-    """What is wrong with options for another command, or for another number of ranks, and with
-    those that say where weights are: the defaults that a saved run gives change nothing in that.
-    """
-    yield from rank_contradictions(command, settings, ranks)
-    for setting in dataclasses.fields(settings):
-        only, value = setting.metadata["only"], getattr(settings, setting.name)
-        if only and command not in only and value != setting.default:
-            takers = " and ".join(only)
-            yield f"{as_option(setting.name, value)} is for {takers}, not for {command}"
-    from_newest = settings.resume == Path("auto")
-    if from_newest and not settings.output_dir:
-        yield "--resume auto needs --output-dir, where checkpoints are"
-    starts = "resume", "init_from", "weights"
-    given = [as_option(name, value) for name in starts if (value := getattr(settings, name))]
-    others = given[from_newest and not settings.test_only :]  # of which one counts if auto fails
-    if len(others) > 1:
-        yield f"{' and '.join(others)}: give one"
-    if command == "predict":
-        yield from prediction_contradictions(settings)
-
-
-def prediction_contradictions(settings: Settings) -> Iterator[str]:
-    """What `predict` lacks, or has twice."""
-    if not settings.pictures:
-        yield "predict needs pictures: files, folders, or patterns such as 'new/*.jpg'"
-    if settings.init_from:
-        yield f"--init-from {settings.init_from}: predict takes --resume PATH or --weights NAME"
-    if settings.resume and settings.weights:
-        yield f"--resume {settings.resume} and --weights {settings.weights}: give one"
-    if not (settings.resume or settings.weights):
-        yield "predict needs a trained model: give --resume PATH, or --weights NAME and --model"
-    if settings.split == "auto":
-        yield "--split auto is for training, not for predict: give even, a ratio or none"
-
-
-def command_contradictions(command: str, settings: Settings) -> Iterator[str]:
-    """What a command lacks, and options that are for another one."""
-    has_weights = settings.resume or settings.init_from or settings.weights
-    if command == "train" and settings.recipe in FROM_CHECKPOINT and not has_weights:
-        yield f"--recipe {settings.recipe} starts from trained weights: {GIVE_WEIGHTS}"
-    if "," in settings.split and command != "compare":
-        yield f"--split {settings.split}: several splits are for compare, {command} takes one"
-    if settings.preload and not settings.data_path:
-        yield "--preload needs --data-path: synthetic images are loaded beforehand in any case"
-    if settings.machine and settings.split == "auto":
-        remedy = f"not that of --machine {settings.machine}: give a ratio such as 1:2"
-        yield f"--split auto measures the machine that it runs on, {remedy}"
-
-
-# Names of options in other trainers where the meaning is the same, and what the setting is called
-# here: torchvision's reference training (wd, lr-min, lr-step-size) and timm's train.py (the rest).
-ALIASES = {
-    "--wd": "weight_decay",
-    "--img-size": "image_size",
-    "--val-resize-size": "val_resize",
-    "--drop-path": "stochastic_depth",
-    "--smoothing": "label_smoothing",
-    "--aa": "auto_augment",
-    "--mixup": "mixup_alpha",
-    "--cutmix": "cutmix_alpha",
-    "--reprob": "random_erase",
-    "--sched": "lr_scheduler",
-    "--warmup-epochs": "lr_warmup_epochs",
-    "--lr-min": "min_lr",
-    "--lr-step-size": "lr_step_epochs",
-    "--grad-accum-steps": "accumulate",
-    "--initial-checkpoint": "init_from",
-    "--clip-grad": "clip_grad_norm",
-    "--log-interval": "print_freq",
-}
-
-IMAGE_FOLDER = """\
-image folder
-  what     your own pictures, in a folder for each class
-  layout   PATH/train/<class>/*.jpg and, to validate, PATH/val/<class>/*.jpg
-           (or valid, or validation); or PATH/<class>/*.jpg, of which
-           --val-share keeps some apart to validate with
-  images   all that the folders hold: .jpg, .png, .webp, .tif, .bmp and others
-  classes  as many as there are folders, two or more"""
-
-SYNTHETIC = """\
-synthetic
-  what     images that are made, from --seed, to measure and to try things out
-  layout   none: what a run without --data-path takes
-  images   1280 to train, more if a step has more; none to validate
-  classes  1000, or --num-classes"""
-
-
-def describe_data_set(name: str) -> str:
-    """A block of --list-data-sets."""
-    data = NAMED_DATA[name]
-    fetched = "" if name == "imagenet" else ", its own format; --download fetches it"
-    val = f"{data.val} to validate, its {data.part} part"
-    drawn = f"of which {VAL_SHARE:g} of each class validate"
-    facts = {
-        "what": data.what,
-        "layout": data.layout + fetched,
-        "images": f"{data.train} to train, {val if data.val else drawn}",
-        "classes": str(data.classes),
-        "needs": data.needs,
-    }
-    indents = {"subsequent_indent": " " * 11, "break_on_hyphens": False}
-    lines = (textwrap.fill(f"  {key:8} {facts[key]}", 79, **indents) for key in facts if facts[key])
-    return "\n".join([name, *lines])
-
-
-DATA_SETS = "\n\n".join(
-    [IMAGE_FOLDER, "Those below, but for the last, by --dataset NAME --data-path PATH:"]
-    + [*map(describe_data_set, NAMED_DATA), SYNTHETIC]
-)
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command as `--help` presents it: what it does, three examples (what for, and arguments),
-    and which options of a run make a difference to it, by setting or by group.
-
-    It takes all others of a run too, so that a run's own arguments serve to plan it, say.
-    """
-
-    help: str
-    examples: dict[str, str]
-    shows: Collection[type | str] = Settings.__bases__
-
-
-# What makes a difference to the answers of a trained model, or to how long they take.
-ASKED_WITH = """
-    model image_size val_resize interpolation mean std workers batch_size deterministic precision
-    channels_last tuned_malloc flush_denormals""".split()
-
-# fmt: off
-COMMANDS = {
-    "train": Command("train a model (the default)", {
-        "ResNet-50 on images that are made, to see what the phases take": "-b 32 --steps 50",
-        "a whole training, by a recipe": "--recipe cifar10 --data-path cifar --download",
-        "your own pictures, with checkpoints": "--data-path photos --epochs 30 --output-dir out",
-    }),
-    "plan": Command("show the cores, how they would be divided, and the model", {
-        "what a run without further options would use": "plan",
-        "twice as many cores for backward as for forward": "plan --split 1:2",
-        "four ranks, each with a part of the cores": "plan --ranks 4",
-    }, (CoreSettings, *"""
-        model data_path dataset download val_share num_classes image_size min_res max_res end_ramp
-        workers recipe batch_size accumulate epochs freeze freeze_epochs weights teacher
-        teacher_weights precision ranks""".split())),
-    "find-lr": Command("try learning rates, from low to high, and suggest one", {
-        "for your own pictures, with a plot": "find-lr --data-path photos --output-dir out",
-        "for a recipe": "find-lr --recipe cifar10 --data-path cifar",
-        "for AdamW, in more steps": "find-lr --data-path photos --opt adamw --steps 200",
-    }, (DataSettings, AugmentationSettings, CoreSettings, SpeedSettings, *"""
-        recipe batch_size accumulate steps opt lr_body_factor momentum weight_decay
-        norm_weight_decay bias_weight_decay skip_decay_1d label_smoothing clip_grad_norm freeze
-        stochastic_depth teacher teacher_weights teacher_share seed deterministic weights init_from
-        output_dir""".split())),
-    "compare": Command("train in all ways, in turn, and say which is fastest", {
-        "ResNet-50: plain loops, one lane, and every schedule of the split": "compare",
-        "two splits, with less to compute": "compare --quick --split even,1:2",
-        "your own pictures, loading included, and the figures in a file":
-            "compare --data-path photos --json compare.json",
-    }, (AugmentationSettings, SpeedSettings, *"""
-        model data_path dataset download num_classes image_size subset max_bad_images workers recipe
-        batch_size accumulate steps opt label_smoothing clip_grad_norm freeze stochastic_depth
-        teacher teacher_weights teacher_share seed deterministic split forward_cores backward_cores
-        loader_cores forward_threads backward_threads log_file output_dir""".split())),
-    "predict": Command("ask a trained model what pictures show", {
-        "a folder, with what a training has saved": "predict new --resume out/mine/best.pt",
-        "a picture, and the answer in a file":
-            "predict a.jpg --resume best.pt --json answers.json",
-        "with trained weights of torchvision":
-            "predict new/*.jpg --model resnet50 --weights DEFAULT",
-    }, ("pictures", *ASKED_WITH, *"""
-        weights output_dir split forward_cores backward_cores loader_cores
-        forward_threads""".split())),
-}
 # fmt: on
-
-
-class Tell(argparse.Action):
-    """An option that ends the program with a text: what `const` returns."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        """Print the text and exit."""
-        tell(self.const(), sys.stdout)
-        parser.exit()
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
-
-    def error(self, message: str) -> None:
-        raise UserError(message)
-
-    def print_help(self, file: Any = None) -> None:
-        """As ArgumentParser's own, for a reader who may leave."""
-        tell(self.format_help().rstrip(), file or sys.stdout)
-
-    def parse_args(self, *args: Any) -> argparse.Namespace:
-        """As ArgumentParser's own; for what it does not know it names the nearest options."""
-        given, unknown = self.parse_known_intermixed_args(*args)
-        if unknown:
-            flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
-            hint = nearest_of_each(flags, self._option_string_actions)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return given
-
-
-def build_parser(command: str = "train") -> Parser:
-    """The parser of a command, with all options; these and their defaults come from Settings."""
-    name = f"[{'|'.join(COMMANDS)}]" if command == "train" else command
-    name += " PICTURE..." if command == "predict" else ""
-    parser = Parser(
-        prog=PROGRAM,
-        usage=f"%(prog)s {name} [options]",
-        description=describe_command(command),
-        epilog=describe_use(command),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    text = {"action": Tell, "nargs": 0, "default": argparse.SUPPRESS}
-    parser.add_argument("--version", help="show versions and exit", const=version_line, **text)
-    parser.add_argument("--list-models", help="list what --model takes", action="store_true")
-    places = {"help": "list what --dataset and --data-path take", "const": lambda: DATA_SETS}
-    parser.add_argument("--list-data-sets", **places, **text)
-    for group in reversed(Settings.__bases__):
-        help_group = parser.add_argument_group(group.__doc__)
-        for setting in dataclasses.fields(group):
-            shown = is_shown(command, group, setting)
-            if setting.name != "pictures":
-                add_option(help_group, setting, shown)
-            elif shown:  # the only one without dashes
-                about = setting.metadata["help"]
-                help_group.add_argument("pictures", help=about, **setting.metadata["argument"])
-    return parser
-
-
-def is_shown(command: str, group: type, setting: dataclasses.Field) -> bool:
-    """Whether a command's help shows an option: one of its own, or one of a run that matters."""
-    if setting.metadata["only"]:
-        return command in setting.metadata["only"]
-    return not {group, setting.name}.isdisjoint(COMMANDS[command].shows)
-
-
-def describe_command(command: str) -> str:
-    """What stands above the options of a command."""
-    if command != "train":
-        what = COMMANDS[command].help
-        return f"{what[0].upper()}{what[1:]}.\nOther options of a run are taken, too."
-    listed = "\n".join(f"  {name:8} {each.help}" for name, each in COMMANDS.items())
-    about = "Train an image classifier on CPUs, forward and backward on their own cores."
-    return f"{about}\n\ncommands, each with a --help of its own:\n{listed}"
-
-
-def describe_use(command: str) -> str:
-    """What stands below the options of a command."""
-    examples = COMMANDS[command].examples.items()
-    shown = "\n".join(f"  {what}:\n    %(prog)s {arguments}" for what, arguments in examples)
-    parts = [f"examples:\n{shown}"]
-    if command == "train":
-        some = ", ".join(list(ALIASES)[:2])
-        parts += [
-            "recipes (defaults that every option overrides; all with --output-dir out/NAME):\n"
-            + list_recipes(),
-            f"Names as in torchvision's and timm's scripts ({some}) work too.",
-        ]
-    return "\n\n".join(parts)
-
-
-def list_recipes() -> str:
-    """The recipes and what they set, as options."""
-    lines = []
-    for name, defaults in RECIPES.items():
-        options = (as_option(key, value).replace(" ", "\xa0") for key, value in defaults.items())
-        listed = textwrap.fill(" ".join(options), 74, break_on_hyphens=False)
-        lines.append(f"  {name}:\n{textwrap.indent(listed, '    ')}".replace("\xa0", " "))
-    return "\n".join(lines)
-
-
-def version_line() -> str:
-    """The versions that a report of trouble should name."""
-    packages = ", ".join(f"{name} {installed_version(name)}" for name in ("torch", "torchvision"))
-    return f"{PROGRAM} {__version__}, Python {platform.python_version()}, {packages}"
-
-
-def add_option(help_group: Any, setting: dataclasses.Field, shown: bool) -> None:
-    """Add one field of Settings to its help group, and its aliases, which help never shows."""
-    meta = setting.metadata
-    text = meta["help"]
-    flag = as_option(setting.name, True)
-    if setting.default is False:
-        # Both ways, since a recipe may have switched it on.
-        kind = {"action": argparse.BooleanOptionalAction, "default": False}
-    elif setting.default is True:  # what is on by default has a flag that switches it off
-        kind = {"action": "store_false"}
-        flag = flag.replace("--", "--no-", 1)
-    else:
-        kind = {"default": setting.default, **meta["argument"]}
-        text += "" if setting.default is None else f" (default: {option_text(setting.default)})"
-    kind |= {"dest": setting.name, "help": text if shown else argparse.SUPPRESS}
-    help_group.add_argument(*meta["short"], flag, **kind)
-    kind |= {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-    for alias in (alias for alias, name in ALIASES.items() if name == setting.name):
-        help_group.add_argument(alias, **kind)
-
-
-def typed_options(command: str, options: Sequence[str]) -> Values:
-    """The options of a command line by the names of their settings; of those that are not there,
-    none. Raises UserError for one that does not exist, or for a value that it does not take.
-    """
-    nothing = argparse.Namespace(**{each.name: None for each in dataclasses.fields(Settings)})
-    given = vars(build_parser(command).parse_args(options, nothing))
-    given["pictures"] = tuple(given["pictures"] or ())
-    return {name: value for name, value in given.items() if value not in (None, ())}
-
-
-def split_arguments(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """The command, which may be left out, and its options."""
-    command, *options = argv if argv and not argv[0].startswith("-") else ["train", *argv]
-    return command, options
-
-
-def parse_arguments(
-    argv: Sequence[str],
-    saved: Callable[[str, Settings, Values], Values] | None = None,
-    ranks: int = 1,
-) -> tuple[str, Settings]:
-    """The command and the settings. Raises UserError for arguments that make no sense.
-
-    `saved` gives the defaults that `--resume` brings with it, of the command, its settings without
-    them and the options typed. Without it these are left out, and what could depend on them is not
-    looked at. `ranks` have been started.
-    """
-    command, options = split_arguments(argv)
-    if command not in COMMANDS:
-        hint = nearest(command, COMMANDS)
-        raise UserError(f"unknown command {command!r} (choose from {', '.join(COMMANDS)}){hint}")
-    typed = typed_options(command, options)
-    if typed.pop("list_models"):
-        return "list-models", Settings()
-    defaults = command_defaults(command, typed) | {"ranks": ranks}
-    settings = Settings(**defaults | typed)
-    if settings.resume:
-        for message in typed_contradictions(command, settings, ranks):
-            raise UserError(message)
-        if not saved:
-            return command, settings
-        found = saved(command, settings, typed)
-        begun = dict.fromkeys(("weights", "init_from")) if found else {}  # it has its weights
-        settings = Settings(**defaults | found | typed | begun)
-    for message in contradictions(command, settings, ranks):
-        raise UserError(message)
-    return command, settings
 
 
 # ==================================================================================================
@@ -5520,20 +4559,6 @@ def asked_again(asked: Settings, in_force: Settings) -> Values:
     return {key: values[key] for key in values if values[key] != decided[key] and key not in ready}
 
 
-def settings_of(values: Values) -> Settings:
-    """Settings from JSON types; values of other names are left out."""
-
-    def typed(setting: dataclasses.Field) -> Any:
-        value = values[setting.name]
-        if isinstance(value, list):
-            return tuple(value)
-        is_path = setting.metadata["argument"].get("type") is Path
-        return Path(value) if is_path and value is not None else value
-
-    own = (each for each in dataclasses.fields(Settings) if each.name in values)
-    return Settings(**{setting.name: typed(setting) for setting in own})
-
-
 def settings_to_go_on(state: State) -> Settings:
     """The settings that a run takes from the saved one which it goes on with. Versions that did not
     save what was asked for had these decided anew each time.
@@ -7361,21 +6386,6 @@ def describe_run(settings: Settings) -> str:
     size = f"{settings.image_size} px"
     taught = f", taught by {settings.teacher}" if settings.teacher else ""
     return f"{settings.model}, {size}, {batches} a step, {settings.precision}{taught}"
-
-
-def as_options(settings: Settings) -> str:
-    """What differs from the defaults, those of the recipe if there is one, as it is typed; ranks
-    are started, not typed.
-    """
-    defaults = vars(Settings()) | (recipe_defaults(settings.recipe) if settings.recipe else {})
-    words = []
-    for name, value in vars(settings).items():
-        if value is None or name == "ranks" or (name != "recipe" and value == defaults[name]):
-            continue
-        flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
-        text = format_cpu_list(value) if name.endswith("_cores") else option_text(value)
-        words += [flag] if isinstance(value, bool) else [flag, shlex.quote(text)]
-    return " ".join(words)
 
 
 def log_heading(

@@ -1,0 +1,307 @@
+"""The commands, their `--help`, and the way from a command line to Settings. Knows no PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from split_affinity import PROGRAM, __version__
+from split_affinity.errors import UserError
+from split_affinity.options.contradictions import contradictions, typed_contradictions
+from split_affinity.options.data_sets import DATA_SETS, NAMED_DATA
+from split_affinity.options.recipes import list_recipes, recipe_defaults
+from split_affinity.options.settings import (
+    COMPARED_BATCHES,
+    AugmentationSettings,
+    CoreSettings,
+    DataSettings,
+    Settings,
+    SpeedSettings,
+)
+from split_affinity.options.values import Values
+from split_affinity.text import as_option, nearest, nearest_of_each, option_text, tell
+
+
+def installed_version(package: str) -> str:
+    """The version of a package, which is not imported for that."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def command_defaults(command: str, typed: Values) -> Values:
+    """What takes the place of Settings' own defaults: a recipe's, what suits a data set, and what
+    compare has in a step; `typed` are the options given. A recipe's weights give way to a file's.
+    """
+    recipe, quick, resume = (typed.get(name) for name in ("recipe", "quick", "resume"))
+    defaults = recipe_defaults(recipe) if recipe else {}
+    if dataset := typed.get("dataset"):
+        defaults |= NAMED_DATA[dataset].defaults
+    if command == "compare" and (quick or not recipe):
+        defaults["accumulate"] = 1 if quick else COMPARED_BATCHES
+    resumes = resume and (typed.get("test_only") or resume != Path("auto"))
+    if typed.get("init_from") or resumes:
+        defaults.pop("weights", None)
+    return defaults
+
+
+# Names of options in other trainers where the meaning is the same, and what the setting is called
+# here: torchvision's reference training (wd, lr-min, lr-step-size) and timm's train.py (the rest).
+ALIASES = {
+    "--wd": "weight_decay",
+    "--img-size": "image_size",
+    "--val-resize-size": "val_resize",
+    "--drop-path": "stochastic_depth",
+    "--smoothing": "label_smoothing",
+    "--aa": "auto_augment",
+    "--mixup": "mixup_alpha",
+    "--cutmix": "cutmix_alpha",
+    "--reprob": "random_erase",
+    "--sched": "lr_scheduler",
+    "--warmup-epochs": "lr_warmup_epochs",
+    "--lr-min": "min_lr",
+    "--lr-step-size": "lr_step_epochs",
+    "--grad-accum-steps": "accumulate",
+    "--initial-checkpoint": "init_from",
+    "--clip-grad": "clip_grad_norm",
+    "--log-interval": "print_freq",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command as `--help` presents it: what it does, three examples (what for, and arguments),
+    and which options of a run make a difference to it, by setting or by group.
+
+    It takes all others of a run too, so that a run's own arguments serve to plan it, say.
+    """
+
+    help: str
+    examples: dict[str, str]
+    shows: Collection[type | str] = Settings.__bases__
+
+
+# What makes a difference to the answers of a trained model, or to how long they take.
+ASKED_WITH = """
+    model image_size val_resize interpolation mean std workers batch_size deterministic precision
+    channels_last tuned_malloc flush_denormals""".split()
+
+# fmt: off
+COMMANDS = {
+    "train": Command("train a model (the default)", {
+        "ResNet-50 on images that are made, to see what the phases take": "-b 32 --steps 50",
+        "a whole training, by a recipe": "--recipe cifar10 --data-path cifar --download",
+        "your own pictures, with checkpoints": "--data-path photos --epochs 30 --output-dir out",
+    }),
+    "plan": Command("show the cores, how they would be divided, and the model", {
+        "what a run without further options would use": "plan",
+        "twice as many cores for backward as for forward": "plan --split 1:2",
+        "four ranks, each with a part of the cores": "plan --ranks 4",
+    }, (CoreSettings, *"""
+        model data_path dataset download val_share num_classes image_size min_res max_res end_ramp
+        workers recipe batch_size accumulate epochs freeze freeze_epochs weights teacher
+        teacher_weights precision ranks""".split())),
+    "find-lr": Command("try learning rates, from low to high, and suggest one", {
+        "for your own pictures, with a plot": "find-lr --data-path photos --output-dir out",
+        "for a recipe": "find-lr --recipe cifar10 --data-path cifar",
+        "for AdamW, in more steps": "find-lr --data-path photos --opt adamw --steps 200",
+    }, (DataSettings, AugmentationSettings, CoreSettings, SpeedSettings, *"""
+        recipe batch_size accumulate steps opt lr_body_factor momentum weight_decay
+        norm_weight_decay bias_weight_decay skip_decay_1d label_smoothing clip_grad_norm freeze
+        stochastic_depth teacher teacher_weights teacher_share seed deterministic weights init_from
+        output_dir""".split())),
+    "compare": Command("train in all ways, in turn, and say which is fastest", {
+        "ResNet-50: plain loops, one lane, and every schedule of the split": "compare",
+        "two splits, with less to compute": "compare --quick --split even,1:2",
+        "your own pictures, loading included, and the figures in a file":
+            "compare --data-path photos --json compare.json",
+    }, (AugmentationSettings, SpeedSettings, *"""
+        model data_path dataset download num_classes image_size subset max_bad_images workers recipe
+        batch_size accumulate steps opt label_smoothing clip_grad_norm freeze stochastic_depth
+        teacher teacher_weights teacher_share seed deterministic split forward_cores backward_cores
+        loader_cores forward_threads backward_threads log_file output_dir""".split())),
+    "predict": Command("ask a trained model what pictures show", {
+        "a folder, with what a training has saved": "predict new --resume out/mine/best.pt",
+        "a picture, and the answer in a file":
+            "predict a.jpg --resume best.pt --json answers.json",
+        "with trained weights of torchvision":
+            "predict new/*.jpg --model resnet50 --weights DEFAULT",
+    }, ("pictures", *ASKED_WITH, *"""
+        weights output_dir split forward_cores backward_cores loader_cores
+        forward_threads""".split())),
+}
+# fmt: on
+
+
+class Tell(argparse.Action):
+    """An option that ends the program with a text: what `const` returns."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print the text and exit."""
+        tell(self.const(), sys.stdout)
+        parser.exit()
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+    def print_help(self, file: Any = None) -> None:
+        """As ArgumentParser's own, for a reader who may leave."""
+        tell(self.format_help().rstrip(), file or sys.stdout)
+
+    def parse_args(self, *args: Any) -> argparse.Namespace:
+        """As ArgumentParser's own; for what it does not know it names the nearest options."""
+        given, unknown = self.parse_known_intermixed_args(*args)
+        if unknown:
+            flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
+            hint = nearest_of_each(flags, self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return given
+
+
+def build_parser(command: str = "train") -> Parser:
+    """The parser of a command, with all options; these and their defaults come from Settings."""
+    name = f"[{'|'.join(COMMANDS)}]" if command == "train" else command
+    name += " PICTURE..." if command == "predict" else ""
+    parser = Parser(
+        prog=PROGRAM,
+        usage=f"%(prog)s {name} [options]",
+        description=describe_command(command),
+        epilog=describe_use(command),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    text = {"action": Tell, "nargs": 0, "default": argparse.SUPPRESS}
+    parser.add_argument("--version", help="show versions and exit", const=version_line, **text)
+    parser.add_argument("--list-models", help="list what --model takes", action="store_true")
+    places = {"help": "list what --dataset and --data-path take", "const": lambda: DATA_SETS}
+    parser.add_argument("--list-data-sets", **places, **text)
+    for group in reversed(Settings.__bases__):
+        help_group = parser.add_argument_group(group.__doc__)
+        for setting in dataclasses.fields(group):
+            shown = is_shown(command, group, setting)
+            if setting.name != "pictures":
+                add_option(help_group, setting, shown)
+            elif shown:  # the only one without dashes
+                about = setting.metadata["help"]
+                help_group.add_argument("pictures", help=about, **setting.metadata["argument"])
+    return parser
+
+
+def is_shown(command: str, group: type, setting: dataclasses.Field) -> bool:
+    """Whether a command's help shows an option: one of its own, or one of a run that matters."""
+    if setting.metadata["only"]:
+        return command in setting.metadata["only"]
+    return not {group, setting.name}.isdisjoint(COMMANDS[command].shows)
+
+
+def describe_command(command: str) -> str:
+    """What stands above the options of a command."""
+    if command != "train":
+        what = COMMANDS[command].help
+        return f"{what[0].upper()}{what[1:]}.\nOther options of a run are taken, too."
+    listed = "\n".join(f"  {name:8} {each.help}" for name, each in COMMANDS.items())
+    about = "Train an image classifier on CPUs, forward and backward on their own cores."
+    return f"{about}\n\ncommands, each with a --help of its own:\n{listed}"
+
+
+def describe_use(command: str) -> str:
+    """What stands below the options of a command."""
+    examples = COMMANDS[command].examples.items()
+    shown = "\n".join(f"  {what}:\n    %(prog)s {arguments}" for what, arguments in examples)
+    parts = [f"examples:\n{shown}"]
+    if command == "train":
+        some = ", ".join(list(ALIASES)[:2])
+        parts += [
+            "recipes (defaults that every option overrides; all with --output-dir out/NAME):\n"
+            + list_recipes(),
+            f"Names as in torchvision's and timm's scripts ({some}) work too.",
+        ]
+    return "\n\n".join(parts)
+
+
+def version_line() -> str:
+    """The versions that a report of trouble should name."""
+    packages = ", ".join(f"{name} {installed_version(name)}" for name in ("torch", "torchvision"))
+    return f"{PROGRAM} {__version__}, Python {platform.python_version()}, {packages}"
+
+
+def add_option(help_group: Any, setting: dataclasses.Field, shown: bool) -> None:
+    """Add one field of Settings to its help group, and its aliases, which help never shows."""
+    meta = setting.metadata
+    text = meta["help"]
+    flag = as_option(setting.name, True)
+    if setting.default is False:
+        # Both ways, since a recipe may have switched it on.
+        kind = {"action": argparse.BooleanOptionalAction, "default": False}
+    elif setting.default is True:  # what is on by default has a flag that switches it off
+        kind = {"action": "store_false"}
+        flag = flag.replace("--", "--no-", 1)
+    else:
+        kind = {"default": setting.default, **meta["argument"]}
+        text += "" if setting.default is None else f" (default: {option_text(setting.default)})"
+    kind |= {"dest": setting.name, "help": text if shown else argparse.SUPPRESS}
+    help_group.add_argument(*meta["short"], flag, **kind)
+    kind |= {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    for alias in (alias for alias, name in ALIASES.items() if name == setting.name):
+        help_group.add_argument(alias, **kind)
+
+
+def typed_options(command: str, options: Sequence[str]) -> Values:
+    """The options of a command line by the names of their settings; of those that are not there,
+    none. Raises UserError for one that does not exist, or for a value that it does not take.
+    """
+    nothing = argparse.Namespace(**{each.name: None for each in dataclasses.fields(Settings)})
+    given = vars(build_parser(command).parse_args(options, nothing))
+    given["pictures"] = tuple(given["pictures"] or ())
+    return {name: value for name, value in given.items() if value not in (None, ())}
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The command, which may be left out, and its options."""
+    command, *options = argv if argv and not argv[0].startswith("-") else ["train", *argv]
+    return command, options
+
+
+def parse_arguments(
+    argv: Sequence[str],
+    saved: Callable[[str, Settings, Values], Values] | None = None,
+    ranks: int = 1,
+) -> tuple[str, Settings]:
+    """The command and the settings. Raises UserError for arguments that make no sense.
+
+    `saved` gives the defaults that `--resume` brings with it, of the command, its settings without
+    them and the options typed. Without it these are left out, and what could depend on them is not
+    looked at. `ranks` have been started.
+    """
+    command, options = split_arguments(argv)
+    if command not in COMMANDS:
+        hint = nearest(command, COMMANDS)
+        raise UserError(f"unknown command {command!r} (choose from {', '.join(COMMANDS)}){hint}")
+    typed = typed_options(command, options)
+    if typed.pop("list_models"):
+        return "list-models", Settings()
+    defaults = command_defaults(command, typed) | {"ranks": ranks}
+    settings = Settings(**defaults | typed)
+    if settings.resume:
+        for message in typed_contradictions(command, settings, ranks):
+            raise UserError(message)
+        if not saved:
+            return command, settings
+        found = saved(command, settings, typed)
+        begun = dict.fromkeys(("weights", "init_from")) if found else {}  # it has its weights
+        settings = Settings(**defaults | found | typed | begun)
+    for message in contradictions(command, settings, ranks):
+        raise UserError(message)
+    return command, settings
