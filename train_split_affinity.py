@@ -355,6 +355,66 @@ except (ImportError, RuntimeError, OSError) as import_error:
         raise
     print(explain_import_error(import_error), file=sys.stderr)
     raise SystemExit(2) from None
+from split_affinity.machine.description import (  # noqa: F401
+    CORE_FIELDS,
+    MACHINE_FIELDS,
+    MACHINE_FORMAT,
+    MACHINE_VERSION,
+    core_rows,
+    cpu_mark,
+    describe_plan,
+    describe_topology,
+    draw_plan,
+    exact_number,
+    machine_text,
+    number_or,
+    one_of,
+    parse_fields,
+    parse_machine,
+    read_machine,
+)
+from split_affinity.machine.plan import (  # noqa: F401
+    CorePlan,
+    Group,
+    Host,
+    PhaseTimes,
+    check_core_options,
+    check_cpus,
+    divide_cores,
+    forward_count,
+    fullest_subset,
+    make_group,
+    plan_cores,
+    plan_notes,
+    rank_topology,
+    share_by_kind,
+    share_out,
+    split_name,
+    take,
+    this_host,
+    usable_cores,
+)
+from split_affinity.machine.topology import (  # noqa: F401
+    BF16_FLAGS,
+    CONTAINERS,
+    VIRTUAL_MAKERS,
+    Core,
+    Topology,
+    cgroups,
+    cpus_of,
+    host_kind,
+    is_virtual,
+    machine_metrics,
+    read_bf16,
+    read_capacities,
+    read_core,
+    read_cpu_model,
+    read_cpus,
+    read_memory,
+    read_number,
+    read_quota,
+    read_topology,
+)
 from split_affinity.terminal import (  # noqa: F401
     Lossy,
     fitted,
@@ -371,638 +431,6 @@ from split_affinity.terminal import (  # noqa: F401
 # What the machine has (read from sysfs, cgroup files and the process mask, under a root that tests
 # can replace), and a pure function that decides which logical CPUs each group gets.
 # ==================================================================================================
-
-
-@dataclass(frozen=True, order=True)
-class Core:
-    """One physical core and where it sits; `cpus` are its online hardware threads, ascending.
-
-    `l3` is the lowest logical CPU that shares the L3 cache (-1: none known), `capacity` the
-    relative speed (1024 for the fastest cores).
-    """
-
-    package: int
-    node: int
-    l3: int
-    core_id: int
-    cpus: tuple[int, ...]
-    capacity: int = 1024
-
-
-@dataclass(frozen=True)
-class Topology:
-    """A machine as one process may use it. `quota_cpus` is the cgroup's CPU quota, if any; `bf16`
-    names the instructions that compute in bfloat16, empty where there are none; `memory_bytes` are
-    infinite where nothing is known.
-    """
-
-    cpu_model: str
-    cores: tuple[Core, ...]
-    offline: frozenset[int]
-    allowed: frozenset[int]
-    quota_cpus: float | None
-    has_affinity: bool
-    bf16: str = ""
-    memory_bytes: float = math.inf
-
-    @property
-    def online(self) -> tuple[int, ...]:
-        """All online logical CPUs, ascending."""
-        return cpus_of(self.cores)
-
-
-def cpus_of(cores: Iterable[Core]) -> tuple[int, ...]:
-    """The logical CPUs of some cores, ascending."""
-    return tuple(sorted(cpu for core in cores for cpu in core.cpus))
-
-
-def read_number(path: Path, default: int) -> int:
-    """A system file that holds one number; `default` where it is missing or negative."""
-    text = read_text(path)
-    return int(text) if text.isdigit() else default
-
-
-def read_cpus(path: Path) -> tuple[int, ...]:
-    """A system file that holds a list of logical CPUs; none where it is missing or empty."""
-    text = read_text(path)
-    return parse_cpu_list(text) if text else ()
-
-
-def read_topology(root: Path = Path("/"), allowed: frozenset[int] = ALLOWED_CPUS) -> Topology:
-    """Read the machine's topology from the files under `root`.
-
-    `allowed` are the logical CPUs that the process may use. Where sysfs tells nothing (macOS),
-    every allowed CPU counts as a core.
-    """
-    system = root / "sys/devices/system/cpu"
-    online = tuple(sorted(allowed.union(read_cpus(system / "online"))))
-    node_of = {
-        cpu: int(directory.name.removeprefix("node"))
-        for directory in (root / "sys/devices/system/node").glob("node[0-9]*")
-        for cpu in read_cpus(directory / "cpulist")
-    }
-    capacity_of = read_capacities(root, online)
-    cores = {
-        read_core(system / f"cpu{cpu}", cpu, online, node_of.get(cpu, 0), capacity_of[cpu])
-        for cpu in online
-    }
-    return Topology(
-        cpu_model=read_cpu_model(root),
-        cores=tuple(sorted(cores)),
-        offline=frozenset(read_cpus(system / "offline")),
-        allowed=allowed,
-        quota_cpus=read_quota(root),
-        has_affinity=hasattr(os, "sched_setaffinity"),
-        bf16=read_bf16(root),
-        memory_bytes=read_memory(root),
-    )
-
-
-def read_core(directory: Path, cpu: int, online: Sequence[int], node: int, capacity: int) -> Core:
-    """The physical core that `cpu` belongs to; all its hardware threads give the same Core."""
-    topology = directory / "topology"
-    older, newer = topology / "thread_siblings_list", topology / "core_cpus_list"
-    siblings = read_cpus(newer) or read_cpus(older)
-    cpus = tuple(sibling for sibling in siblings if sibling in online) or (cpu,)
-    sharing_l3 = [
-        read_cpus(cache / "shared_cpu_list")
-        for cache in directory.glob("cache/index*")
-        if read_text(cache / "level") == "3"
-    ]
-    l3 = min(itertools.chain(*sharing_l3), default=-1)
-    package = read_number(topology / "physical_package_id", 0)
-    core_id = read_number(topology / "core_id", cpus[0])
-    return Core(package, node, l3, core_id, cpus, capacity)
-
-
-def read_capacities(root: Path, online: Sequence[int]) -> dict[int, int]:
-    """Relative speed of each logical CPU: Intel's P and E lists, else the kernel's capacities."""
-    efficient = read_cpus(root / "sys/devices/cpu_atom/cpus")
-    if efficient and read_cpus(root / "sys/devices/cpu_core/cpus"):
-        return {cpu: 512 if cpu in efficient else 1024 for cpu in online}
-    system = root / "sys/devices/system/cpu"
-    return {cpu: read_number(system / f"cpu{cpu}/cpu_capacity", 1024) for cpu in online}
-
-
-def read_cpu_model(root: Path) -> str:
-    """The processor's name as the kernel gives it, or the nearest thing to it."""
-    match = re.search(r"^model name\s*:\s*(.+)$", read_text(root / "proc/cpuinfo"), re.MULTILINE)
-    if root != Path("/"):  # another machine's files, of whose processor Python knows nothing
-        return match[1].strip() if match else "unknown CPU"
-    return match[1].strip() if match else platform.processor() or platform.machine()
-
-
-BF16_FLAGS = "amx_bf16", "avx512_bf16", "bf16"
-
-
-def read_bf16(root: Path) -> str:
-    """The CPU's native bfloat16 arithmetic: AMX, AVX512-BF16 or Arm BF16; else empty."""
-    text = read_text(root / "proc/cpuinfo")
-    lists = re.findall(r"^(?:flags|Features)[ \t]*:(.*)$", text, re.MULTILINE)
-    flags = set(lists[0].split()) if lists else set()
-    return next((flag for flag in BF16_FLAGS if flag in flags), "")
-
-
-# Containers by what shows them: a file that their manager makes, a part of the cgroup's path.
-CONTAINERS = {
-    "kubernetes": ("run/secrets/kubernetes.io", "kubepods"),
-    "docker": (".dockerenv", "docker"),
-    "podman": ("run/.containerenv", "libpod"),
-    "lxc": ("dev/lxd", "lxc"),
-    "apptainer": (".singularity.d", "apptainer"),
-}
-VIRTUAL_MAKERS = "QEMU|KVM|VMware|Virtual|Xen|Parallels|EC2|Google Compute Engine|OpenStack"
-
-
-def host_kind(root: Path = Path("/")) -> str:
-    """`bare metal`, `virtual machine`, or a container and which of these it is on, as in `container
-    (docker) on bare metal`; `unknown` where the system does not tell (macOS).
-    """
-    if not read_text(root / "proc/cpuinfo"):
-        return "unknown"
-    host = "virtual machine" if is_virtual(root) else "bare metal"
-    for name, (mark, part) in CONTAINERS.items():
-        in_path = re.search(rf"/{part}\b(?!\.service)", read_text(root / "proc/self/cgroup"))
-        if in_path or any(root.glob(mark)):
-            return f"container ({name}) {'on' if host == 'bare metal' else 'in a'} {host}"
-    return host
-
-
-def is_virtual(root: Path) -> bool:
-    """Whether a hypervisor shows. On x86 a flag of the CPU tells; elsewhere the names of maker and
-    product do, and a cloud's whole machines are called .metal.
-    """
-    flags = re.search(r"^flags\s*:(.*)$", read_text(root / "proc/cpuinfo"), re.MULTILINE)
-    if flags:
-        return "hypervisor" in flags[1].split()
-    dmi = root / "sys/class/dmi/id"
-    names = f"{read_text(dmi / 'sys_vendor')} {read_text(dmi / 'product_name')}"
-    virtual = re.search(VIRTUAL_MAKERS, names) and not names.endswith(".metal")
-    return bool(virtual or read_text(root / "sys/hypervisor/type"))
-
-
-def read_quota(root: Path) -> float | None:
-    """The CPU quota in CPUs: the smallest among the process's cgroup and those around it.
-
-    In each directory it stands in `cpu.max` (v2) or in `cpu.cfs_quota_us` and `cpu.cfs_period_us`.
-    """
-    quotas = []
-    for directory in cgroups(root, "cpu"):
-        v1 = [read_text(directory / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
-        match = re.fullmatch(r"(\d+) ([1-9]\d*)", read_text(directory / "cpu.max") or " ".join(v1))
-        if match:
-            quotas.append(int(match[1]) / int(match[2]))
-    return min(quotas, default=None)
-
-
-def read_memory(root: Path) -> float:
-    """Bytes of memory that the process can use, swap included: all of the machine's, or what the
-    limits of its cgroups leave.
-    """
-    lines = re.findall(r"^(\w+): +(\d+) kB$", read_text(root / "proc/meminfo"), re.MULTILINE)
-    size_bytes = {name: 1024 * int(size_kib) for name, size_kib in lines}
-    limits = [size_bytes.get("MemTotal", math.inf)]
-    for directory in cgroups(root, "memory"):
-        texts = (read_text(directory / f"memory.{name}") for name in ("max", "limit_in_bytes"))
-        limits += [int(text) for text in texts if text.isdigit()]
-    return min(limits) + size_bytes.get("SwapTotal", 0)
-
-
-def cgroups(root: Path, controller: str) -> Iterator[Path]:
-    """Directories of the process's cgroups that can hold a limit of a controller (cpu, memory),
-    innermost first, v1 and v2.
-
-    A mount may show only a part of the hierarchy (its root, in /proc/self/mountinfo): a container
-    sees its own cgroup there, and a path outside that part cannot be looked at.
-    """
-    path_of = {}  # by controller; v2 has one path for all, under the empty name
-    for line in read_text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        path_of |= dict.fromkeys(controllers.split(","), PurePosixPath(path))
-    for line in read_text(root / "proc/self/mountinfo").splitlines():
-        mount, _, source = line.partition(" - ")
-        mount_root, mount_point = mount.split()[3:5]
-        kind, _, options = source.split()[:3]
-        has_limits = kind == "cgroup2" or (kind == "cgroup" and controller in options.split(","))
-        path = path_of.get("" if kind == "cgroup2" else controller)
-        if not has_limits or path is None:
-            continue
-        inside = PurePosixPath("/")
-        if path.is_relative_to(mount_root):
-            inside /= path.relative_to(mount_root)
-        for directory in (inside, *inside.parents):
-            yield root / mount_point.lstrip("/") / str(directory).lstrip("/")
-
-
-MACHINE_FORMAT, MACHINE_VERSION = "train_split_affinity machine", 1
-
-
-def one_of(choices: dict[str, Any]) -> Callable[[str], Any]:
-    """A parser of some names, to their values."""
-
-    def parse(text: str) -> Any:
-        if text not in choices:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {' or '.join(map(repr, choices))}")
-        return choices[text]
-
-    return parse
-
-
-def exact_number(text: str) -> float:
-    """A number, with all digits of a whole one."""
-    return int(text) if text.isdigit() else float(text)
-
-
-def number_or(nothing: float | None) -> Callable[[str], float | None]:
-    """A parser of numbers above 0, and of null for `nothing`."""
-    largest = sys.float_info.max
-    parse = number("a number above 0, or null", lambda value: 0 < value <= largest, exact_number)
-    return lambda text: nothing if text == "null" else parse(text)
-
-
-# How the fields of a machine's description are read (see Core and Topology).
-CORE_FIELDS = {
-    "package": COUNT_FROM_0,
-    "node": COUNT_FROM_0,
-    "l3": whole_number(-1),
-    "core_id": COUNT_FROM_0,
-    "cpus": parse_cpu_list,
-    "capacity": COUNT,
-}
-MACHINE_FIELDS = {
-    "cpu_model": str,
-    "offline": lambda text: frozenset(() if text == "none" else parse_cpu_list(text)),
-    "allowed": lambda text: frozenset(parse_cpu_list(text)),
-    "quota_cpus": number_or(None),
-    "has_affinity": one_of({"true": True, "false": False}),
-    "bf16": one_of({name: name for name in ("", *BF16_FLAGS)}),
-    "memory_bytes": number_or(math.inf),
-}
-
-
-def machine_text(topology: Topology) -> str:
-    """A machine's description in JSON: all that a plan depends on, CPUs as lists."""
-    values = {"format": MACHINE_FORMAT, "version": MACHINE_VERSION, **dataclasses.asdict(topology)}
-    for core in values["cores"]:
-        core["cpus"] = format_cpu_list(core["cpus"])
-    if topology.memory_bytes == math.inf:
-        values["memory_bytes"] = None  # JSON has no infinity
-    return json.dumps(values, indent=1, default=format_cpu_list) + "\n"
-
-
-def parse_machine(text: str) -> Topology:
-    """The inverse of `machine_text`. Raises ArgumentTypeError for what is no such description."""
-    values = None
-    with contextlib.suppress(ValueError, RecursionError):
-        values = json.loads(text)
-    if not isinstance(values, dict) or values.get("format") != MACHINE_FORMAT:
-        raise argparse.ArgumentTypeError("not a machine's description, as plan --record writes it")
-    version, rows = values.get("version"), values.get("cores")
-    if version != MACHINE_VERSION:
-        known = f"this program reads version {MACHINE_VERSION}"
-        raise argparse.ArgumentTypeError(f"a description of version {version}; {known}")
-    if not isinstance(rows, list) or not rows:
-        raise argparse.ArgumentTypeError("no list of cores")
-    fields = [parse_fields(row, CORE_FIELDS, f"cores[{n}]: ") for n, row in enumerate(rows)]
-    cores = tuple(sorted(Core(**each) for each in fields))
-    topology = Topology(cores=cores, **parse_fields(values, MACHINE_FIELDS))
-    cpu, count = Counter(topology.online).most_common(1)[0]
-    if count > 1:
-        raise argparse.ArgumentTypeError(f"CPU {cpu} is in {count} cores")
-    if unknown := topology.allowed.difference(topology.online):
-        raise argparse.ArgumentTypeError(f"allowed: no core has {format_cpu_list(unknown)}")
-    return topology
-
-
-def parse_fields(
-    values: Any, parsers: dict[str, Callable[[str], Any]], where: str = ""
-) -> dict[str, Any]:
-    """The fields of a JSON object, each through its parser. Raises ArgumentTypeError."""
-    fields = {}
-    for name, parse in parsers.items():
-        if not isinstance(values, dict) or name not in values:
-            raise argparse.ArgumentTypeError(f"{where}no {name}")
-        value = values[name]
-        try:
-            fields[name] = parse(value if isinstance(value, str) else json.dumps(value))
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentTypeError(f"{where}{name}: {error}") from None
-    return fields
-
-
-def read_machine(path: Path) -> Topology:
-    """The machine that a file describes; or, in a folder, its system files as they are below /: all
-    its CPUs count as allowed. Raises UserError for what is neither.
-    """
-    try:
-        if not path.is_dir():
-            return parse_machine(path.read_text("utf-8", "replace"))
-        online = frozenset(read_cpus(path / "sys/devices/system/cpu/online"))
-        if online:
-            return dataclasses.replace(read_topology(path, online), has_affinity=True)
-        reason = "a folder without sys/devices/system/cpu/online"
-    except OSError as error:
-        reason = f"cannot be read: {error.strerror}"
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        reason = str(error)
-    raise UserError(f"--machine {path}: {reason}")
-
-
-@dataclass(frozen=True)
-class Group:
-    """The logical CPUs (ascending) of one lane, the number of its threads, and on how many physical
-    cores the CPUs are.
-    """
-
-    name: str
-    cpus: tuple[int, ...]
-    threads: int
-    cores: int = 1
-
-    @functools.cached_property
-    def cpu_set(self) -> frozenset[int]:
-        """The logical CPUs, made once: every thread of every phase is compared with them."""
-        return frozenset(self.cpus)
-
-    def busy(self, cpu_s: float, elapsed_s: float) -> float:
-        """CPU time as a share of what the group can use: the time of its cores; with more threads
-        than cores, of as many of its logical CPUs as there are threads.
-        """
-        return cpu_s / (elapsed_s * max(self.cores, min(self.threads, len(self.cpus))))
-
-    def __str__(self) -> str:
-        return f"cores {format_cpu_list(self.cpus)}, {plural(self.threads, 'thread')}"
-
-
-@dataclass(frozen=True)
-class PhaseTimes:
-    """Seconds that the phases take while nothing else runs; of one micro-batch, where it counts."""
-
-    forward_s: float
-    backward_s: float
-    update_s: float
-    refresh_s: float
-    reduce_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class CorePlan:
-    """Which cores do what. With `--split none`, forward and backward are the same group; with
-    `--split auto`, `measured` are the phases' times by number of cores.
-    """
-
-    split: str
-    forward: Group
-    backward: Group
-    loader_cpus: tuple[int, ...]
-    notes: tuple[str, ...] = ()
-    measured: dict[int, PhaseTimes] = field(default_factory=dict)
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        """The groups that get a lane."""
-        return (self.forward,) if self.forward is self.backward else (self.forward, self.backward)
-
-    def group(self, lane: str) -> Group:
-        """The group of a lane."""
-        return self.forward if lane == self.forward.name else self.backward
-
-
-def plan_cores(topology: Topology, settings: CoreSettings) -> CorePlan:
-    """Decide which logical CPUs each group gets. Pure; raises UserError for what cannot be.
-
-    Without lists the cores are shared out in the ratio of `--split`, rounded to whole physical
-    cores (a tie goes to the backward group), each group at least one. Groups have the same mix of
-    fast and slow cores, and sockets, NUMA nodes and L3 domains stay whole where the sizes allow.
-    """
-    check_core_options(topology, settings)
-    usable = usable_cores(topology)
-    if settings.split == "none":
-        threads = settings.forward_threads or settings.backward_threads
-        forward = backward = make_group(topology, "all", cpus_of(usable), threads)
-    else:
-        cpus = settings.forward_cores, settings.backward_cores
-        if cpus == (None, None):
-            cpus = divide_cores(usable, settings.split.replace("even", "1:1"))
-        forward = make_group(topology, "forward", cpus[0], settings.forward_threads)
-        backward = make_group(topology, "backward", cpus[1], settings.backward_threads)
-    notes = tuple(plan_notes(topology, forward, backward))
-    loader_cpus = settings.loader_cores or forward.cpus
-    return CorePlan(split_name(settings), forward, backward, loader_cpus, notes)
-
-
-def split_name(settings: CoreSettings) -> str:
-    """How the cores were asked to be divided: `lists` where they were given by hand."""
-    return "lists" if settings.forward_cores else settings.split
-
-
-def check_core_options(topology: Topology, settings: CoreSettings) -> None:
-    """Raise UserError for core options that contradict each other, the machine or the system."""
-    lists = {
-        "--forward-cores": settings.forward_cores,
-        "--backward-cores": settings.backward_cores,
-        "--loader-cores": settings.loader_cores,
-    }
-    given = {flag: cpus for flag, cpus in lists.items() if cpus}
-    if not topology.has_affinity and (given or settings.split != "none"):
-        asked = next(iter(given), f"--split {settings.split}")
-        system = "its system" if settings.machine else platform.system()
-        raise UserError(f"{asked}: {system} cannot keep threads on cores; only --split none works")
-    for flag, cpus in given.items():
-        check_cpus(topology, flag, cpus)
-    for flag, other in itertools.permutations(("--forward-cores", "--backward-cores")):
-        if flag in given and other not in given:
-            raise UserError(f"{flag} {format_cpu_list(given[flag])} needs {other} beside it")
-    forward, backward = settings.forward_cores, settings.backward_cores
-    if forward and settings.split != "even":
-        raise UserError(f"--split {settings.split} contradicts --forward-cores: give one of them")
-    if forward and (both := set(forward) & set(backward)):
-        first, other, twice = map(format_cpu_list, (forward, backward, both))
-        raise UserError(f"--forward-cores {first} and --backward-cores {other} overlap in {twice}")
-    threads = settings.forward_threads or settings.backward_threads
-    if settings.split == "auto" and threads:
-        raise UserError(f"--split auto chooses the thread counts itself: {threads} cannot be given")
-    if settings.split == "none" and settings.forward_threads and settings.backward_threads:
-        raise UserError("--split none has one lane: give --forward-threads alone")
-
-
-def check_cpus(topology: Topology, flag: str, cpus: Sequence[int]) -> None:
-    """Raise UserError for the first CPU of a list that is not online and allowed."""
-    for cpu in sorted(set(cpus) - topology.allowed):
-        if cpu in topology.online:
-            reason = "not allowed for this process"
-        else:
-            reason = "offline" if cpu in topology.offline else "not in this machine"
-        asked, allowed = format_cpu_list(cpus), format_cpu_list(topology.allowed)
-        raise UserError(f"{flag} {asked}: CPU {cpu} is {reason} (allowed: {allowed})")
-
-
-def usable_cores(topology: Topology) -> list[Core]:
-    """The cores, cut down to their allowed CPUs, that the CPU quota leaves room for."""
-    cores = [
-        dataclasses.replace(core, cpus=cpus)
-        for core in topology.cores
-        if (cpus := tuple(cpu for cpu in core.cpus if cpu in topology.allowed))
-    ]
-    room = len(cores) if topology.quota_cpus is None else max(1, math.floor(topology.quota_cpus))
-    fastest_first = sorted(cores, key=lambda core: -core.capacity)
-    return sorted(fastest_first[:room])
-
-
-@dataclass(frozen=True)
-class Host:
-    """Where a rank is, as it says itself: its machine (`kernel` is the same for all processes of
-    one), the machine's name, and what of it the rank may use.
-    """
-
-    kernel: str
-    name: str
-    topology: Topology
-    torch_version: str
-
-
-def this_host(topology: Topology) -> Host:
-    """The machine of this process, told apart by the id that the kernel draws when it starts."""
-    name = platform.node()
-    kernel = read_text(Path("/proc/sys/kernel/random/boot_id")) or name
-    return Host(kernel, name, topology, str(torch.__version__))
-
-
-def rank_topology(hosts: Sequence[Host], rank: int) -> Topology:
-    """What a rank may use: its part of the CPUs that are allowed to it and to others on the same
-    machine, as they have not been given any of their own.
-
-    Ranks with the same allowed CPUs share them out; a mask that a launcher has set for one rank
-    (mpirun --bind-to, taskset) stays as it is. Of a CPU quota and of the
-    memory each rank of the machine has the same part. bfloat16 is native if it is so for all ranks.
-    Pure; raises UserError if there are more ranks than cores.
-    """
-    own = hosts[rank]
-    there = [number for number, host in enumerate(hosts) if host.kernel == own.kernel]
-    allowed = own.topology.allowed
-    sharing = [number for number in there if hosts[number].topology.allowed == allowed]
-    part = len(sharing) / len(there)
-    quota = own.topology.quota_cpus and own.topology.quota_cpus * part
-    cores = usable_cores(dataclasses.replace(own.topology, quota_cpus=quota))
-    if len(sharing) > len(cores):
-        limit = "" if own.topology.quota_cpus is None else ", with the CPU quota"
-        raise UserError(
-            f"{len(sharing)} ranks on {own.name}: more than its {plural(len(cores), 'core')} that "
-            f"can be used (allowed: {format_cpu_list(allowed)}{limit}); start fewer"
-        )
-    share = cpus_of(share_out(cores, len(sharing))[sharing.index(rank)])
-    return dataclasses.replace(
-        own.topology,
-        allowed=frozenset(share),
-        memory_bytes=own.topology.memory_bytes / len(there),
-        bf16=own.topology.bf16 if all(host.topology.bf16 for host in hosts) else "",
-    )
-
-
-def share_out(cores: Sequence[Core], ranks: int) -> list[list[Core]]:
-    """The cores of each rank: as many as of any other or one more, with the same mix of fast and
-    slow ones; sockets, NUMA nodes and L3 domains stay whole where the sizes allow.
-    """
-    left, shares = list(cores), []
-    for others in reversed(range(ranks)):
-        count = -(-len(left) // (others + 1))
-        chosen = [core for kind, part in share_by_kind(left, count) for core in take(kind, part)]
-        shares.append(sorted(chosen))
-        left = [core for core in left if core not in chosen]
-    return shares
-
-
-def plan_notes(topology: Topology, forward: Group, backward: Group) -> Iterator[str]:
-    """What the user should know about an allocation."""
-    used, allowed = (
-        sum(not cpus.isdisjoint(core.cpus) for core in topology.cores)
-        for cpus in ({*forward.cpus, *backward.cpus}, topology.allowed)
-    )
-    if topology.quota_cpus is not None and topology.quota_cpus < allowed:
-        quota = f"CPU quota of {topology.quota_cpus:g} CPUs"
-        yield f"{quota}: {used} of {plural(allowed, 'allowed core')} used"
-    if forward is not backward and forward.cpus == backward.cpus:
-        yield "one core: both groups share it, nothing is separated"
-    for core in topology.cores if forward.cpus != backward.cpus else ():
-        if set(core.cpus) & set(forward.cpus) and set(core.cpus) & set(backward.cpus):
-            name = f"core {core.core_id} of socket {core.package}"
-            cpus = f"CPUs {format_cpu_list(core.cpus)}"
-            yield f"{name} ({cpus}) is in both groups, by different hardware threads"
-    for group in dict.fromkeys((forward, backward)):
-        if group.threads > len(group.cpus):
-            yield f"{group.name}: {group.threads} threads on {plural(len(group.cpus), 'CPU')}"
-
-
-def make_group(topology: Topology, name: str, cpus: Sequence[int], threads: int | None) -> Group:
-    """A group of logical CPUs; by default with one thread per physical core among them."""
-    cores = sum(not set(cpus).isdisjoint(core.cpus) for core in topology.cores)
-    return Group(name, tuple(cpus), threads or cores, cores)
-
-
-def divide_cores(cores: Sequence[Core], split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The CPUs of the forward and the backward group, in the ratio of `split`.
-
-    A single core is divided into its hardware threads; if it has but one, both groups get it.
-    """
-    if len(cores) == 1:
-        cores = [dataclasses.replace(cores[0], cpus=(cpu,)) for cpu in cores[0].cpus]
-    if len(cores) == 1:
-        return cores[0].cpus, cores[0].cpus
-    count = forward_count(len(cores), *map(int, split.split(":")))
-    forward = [core for kind, share in share_by_kind(cores, count) for core in take(kind, share)]
-    return cpus_of(forward), cpus_of(core for core in cores if core not in forward)
-
-
-def forward_count(count: int, forward: int, backward: int) -> int:
-    """How many of `count` cores come nearest to forward:backward; a tie goes to the backward
-    group, and each group gets at least one.
-    """
-    parts = forward + backward
-    nearest = -((parts - 2 * count * forward) // (2 * parts))  # ceil(count * share - 1/2)
-    return min(max(nearest, 1), count - 1)
-
-
-def share_by_kind(cores: Sequence[Core], count: int) -> list[tuple[list[Core], int]]:
-    """Each kind of core, fastest first, with its part of `count`, by largest remainders.
-
-    A tie goes to the slower kind, so that the other group gets the faster core.
-    """
-    by_speed = sorted(cores, key=lambda core: -core.capacity)
-    kinds = [list(kind) for _, kind in itertools.groupby(by_speed, lambda core: core.capacity)]
-    shares = [len(kind) * count // len(cores) for kind in kinds]
-    remainders = [len(kind) * count % len(cores) for kind in kinds]
-    order = sorted(range(len(kinds)), key=lambda index: (-remainders[index], -index))
-    for index in order[: count - sum(shares)]:
-        shares[index] += 1
-    return list(zip(kinds, shares, strict=True))
-
-
-def take(
-    cores: Sequence[Core], count: int, levels: Sequence[str] = ("package", "node", "l3")
-) -> list[Core]:
-    """Choose `count` cores so that at each level at most one domain is split."""
-    if count in (0, len(cores)) or not levels:
-        return list(cores[:count])
-    domains: dict[int, list[Core]] = {}
-    for core in cores:
-        domains.setdefault(getattr(core, levels[0]), []).append(core)
-    parts = list(domains.values())
-    whole = fullest_subset([len(part) for part in parts], count)
-    chosen = [core for index in whole for core in parts[index]]
-    if len(chosen) < count:  # any domain left over is larger than what is missing
-        rest = next(part for index, part in enumerate(parts) if index not in whole)
-        chosen += take(rest, count - len(chosen), levels[1:])
-    return chosen
-
-
-def fullest_subset(sizes: Sequence[int], limit: int) -> tuple[int, ...]:
-    """Indices of sizes with the largest sum that does not exceed `limit`; early ones preferred."""
-    subsets: dict[int, tuple[int, ...]] = {0: ()}
-    for index, size in enumerate(sizes):
-        for total, subset in list(subsets.items()):
-            if total + size <= limit:
-                subsets.setdefault(total + size, (*subset, index))
-    return subsets[max(subsets)]
 
 
 # ==================================================================================================
@@ -6203,89 +5631,11 @@ def class_lines(confusion: Confusion, classes: Sequence[str]) -> list[str]:
     return lines
 
 
-def describe_topology(topology: Topology) -> str:
-    """The machine in one line."""
-    sockets = plural(len({core.package for core in topology.cores}), "socket")
-    threads = plural(len(topology.online), "hardware thread")
-    quota = f", CPU quota {topology.quota_cpus:g}" if topology.quota_cpus is not None else ""
-    return (
-        f"{topology.cpu_model}: {sockets}, {plural(len(topology.cores), 'core')}, {threads}; "
-        f"allowed: {format_cpu_list(topology.allowed)}{quota}"
-    )
-
-
 def picture_footer(topology: Topology) -> str:
     """What the figures of a picture depend on: the machine and the versions, in a line."""
     threads, cores = len(topology.online), len(topology.cores)
     machine = f"{topology.cpu_model}, {plural(cores, 'core')}, {plural(threads, 'hardware thread')}"
     return f"{machine}; {', '.join(f'{name} {version}' for name, version in versions().items())}"
-
-
-def describe_plan(plan: CorePlan, settings: Settings) -> list[str]:
-    """The allocation, a line for each group, then the notes."""
-    tasks = {
-        "forward": "forward pass",
-        "backward": "loss, backpropagation, optimizer step",
-        "all": "every phase, nothing is split",
-    }
-    lines = [f"{group.name:9} {group}: {tasks[group.name]}" for group in plan.groups]
-    loaders = plural(settings.workers, "loader process")
-    lines.append(f"loader    cores {format_cpu_list(plan.loader_cpus)}: main thread, {loaders}")
-    return lines + [f"note: {note}" for note in plan.notes]
-
-
-def draw_plan(topology: Topology, *plans: CorePlan, columns: int = 16, first: int = 0) -> str:
-    """The machine as a grid for each L3 domain: a column per core, a row per hardware thread, and
-    one for the ranks if there are several plans, the `first` one's and those that follow; in one
-    line no more than `columns` cores and 80 characters.
-    """
-    capacities = sorted({core.capacity for core in topology.cores}, reverse=True)
-    kinds = "PE" if len(capacities) == 2 else [str(capacity) for capacity in capacities]
-    kind_of = dict(zip(capacities, kinds, strict=True)) if len(capacities) > 1 else {}
-    every = core_rows(topology.cores, kind_of, topology, plans, first)
-    width = 1 + max(len(cell) for row in every for cell in row[1:])
-    columns, lines = min(columns, (80 - 7) // width), []
-    domains = itertools.groupby(topology.cores, lambda core: (core.package, core.node, core.l3))
-    for (package, node, l3), group in domains:
-        lines.append(f"socket {package}, node {node}" + (f", L3 of CPU {l3}" if l3 >= 0 else ""))
-        cores = list(group)
-        step = math.ceil(len(cores) / math.ceil(len(cores) / columns))  # lines of equal length
-        for start in range(0, len(cores), step):
-            part = cores[start : start + step]
-            for title, *cells in core_rows(part, kind_of, topology, plans, first):
-                lines.append(f"{title:7}" + "".join(f"{cell:>{width}}" for cell in cells))
-    return "\n".join([*lines, "  F forward, B backward, - not used, x not allowed"])
-
-
-def core_rows(
-    cores: Sequence[Core],
-    kind_of: dict[int, str],
-    topology: Topology,
-    plans: Sequence[CorePlan],
-    first: int,
-) -> list[list[str]]:
-    """The drawing of some cores side by side, in cells: numbers, kinds, ranks, logical CPUs."""
-    rows = [["  core", *(str(core.core_id) for core in cores)]]
-    if kind_of:
-        rows.append(["  kind", *(kind_of[core.capacity] for core in cores)])
-    if len(plans) > 1:
-        used = [plan.forward.cpu_set | plan.backward.cpu_set for plan in plans]
-        ranks = (
-            [first + n for n, cpus in enumerate(used) if cpus & {*core.cpus}] for core in cores
-        )
-        rows.append(["  rank", *(",".join(map(str, each)) or "-" for each in ranks)])
-    for cpus in itertools.zip_longest(*(core.cpus for core in cores)):
-        rows.append(["  cpu", *(cpu_mark(cpu, topology, plans) for cpu in cpus)])
-    return rows
-
-
-def cpu_mark(cpu: int | None, topology: Topology, plans: Sequence[CorePlan]) -> str:
-    """What a logical CPU does, and its number: `F0`, `B1`, `FB0` (both), `-2`, `x3`."""
-    if cpu is None:
-        return ""
-    marks = "F" if any(cpu in plan.forward.cpus for plan in plans) else ""
-    marks += "B" if any(cpu in plan.backward.cpus for plan in plans) else ""
-    return (marks or ("-" if cpu in topology.allowed else "x")) + str(cpu)
 
 
 def describe_model(settings: Settings, num_classes: int, image_size: int) -> list[str]:
@@ -6607,23 +5957,6 @@ def step_line(result: StepResult, steps: int, left_s: float, epoch: str = "") ->
     loss, top1, *others = step_figures(result, left_s)
     figures = ", ".join([loss, *others] if epoch else [loss, top1, *others])
     return f"step {result.step}/{steps}: {figures}{epoch}"
-
-
-def machine_metrics(topology: Topology) -> dict[str, Any]:
-    """The machine, as metrics.jsonl has it: in figures, and core by core."""
-    known = math.isfinite(topology.memory_bytes)
-    machine = {
-        "cpu_model": topology.cpu_model,
-        "sockets": len({core.package for core in topology.cores}),
-        "cores": len(topology.cores),
-        "logical_cpus": len(topology.online),
-        "allowed": format_cpu_list(topology.allowed),
-        "quota_cpus": topology.quota_cpus,
-        "memory_bytes": topology.memory_bytes if known else None,
-        "bf16": topology.bf16,
-    }
-    cores = [dataclasses.asdict(core) for core in topology.cores]
-    return {"host_kind": host_kind(), "machine": machine, "topology": cores}
 
 
 def rank_metrics(ranks: Ranks) -> dict[str, Any]:

@@ -1,0 +1,213 @@
+"""A machine and a plan of its cores, in words, as a drawing, and as a file for `plan --machine`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from split_affinity.errors import UserError
+from split_affinity.machine.plan import CorePlan
+from split_affinity.machine.topology import BF16_FLAGS, Core, Topology, read_cpus, read_topology
+from split_affinity.options.settings import Settings
+from split_affinity.options.values import COUNT, COUNT_FROM_0, number, parse_cpu_list, whole_number
+from split_affinity.text import format_cpu_list, plural
+
+MACHINE_FORMAT, MACHINE_VERSION = "train_split_affinity machine", 1
+
+
+def one_of(choices: dict[str, Any]) -> Callable[[str], Any]:
+    """A parser of some names, to their values."""
+
+    def parse(text: str) -> Any:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {' or '.join(map(repr, choices))}")
+        return choices[text]
+
+    return parse
+
+
+def exact_number(text: str) -> float:
+    """A number, with all digits of a whole one."""
+    return int(text) if text.isdigit() else float(text)
+
+
+def number_or(nothing: float | None) -> Callable[[str], float | None]:
+    """A parser of numbers above 0, and of null for `nothing`."""
+    largest = sys.float_info.max
+    parse = number("a number above 0, or null", lambda value: 0 < value <= largest, exact_number)
+    return lambda text: nothing if text == "null" else parse(text)
+
+
+# How the fields of a machine's description are read (see Core and Topology).
+CORE_FIELDS = {
+    "package": COUNT_FROM_0,
+    "node": COUNT_FROM_0,
+    "l3": whole_number(-1),
+    "core_id": COUNT_FROM_0,
+    "cpus": parse_cpu_list,
+    "capacity": COUNT,
+}
+MACHINE_FIELDS = {
+    "cpu_model": str,
+    "offline": lambda text: frozenset(() if text == "none" else parse_cpu_list(text)),
+    "allowed": lambda text: frozenset(parse_cpu_list(text)),
+    "quota_cpus": number_or(None),
+    "has_affinity": one_of({"true": True, "false": False}),
+    "bf16": one_of({name: name for name in ("", *BF16_FLAGS)}),
+    "memory_bytes": number_or(math.inf),
+}
+
+
+def machine_text(topology: Topology) -> str:
+    """A machine's description in JSON: all that a plan depends on, CPUs as lists."""
+    values = {"format": MACHINE_FORMAT, "version": MACHINE_VERSION, **dataclasses.asdict(topology)}
+    for core in values["cores"]:
+        core["cpus"] = format_cpu_list(core["cpus"])
+    if topology.memory_bytes == math.inf:
+        values["memory_bytes"] = None  # JSON has no infinity
+    return json.dumps(values, indent=1, default=format_cpu_list) + "\n"
+
+
+def parse_machine(text: str) -> Topology:
+    """The inverse of `machine_text`. Raises ArgumentTypeError for what is no such description."""
+    values = None
+    with contextlib.suppress(ValueError, RecursionError):
+        values = json.loads(text)
+    if not isinstance(values, dict) or values.get("format") != MACHINE_FORMAT:
+        raise argparse.ArgumentTypeError("not a machine's description, as plan --record writes it")
+    version, rows = values.get("version"), values.get("cores")
+    if version != MACHINE_VERSION:
+        known = f"this program reads version {MACHINE_VERSION}"
+        raise argparse.ArgumentTypeError(f"a description of version {version}; {known}")
+    if not isinstance(rows, list) or not rows:
+        raise argparse.ArgumentTypeError("no list of cores")
+    fields = [parse_fields(row, CORE_FIELDS, f"cores[{n}]: ") for n, row in enumerate(rows)]
+    cores = tuple(sorted(Core(**each) for each in fields))
+    topology = Topology(cores=cores, **parse_fields(values, MACHINE_FIELDS))
+    cpu, count = Counter(topology.online).most_common(1)[0]
+    if count > 1:
+        raise argparse.ArgumentTypeError(f"CPU {cpu} is in {count} cores")
+    if unknown := topology.allowed.difference(topology.online):
+        raise argparse.ArgumentTypeError(f"allowed: no core has {format_cpu_list(unknown)}")
+    return topology
+
+
+def parse_fields(
+    values: Any, parsers: dict[str, Callable[[str], Any]], where: str = ""
+) -> dict[str, Any]:
+    """The fields of a JSON object, each through its parser. Raises ArgumentTypeError."""
+    fields = {}
+    for name, parse in parsers.items():
+        if not isinstance(values, dict) or name not in values:
+            raise argparse.ArgumentTypeError(f"{where}no {name}")
+        value = values[name]
+        try:
+            fields[name] = parse(value if isinstance(value, str) else json.dumps(value))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{where}{name}: {error}") from None
+    return fields
+
+
+def read_machine(path: Path) -> Topology:
+    """The machine that a file describes; or, in a folder, its system files as they are below /: all
+    its CPUs count as allowed. Raises UserError for what is neither.
+    """
+    try:
+        if not path.is_dir():
+            return parse_machine(path.read_text("utf-8", "replace"))
+        online = frozenset(read_cpus(path / "sys/devices/system/cpu/online"))
+        if online:
+            return dataclasses.replace(read_topology(path, online), has_affinity=True)
+        reason = "a folder without sys/devices/system/cpu/online"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        reason = str(error)
+    raise UserError(f"--machine {path}: {reason}")
+
+
+def describe_topology(topology: Topology) -> str:
+    """The machine in one line."""
+    sockets = plural(len({core.package for core in topology.cores}), "socket")
+    threads = plural(len(topology.online), "hardware thread")
+    quota = f", CPU quota {topology.quota_cpus:g}" if topology.quota_cpus is not None else ""
+    return (
+        f"{topology.cpu_model}: {sockets}, {plural(len(topology.cores), 'core')}, {threads}; "
+        f"allowed: {format_cpu_list(topology.allowed)}{quota}"
+    )
+
+
+def describe_plan(plan: CorePlan, settings: Settings) -> list[str]:
+    """The allocation, a line for each group, then the notes."""
+    tasks = {
+        "forward": "forward pass",
+        "backward": "loss, backpropagation, optimizer step",
+        "all": "every phase, nothing is split",
+    }
+    lines = [f"{group.name:9} {group}: {tasks[group.name]}" for group in plan.groups]
+    loaders = plural(settings.workers, "loader process")
+    lines.append(f"loader    cores {format_cpu_list(plan.loader_cpus)}: main thread, {loaders}")
+    return lines + [f"note: {note}" for note in plan.notes]
+
+
+def draw_plan(topology: Topology, *plans: CorePlan, columns: int = 16, first: int = 0) -> str:
+    """The machine as a grid for each L3 domain: a column per core, a row per hardware thread, and
+    one for the ranks if there are several plans, the `first` one's and those that follow; in one
+    line no more than `columns` cores and 80 characters.
+    """
+    capacities = sorted({core.capacity for core in topology.cores}, reverse=True)
+    kinds = "PE" if len(capacities) == 2 else [str(capacity) for capacity in capacities]
+    kind_of = dict(zip(capacities, kinds, strict=True)) if len(capacities) > 1 else {}
+    every = core_rows(topology.cores, kind_of, topology, plans, first)
+    width = 1 + max(len(cell) for row in every for cell in row[1:])
+    columns, lines = min(columns, (80 - 7) // width), []
+    domains = itertools.groupby(topology.cores, lambda core: (core.package, core.node, core.l3))
+    for (package, node, l3), group in domains:
+        lines.append(f"socket {package}, node {node}" + (f", L3 of CPU {l3}" if l3 >= 0 else ""))
+        cores = list(group)
+        step = math.ceil(len(cores) / math.ceil(len(cores) / columns))  # lines of equal length
+        for start in range(0, len(cores), step):
+            part = cores[start : start + step]
+            for title, *cells in core_rows(part, kind_of, topology, plans, first):
+                lines.append(f"{title:7}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join([*lines, "  F forward, B backward, - not used, x not allowed"])
+
+
+def core_rows(
+    cores: Sequence[Core],
+    kind_of: dict[int, str],
+    topology: Topology,
+    plans: Sequence[CorePlan],
+    first: int,
+) -> list[list[str]]:
+    """The drawing of some cores side by side, in cells: numbers, kinds, ranks, logical CPUs."""
+    rows = [["  core", *(str(core.core_id) for core in cores)]]
+    if kind_of:
+        rows.append(["  kind", *(kind_of[core.capacity] for core in cores)])
+    if len(plans) > 1:
+        used = [plan.forward.cpu_set | plan.backward.cpu_set for plan in plans]
+        ranks = (
+            [first + n for n, cpus in enumerate(used) if cpus & {*core.cpus}] for core in cores
+        )
+        rows.append(["  rank", *(",".join(map(str, each)) or "-" for each in ranks)])
+    for cpus in itertools.zip_longest(*(core.cpus for core in cores)):
+        rows.append(["  cpu", *(cpu_mark(cpu, topology, plans) for cpu in cpus)])
+    return rows
+
+
+def cpu_mark(cpu: int | None, topology: Topology, plans: Sequence[CorePlan]) -> str:
+    """What a logical CPU does, and its number: `F0`, `B1`, `FB0` (both), `-2`, `x3`."""
+    if cpu is None:
+        return ""
+    marks = "F" if any(cpu in plan.forward.cpus for plan in plans) else ""
+    marks += "B" if any(cpu in plan.backward.cpus for plan in plans) else ""
+    return (marks or ("-" if cpu in topology.allowed else "x")) + str(cpu)
