@@ -82,7 +82,6 @@ import json
 import math
 import multiprocessing.connection
 import multiprocessing.util
-import operator
 import os
 import pickle
 import platform
@@ -100,17 +99,8 @@ import time
 import warnings
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import (
-    Callable,
-    Collection,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-    Set,
-)
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -355,6 +345,45 @@ except (ImportError, RuntimeError, OSError) as import_error:
         raise
     print(explain_import_error(import_error), file=sys.stderr)
     raise SystemExit(2) from None
+from split_affinity.lanes.audit import (  # noqa: F401
+    LOOK_SHARE,
+    NOT_LOOKED_AT,
+    STRAY_WARNING_SHARE,
+    UNKNOWN,
+    Audit,
+    PhaseRecord,
+    Reading,
+    children_cpu_ns,
+    cpu_busy_s,
+    last_cpu,
+    placement_warnings,
+    process_cpu_ns,
+    thread_clocks_ns,
+    thread_cpu_ns,
+    thread_ids,
+    thread_role,
+)
+from split_affinity.lanes.contention import (  # noqa: F401
+    COMPANY_SHARE,
+    Company,
+    Lookout,
+    Usage,
+    company_between,
+    joined,
+    less_own_s,
+    own_time_s,
+    read_usage,
+)
+from split_affinity.lanes.lane import (  # noqa: F401
+    Lane,
+    Lanes,
+    confine_thread,
+    confined_to,
+    coordinating,
+    give_memory_back,
+    start_team,
+    tune_allocator,
+)
 from split_affinity.machine.description import (  # noqa: F401
     CORE_FIELDS,
     MACHINE_FIELDS,
@@ -441,536 +470,6 @@ from split_affinity.terminal import (  # noqa: F401
 # much CPU time each thread of the process has used, and who was allowed to run where. The lookout
 # tells what everybody else used of the same cores.
 # ==================================================================================================
-
-# One object each for all records without a closer look, of which a long run has many.
-UNKNOWN: dict[int, float] = {}
-NOT_LOOKED_AT = {
-    "cpu_busy_s": UNKNOWN,
-    "cpu_before_s": UNKNOWN,
-    "seen_on": frozenset(),
-    "used_on_s": UNKNOWN,
-}
-LOOK_SHARE = 0.01  # of the time may go into looking closely at each kind of phase
-COMPANY_SHARE = 0.1  # of a lane's cores: if others take that much, it is told
-
-
-@dataclass(frozen=True, slots=True)
-class PhaseRecord:
-    """What one phase did. Times are seconds; start and end are of time.perf_counter.
-
-    CPU time was used, `cpu_s` by compute threads confined to the phase's group, `stray_s` by
-    compute threads that were not, `other_lane_s` by the other lane's threads inside their own group
-    (for a phase of its own at the same time, or waiting: an idle OpenMP worker spins for some
-    milliseconds before it sleeps), `python_s` by the main thread and the interpreter's helper
-    threads. What two phases see at the same time, stray time above all, counts in each.
-
-    `mask` is the affinity mask in force; `audit_s` went into all this before and after the phase.
-    In phases that the audit had a closer look at (see Lane), `seen_on` is where the group's threads
-    were last seen, `used_on_s` what of `cpu_s` belongs to the threads last seen on each logical
-    CPU, and `cpu_busy_s` how long each was busy with anything at all, having been so for
-    `cpu_before_s` between boot and the phase.
-    """
-
-    phase: str
-    lane: str
-    start_s: float
-    end_s: float
-    mask: frozenset[int]
-    cpu_busy_s: dict[int, float]
-    cpu_s: float
-    stray_s: float
-    other_lane_s: float
-    python_s: float
-    seen_on: frozenset[int]
-    audit_s: float = 0.0
-    used_on_s: dict[int, float] = field(default_factory=lambda: UNKNOWN)
-    cpu_before_s: dict[int, float] = field(default_factory=lambda: UNKNOWN)
-
-    @property
-    def duration_s(self) -> float:
-        """Wall-clock seconds."""
-        return self.end_s - self.start_s
-
-
-def confine_thread(cpus: Iterable[int]) -> frozenset[int]:
-    """Keep the calling thread on `cpus`; returns the mask in force.
-
-    The mask is read back: the kernel silently drops CPUs that a container manager has taken away.
-    Raises RunError if none of them is left. Where the system has no affinity, nothing happens.
-    """
-    if not hasattr(os, "sched_setaffinity"):
-        return frozenset(cpus)
-    try:
-        os.sched_setaffinity(0, cpus)
-    except OSError as error:
-        asked, allowed = format_cpu_list(cpus), format_cpu_list(process_cpus())
-        raise RunError(f"the system allows none of the cores {asked}, only {allowed}") from error
-    return process_cpus()
-
-
-@contextlib.contextmanager
-def confined_to(cpus: Iterable[int]) -> Iterator[None]:
-    """Keep the calling thread, and threads that it starts, on `cpus` for a while."""
-    before = process_cpus()
-    confine_thread(cpus)
-    try:
-        yield
-    finally:
-        confine_thread(before)
-
-
-def thread_ids() -> list[int]:
-    """Kernel ids of the process's threads; none where the system does not show them."""
-    if not hasattr(os, "sched_getaffinity"):
-        return []
-    try:
-        return [int(name) for name in os.listdir("/proc/self/task")]
-    except OSError:
-        return []
-
-
-def process_cpu_ns(pid: int) -> int:
-    """CPU time of a process in nanoseconds, threads that have ended included: the clock of
-    clock_getcpuclockid(3). Raises OSError if there is no such process.
-    """
-    return time.clock_gettime_ns((~pid << 3) | 2)
-
-
-def thread_cpu_ns(tid: int) -> int:
-    """CPU time of one thread of this process in nanoseconds. Raises OSError if it has ended.
-
-    This is the clock of pthread_getcpuclockid(3), here for any thread: exact also for a thread that
-    is running, where /proc/self/task/*/schedstat lags by up to a scheduler tick.
-    """
-    return time.clock_gettime_ns((~tid << 3) | 6)
-
-
-def last_cpu(tid: int) -> int:
-    """The logical CPU that a thread of this process last ran on (`processor` in proc(5))."""
-    stat = read_text(Path(f"/proc/self/task/{tid}/stat"))
-    return int(stat.rpartition(")")[2].split()[36])
-
-
-def thread_clocks_ns(known: Collection[int] = ()) -> dict[int, int]:
-    """CPU time so far of each thread; without /proc, the process's own clock stands for all.
-
-    `known` are the threads of an earlier reading, which spare listing them if they are as many as
-    there are, and none of them has ended. A thread that is born and ends between two readings goes
-    unseen; PyTorch starts none such.
-    """
-    with contextlib.suppress(OSError):
-        if known and Path("/proc/self/task").stat().st_nlink == 2 + len(known):
-            return dict(zip(known, map(thread_cpu_ns, known), strict=True))
-    clocks = {}
-    for tid in thread_ids():
-        with contextlib.suppress(OSError):  # ended since it was listed
-            clocks[tid] = thread_cpu_ns(tid)
-    return clocks or {0: time.process_time_ns()}
-
-
-def cpu_busy_s() -> list[float]:
-    """Seconds that each online logical CPU has worked since boot, for anybody (proc_stat(5))."""
-    names = ("user", "nice", "system", "irq", "softirq")
-    return [
-        sum(getattr(times, name, 0.0) for name in names) for times in psutil.cpu_times(percpu=True)
-    ]
-
-
-@dataclass(frozen=True)
-class Company:
-    """What others took of the cores between two moments (seconds of time.perf_counter): `others`,
-    by lane, is the time that other processes used of the lane's logical CPUs, as a share of what
-    the lane can use (Group.busy), 1 at most; `stolen` is the share of all used CPUs' time that the
-    hypervisor gave to other virtual machines.
-    """
-
-    start_s: float
-    end_s: float
-    others: dict[str, float]
-    stolen: float
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What clocks showed at one moment. Seconds, by online logical CPU: `busy_s` with processes,
-    whosever they are, and `stolen_s` by the hypervisor. Nanoseconds of CPU time: of each thread of
-    this process, of all its threads that ever were, and of the processes that it started.
-    """
-
-    at_s: float
-    busy_s: list[float]
-    stolen_s: list[float]
-    threads_ns: dict[int, int]
-    process_ns: int
-    children_ns: int
-
-
-def read_usage(known: Collection[int] = ()) -> Usage:
-    """Read the clocks; `known` are the threads of an earlier reading. Interrupts are left out of
-    what is busy: no process is to blame for them.
-    """
-    at_s, cpus = time.perf_counter(), psutil.cpu_times(percpu=True)
-    return Usage(
-        at_s=at_s,
-        busy_s=[times.user + times.nice + times.system for times in cpus],
-        stolen_s=[getattr(times, "steal", 0.0) for times in cpus],
-        threads_ns=thread_clocks_ns(known),
-        process_ns=time.process_time_ns(),
-        children_ns=children_cpu_ns(),
-    )
-
-
-def children_cpu_ns() -> int:
-    """CPU time so far of processes that this one started, such as loaders: of those that run now,
-    and of those that have ended.
-    """
-    living_ns = 0
-    for process in multiprocessing.active_children():  # takes note of those that have ended
-        with contextlib.suppress(OSError):
-            living_ns += process_cpu_ns(process.pid)
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return living_ns + round(1e9 * (ended.ru_utime + ended.ru_stime))
-
-
-def own_time_s(
-    before: Usage, after: Usage, loader_cpus: Iterable[int], online: Iterable[int]
-) -> Counter[frozenset[int]]:
-    """CPU seconds that this process and its children used between two readings, by the logical CPUs
-    on which that can have been: threads by their masks, children on those of the loaders, threads
-    that have ended anywhere.
-    """
-    used_s: Counter[frozenset[int]] = Counter()
-    for tid, now_ns in after.threads_ns.items():
-        with contextlib.suppress(OSError):  # ended just now
-            mask = frozenset(os.sched_getaffinity(tid))
-            used_s[mask] += max(0, now_ns - before.threads_ns.get(tid, 0)) / 1e9
-    process_s = (after.process_ns - before.process_ns) / 1e9
-    used_s[frozenset(online)] += max(0.0, process_s - used_s.total())
-    used_s[frozenset(loader_cpus)] += max(0, after.children_ns - before.children_ns) / 1e9
-    return used_s
-
-
-def less_own_s(
-    busy_s: dict[frozenset[int], float], own_s: dict[frozenset[int], float]
-) -> dict[frozenset[int], float]:
-    """What is left of the busy seconds of some sets of CPUs, none of which overlap, without the
-    own time (see own_time_s); never below 0. Time that can have been in several sets is taken from
-    each in proportion to what is left there, after all that can have been in fewer.
-    """
-    left_s = dict(busy_s)
-    spread = [([cpus for cpus in busy_s if cpus & mask], used_s) for mask, used_s in own_s.items()]
-    for places, used_s in sorted(spread, key=lambda each: len(each[0])):
-        total_s = sum(left_s[cpus] for cpus in places)
-        for cpus in places:
-            left_s[cpus] *= max(0.0, 1 - used_s / total_s) if total_s else 0.0
-    return left_s
-
-
-def company_between(
-    plan: CorePlan, online: Sequence[int], before: Usage, after: Usage
-) -> Company | None:
-    """What others took between two readings; None where the system hides the times of some CPUs, or
-    has no affinity, by which own time is known.
-    """
-    whole = len(online) == len(before.busy_s) == len(after.busy_s)
-    if not whole or not hasattr(os, "sched_getaffinity"):
-        return None
-    elapsed_s = after.at_s - before.at_s
-    busy_s, stolen_s = (
-        dict(zip(online, map(operator.sub, now_s, then_s), strict=True))
-        for now_s, then_s in ((after.busy_s, before.busy_s), (after.stolen_s, before.stolen_s))
-    )
-    lanes = {group.cpu_set for group in plan.groups}
-    sets = [*lanes, frozenset(online).difference(*lanes)]
-    busy = {cpus: sum(busy_s[cpu] for cpu in cpus) for cpus in sets}
-    left_s = less_own_s(busy, own_time_s(before, after, plan.loader_cpus, online))
-    others = {group.name: group.busy(left_s[group.cpu_set], elapsed_s) for group in plan.groups}
-    used = {*plan.loader_cpus}.union(*lanes)
-    return Company(
-        start_s=before.at_s,
-        end_s=after.at_s,
-        others={lane: min(1.0, share) for lane, share in others.items()},
-        stolen=min(1.0, sum(stolen_s[cpu] for cpu in used) / (elapsed_s * len(used))),
-    )
-
-
-class Lookout:
-    """Looks who else uses the cores of a plan, from when it is made.
-
-    CPUs' times come in ticks of 10 ms, and are off by about 1 % over a second. What another process
-    runs on a hardware thread that is in no lane, beside one that is, goes unseen.
-    """
-
-    def __init__(self, plan: CorePlan, online: Sequence[int]):
-        self._plan, self._online = plan, online
-        self._cost_s = 0.0
-        self._latest = read_usage()
-
-    def look(self, least_s: float = 1.0) -> Company | None:
-        """What others took since the latest look; None if that is less than `least_s` ago, or so
-        little that looks would cost more than LOOK_SHARE of the time (with 0 it may cost what it
-        does), or if nobody can tell.
-        """
-        start_s, before = time.perf_counter(), self._latest
-        if least_s and start_s - before.at_s < max(least_s, self._cost_s / LOOK_SHARE):
-            return None
-        self._latest = read_usage(before.threads_ns)
-        company = company_between(self._plan, self._online, before, self._latest)
-        self._cost_s = time.perf_counter() - start_s
-        return company
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What each thread has used so far and, for a closer look, how long each CPU was busy."""
-
-    threads_ns: dict[int, int]
-    cpus_s: list[float] | None
-
-
-class Audit:
-    """Shares CPU time out among phases; `born_for` tells the group that a lane's thread is of."""
-
-    def __init__(self, online: Sequence[int]):
-        self.online = online
-        self.born_for: dict[int, Group] = {}  # by thread id
-        self._known: dict[int, int] = {}  # the latest reading
-
-    def begin(self, look: bool) -> Reading:
-        """The reading before a phase. A closer look takes some milliseconds on a large machine."""
-        cpus_s = cpu_busy_s() if look else None
-        return Reading(thread_clocks_ns(self._known), cpus_s)
-
-    def end(self, group: Group, before: Reading) -> dict[str, Any]:
-        """The fields of a PhaseRecord from a reading before the phase, and one now, after it."""
-        self._known = threads_ns = thread_clocks_ns(before.threads_ns)
-        look = before.cpus_s is not None
-        busy = self.busy_between(before.cpus_s, cpu_busy_s()) if look else {}
-        used = self.attribute(group, before.threads_ns, threads_ns, look)
-        return NOT_LOOKED_AT | used | busy
-
-    def attribute(
-        self, group: Group, before_ns: dict[int, int], after_ns: dict[int, int], look: bool = True
-    ) -> dict[str, Any]:
-        """Share the CPU time between two readings out over the fields of a PhaseRecord."""
-        totals = Counter()
-        used_on_s = Counter()
-        python = {thread.native_id for thread in threading.enumerate()} - set(self.born_for)
-        for tid, now_ns in after_ns.items():
-            used_s = (now_ns - before_ns.get(tid, 0)) / 1e9
-            if used_s <= 0:
-                continue
-            try:
-                mask = os.sched_getaffinity(tid) if tid else group.cpu_set
-                role = thread_role(mask, group, self.born_for.get(tid), tid in python)
-                if role == "cpu_s" and tid and look:
-                    used_on_s[last_cpu(tid)] += used_s
-            except (OSError, IndexError):  # the thread ended just now: nobody can tell where it ran
-                role = "stray_s"
-            totals[role] += used_s
-        roles = ("cpu_s", "stray_s", "other_lane_s", "python_s")
-        used = {role: totals[role] for role in roles}
-        if look:
-            used |= {"seen_on": frozenset(used_on_s), "used_on_s": dict(used_on_s)}
-        return used
-
-    def busy_between(
-        self, before_s: list[float], after_s: list[float]
-    ) -> dict[str, dict[int, float]]:
-        """Busy seconds of each logical CPU in a phase, and from boot until then; nothing where the
-        system hides some of them.
-        """
-        if not len(self.online) == len(before_s) == len(after_s):
-            return {}
-        busy = [after - before for before, after in zip(before_s, after_s, strict=True)]
-        by_cpu = partial(zip, self.online, strict=True)
-        return {"cpu_busy_s": dict(by_cpu(busy)), "cpu_before_s": dict(by_cpu(before_s))}
-
-
-def thread_role(mask: Set[int], group: Group, born_for: Group | None, is_python: bool) -> str:
-    """The PhaseRecord field to which a thread's CPU time belongs, during a phase of `group`.
-
-    A thread born for the other lane is that lane's own business only inside that lane's group;
-    threads of the interpreter coordinate and never compute; any other must be inside `group`.
-    """
-    if born_for and born_for.name != group.name:
-        return "other_lane_s" if mask <= born_for.cpu_set else "stray_s"
-    if is_python:
-        return "python_s"
-    return "cpu_s" if mask <= group.cpu_set else "stray_s"
-
-
-def tune_allocator() -> str:
-    """Have glibc keep freed memory for the next step; returns why that cannot be, or nothing.
-
-    By default a step's large buffers go back to the kernel, which hands them out again page by page
-    and zeroed: some 100,000 page faults a step. For the whole process and for good (mallopt(3)).
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return "the allocator stays as it is: its settings are known for glibc alone"
-    libc = ctypes.CDLL(None)
-    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8  # of malloc.h
-    chosen = {m_mmap_max: 0, m_trim_threshold: 2**31 - 1, m_top_pad: 2**28, m_arena_max: 1}
-    if not all(libc.mallopt(name, value) for name, value in chosen.items()):
-        return "the allocator stays as it is: glibc refuses the settings"
-    return ""
-
-
-def start_team() -> set[int]:
-    """Have OpenMP start the calling thread's workers now, which inherit its mask; returns their
-    kernel ids. To be called before the thread's first parallel operation.
-
-    If OpenMP gives fewer threads than PyTorch asks for (OMP_THREAD_LIMIT), PyTorch asks for no more
-    than these from now on: kernels of oneDNN would spin forever at a barrier for the missing ones.
-    """
-    before, asked = set(thread_ids()), torch.get_num_threads()
-    torch.zeros(asked * 2**16).add_(1)  # PyTorch gives a thread at least 32,768 elements
-    workers = set(thread_ids()) - before
-    if before and len(workers) + 1 < asked:
-        torch.set_num_threads(len(workers) + 1)
-    return workers
-
-
-class Lane:
-    """One core group and the thread that works for it, used like a device queue.
-
-    `records` collects a PhaseRecord per phase, in order; `group` has as many threads as OpenMP
-    gave. Where each thread was last seen, and how busy each CPU was, takes a system call per thread
-    and one that goes through all CPUs: so close a look is taken at each kind of phase as often as
-    it costs LOOK_SHARE of the time, which is every time unless phases are short or cores many.
-    """
-
-    def __init__(self, group: Group, audit: Audit):
-        self.group = group
-        self.records: list[PhaseRecord] = []
-        self.notes: list[str] = []
-        self._audit = audit
-        self._look_at_s: dict[str, float] = {}  # by phase: when to look closely again
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"{group.name} lane")
-        try:
-            with confined_to(group.cpus):  # a thread inherits the mask: not a moment elsewhere
-                self.call(self._start_team)
-        except BaseException:
-            self.close()
-            raise
-
-    def submit(self, phase: str, function: Callable[..., Any], *args: Any) -> Future:
-        """Queue one phase; the future gives the function's result or raises its exception."""
-        return self._executor.submit(self._run_phase, phase, function, args)
-
-    def run(self, phase: str, function: Callable[..., Any], *args: Any) -> Any:
-        """Run one phase and wait for its result."""
-        return self.submit(phase, function, *args).result()
-
-    def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run something on the lane's thread that is not a phase, such as building a model."""
-        return self._executor.submit(self._inside_group, function, args).result()
-
-    def adopt(self, function: Callable[..., Any], *args: Any) -> Any:
-        """As `call`, for what starts threads of its own, as gloo does: they inherit the mask, and
-        belong to the lane from then on.
-        """
-        return self._executor.submit(self._adopting, function, args).result()
-
-    def close(self) -> None:
-        """Drop what is queued, wait for what is running, and end the thread."""
-        self._executor.shutdown(cancel_futures=True)
-
-    def _enter_group(self) -> frozenset[int]:
-        """Keep the calling thread in the group, with its thread count; the mask in force.
-
-        The thread count is set only when it differs, since the call clears oneDNN's cache.
-        """
-        mask = confine_thread(self.group.cpus)
-        if mask == self.group.cpu_set:
-            mask = self.group.cpu_set  # one object for all records
-        if torch.get_num_threads() != self.group.threads:
-            torch.set_num_threads(self.group.threads)
-        return mask
-
-    def _inside_group(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
-        self._enter_group()
-        return function(*args)
-
-    def _adopting(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
-        before = set(thread_ids())
-        result = self._inside_group(function, args)
-        self._audit.born_for |= dict.fromkeys(set(thread_ids()) - before, self.group)
-        return result
-
-    def _start_team(self) -> None:
-        """Start the lane's workers, inside the mask, and register them."""
-        lane_and_workers = {threading.get_native_id(), *start_team()}
-        if (threads := torch.get_num_threads()) < self.group.threads:
-            self.notes.append(
-                f"{self.group.name} lane: OpenMP started {plural(threads, 'thread')}, "
-                f"not {self.group.threads} (is OMP_THREAD_LIMIT set?)"
-            )
-            self.group = dataclasses.replace(self.group, threads=threads)
-        self._audit.born_for |= dict.fromkeys(lane_and_workers, self.group)
-
-    def _run_phase(self, phase: str, function: Callable[..., Any], args: Sequence[Any]) -> Any:
-        called_s = time.perf_counter()
-        mask = self._enter_group()
-        look = called_s >= self._look_at_s.get(phase, 0.0)
-        before = self._audit.begin(look)
-        start_s = time.perf_counter()
-        result = function(*args)
-        end_s = time.perf_counter()
-        used = self._audit.end(self.group, before)
-        now_s = time.perf_counter()
-        audit_s = (start_s - called_s) + (now_s - end_s)
-        if look:
-            self._look_at_s[phase] = now_s + audit_s / LOOK_SHARE
-        record = PhaseRecord(phase, self.group.name, start_s, end_s, mask, **used, audit_s=audit_s)
-        self.records.append(record)
-        return result
-
-
-class Lanes:
-    """The two lanes of a core plan; with `--split none`, one lane under both names.
-
-    A context manager: leaving it, by an exception too, drains and ends both lanes. `plan` has the
-    threads that OpenMP gave; `lookout` looks who else uses the lanes' cores.
-    """
-
-    def __init__(self, plan: CorePlan, online: Sequence[int]):
-        audit = Audit(online)
-        self._lanes: list[Lane] = []
-        try:
-            for group in plan.groups:  # one after the other, so that each team is known by birth
-                self._lanes.append(Lane(group, audit))
-        except BaseException:
-            self.close()
-            raise
-        self.forward, self.backward = self._lanes[0], self._lanes[-1]
-        groups = {"forward": self.forward.group, "backward": self.backward.group}
-        self.plan = dataclasses.replace(plan, **groups)
-        self.lookout = Lookout(self.plan, online)
-
-    @property
-    def notes(self) -> list[str]:
-        """What the user should know about the lanes."""
-        return [note for lane in self._lanes for note in lane.notes]
-
-    def take_records(self) -> tuple[PhaseRecord, ...]:
-        """The phases since the last call, by start time; forgets them."""
-        records = []
-        for lane in self._lanes:
-            records += lane.records
-            lane.records = []
-        return tuple(sorted(records, key=lambda record: record.start_s))
-
-    def close(self) -> None:
-        """Close all lanes."""
-        for lane in self._lanes:
-            lane.close()
-
-    def __enter__(self) -> Lanes:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 # ==================================================================================================
@@ -4610,18 +4109,6 @@ class StepResult:
         return line | {"stray_s": self.total("stray_s")} | others
 
 
-def joined(companies: Sequence[Company]) -> Company:
-    """What others took in several spans, one after the other: the mean by time."""
-    lengths_s = [each.end_s - each.start_s for each in companies]
-
-    def mean(shares: Iterable[float]) -> float:
-        return math.fsum(map(operator.mul, shares, lengths_s)) / sum(lengths_s)
-
-    others = {lane: mean(each.others[lane] for each in companies) for lane in companies[0].others}
-    stolen = mean(each.stolen for each in companies)
-    return Company(companies[0].start_s, companies[-1].end_s, others, stolen)
-
-
 def covered_s(records: Iterable[PhaseRecord]) -> float:
     """Seconds during which at least one of the phases ran; they come by start time."""
     total_s, covered_until_s = 0.0, -math.inf
@@ -5281,7 +4768,6 @@ def trace_events(
 # TensorBoard's files, the pictures. Pure functions turn figures into text; RunReport writes.
 # ==================================================================================================
 
-STRAY_WARNING_SHARE = 0.01
 STEPS_OF_RANKS = 50  # the latest, which trace.json has of several ranks
 RANKS_TO_DRAW, RANKS_WITH_CORES = 16, 4  # in timeline.png; and with rows of their cores
 COMPANY_IN_SUMMARY = 0.02  # below that it may be the error of the clocks
@@ -5313,20 +4799,6 @@ The line of an epoch is written when the epoch is finished; notes are yours to a
 epoch | train_loss | train_top1 | train_top5 | val_loss | val_top1 | val_top5 | timestamp | notes
 ```
 """
-
-
-def placement_warnings(record: PhaseRecord, plan: CorePlan) -> Iterator[str]:
-    """What a phase's record shows to be wrong with the placement of threads."""
-    group = plan.group(record.lane)
-    cores = format_cpu_list(group.cpus)
-    if record.mask != frozenset(group.cpus):
-        allowed = format_cpu_list(record.mask)
-        yield f"{group.name} lane: the system allows only cores {allowed} of {cores} now"
-    if record.stray_s > STRAY_WARNING_SHARE * record.duration_s:
-        yield (
-            f"{record.phase}: {1e3 * record.stray_s:.1f} ms of CPU time strayed from cores {cores} "
-            f"in a phase of {1e3 * record.duration_s:.1f} ms"
-        )
 
 
 def phase_table(summary: Summary, with_cores: bool = True) -> str:
@@ -6291,27 +5763,6 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
-
-
-@contextlib.contextmanager
-def coordinating(settings: Settings, plan: CorePlan) -> Iterator[None]:
-    """Make the calling thread the coordinator: on the loaders' cores, without an OpenMP team of its
-    own, and with the process's switches as set. Undone at the end, but for those of the allocator.
-
-    Lanes, and the workers of their teams, inherit whether denormals are flushed: it is a register
-    of each thread.
-    """
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(settings.deterministic)
-    torch.set_flush_denormal(settings.flush_denormals)
-    try:
-        with confined_to(plan.loader_cpus):
-            yield
-    finally:
-        torch.set_num_threads(before[0])
-        torch.use_deterministic_algorithms(before[1])
-        torch.set_flush_denormal(False)
 
 
 class Diverged(RunError):
@@ -8243,12 +7694,6 @@ def matrix_flops(bf16: bool) -> float:
         torch.mm(left, right)
         times_s.append(time.perf_counter() - start_s)
     return 2 * size**3 / statistics.median(times_s[1:])
-
-
-def give_memory_back() -> None:
-    """Return freed memory to the system: other processes of a comparison want to use it."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True)

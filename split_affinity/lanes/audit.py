@@ -1,0 +1,240 @@
+"""The audit: where every phase really ran, by the CPU clock and the mask of each thread.
+
+It reads, at both ends of a phase, how much CPU time each thread of the process has used, and who
+was allowed to run where. Knows nothing of what a phase computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence, Set
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from split_affinity.files import read_text
+from split_affinity.machine.plan import CorePlan, Group
+from split_affinity.text import format_cpu_list
+
+# One object each for all records without a closer look, of which a long run has many.
+UNKNOWN: dict[int, float] = {}
+NOT_LOOKED_AT = {
+    "cpu_busy_s": UNKNOWN,
+    "cpu_before_s": UNKNOWN,
+    "seen_on": frozenset(),
+    "used_on_s": UNKNOWN,
+}
+LOOK_SHARE = 0.01  # of the time may go into looking closely at each kind of phase
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseRecord:
+    """What one phase did. Times are seconds; start and end are of time.perf_counter.
+
+    CPU time was used, `cpu_s` by compute threads confined to the phase's group, `stray_s` by
+    compute threads that were not, `other_lane_s` by the other lane's threads inside their own group
+    (for a phase of its own at the same time, or waiting: an idle OpenMP worker spins for some
+    milliseconds before it sleeps), `python_s` by the main thread and the interpreter's helper
+    threads. What two phases see at the same time, stray time above all, counts in each.
+
+    `mask` is the affinity mask in force; `audit_s` went into all this before and after the phase.
+    In phases that the audit had a closer look at (see Lane), `seen_on` is where the group's threads
+    were last seen, `used_on_s` what of `cpu_s` belongs to the threads last seen on each logical
+    CPU, and `cpu_busy_s` how long each was busy with anything at all, having been so for
+    `cpu_before_s` between boot and the phase.
+    """
+
+    phase: str
+    lane: str
+    start_s: float
+    end_s: float
+    mask: frozenset[int]
+    cpu_busy_s: dict[int, float]
+    cpu_s: float
+    stray_s: float
+    other_lane_s: float
+    python_s: float
+    seen_on: frozenset[int]
+    audit_s: float = 0.0
+    used_on_s: dict[int, float] = field(default_factory=lambda: UNKNOWN)
+    cpu_before_s: dict[int, float] = field(default_factory=lambda: UNKNOWN)
+
+    @property
+    def duration_s(self) -> float:
+        """Wall-clock seconds."""
+        return self.end_s - self.start_s
+
+
+def thread_ids() -> list[int]:
+    """Kernel ids of the process's threads; none where the system does not show them."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    try:
+        return [int(name) for name in os.listdir("/proc/self/task")]
+    except OSError:
+        return []
+
+
+def process_cpu_ns(pid: int) -> int:
+    """CPU time of a process in nanoseconds, threads that have ended included: the clock of
+    clock_getcpuclockid(3). Raises OSError if there is no such process.
+    """
+    return time.clock_gettime_ns((~pid << 3) | 2)
+
+
+def thread_cpu_ns(tid: int) -> int:
+    """CPU time of one thread of this process in nanoseconds. Raises OSError if it has ended.
+
+    This is the clock of pthread_getcpuclockid(3), here for any thread: exact also for a thread that
+    is running, where /proc/self/task/*/schedstat lags by up to a scheduler tick.
+    """
+    return time.clock_gettime_ns((~tid << 3) | 6)
+
+
+def last_cpu(tid: int) -> int:
+    """The logical CPU that a thread of this process last ran on (`processor` in proc(5))."""
+    stat = read_text(Path(f"/proc/self/task/{tid}/stat"))
+    return int(stat.rpartition(")")[2].split()[36])
+
+
+def thread_clocks_ns(known: Collection[int] = ()) -> dict[int, int]:
+    """CPU time so far of each thread; without /proc, the process's own clock stands for all.
+
+    `known` are the threads of an earlier reading, which spare listing them if they are as many as
+    there are, and none of them has ended. A thread that is born and ends between two readings goes
+    unseen; PyTorch starts none such.
+    """
+    with contextlib.suppress(OSError):
+        if known and Path("/proc/self/task").stat().st_nlink == 2 + len(known):
+            return dict(zip(known, map(thread_cpu_ns, known), strict=True))
+    clocks = {}
+    for tid in thread_ids():
+        with contextlib.suppress(OSError):  # ended since it was listed
+            clocks[tid] = thread_cpu_ns(tid)
+    return clocks or {0: time.process_time_ns()}
+
+
+def cpu_busy_s() -> list[float]:
+    """Seconds that each online logical CPU has worked since boot, for anybody (proc_stat(5))."""
+    names = ("user", "nice", "system", "irq", "softirq")
+    return [
+        sum(getattr(times, name, 0.0) for name in names) for times in psutil.cpu_times(percpu=True)
+    ]
+
+
+def children_cpu_ns() -> int:
+    """CPU time so far of processes that this one started, such as loaders: of those that run now,
+    and of those that have ended.
+    """
+    living_ns = 0
+    for process in multiprocessing.active_children():  # takes note of those that have ended
+        with contextlib.suppress(OSError):
+            living_ns += process_cpu_ns(process.pid)
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return living_ns + round(1e9 * (ended.ru_utime + ended.ru_stime))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What each thread has used so far and, for a closer look, how long each CPU was busy."""
+
+    threads_ns: dict[int, int]
+    cpus_s: list[float] | None
+
+
+class Audit:
+    """Shares CPU time out among phases; `born_for` tells the group that a lane's thread is of."""
+
+    def __init__(self, online: Sequence[int]):
+        self.online = online
+        self.born_for: dict[int, Group] = {}  # by thread id
+        self._known: dict[int, int] = {}  # the latest reading
+
+    def begin(self, look: bool) -> Reading:
+        """The reading before a phase. A closer look takes some milliseconds on a large machine."""
+        cpus_s = cpu_busy_s() if look else None
+        return Reading(thread_clocks_ns(self._known), cpus_s)
+
+    def end(self, group: Group, before: Reading) -> dict[str, Any]:
+        """The fields of a PhaseRecord from a reading before the phase, and one now, after it."""
+        self._known = threads_ns = thread_clocks_ns(before.threads_ns)
+        look = before.cpus_s is not None
+        busy = self.busy_between(before.cpus_s, cpu_busy_s()) if look else {}
+        used = self.attribute(group, before.threads_ns, threads_ns, look)
+        return NOT_LOOKED_AT | used | busy
+
+    def attribute(
+        self, group: Group, before_ns: dict[int, int], after_ns: dict[int, int], look: bool = True
+    ) -> dict[str, Any]:
+        """Share the CPU time between two readings out over the fields of a PhaseRecord."""
+        totals = Counter()
+        used_on_s = Counter()
+        python = {thread.native_id for thread in threading.enumerate()} - set(self.born_for)
+        for tid, now_ns in after_ns.items():
+            used_s = (now_ns - before_ns.get(tid, 0)) / 1e9
+            if used_s <= 0:
+                continue
+            try:
+                mask = os.sched_getaffinity(tid) if tid else group.cpu_set
+                role = thread_role(mask, group, self.born_for.get(tid), tid in python)
+                if role == "cpu_s" and tid and look:
+                    used_on_s[last_cpu(tid)] += used_s
+            except (OSError, IndexError):  # the thread ended just now: nobody can tell where it ran
+                role = "stray_s"
+            totals[role] += used_s
+        roles = ("cpu_s", "stray_s", "other_lane_s", "python_s")
+        used = {role: totals[role] for role in roles}
+        if look:
+            used |= {"seen_on": frozenset(used_on_s), "used_on_s": dict(used_on_s)}
+        return used
+
+    def busy_between(
+        self, before_s: list[float], after_s: list[float]
+    ) -> dict[str, dict[int, float]]:
+        """Busy seconds of each logical CPU in a phase, and from boot until then; nothing where the
+        system hides some of them.
+        """
+        if not len(self.online) == len(before_s) == len(after_s):
+            return {}
+        busy = [after - before for before, after in zip(before_s, after_s, strict=True)]
+        by_cpu = partial(zip, self.online, strict=True)
+        return {"cpu_busy_s": dict(by_cpu(busy)), "cpu_before_s": dict(by_cpu(before_s))}
+
+
+def thread_role(mask: Set[int], group: Group, born_for: Group | None, is_python: bool) -> str:
+    """The PhaseRecord field to which a thread's CPU time belongs, during a phase of `group`.
+
+    A thread born for the other lane is that lane's own business only inside that lane's group;
+    threads of the interpreter coordinate and never compute; any other must be inside `group`.
+    """
+    if born_for and born_for.name != group.name:
+        return "other_lane_s" if mask <= born_for.cpu_set else "stray_s"
+    if is_python:
+        return "python_s"
+    return "cpu_s" if mask <= group.cpu_set else "stray_s"
+
+
+STRAY_WARNING_SHARE = 0.01
+
+
+def placement_warnings(record: PhaseRecord, plan: CorePlan) -> Iterator[str]:
+    """What a phase's record shows to be wrong with the placement of threads."""
+    group = plan.group(record.lane)
+    cores = format_cpu_list(group.cpus)
+    if record.mask != frozenset(group.cpus):
+        allowed = format_cpu_list(record.mask)
+        yield f"{group.name} lane: the system allows only cores {allowed} of {cores} now"
+    if record.stray_s > STRAY_WARNING_SHARE * record.duration_s:
+        yield (
+            f"{record.phase}: {1e3 * record.stray_s:.1f} ms of CPU time strayed from cores {cores} "
+            f"in a phase of {1e3 * record.duration_s:.1f} ms"
+        )

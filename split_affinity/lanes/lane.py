@@ -1,0 +1,256 @@
+"""Lanes: threads that each own one core group, used like device queues.
+
+A lane's OpenMP team is born inside the group's affinity mask and stays there: moving only the
+calling thread would leave the workers of an older team where they were [pytorch 161576]. Knows
+nothing of models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from split_affinity import process_cpus
+from split_affinity.errors import RunError
+from split_affinity.lanes.audit import LOOK_SHARE, Audit, PhaseRecord, thread_ids
+from split_affinity.lanes.contention import Lookout
+from split_affinity.machine.plan import CorePlan, Group
+from split_affinity.options.settings import Settings
+from split_affinity.text import format_cpu_list, plural
+
+
+def confine_thread(cpus: Iterable[int]) -> frozenset[int]:
+    """Keep the calling thread on `cpus`; returns the mask in force.
+
+    The mask is read back: the kernel silently drops CPUs that a container manager has taken away.
+    Raises RunError if none of them is left. Where the system has no affinity, nothing happens.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return frozenset(cpus)
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as error:
+        asked, allowed = format_cpu_list(cpus), format_cpu_list(process_cpus())
+        raise RunError(f"the system allows none of the cores {asked}, only {allowed}") from error
+    return process_cpus()
+
+
+@contextlib.contextmanager
+def confined_to(cpus: Iterable[int]) -> Iterator[None]:
+    """Keep the calling thread, and threads that it starts, on `cpus` for a while."""
+    before = process_cpus()
+    confine_thread(cpus)
+    try:
+        yield
+    finally:
+        confine_thread(before)
+
+
+def tune_allocator() -> str:
+    """Have glibc keep freed memory for the next step; returns why that cannot be, or nothing.
+
+    By default a step's large buffers go back to the kernel, which hands them out again page by page
+    and zeroed: some 100,000 page faults a step. For the whole process and for good (mallopt(3)).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return "the allocator stays as it is: its settings are known for glibc alone"
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8  # of malloc.h
+    chosen = {m_mmap_max: 0, m_trim_threshold: 2**31 - 1, m_top_pad: 2**28, m_arena_max: 1}
+    if not all(libc.mallopt(name, value) for name, value in chosen.items()):
+        return "the allocator stays as it is: glibc refuses the settings"
+    return ""
+
+
+def start_team() -> set[int]:
+    """Have OpenMP start the calling thread's workers now, which inherit its mask; returns their
+    kernel ids. To be called before the thread's first parallel operation.
+
+    If OpenMP gives fewer threads than PyTorch asks for (OMP_THREAD_LIMIT), PyTorch asks for no more
+    than these from now on: kernels of oneDNN would spin forever at a barrier for the missing ones.
+    """
+    before, asked = set(thread_ids()), torch.get_num_threads()
+    torch.zeros(asked * 2**16).add_(1)  # PyTorch gives a thread at least 32,768 elements
+    workers = set(thread_ids()) - before
+    if before and len(workers) + 1 < asked:
+        torch.set_num_threads(len(workers) + 1)
+    return workers
+
+
+class Lane:
+    """One core group and the thread that works for it, used like a device queue.
+
+    `records` collects a PhaseRecord per phase, in order; `group` has as many threads as OpenMP
+    gave. Where each thread was last seen, and how busy each CPU was, takes a system call per thread
+    and one that goes through all CPUs: so close a look is taken at each kind of phase as often as
+    it costs LOOK_SHARE of the time, which is every time unless phases are short or cores many.
+    """
+
+    def __init__(self, group: Group, audit: Audit):
+        self.group = group
+        self.records: list[PhaseRecord] = []
+        self.notes: list[str] = []
+        self._audit = audit
+        self._look_at_s: dict[str, float] = {}  # by phase: when to look closely again
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"{group.name} lane")
+        try:
+            with confined_to(group.cpus):  # a thread inherits the mask: not a moment elsewhere
+                self.call(self._start_team)
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, phase: str, function: Callable[..., Any], *args: Any) -> Future:
+        """Queue one phase; the future gives the function's result or raises its exception."""
+        return self._executor.submit(self._run_phase, phase, function, args)
+
+    def run(self, phase: str, function: Callable[..., Any], *args: Any) -> Any:
+        """Run one phase and wait for its result."""
+        return self.submit(phase, function, *args).result()
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run something on the lane's thread that is not a phase, such as building a model."""
+        return self._executor.submit(self._inside_group, function, args).result()
+
+    def adopt(self, function: Callable[..., Any], *args: Any) -> Any:
+        """As `call`, for what starts threads of its own, as gloo does: they inherit the mask, and
+        belong to the lane from then on.
+        """
+        return self._executor.submit(self._adopting, function, args).result()
+
+    def close(self) -> None:
+        """Drop what is queued, wait for what is running, and end the thread."""
+        self._executor.shutdown(cancel_futures=True)
+
+    def _enter_group(self) -> frozenset[int]:
+        """Keep the calling thread in the group, with its thread count; the mask in force.
+
+        The thread count is set only when it differs, since the call clears oneDNN's cache.
+        """
+        mask = confine_thread(self.group.cpus)
+        if mask == self.group.cpu_set:
+            mask = self.group.cpu_set  # one object for all records
+        if torch.get_num_threads() != self.group.threads:
+            torch.set_num_threads(self.group.threads)
+        return mask
+
+    def _inside_group(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
+        self._enter_group()
+        return function(*args)
+
+    def _adopting(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
+        before = set(thread_ids())
+        result = self._inside_group(function, args)
+        self._audit.born_for |= dict.fromkeys(set(thread_ids()) - before, self.group)
+        return result
+
+    def _start_team(self) -> None:
+        """Start the lane's workers, inside the mask, and register them."""
+        lane_and_workers = {threading.get_native_id(), *start_team()}
+        if (threads := torch.get_num_threads()) < self.group.threads:
+            self.notes.append(
+                f"{self.group.name} lane: OpenMP started {plural(threads, 'thread')}, "
+                f"not {self.group.threads} (is OMP_THREAD_LIMIT set?)"
+            )
+            self.group = dataclasses.replace(self.group, threads=threads)
+        self._audit.born_for |= dict.fromkeys(lane_and_workers, self.group)
+
+    def _run_phase(self, phase: str, function: Callable[..., Any], args: Sequence[Any]) -> Any:
+        called_s = time.perf_counter()
+        mask = self._enter_group()
+        look = called_s >= self._look_at_s.get(phase, 0.0)
+        before = self._audit.begin(look)
+        start_s = time.perf_counter()
+        result = function(*args)
+        end_s = time.perf_counter()
+        used = self._audit.end(self.group, before)
+        now_s = time.perf_counter()
+        audit_s = (start_s - called_s) + (now_s - end_s)
+        if look:
+            self._look_at_s[phase] = now_s + audit_s / LOOK_SHARE
+        record = PhaseRecord(phase, self.group.name, start_s, end_s, mask, **used, audit_s=audit_s)
+        self.records.append(record)
+        return result
+
+
+class Lanes:
+    """The two lanes of a core plan; with `--split none`, one lane under both names.
+
+    A context manager: leaving it, by an exception too, drains and ends both lanes. `plan` has the
+    threads that OpenMP gave; `lookout` looks who else uses the lanes' cores.
+    """
+
+    def __init__(self, plan: CorePlan, online: Sequence[int]):
+        audit = Audit(online)
+        self._lanes: list[Lane] = []
+        try:
+            for group in plan.groups:  # one after the other, so that each team is known by birth
+                self._lanes.append(Lane(group, audit))
+        except BaseException:
+            self.close()
+            raise
+        self.forward, self.backward = self._lanes[0], self._lanes[-1]
+        groups = {"forward": self.forward.group, "backward": self.backward.group}
+        self.plan = dataclasses.replace(plan, **groups)
+        self.lookout = Lookout(self.plan, online)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about the lanes."""
+        return [note for lane in self._lanes for note in lane.notes]
+
+    def take_records(self) -> tuple[PhaseRecord, ...]:
+        """The phases since the last call, by start time; forgets them."""
+        records = []
+        for lane in self._lanes:
+            records += lane.records
+            lane.records = []
+        return tuple(sorted(records, key=lambda record: record.start_s))
+
+    def close(self) -> None:
+        """Close all lanes."""
+        for lane in self._lanes:
+            lane.close()
+
+    def __enter__(self) -> Lanes:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+@contextlib.contextmanager
+def coordinating(settings: Settings, plan: CorePlan) -> Iterator[None]:
+    """Make the calling thread the coordinator: on the loaders' cores, without an OpenMP team of its
+    own, and with the process's switches as set. Undone at the end, but for those of the allocator.
+
+    Lanes, and the workers of their teams, inherit whether denormals are flushed: it is a register
+    of each thread.
+    """
+    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(settings.deterministic)
+    torch.set_flush_denormal(settings.flush_denormals)
+    try:
+        with confined_to(plan.loader_cpus):
+            yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+        torch.set_flush_denormal(False)
+
+
+def give_memory_back() -> None:
+    """Return freed memory to the system: other processes of a comparison want to use it."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
