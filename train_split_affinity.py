@@ -68,7 +68,6 @@ import argparse
 import atexit
 import base64
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import datetime
@@ -98,12 +97,12 @@ import threading
 import time
 import warnings
 import zlib
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from split_affinity import ALLOWED_CPUS, DROPPED_VARIABLES, PROGRAM, __version__, process_cpus  # noqa: F401
@@ -334,10 +333,6 @@ try:
     from torch.optim import lr_scheduler
     from torch.optim.lr_scheduler import LRScheduler
     from torch.utils.data import DataLoader, Dataset, Subset
-    from torch.utils.flop_counter import FlopCounterMode
-    from torchvision.models import vision_transformer
-    from torchvision.models.resnet import BasicBlock, Bottleneck
-    from torchvision.ops import Conv2dNormActivation, StochasticDepth
     from torchvision.transforms import v2
     from tqdm import tqdm
 except (ImportError, RuntimeError, OSError) as import_error:
@@ -444,6 +439,75 @@ from split_affinity.machine.topology import (  # noqa: F401
     read_quota,
     read_topology,
 )
+from split_affinity.models.cost import (  # noqa: F401
+    ModelFigures,
+    check_memory,
+    describe_model,
+    describe_teacher,
+    measure_model,
+    weight_copies,
+)
+from split_affinity.models.freezing import (  # noqa: F401
+    begin_training,
+    describe_frozen,
+    freeze,
+    is_frozen,
+    layer_groups,
+    mostly_frozen,
+    trained,
+)
+from split_affinity.models.own import (  # noqa: F401
+    ChannelAttention,
+    Hybrid,
+    PadShortcut,
+    SmallResNet,
+    TokenEncoder,
+    init_convolutions,
+    normalised_linear,
+)
+from split_affinity.models.pretrained import (  # noqa: F401
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    Pretrained,
+    describe_weights,
+    find_timm_weights,
+    find_weights,
+    imagenet_classes,
+    largest_size,
+    load_timm,
+    load_torchvision,
+    timm_cache,
+    timm_classes,
+)
+from split_affinity.models.registry import (  # noqa: F401
+    OWN_MODELS,
+    TIMM,
+    WITH_HEADS,
+    build_model,
+    build_timm,
+    builder_options,
+    check_input_shape,
+    check_model_name,
+    check_timm_name,
+    classifier_names,
+    leave_blocks_out,
+    library_model,
+    meta_model,
+    parameter_count,
+    skipped,
+    timm_package,
+    timm_tags,
+)
+from split_affinity.models.weights import (  # noqa: F401
+    DENSENET_NAMES,
+    Weights,
+    classifier_weights,
+    listed_tensors,
+    take_weights,
+    versioned,
+    with_tensors,
+)
 from split_affinity.terminal import (  # noqa: F401
     Lossy,
     fitted,
@@ -478,645 +542,6 @@ from split_affinity.terminal import (  # noqa: F401
 # convolutions and a transformer; how pictures are made ready for a model; trained weights by name.
 # Knows nothing of cores.
 # ==================================================================================================
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# How the names of a DenseNet's layers were before: with a dot in front of their number.
-DENSENET_NAMES = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
-TIMM = "timm/"  # what the names of timm's models begin with here
-# Models with auxiliary heads, which are left out. Their weights were trained with values from -1 to
-# 1: torchvision's model makes those of ImageNet's mean and deviation itself, ours has them at once.
-WITH_HEADS = ("googlenet", "inception_v3")
-
-Weights = dict[str, torch.Tensor]  # parameters, or buffers, by name
-
-
-class PadShortcut(nn.Module):
-    """The shortcut without parameters (option A) of He et al. 2016, section 4.2: every `stride`-th
-    pixel, and channels of zeros after those that there are.
-    """
-
-    def __init__(self, channels_in: int, channels_out: int, stride: int):
-        super().__init__()
-        self.stride = stride
-        self.missing = channels_out - channels_in
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(n, in, h, w) to (n, out, ceil(h / stride), ceil(w / stride))."""
-        picked = images[:, :, :: self.stride, :: self.stride]
-        return nn.functional.pad(picked, (0, 0, 0, 0, 0, self.missing))
-
-
-def init_convolutions(model: nn.Module) -> None:
-    """Convolutions by He et al. 2015 (fan-out), as in torchvision."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
-class SmallResNet(nn.Module):
-    """The ResNet for 32-pixel images of He et al. 2016 (arXiv 1512.03385), section 4.2: three
-    stages of `blocks` blocks of two convolutions, with 16, 32 and 64 channels.
-
-    Maps (n, 3, h, w) to (n, num_classes). With nine blocks it is ResNet-56: 853,018 parameters for
-    10 classes; with three ResNet-20.
-    """
-
-    def __init__(self, num_classes: int, blocks: int = 9):
-        super().__init__()
-        self.stem = Conv2dNormActivation(3, 16, kernel_size=3)
-        self.stage1 = self._stage(16, 16, 1, blocks)
-        self.stage2 = self._stage(16, 32, 2, blocks)
-        self.stage3 = self._stage(32, 64, 2, blocks)
-        self.fc = nn.Linear(64, num_classes)
-        init_convolutions(self)
-
-    @staticmethod
-    def _stage(channels_in: int, channels: int, stride: int, blocks: int) -> nn.Sequential:
-        shortcut = PadShortcut(channels_in, channels, stride) if stride > 1 else None
-        first = BasicBlock(channels_in, channels, stride, shortcut)
-        return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(blocks - 1)))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (n, num_classes) of images (n, 3, h, w)."""
-        features = self.stage3(self.stage2(self.stage1(self.stem(images))))
-        return self.fc(features.mean((2, 3)))
-
-
-class ChannelAttention(nn.Module):
-    """Scales each channel by a gate in (0, 1) made of its global average and maximum."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.gate = nn.Sequential(
-            nn.Conv2d(2 * channels, channels // 2, 1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(channels // 2, channels, 1),
-            nn.Sigmoid(),
-        )
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(n, channels, h, w), same shape out."""
-        pooled = features.mean((2, 3), keepdim=True), features.amax((2, 3), keepdim=True)
-        return features * self.gate(torch.cat(pooled, 1))
-
-
-class TokenEncoder(nn.Module):
-    """Places of a feature map as tokens, with a learned position each, through post-norm
-    transformer blocks.
-
-    The embedding of the whole image is added to every token. Positions are made for `grid` x `grid`
-    places, and interpolated for other sizes.
-    """
-
-    def __init__(self, channels: int, width: int, blocks: int, grid: int):
-        super().__init__()
-        self.project = nn.Conv2d(channels, width, 1)
-        positions = torch.empty(1, width, grid, grid)
-        self.positions = nn.Parameter(nn.init.trunc_normal_(positions, std=0.02))
-        options = {"dropout": 0.1, "activation": "gelu", "batch_first": True}
-        layers = (nn.TransformerEncoderLayer(width, 8, 4 * width, **options) for _ in range(blocks))
-        self.blocks = nn.Sequential(*layers)
-
-    def forward(self, features: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """Features (n, channels, h, w) and embeddings (n, width) to tokens (n, h * w, width)."""
-        places, positions = self.project(features), self.positions
-        if places.shape[2:] != positions.shape[2:]:
-            positions = nn.functional.interpolate(positions, places.shape[2:], mode="bicubic")
-        tokens = (places + positions).flatten(2).transpose(1, 2)
-        return self.blocks(tokens + embedding.unsqueeze(1))
-
-
-def normalised_linear(width_in: int, width: int, dropout: float) -> list[nn.Module]:
-    """A linear layer with layer normalisation, ReLU and dropout after it."""
-    return [
-        nn.Linear(width_in, width),
-        nn.LayerNorm(width),
-        nn.ReLU(inplace=True),
-        nn.Dropout(dropout),
-    ]
-
-
-class Hybrid(nn.Module):
-    """Convolutions with channel attention, then a transformer over the places of the last map.
-
-    `channels` are those of the stem and of the three residual blocks, which end at a 32nd of the
-    image's side; `width` and `blocks` are the transformer's. Maps (n, 3, size, size) to
-    (n, num_classes).
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        image_size: int,
-        channels: Sequence[int] = (64, 128, 256, 512),
-        width: int = 768,
-        blocks: int = 4,
-    ):
-        super().__init__()
-        last = channels[-1]
-        self.stem = nn.Sequential(
-            *Conv2dNormActivation(3, channels[0], kernel_size=7, stride=2),
-            nn.MaxPool2d(3, stride=2, padding=1),
-        )
-        self.stages = nn.Sequential(*(self._block(*pair) for pair in itertools.pairwise(channels)))
-        self.attention = ChannelAttention(last)
-        self.embedding = nn.Sequential(
-            nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(),
-            *normalised_linear(16 * last, 2048, dropout=0.1),
-            nn.Linear(2048, width),
-        )
-        self.encoder = TokenEncoder(last, width, blocks, grid=-(-image_size // 32))
-        self.head = nn.Sequential(
-            *normalised_linear(width, 512, dropout=0.2),
-            nn.Linear(512, 256),
-            nn.ReLU(inplace=True),
-            nn.Dropout(0.1),
-            nn.Linear(256, num_classes),
-        )
-        init_convolutions(self)
-
-    @staticmethod
-    def _block(channels_in: int, channels: int) -> nn.Module:
-        projection = Conv2dNormActivation(channels_in, channels, 1, 2, activation_layer=None)
-        return BasicBlock(channels_in, channels, 2, projection)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (n, num_classes) of images (n, 3, size, size)."""
-        features = self.attention(self.stages(self.stem(images)))
-        tokens = self.encoder(features, self.embedding(features))
-        return self.head(tokens.mean(1))
-
-
-# By name, what makes a model from (num_classes, image_size).
-OWN_MODELS: dict[str, Callable[[int, int], nn.Module]] = {
-    "resnet20": lambda num_classes, image_size: SmallResNet(num_classes, blocks=3),
-    "resnet56": lambda num_classes, image_size: SmallResNet(num_classes),
-    "hybrid": Hybrid,
-    "hybrid-light": partial(Hybrid, channels=(32, 64, 128, 256), width=384, blocks=2),
-    "hybrid-heavy": partial(Hybrid, channels=(96, 192, 384, 768), width=1024, blocks=6),
-}
-
-
-def classifier_names() -> list[str]:
-    """The names that `--model` takes, without timm's."""
-    return [*OWN_MODELS, *torchvision.models.list_models(module=torchvision.models)]
-
-
-def timm_package() -> Any:
-    """timm, an optional package, which takes seconds to import."""
-    try:
-        import timm
-    except ImportError as error:
-        reason = f"({one_line(error)}): pip install timm"
-        raise UserError(f"a model {TIMM}NAME needs the package timm {reason}") from None
-    return timm
-
-
-def timm_tags(architecture: str) -> list[str]:
-    """timm's names for the weights of one of its models."""
-    names = (name.partition(".") for name in timm_package().list_models(pretrained=True))
-    return [tag for found, _, tag in names if found == architecture]
-
-
-def check_timm_name(name: str, flag: str) -> None:
-    """Raise UserError, with the nearest names, for a model that timm does not have."""
-    architecture, _, tag = name.removeprefix(TIMM).partition(".")
-    names = timm_package().list_models()
-    if architecture not in names:
-        hint = nearest(architecture, names, 0.4) or "; any name of timm.list_models() will do"
-        raise UserError(f"{flag} {name}: unknown to timm{hint}")
-    if tag and tag not in timm_tags(architecture):
-        tags = ", ".join(timm_tags(architecture)) or "none"
-        raise UserError(f"{flag} {name}: weights unknown to timm, which has {tags}")
-
-
-def build_timm(name: str, num_classes: int, image_size: int, **options: Any) -> nn.Module:
-    """A classifier of timm, made for the image size where a model is made for one."""
-    timm, own = timm_package(), name.removeprefix(TIMM)
-    if timm.get_pretrained_cfg(own).fixed_input_size:
-        options["img_size"] = image_size
-    return timm.create_model(own, num_classes=num_classes, **options)
-
-
-def check_model_name(name: str, flag: str = "--model") -> None:
-    """Raise UserError, with the nearest names, for a model that does not exist."""
-    if name.startswith(TIMM):
-        check_timm_name(name, flag)
-    elif name not in classifier_names():
-        hint = nearest(name, classifier_names(), 0.4) or "; any torchvision classifier will do"
-        raise UserError(f"{flag} {name}: unknown{hint}")
-
-
-def build_model(
-    name: str, num_classes: int, image_size: int, stochastic_depth: float = 0.0
-) -> nn.Module:
-    """A classifier in training mode, mapping (n, 3, size, size) to (n, classes).
-
-    Transformers are built for the image size, and the auxiliary heads of GoogLeNet and Inception,
-    which the papers use to train without batch normalisation, are left out. The blocks of a ResNet
-    begin as identities (their last batch normalisation at 0; Goyal et al. 2017, 5.1): without that,
-    the loss of the first steps jumps. `stochastic_depth` is the probability of leaving out the last
-    residual block; with 0 it is what the model has by itself.
-    """
-    options = builder_options(name, image_size, stochastic_depth)
-    if name in OWN_MODELS:
-        model = OWN_MODELS[name](num_classes, image_size)
-    else:
-        model = library_model(name, num_classes, image_size, options)
-    if stochastic_depth and options.keys().isdisjoint({"stochastic_depth_prob", "drop_path_rate"}):
-        leave_blocks_out(model, name, stochastic_depth)
-    return model
-
-
-def library_model(
-    name: str, num_classes: int, image_size: int, options: dict[str, Any]
-) -> nn.Module:
-    """A model of torchvision or timm. Raises UserError for an image size, or a stochastic depth,
-    that it does not take.
-    """
-    try:
-        with memory_errors():
-            if name.startswith(TIMM):
-                return build_timm(name, num_classes, image_size, **options)
-            return torchvision.models.get_model(name, num_classes=num_classes, **options)
-    except NotImplementedError:
-        raise
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"--image-size {image_size}, {name}: {one_line(error)}") from None
-
-
-def builder_options(name: str, image_size: int, stochastic_depth: float) -> dict[str, Any]:
-    """What torchvision's or timm's builder of a model is given beside the number of classes."""
-    if name.startswith(TIMM):
-        return {"drop_path_rate": stochastic_depth} if stochastic_depth else {}
-    if name in WITH_HEADS:
-        return {"aux_logits": False, "init_weights": True}
-    if "resne" in name:  # ResNet, ResNeXt, Wide ResNet
-        return {"zero_init_residual": True}
-    if name.startswith("vit_"):
-        return {"image_size": image_size}
-    if name.startswith("maxvit_"):
-        return {"input_size": (image_size, image_size)}
-    if name.startswith(("convnext_", "efficientnet_")) and stochastic_depth:
-        return {"stochastic_depth_prob": stochastic_depth}
-    return {}
-
-
-def leave_blocks_out(model: nn.Module, name: str, highest: float) -> None:
-    """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): in training, each image skips
-    residual blocks, with a probability that rises linearly with the depth, to `highest`.
-
-    Layers that do so in a model of torchvision get other probabilities; those of Swin and MaxViT
-    are no option of their builders. Blocks of a ResNet, which have none, begin to do so behind
-    their last batch normalisation, without another name in the state dict.
-    """
-    own = [layer for layer in model.modules() if isinstance(layer, StochasticDepth)]
-    blocks = [block for block in model.modules() if isinstance(block, BasicBlock | Bottleneck)]
-    if not own and not blocks:
-        some = "ResNets, EfficientNets, ConvNeXt, Swin and MaxViT have some"
-        reason = f"{name} has no blocks that can be left out ({some}): give 0"
-        raise UserError(f"--stochastic-depth {highest:g}: {reason}")
-    factor = highest / max((layer.p for layer in own), default=1.0)
-    for layer in own:
-        layer.p *= factor
-    for number, block in enumerate(blocks, 1):
-        last = block.bn3 if isinstance(block, Bottleneck) else block.bn2
-        last.register_forward_hook(partial(skipped, highest * number / len(blocks)))
-
-
-def skipped(
-    probability: float, norm: nn.Module, _: tuple[torch.Tensor], output: torch.Tensor
-) -> torch.Tensor:
-    """The output of a residual branch (n, ...), which is 0 for some images if it is trained."""
-    return torchvision.ops.stochastic_depth(output, probability, "row", norm.training)
-
-
-def meta_model(name: str, num_classes: int, image_size: int) -> nn.Module:
-    """A classifier without memory for its weights: shapes alone."""
-    with contextlib.suppress(NotImplementedError), torch.device("meta"):
-        return build_model(name, num_classes, image_size)
-    # A RegNet computes its widths with tensors, which without memory have no values.
-    return build_model(name, num_classes, image_size).to("meta")
-
-
-def classifier_weights(name: str, num_classes: int, image_size: int) -> set[str]:
-    """Names of the weights whose shape depends on the number of classes."""
-    some, more = (
-        meta_model(name, count, image_size).state_dict() for count in (num_classes, num_classes + 1)
-    )
-    return {weight for weight, value in some.items() if value.shape != more[weight].shape}
-
-
-def trained(model: nn.Module) -> Weights:
-    """The weights that are trained, by name: all that are not frozen."""
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def layer_groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Parameter names by the part of the model that they are in: its children; where those are
-    fewer than four, or one of them has nearly all, their children, and so on. Of a model with few
-    parts, the children's children.
-    """
-    names = list(names)
-    by_depth = []
-    for depth in range(1, 5):
-        groups: dict[str, list[str]] = {}
-        for name in names:
-            groups.setdefault(".".join(name.split(".")[:-1][:depth]) or name, []).append(name)
-        if len(groups) >= 4 and max(map(len, groups.values())) < 0.8 * len(names):
-            return groups
-        by_depth.append(groups)
-    return by_depth[1]
-
-
-def freeze(
-    model: nn.Module, asked: str | None, name: str, num_classes: int, image_size: int
-) -> tuple[str, ...]:
-    """Have the weights that `--freeze` names stay as they are; returns their names. `body` is all
-    but the classifier; else it names layer groups. Raises UserError for one that does not exist,
-    or if nothing would be left to train.
-    """
-    if asked is None:
-        return ()
-    weights = trained(model)
-    classifier = classifier_weights(name, num_classes, image_size)
-    groups = layer_groups(weights) | {"body": [each for each in weights if each not in classifier]}
-    for group in asked.split(","):
-        if group not in groups:
-            known = f"its layer groups are {', '.join(groups)} (all but the classifier)"
-            raise UserError(f"--freeze {asked}: {name} has no {group!r}; {known}")
-    frozen = dict.fromkeys(each for group in asked.split(",") for each in groups[group])
-    if len(frozen) == len(weights):
-        raise UserError(f"--freeze {asked}: nothing of {name} would be left to train")
-    for each in frozen:
-        weights[each].requires_grad_(False)
-    begin_training(model)
-    return tuple(frozen)
-
-
-def begin_training(model: nn.Module) -> None:
-    """Put a model into training mode, but for those modules that have frozen weights only: they
-    stay in evaluation mode, buffers as they are, without dropout.
-    """
-    model.train()
-    for module in model.modules():
-        weights = list(module.parameters())
-        if weights and not any(weight.requires_grad for weight in weights):
-            module.eval()
-
-
-def check_input_shape(model: nn.Module, name: str, batch_size: int, image_size: int) -> None:
-    """Raise UserError if the model cannot train on such batches (too small for its strides, say).
-
-    Runs the forward pass on the meta device, which computes shapes alone.
-    """
-    weights = {key: value.to("meta") for key, value in model.state_dict().items()}
-    try:
-        images = torch.empty(batch_size, 3, image_size, image_size, device="meta")
-        torch.func.functional_call(model, weights, (images,))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        asked = f"--batch-size {batch_size} --image-size {image_size}"
-        reason = f"{name} cannot train on such batches: {one_line(error)}"
-        raise UserError(f"{asked}: {reason}") from None
-
-
-def listed_tensors(tensors: Weights, names: Collection[str], most: int = 4) -> str:
-    """The first names of some, each with its shape, and how many more there are."""
-    shapes = (", ".join(map(str, tensors[name].shape)) for name in names)
-    texts = [f"{name} ({shape})" for name, shape in zip(names, shapes, strict=True)]
-    more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return ", ".join(texts[:most]) + more
-
-
-def versioned(weights: Weights, model: nn.Module) -> OrderedDict[str, torch.Tensor]:
-    """Weights as the model's `load_state_dict` takes them: MNASNet's insists on a version, which a
-    plain dictionary has not.
-    """
-    state = OrderedDict(weights)
-    state._metadata = {"": {"version": model._version}}
-    return state
-
-
-def take_weights(
-    model: nn.Module, saved: Weights, left_out: Collection[str] = (), least: float = 0.5
-) -> str:
-    """Give a model all saved tensors that have the name and the shape of one of its own, but for
-    those `left_out`; says what was taken, what is new, and which names the model does not know.
-
-    The model itself knows its names in older files (a ViT's), but for DenseNet's, which torchvision
-    looks after elsewhere; BatchNorm's counts of batches may be missing there. Raises UserError if
-    fewer than `least` of the tensors fit.
-    """
-    own = model.state_dict()
-    saved = {DENSENET_NAMES.sub(r"\1", name): value for name, value in saved.items()}
-    fitting = {
-        name: value
-        for name, value in saved.items()
-        if name not in left_out and (name not in own or own[name].shape == value.shape)
-    }
-    try:
-        new, unknown = model.load_state_dict(versioned(fitting, model), strict=False)
-    except RuntimeError as error:  # a name of older files, with another shape
-        raise UserError(str(error).splitlines()[-1].strip()) from None
-    counts = {name for name in own.keys() - saved.keys() if name.endswith("num_batches_tracked")}
-    total = len(own) - len(counts)
-    taken = total - len(new)
-    rest = f"; left over: {listed_tensors(saved, unknown)}" if unknown else ""
-    listed = listed_tensors(own, new)
-    if taken < least * total:
-        raise UserError(f"only {taken} of {total} tensors fit; missing: {listed}{rest}")
-    return (f"{taken} of {total} tensors; new: {listed}" if new else f"all {total} tensors") + rest
-
-
-@dataclass(frozen=True)
-class ModelFigures:
-    """What a model amounts to: parameters, bytes of weights and buffers, and the floating-point
-    operations of convolutions and matrix products for one image, by phase.
-    """
-
-    parameters: int
-    weight_bytes: int
-    flops: dict[str, float]
-
-
-def measure_model(
-    name: str, num_classes: int, image_size: int, frozen: str | None = None
-) -> ModelFigures:
-    """Count, without computing anything: the model, with what is frozen, is built and run on the
-    meta device.
-    """
-    model = meta_model(name, num_classes, image_size)
-    check_input_shape(model, name, 2, image_size)
-    freeze(model, frozen, name, num_classes, image_size)
-    images = torch.empty(2, 3, image_size, image_size, device="meta")
-    with FlopCounterMode(display=False) as forward:
-        output = model(images)
-    with FlopCounterMode(display=False) as backward:
-        output.sum().backward()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    flops = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
-    flops = {phase: count / len(images) for phase, count in flops.items()}
-    return ModelFigures(parameters, weight_bytes, flops)
-
-
-def largest_size(settings: DataSettings, native: int) -> int:
-    """The side of the images in pixels, at the end of progressive resizing if there is any."""
-    return settings.max_res or settings.image_size or native
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a picture is made ready for a model that is tested or asked: resized until its shorter
-    side has `val_resize` pixels, its middle of `image_size` pixels cut out, and each channel, from
-    0 to 1, brought to the mean 0 and the deviation 1.
-
-    Data sets and trained weights have one of their own; the settings of these names overrule it.
-    """
-
-    image_size: int = 224
-    val_resize: int = 256
-    interpolation: str = "bilinear"
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
-
-    def overruled(self, settings: DataSettings) -> Preprocessing:
-        """The same, but for what the settings say otherwise; another image size has a `val_resize`
-        in proportion to it.
-        """
-        size = largest_size(settings, self.image_size)
-        return Preprocessing(
-            size,
-            settings.val_resize or round(size * self.val_resize / self.image_size),
-            settings.interpolation or self.interpolation,
-            settings.mean or self.mean,
-            settings.std or self.std,
-        )
-
-
-def imagenet_classes() -> tuple[str, ...]:
-    """ImageNet's 1,000 classes as torchvision names them."""
-    return tuple(torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"])
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """Trained weights by name: the classes that they know, how pictures are made ready for them,
-    and `load`, which fetches them (name of tensor to tensor); `title` names them in full.
-    """
-
-    classes: tuple[str, ...]
-    native: Preprocessing
-    load: Callable[[], Weights]
-    title: str = ""
-
-
-def find_weights(
-    model: str, name: str, flag: str = "--weights", image_size: int | None = None
-) -> Pretrained:
-    """Trained weights of a model by their name; nothing is fetched yet. `image_size` is that of the
-    model they are for, if it is not theirs: a transformer's positions are then interpolated.
-
-    Raises UserError for a model without, or for an unknown name (the flag leads the message).
-    """
-    asked = f"{flag} {name}"
-    if model.startswith(TIMM):
-        return find_timm_weights(model, name, flag, image_size)
-    if model in OWN_MODELS:
-        raise UserError(f"{asked}: {model} has no weights by name; --init-from takes a file")
-    known = torchvision.models.get_model_weights(model)
-    member = name.removeprefix(f"{known.__name__}.").upper()
-    if member not in known.__members__:
-        raise UserError(f"{asked}: {model} has {', '.join(known.__members__) or 'none by name'}")
-    weights = known[member]
-    ready, classes = weights.transforms(), weights.meta.get("categories") or ()
-    native = Preprocessing(
-        *(ready.crop_size[0], ready.resize_size[0], ready.interpolation.value),
-        *(tuple(ready.mean), tuple(ready.std)),
-    )
-    if model in WITH_HEADS:
-        native = dataclasses.replace(native, mean=3 * (0.5,), std=3 * (0.5,))
-    load = partial(load_torchvision, weights, asked, image_size)
-    return Pretrained(tuple(classes), native, load, str(weights))
-
-
-def find_timm_weights(model: str, name: str, flag: str, image_size: int | None) -> Pretrained:
-    """The same for a model of timm: DEFAULT, or a tag such as a1_in1k, which may also follow the
-    model's name. What timm stretches or pads to a square is cut out here, as of other weights.
-    """
-    timm, own = timm_package(), model.removeprefix(TIMM)
-    architecture = own.partition(".")[0]
-    tags = timm_tags(architecture)
-    if name != "DEFAULT":
-        own = f"{architecture}.{name}"
-    if not tags or name not in ("DEFAULT", *tags):
-        raise UserError(f"{flag} {name}: {model} has {', '.join(tags) or 'none by name'}")
-    weights = timm.get_pretrained_cfg(own)
-    ready = timm.data.resolve_data_config(pretrained_cfg=weights.to_dict())
-    size, how = ready["input_size"][-1], ready["interpolation"]
-    native = Preprocessing(
-        *(size, math.floor(size / ready["crop_pct"]), how if how == "bilinear" else "bicubic"),
-        *(tuple(ready["mean"]), tuple(ready["std"])),
-    )
-    load = partial(load_timm, own, weights, f"{flag} {name}", image_size or size)
-    title = f"{TIMM}{architecture}.{weights.tag}".rstrip(".")
-    return Pretrained(timm_classes(weights.num_classes), native, load, title)
-
-
-def timm_classes(count: int) -> tuple[str, ...]:
-    """The classes of weights of timm, which tells their number: as torchvision names ImageNet's
-    1,000; of larger ImageNets, WordNet ids; numbers, if nothing is known of them.
-    """
-    if count == len(imagenet_classes()):
-        return imagenet_classes()
-    data = timm_package().data
-    subset = data.infer_imagenet_subset({"num_classes": count})
-    names = data.ImageNetInfo(subset).label_names() if subset else range(count)
-    return tuple(map(str, names))
-
-
-def load_timm(own: str, weights: Any, asked: str, image_size: int) -> Weights:
-    """Weights of timm from its cache, or else the network, for a model of that image size. Raises
-    UserError for what it cannot have.
-    """
-    try:
-        return build_timm(own, weights.num_classes, image_size, pretrained=True).state_dict()
-    except Exception as error:  # of the network, of the disk, of a file's format
-        source = weights.hf_hub_id or weights.url
-        remedy = f"if you have it from elsewhere, put it there as {timm_cache(weights)}"
-        raise UserError(f"{asked}: cannot load {source}: {one_line(error)}; {remedy}") from None
-
-
-def timm_cache(weights: Any) -> Path:
-    """Where timm keeps such weights: in Hugging Face's cache, or torch's."""
-    if not weights.hf_hub_id:
-        return Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(weights.url).name)
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE, f"models--{weights.hf_hub_id.replace('/', '--')}")
-
-
-def load_torchvision(weights: Any, asked: str, image_size: int | None) -> Weights:
-    """Weights of torchvision from torch's cache, or else the network; torchvision checks the hash
-    of what it fetches. Raises UserError for what it cannot have.
-    """
-    cached = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(weights.url).name)
-    try:
-        saved = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        # The classifier of VGG16_Weights.IMAGENET1K_FEATURES is NaN: it was never trained.
-        saved = {name: value for name, value in saved.items() if value.isfinite().all()}
-    except Exception as error:  # of the network, of the disk, of pickle, or a checksum's
-        reason = one_line(error)
-        if cached.exists():
-            remedy = "it is fetched anew once it is gone"
-            raise UserError(f"{asked}: {cached} holds no weights: {reason}; {remedy}") from None
-        remedy = f"if you have it from elsewhere, put it there as {cached}"
-        raise UserError(f"{asked}: cannot fetch {weights.url}: {reason}; {remedy}") from None
-    if image_size and "encoder.pos_embedding" in saved:
-        patch = saved["conv_proj.weight"].shape[-1]
-        saved = vision_transformer.interpolate_embeddings(image_size, patch, saved)
-    return dict(saved)
 
 
 # ==================================================================================================
@@ -2243,16 +1668,6 @@ def planned_steps(settings: Settings, epoch_batches: int) -> int:
     return settings.epochs * steps_in_epoch(settings, epoch_batches)
 
 
-def is_frozen(settings: TrainingSettings, epoch: int) -> bool:
-    """Whether an epoch, counted from 0, keeps the weights of `--freeze` as they are."""
-    return bool(settings.freeze) and epoch < (settings.freeze_epochs or math.inf)
-
-
-def mostly_frozen(settings: TrainingSettings) -> str | None:
-    """What is frozen in most of a run: all of `--freeze`, or nothing."""
-    return settings.freeze if is_frozen(settings, (settings.epochs or 0) // 2) else None
-
-
 def weights_by_decay(
     model: nn.Module, settings: TrainingSettings, names: Collection[str]
 ) -> list[dict[str, Any]]:
@@ -2404,16 +1819,6 @@ def main_scheduler(
             first = settings.lr_restart_epochs * epoch_steps
             return Restarts(optimizer, first, 2, lowest)
     return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
-
-
-def with_tensors(model: nn.Module, tensors: Weights) -> nn.Module:
-    """A copy of a model with other tensors, by the names of its state_dict, in place of some of its
-    own; all others belong to both. To be run while the model runs, unlike torch's functional_call,
-    which puts the others into the model itself for a while.
-    """
-    own = model.state_dict(keep_vars=True)
-    kept = {id(tensor): tensor for tensor in own.values()}
-    return copy.deepcopy(model, kept | {id(own[name]): tensors[name] for name in tensors})
 
 
 class MovingAverage:
@@ -5110,51 +4515,6 @@ def picture_footer(topology: Topology) -> str:
     return f"{machine}; {', '.join(f'{name} {version}' for name, version in versions().items())}"
 
 
-def describe_model(settings: Settings, num_classes: int, image_size: int) -> list[str]:
-    """What a model amounts to, in a line; in another one what of it is frozen. Work is that of
-    most epochs.
-    """
-    shape = settings.model, num_classes, image_size
-    figures = measure_model(*shape, mostly_frozen(settings))
-    forward, backward = (figures.flops[phase] / 1e9 for phase in ("forward", "backward"))
-    line = (
-        f"model {settings.model}: {figures.parameters:,} parameters for {num_classes} classes, "
-        f"{figures.weight_bytes / 2**20:.1f} MiB; an image of {image_size} px takes "
-        f"{forward:.2f} GFLOP forward, {backward:.2f} backward"
-    )
-    if not settings.freeze:
-        return [line]
-    model = meta_model(*shape)
-    frozen = describe_frozen(settings, model, freeze(model, settings.freeze, *shape))
-    span = " in most epochs" if settings.freeze_epochs else ""
-    return [line, f"{frozen}; forward has {forward / (forward + backward):.2%} of the work{span}"]
-
-
-def describe_frozen(settings: Settings, model: nn.Module, frozen: Collection[str]) -> str:
-    """How much of a model is frozen, and for how long."""
-    count = plural(len(list(model.parameters())), "weight")
-    span = f" for {plural(settings.freeze_epochs, 'epoch')}" if settings.freeze_epochs else ""
-    return f"frozen: {len(frozen)} of {count} ({settings.freeze}){span}"
-
-
-def describe_teacher(name: str, num_classes: int, image_size: int) -> str:
-    """What a teacher amounts to, in a line: it runs forward only."""
-    figures = measure_model(name, num_classes, image_size)
-    return (
-        f"teacher {name}: {figures.weight_bytes / 2**20:.1f} MiB; an image takes "
-        f"{figures.flops['forward'] / 1e9:.2f} GFLOP more forward"
-    )
-
-
-def describe_weights(known: Pretrained) -> str:
-    """What trained weights are for, in a line."""
-    ready, classes = known.native, plural(len(known.classes), "class")
-    sizes = (
-        f"{ready.image_size} px of pictures resized to {ready.val_resize} ({ready.interpolation})"
-    )
-    return f"weights   {known.title}: {classes}, {sizes}; fetched when a run needs them"
-
-
 def describe_data(data: ImageData) -> list[str]:
     """The images that were found, and what was left out, in a line each."""
     if data.kind == "synthetic":
@@ -6286,45 +5646,6 @@ def check_validation(settings: Settings, data: ImageData) -> None:
         if value and data.val is None:
             places = "DIR/val/<class>/*.jpg, or --val-share"
             raise UserError(f"{flag} needs validation images ({places})")
-
-
-def weight_copies(settings: Settings, is_trained: bool = True) -> int:
-    """How often a run holds as much as the weights, at the least: themselves, the moving average;
-    if they are trained their gradients, what the optimizer keeps, the copies of `delayed`, and what
-    travels between ranks.
-    """
-    if settings.test_only:
-        return 1
-    if not is_trained:
-        return 1 + settings.model_ema
-    momentum = settings.momentum > 0
-    kept = {"sgd": momentum, "adam": 2, "adamw": 2, "nadam": 2, "rmsprop": 1 + momentum}
-    copies = 2 * (settings.schedule == "delayed") + (settings.ranks > 1)
-    return 2 + kept[settings.opt] + copies + settings.model_ema
-
-
-def check_memory(settings: Settings, topology: Topology, images: int) -> None:
-    """Raise UserError if the machine cannot even hold the weights and, twice, `images` pixels in
-    float32: one by one and as a batch, or as a batch and in another memory format.
-    """
-    size, classes = settings.min_res or settings.image_size, settings.num_classes
-    shape = settings.model, classes, settings.image_size
-    model = meta_model(*shape)
-    freeze(model, None if settings.freeze_epochs else settings.freeze, *shape)
-    image_bytes = 0 if settings.test_only else images * 3 * size**2 * 4
-    needed_bytes = 2 * image_bytes + sum(
-        weight.nbytes * weight_copies(settings, weight.requires_grad)
-        for weight in model.parameters()
-    )
-    if settings.teacher and not settings.test_only:
-        teacher = meta_model(settings.teacher, classes, settings.image_size)
-        needed_bytes += sum(value.nbytes for value in teacher.state_dict().values())
-    if needed_bytes > topology.memory_bytes:
-        raise UserError(
-            f"{plural(images, 'image')} of {size} px, {settings.model} with {classes} classes: at "
-            f"least {needed_bytes / 2**30:.1f} GiB of memory are needed, "
-            f"{topology.memory_bytes / 2**30:.1f} are there: {LESS_MEMORY}"
-        )
 
 
 @contextlib.contextmanager
@@ -8352,15 +7673,6 @@ def print_model(
         except RunError as error:
             raise UserError(f"--record {error}") from None
         say(f"machine recorded in {settings.record}")
-
-
-def parameter_count(name: str) -> int:
-    """Parameters of a classifier for 1000 classes: what torchvision says of its own, which takes no
-    time, but for the one that it counts with the auxiliary head that is left out here.
-    """
-    if name in OWN_MODELS or name == "inception_v3":
-        return sum(weight.numel() for weight in meta_model(name, 1000, 224).parameters())
-    return min(each.meta["num_params"] for each in torchvision.models.get_model_weights(name))
 
 
 def list_models(settings: Settings, topology: Topology, ranks: Ranks = ONE_PROCESS) -> None:

@@ -1,0 +1,197 @@
+"""Trained weights by name, and how pictures are made ready for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+import torchvision
+from torchvision.models import vision_transformer
+
+from split_affinity.errors import UserError, one_line
+from split_affinity.models.registry import (
+    OWN_MODELS,
+    TIMM,
+    WITH_HEADS,
+    build_timm,
+    timm_package,
+    timm_tags,
+)
+from split_affinity.models.weights import Weights
+from split_affinity.options.settings import DataSettings
+from split_affinity.text import plural
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def largest_size(settings: DataSettings, native: int) -> int:
+    """The side of the images in pixels, at the end of progressive resizing if there is any."""
+    return settings.max_res or settings.image_size or native
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture is made ready for a model that is tested or asked: resized until its shorter
+    side has `val_resize` pixels, its middle of `image_size` pixels cut out, and each channel, from
+    0 to 1, brought to the mean 0 and the deviation 1.
+
+    Data sets and trained weights have one of their own; the settings of these names overrule it.
+    """
+
+    image_size: int = 224
+    val_resize: int = 256
+    interpolation: str = "bilinear"
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+
+    def overruled(self, settings: DataSettings) -> Preprocessing:
+        """The same, but for what the settings say otherwise; another image size has a `val_resize`
+        in proportion to it.
+        """
+        size = largest_size(settings, self.image_size)
+        return Preprocessing(
+            size,
+            settings.val_resize or round(size * self.val_resize / self.image_size),
+            settings.interpolation or self.interpolation,
+            settings.mean or self.mean,
+            settings.std or self.std,
+        )
+
+
+def imagenet_classes() -> tuple[str, ...]:
+    """ImageNet's 1,000 classes as torchvision names them."""
+    return tuple(torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"])
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Trained weights by name: the classes that they know, how pictures are made ready for them,
+    and `load`, which fetches them (name of tensor to tensor); `title` names them in full.
+    """
+
+    classes: tuple[str, ...]
+    native: Preprocessing
+    load: Callable[[], Weights]
+    title: str = ""
+
+
+def find_weights(
+    model: str, name: str, flag: str = "--weights", image_size: int | None = None
+) -> Pretrained:
+    """Trained weights of a model by their name; nothing is fetched yet. `image_size` is that of the
+    model they are for, if it is not theirs: a transformer's positions are then interpolated.
+
+    Raises UserError for a model without, or for an unknown name (the flag leads the message).
+    """
+    asked = f"{flag} {name}"
+    if model.startswith(TIMM):
+        return find_timm_weights(model, name, flag, image_size)
+    if model in OWN_MODELS:
+        raise UserError(f"{asked}: {model} has no weights by name; --init-from takes a file")
+    known = torchvision.models.get_model_weights(model)
+    member = name.removeprefix(f"{known.__name__}.").upper()
+    if member not in known.__members__:
+        raise UserError(f"{asked}: {model} has {', '.join(known.__members__) or 'none by name'}")
+    weights = known[member]
+    ready, classes = weights.transforms(), weights.meta.get("categories") or ()
+    native = Preprocessing(
+        *(ready.crop_size[0], ready.resize_size[0], ready.interpolation.value),
+        *(tuple(ready.mean), tuple(ready.std)),
+    )
+    if model in WITH_HEADS:
+        native = dataclasses.replace(native, mean=3 * (0.5,), std=3 * (0.5,))
+    load = partial(load_torchvision, weights, asked, image_size)
+    return Pretrained(tuple(classes), native, load, str(weights))
+
+
+def find_timm_weights(model: str, name: str, flag: str, image_size: int | None) -> Pretrained:
+    """The same for a model of timm: DEFAULT, or a tag such as a1_in1k, which may also follow the
+    model's name. What timm stretches or pads to a square is cut out here, as of other weights.
+    """
+    timm, own = timm_package(), model.removeprefix(TIMM)
+    architecture = own.partition(".")[0]
+    tags = timm_tags(architecture)
+    if name != "DEFAULT":
+        own = f"{architecture}.{name}"
+    if not tags or name not in ("DEFAULT", *tags):
+        raise UserError(f"{flag} {name}: {model} has {', '.join(tags) or 'none by name'}")
+    weights = timm.get_pretrained_cfg(own)
+    ready = timm.data.resolve_data_config(pretrained_cfg=weights.to_dict())
+    size, how = ready["input_size"][-1], ready["interpolation"]
+    native = Preprocessing(
+        *(size, math.floor(size / ready["crop_pct"]), how if how == "bilinear" else "bicubic"),
+        *(tuple(ready["mean"]), tuple(ready["std"])),
+    )
+    load = partial(load_timm, own, weights, f"{flag} {name}", image_size or size)
+    title = f"{TIMM}{architecture}.{weights.tag}".rstrip(".")
+    return Pretrained(timm_classes(weights.num_classes), native, load, title)
+
+
+def timm_classes(count: int) -> tuple[str, ...]:
+    """The classes of weights of timm, which tells their number: as torchvision names ImageNet's
+    1,000; of larger ImageNets, WordNet ids; numbers, if nothing is known of them.
+    """
+    if count == len(imagenet_classes()):
+        return imagenet_classes()
+    data = timm_package().data
+    subset = data.infer_imagenet_subset({"num_classes": count})
+    names = data.ImageNetInfo(subset).label_names() if subset else range(count)
+    return tuple(map(str, names))
+
+
+def load_timm(own: str, weights: Any, asked: str, image_size: int) -> Weights:
+    """Weights of timm from its cache, or else the network, for a model of that image size. Raises
+    UserError for what it cannot have.
+    """
+    try:
+        return build_timm(own, weights.num_classes, image_size, pretrained=True).state_dict()
+    except Exception as error:  # of the network, of the disk, of a file's format
+        source = weights.hf_hub_id or weights.url
+        remedy = f"if you have it from elsewhere, put it there as {timm_cache(weights)}"
+        raise UserError(f"{asked}: cannot load {source}: {one_line(error)}; {remedy}") from None
+
+
+def timm_cache(weights: Any) -> Path:
+    """Where timm keeps such weights: in Hugging Face's cache, or torch's."""
+    if not weights.hf_hub_id:
+        return Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(weights.url).name)
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE, f"models--{weights.hf_hub_id.replace('/', '--')}")
+
+
+def load_torchvision(weights: Any, asked: str, image_size: int | None) -> Weights:
+    """Weights of torchvision from torch's cache, or else the network; torchvision checks the hash
+    of what it fetches. Raises UserError for what it cannot have.
+    """
+    cached = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(weights.url).name)
+    try:
+        saved = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        # The classifier of VGG16_Weights.IMAGENET1K_FEATURES is NaN: it was never trained.
+        saved = {name: value for name, value in saved.items() if value.isfinite().all()}
+    except Exception as error:  # of the network, of the disk, of pickle, or a checksum's
+        reason = one_line(error)
+        if cached.exists():
+            remedy = "it is fetched anew once it is gone"
+            raise UserError(f"{asked}: {cached} holds no weights: {reason}; {remedy}") from None
+        remedy = f"if you have it from elsewhere, put it there as {cached}"
+        raise UserError(f"{asked}: cannot fetch {weights.url}: {reason}; {remedy}") from None
+    if image_size and "encoder.pos_embedding" in saved:
+        patch = saved["conv_proj.weight"].shape[-1]
+        saved = vision_transformer.interpolate_embeddings(image_size, patch, saved)
+    return dict(saved)
+
+
+def describe_weights(known: Pretrained) -> str:
+    """What trained weights are for, in a line."""
+    ready, classes = known.native, plural(len(known.classes), "class")
+    sizes = (
+        f"{ready.image_size} px of pictures resized to {ready.val_resize} ({ready.interpolation})"
+    )
+    return f"weights   {known.title}: {classes}, {sizes}; fetched when a run needs them"
