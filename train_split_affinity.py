@@ -65,22 +65,16 @@ which nobody shall wait who asks for `--help`, or has misspelt an option.
 from __future__ import annotations
 
 import argparse
-import atexit
-import base64
 import contextlib
-import ctypes
 import dataclasses
 import datetime
-import errno
 import functools
-import glob
 import hashlib
 import io
 import itertools
 import json
 import math
 import multiprocessing.connection
-import multiprocessing.util
 import os
 import pickle
 import platform
@@ -96,7 +90,6 @@ import textwrap
 import threading
 import time
 import warnings
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -328,18 +321,109 @@ try:
     import psutil
     import torch
     import torchvision
-    from PIL import Image, ImageOps
     from torch import distributed, nn
     from torch.optim import lr_scheduler
     from torch.optim.lr_scheduler import LRScheduler
-    from torch.utils.data import DataLoader, Dataset, Subset
-    from torchvision.transforms import v2
     from tqdm import tqdm
 except (ImportError, RuntimeError, OSError) as import_error:
     if __name__ != "__main__":
         raise
     print(explain_import_error(import_error), file=sys.stderr)
     raise SystemExit(2) from None
+from split_affinity.data.classes import (  # noqa: F401
+    WORDNET_STEPS,
+    Renumbered,
+    confused_classes,
+    knows_classes,
+    match_classes,
+    named_classes,
+    spelling,
+    with_known_classes,
+    wordnet_ids,
+)
+from split_affinity.data.dataset import (  # noqa: F401
+    choose_images,
+    describe_data,
+    describe_images,
+    drawn,
+    find_data,
+    open_data,
+    unvalidated_classes,
+    with_validation,
+)
+from split_affinity.data.image_folder import (  # noqa: F401
+    VALIDATION_FOLDERS,
+    PictureFolder,
+    folder_data,
+    open_image_folder,
+    what_is,
+)
+from split_affinity.data.loader import (  # noqa: F401
+    BadImages,
+    Batches,
+    Feed,
+    LoaderDied,
+    check_open_files,
+    child_signal_kept,
+    picture_feed,
+    start_loader,
+    training_feed,
+    validation_feed,
+)
+from split_affinity.data.named import (  # noqa: F401
+    BY_FLAG,
+    CIFAR10,
+    CIFAR10_FOLDER,
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    READERS,
+    SYNTHETIC_CLASSES,
+    SYNTHETIC_IMAGES,
+    SYNTHETIC_PATTERNS,
+    TRAIN_TEST,
+    TRAIN_VAL,
+    Pictures,
+    Reader,
+    SyntheticImages,
+    file_samples,
+    named_data,
+    names_of_classes,
+    prepare_imagenet,
+    sets,
+    synthetic_data,
+    whole,
+    why_not_read,
+)
+from split_affinity.data.pictures import (  # noqa: F401
+    BrokenImage,
+    ImageData,
+    NewPictures,
+    derived_seed,
+    kept_apart,
+    load_image,
+    picture_files,
+    pictures_in,
+    to_rgb,
+)
+from split_affinity.data.samples import (  # noqa: F401
+    Batch,
+    EpochOrder,
+    Loaded,
+    LoadRecord,
+    SampleKey,
+    Samples,
+    shared,
+)
+from split_affinity.data.transforms import (  # noqa: F401
+    auto_augmentation,
+    image_size_in,
+    mixing_transform,
+    same_transform,
+    to_tensor,
+    training_transform,
+    transform_of_epoch,
+    validation_transform,
+)
 from split_affinity.lanes.audit import (  # noqa: F401
     LOOK_SHARE,
     NOT_LOOKED_AT,
@@ -551,1088 +635,8 @@ from split_affinity.terminal import (  # noqa: F401
 # run was resumed. Knows nothing of lanes; loader processes are told which CPUs to stay on.
 # ==================================================================================================
 
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-CIFAR10_FOLDER = "cifar-10-batches-py"
-VALIDATION_FOLDERS = ("val", "valid", "validation")  # the first that exists is used
-SYNTHETIC_IMAGES, SYNTHETIC_CLASSES, SYNTHETIC_PATTERNS = 1280, 1000, 10
 
-# WordNet ids of ImageNet's 1,000 classes, which ascend: the steps from one to the next, of all the
-# first byte, then the second, then the third, compressed and in base 85 (see wordnet_ids).
-WORDNET_STEPS = """
-c-rk#XINBc7XI4(Zk=*xhAF@>GdM`Mg2+Y?OYpHpv4AKD8cTwrAR2wFAfOlvI?`4}1&xkqRF<NNHELWp3PxAiATbtn?Ir8F8bh*s
-HMqNf_uu~T{5ZEf=RMzf-}8PR;9dMb1bipKyJ!zji~wZF|L6?;f2tWm4FE#OAl%-=`m<1Bkysi7G@*!6X(Tg*>*(icVJu!4W9TcO
-K@3HVg&HIdQeOGT6XSRYk&Ia$v7CmoltZ0ZC_sQ9B=#Uokrm<qgo#FmvJ<LpNDd}g*2C!<!D<MHj9w0R0!lani5v<v3V<?Lg^`6r
-dQGH`+Vqmj=go8wK=kGXzn;IHFvM?}VF>?A2_@rp)a#Eonf!+Tw_@<^qrK=Y8n)NJX^J7MP~qR;Df9YZ#1af8{1K!S3#_JdpRQgK
-%L>DJg9dst976C@%Bu;DRQt=6rm!+bjO@Wt6|Y4w0&0~(8BD#zu@F;87@#N%35%4h7Szyy)SUy>IEQc{!B~*gff8?F)Y4#8Z*G_;
-(h-p&5daQhr6CJ=0!&I96J&ic&l5h1k!6C+tf~WIQK$qhz+Y`w_69-)2z7$UDhFCL&{MHa4-OC;)jF}n_GAF<=%+KuzDyXPm;g18
-z2u0&(29MC#saVp!wda<iB{VMqF7?=7ZmDEsBg5)8`J<AutC$+o5Ugt7|8PmmKyya6$s{_C&iST$zzr!f^icvX#kRtD$=Nt1g(dc
-w?amv7FC)+L}aI0k=;{*D!l}d9rq<7HXtBUsEngRA`1u*C_sq!WIDniPXnQl4^-PZBv1?~ffflt0mvGj>VUUa)+<|-lx4__ikBHq
-WfaVS5h=DZqG-V)_Lq4pP_Yb_<Y<m%v}V1=FI3M0DswW&>j2UrL7`yl*VP6^#g<?oHHlERV!$GxV$=*mS{2J$sec#-CWk_kl^7et
-NHPMXgEG8wDbx;)p3&=V$U{rao>;c?B9b_Vpu&pA&}7q6&O_8PjIs``BpLwAF<6wi-cV-*1Q88kJgAveZf<q-th*d35lbQ_f*(sk
-4-qN_P;n>ML1$G{R;8HJ?6Wk}I6jDFjG@zlNX)7}{)_gI1arA&#i<n4-Ls>wPwYFqTZt(9uwh%<E>D;l6tnl)v6|{}S^fS0<oYJ1
-;L{PwnNiszZ+P`ieW<y5%C9Uxcls^keBOTL-jG?zTe^Rd<SI<W0X-l8RA*W#p9?)*9oq9;!OOujdbU=5;w8jCa91>U^SN*&_)tJd
-v?DcpTWrSal8%$C#(8Ilv^>z%!{>Y5`{K)wR!84|=uTR;e7BUISaWkoNP}(7?ZP=(W4?g5<jM_&6(w9j(&4p>r|dZDkyi5T!-y#}
-uDMU`jw{~NGVSBM1#9<Zg5H&j=M)w-jvSV_|KPE@CGnMeX0FH`SGFc+vHRAF)s>Iz!)wwKE0PPE_7!~R&bVGh({Cgt4$YaK_e1TJ
-`I~%d%61oB%g>p6c~aE2`Y{PL`E}b1b=t_)DgX4XdN}LB*&i-7gwJ+AJ#gF!H-7Nm!hn=5lFuTq+{$k8w&2qDTzPG_ryCxftN-lz
-qVKOS{UxZraPy%<d3laI%rE8ZmUgpu*yTu#>vyrsUze+9MPz49zTEkvGkEMXTD)uj#&50W%s6i!!MF0rqiodWMgKNe=E|e)oLFb+
-jGQygw;FHf@1Of?XlwCTA#vVnd$y~(`1uD<y-uBKSzpjFpwVUSo8?SvD(lpzaADapeST`i7H5x6e!XH^59H49XgzSk(Apzr!{exg
-C$_G424wV$zHuqD?&~vuDZlDBbo<zXGcAM0{_)CgeCSByljtR;i`qZ*0m*wpgyTK7x@oFy`RUsi$BH-a*8iHYfz}4>UK5fZ<{TZX
-K6tmOtZv$>8P6V`tbLIc)3NmY`e(X^^MP@Ly07gXZMskxoSSs!(nMq54E5vL`}=;pulK_6KbQYK<b5Xo#IT~=jAJ1ILB<jX&bBA;
-{`pjxb$HbCuODqrx>q87k{^`TA6Pm)<!vplQD0WRI+2{avMT$lqfA6#Ywb>P>Fpu(AC1%1HPIRA4Q=V&Qk&<L-RhDQA6Fk8etu1A
-afSb!lix($nZNZ&^UD@zsmr*j#dqgXYm(vg-*$GUpQjuyVcsw8HGZCJqCDxrgt98ts=e7I_k-r#e_UN#o7ny7@}CQAk+I(|>(mhO
-<BlH}rJFXUExEZVA!6R%&x)pYnc%n-JZ^cb-}pn)T^n9|r7AOS@Kndac|+Ija}A3dx!`_s;?~A7qc#i-%Q*SF9Z#-)p7E+8A6K_U
-H@&bQneA%TyPllGkspSW;--t_r=j=6bzzgT1~rfHnLYS&(WsFlY&*L@At9t<eUM{7x;rr|jXOJcT*i6B<k4-fns(jjaQ)jaw`JaO
-zH}Aoho7FhE;#qV*~+N?wvA!Od&S2#^f_oQ>Qy>%dzNj}wKWN+=l;I@LTc@~?*=wcb|-8;7PsKi#0K-f0KI-R8~
-"""
-
-# Images (n, 3, size, size), and class indices (n,) or, of mixed images, probabilities (n, classes).
-Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-class BrokenImage(RunError):
-    """A file of the data set that cannot be read as an image; the message names it."""
-
-
-def load_image(path: str) -> Image.Image:
-    """A file's picture in RGB, turned as its EXIF data say.
-
-    Raises BrokenImage if it cannot be read, unless that is for want of memory or of descriptors,
-    which says nothing of the file.
-    """
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            with contextlib.suppress(Exception):  # damaged EXIF data do not spoil a picture
-                ImageOps.exif_transpose(picture, in_place=True)
-            return to_rgb(picture)
-    except Exception as error:  # Pillow raises many kinds, SyntaxError among them
-        wanting = errno.EMFILE, errno.ENFILE, errno.ENOMEM
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in wanting:
-            raise
-        raise BrokenImage(f"broken image {path}: {one_line(error)}") from error
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """A picture of any mode in RGB, transparency ignored.
-
-    Grey of more than 8 bits, which Pillow would clip, is scaled, dark and bright pictures alike:
-    whole numbers from 0 to 65535 by 1/257, floats from 0 to 1 by 255, floats from 0 to 255 not at
-    all. Only values beyond go from their own lowest to their own highest. NaN becomes black.
-    """
-    if picture.mode.startswith(("I", "F")):
-        values = v2.functional.pil_to_tensor(picture.convert("F"))
-        finite = values[values.isfinite()]
-        low, high = finite.aminmax() if len(finite) else (0, 1)
-        tops = (1, 255) if picture.mode == "F" else (65535,)
-        low, high = next(((0, top) for top in tops if low >= 0 and high <= top), (low, high))
-        values = ((values - low) * (255 / (high - low))).nan_to_num(0, 255, 0)
-        picture = v2.functional.to_pil_image(values.round().clamp(0, 255).byte())
-    picture.info.pop("transparency", None)  # which Pillow would warn of, if it is a palette's
-    return picture.convert("RGB")
-
-
-@dataclass(frozen=True)
-class ImageData:
-    """A data set: pictures (PIL) with class indices, to train and, if there are any, to validate.
-
-    `kind` is folder, synthetic or a name of NAMED_DATA; `chosen` are the indices of the pictures to
-    train on; `left_out` tells of files and folders that are not used: what each is, and its path;
-    `native` is how its pictures are made ready unless trained weights or settings say otherwise;
-    `padded` is the side in pixels of small pictures that are all alike, and are padded and cropped
-    to train; 0 for those that training shows parts of; `confused` are the classes, if they were
-    asked for, whose pictures are augmented more strongly. Where some of the pictures to train on
-    are kept apart to validate with, `val` is a Subset of `train`.
-    """
-
-    kind: str
-    train: Dataset
-    val: Dataset | None
-    classes: tuple[str, ...]
-    native: Preprocessing = Preprocessing()
-    chosen: Sequence[int] = ()
-    left_out: Sequence[tuple[str, str]] = ()
-    confused: Sequence[int] | None = None
-    padded: int = 0
-
-
-def find_data(settings: Settings) -> ImageData:
-    """The data of `--data-path`, read as `--dataset` or recognised by what is there; without it,
-    synthetic images.
-    """
-    name, path = settings.dataset, settings.data_path
-    if path is None:
-        return synthetic_data(settings)
-    if path.name == CIFAR10_FOLDER:
-        path = path.parent
-    if not name and (settings.download or (path / CIFAR10_FOLDER).is_dir()):
-        name = "cifar10"
-    return named_data(name, path, settings.download) if name else folder_data(path)
-
-
-def open_data(settings: Settings) -> ImageData:
-    """The data, with the images chosen to train and to validate.
-
-    Raises UserError for a path that holds no data set, or fewer images than an optimizer step.
-    """
-    path, images = settings.data_path, images_in_step(settings)
-    data = with_validation(find_data(settings), settings)
-    found = len(data.classes)
-    if settings.num_classes and settings.num_classes < found:
-        raise UserError(f"--num-classes {settings.num_classes}: {path} has {found} classes")
-    confused = confused_classes(settings, data.classes)
-    data = dataclasses.replace(data, chosen=choose_images(data, settings), confused=confused)
-    if settings.weights:
-        native = find_weights(settings.model, settings.weights).native
-        data = dataclasses.replace(data, native=native)
-    if len(data.chosen) < images:
-        step, remedy = f"--batch-size {settings.batch_size}", "lower -b"
-        if settings.accumulate > 1:
-            step, remedy = f"{step} --accumulate {settings.accumulate}", f"{remedy} or --accumulate"
-        step += f" on {settings.ranks} ranks" if settings.ranks > 1 else ""
-        count = plural(len(data.chosen), "image")
-        raise UserError(f"{step}: {path} has only {count} to train on: {remedy}")
-    return data
-
-
-class SyntheticImages(Dataset):
-    """Pictures (side, side), made when asked for: each class has a pattern of 4 x 4 squares in its
-    colours, each picture some noise of its own. They depend on seed and index alone.
-
-    Only the first `patterns` classes have pictures, in turn: of a thousand, no net could learn much
-    in fifty steps; with more noise, the loss of ResNet-50 first rises before it falls.
-    """
-
-    def __init__(self, count: int, side: int, classes: int, seed: int):
-        self.patterns = min(SYNTHETIC_PATTERNS, classes)
-        self._count, self._side, self._seed = count, side, seed
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        target = index % self.patterns
-        pattern = self._numbers(224, 4, "pattern", target)
-        pattern = nn.functional.interpolate(pattern[None], self._side)[0]
-        noise = self._numbers(32, self._side, "noise", index)
-        return v2.functional.to_pil_image(pattern + noise), target
-
-    def _numbers(self, end: int, side: int, *what: object) -> torch.Tensor:
-        """Random whole numbers below `end`, of shape (3, side, side)."""
-        generator = torch.Generator().manual_seed(derived_seed(self._seed, *what))
-        return torch.empty(3, side, side, dtype=torch.uint8).random_(0, end, generator=generator)
-
-
-def synthetic_data(settings: Settings) -> ImageData:
-    """Images without files, to time training and to see a loss fall; what is learned is of no use.
-    Their size and the number of classes are ImageNet's unless others are asked for.
-    """
-    classes = settings.num_classes or SYNTHETIC_CLASSES
-    images = max(SYNTHETIC_IMAGES, images_in_step(settings))
-    train = SyntheticImages(images, largest_size(settings, 224), classes, settings.seed)
-    return ImageData("synthetic", train, None, tuple(map(str, range(classes))))
-
-
-def whole(side: int, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
-    """For pictures of one small size, which are shown whole."""
-    return Preprocessing(side, side, mean=mean, std=std)
-
-
-CIFAR10 = whole(32, CIFAR10_MEAN, CIFAR10_STD)
-BY_FLAG = {"train": True}, {"train": False}
-TRAIN_VAL, TRAIN_TEST = (({"split": "train"}, {"split": part}) for part in ("val", "test"))
-
-
-@dataclass(frozen=True)
-class Reader:
-    """How a data set is read: torchvision's class, what that takes for the part to train on and for
-    the one to validate with (None if it has none), how its pictures are made ready, and whether
-    they are padded and cropped (see ImageData).
-    """
-
-    read: Callable[..., Dataset]
-    parts: tuple[dict[str, Any], dict[str, Any] | None]
-    native: Preprocessing = Preprocessing()
-    is_padded: bool = False
-
-
-# Means and deviations of the images to train on, as published; ImageNet's where none are known.
-# fmt: off
-sets = torchvision.datasets
-READERS = {
-    "imagenet": Reader(sets.ImageNet, TRAIN_VAL),
-    "imagenette": Reader(sets.Imagenette, TRAIN_VAL),
-    "imagenette-320": Reader(partial(sets.Imagenette, size="320px"), TRAIN_VAL),
-    "imagenette-160": Reader(partial(sets.Imagenette, size="160px"), TRAIN_VAL,
-        Preprocessing(128, 146)),
-    "cifar10": Reader(sets.CIFAR10, BY_FLAG, CIFAR10, True),
-    "cifar100": Reader(sets.CIFAR100, BY_FLAG,
-        whole(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)), True),
-    "fashion-mnist": Reader(sets.FashionMNIST, BY_FLAG, whole(28, 3 * (0.2860,), 3 * (0.3530,)),
-        True),
-    "flowers102": Reader(sets.Flowers102, TRAIN_VAL),
-    "food101": Reader(sets.Food101, TRAIN_TEST),
-    "oxford-pets": Reader(sets.OxfordIIITPet, ({"split": "trainval"}, {"split": "test"})),
-    "eurosat": Reader(sets.EuroSAT, ({}, None),
-        whole(64, (0.3444, 0.3803, 0.4078), (0.2027, 0.1365, 0.1155)), True),
-    "dtd": Reader(sets.DTD, TRAIN_VAL),
-    "gtsrb": Reader(sets.GTSRB, TRAIN_TEST,
-        whole(32, (0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669))),
-    "svhn": Reader(sets.SVHN, TRAIN_TEST,
-        whole(32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)), True),
-    "stl10": Reader(sets.STL10, TRAIN_TEST,
-        whole(96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)), True),
-}
 # fmt: on
-
-
-class Pictures(Dataset):
-    """Pictures in RGB, and class indices, of a data set that torchvision has read.
-
-    Those in files are opened as those of image folders are; `samples` are then their paths and
-    class indices, in torchvision's order.
-    """
-
-    def __init__(self, source: Dataset, root: Path):
-        self.source, self.root, self.samples = source, root, file_samples(source)
-        labels = [target for _, target in self.samples] or getattr(source, "targets", None)
-        self.targets = [int(label) for label in (source.labels if labels is None else labels)]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        target = self.targets[index]
-        if self.samples:
-            return load_image(self.samples[index][0]), target
-        return to_rgb(self.source[index][0]), target
-
-
-def file_samples(source: Dataset) -> list[tuple[str, int]]:
-    """Path and class index of each picture of one of torchvision's data sets; none if its pictures
-    are not in files. It has several names for these.
-    """
-    for name in ("samples", "_samples"):
-        if hasattr(source, name):
-            return getattr(source, name)
-    for name in ("_image_files", "_images"):
-        if hasattr(source, name):
-            return list(zip(map(str, getattr(source, name)), source._labels, strict=True))
-    return []
-
-
-def names_of_classes(source: Dataset, count: int) -> tuple[str, ...]:
-    """The names of a data set's classes: torchvision's, the first of several, or else numbers.
-
-    ImageNet's are as its weights have them, since two cranes have the same first name.
-    """
-    names = getattr(source, "classes", None)
-    if not names:
-        return tuple(f"{number:0{len(str(count - 1))}}" for number in range(count))
-    if len(names) == 1000:
-        names = imagenet_classes()
-    return tuple(name if isinstance(name, str) else name[0] for name in names)
-
-
-def prepare_imagenet(path: Path) -> None:
-    """Say that ImageNet is going to be unpacked, if it is. Raises UserError if it cannot be."""
-    archives = {name: archive for name, (archive, _) in sets.imagenet.ARCHIVE_META.items()}
-    unpacked = {"devkit": sets.imagenet.META_FILE, "train": "train", "val": "val"}
-    needed = [archives[name] for name, made in unpacked.items() if not (path / made).exists()]
-    missing = [name for name in needed if not (path / name).exists()]
-    if missing:
-        raise UserError(
-            f"--data-path {path}: no ImageNet: {', '.join(missing)} not found: put {IMAGENET_FILES}"
-            ", there; train and val alone are an image folder, for which you need no --dataset"
-        )
-    if needed:
-        tell(f"verifying and unpacking {', '.join(needed)} in {path}; this takes long", sys.stderr)
-
-
-def why_not_read(error: Exception) -> str:
-    """Why torchvision could not read a data set, in one line."""
-    if isinstance(error, ImportError) and error.name:
-        return f"it takes the package {error.name} to read it: pip install {error.name}"
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text.replace("download=True", "--download")
-
-
-def named_data(name: str, path: Path, download: bool) -> ImageData:
-    """A data set by name, which torchvision fetches if asked to, verifies, unpacks and reads."""
-    told, reader = NAMED_DATA[name], READERS[name]
-    title = told.what.partition(":")[0]
-    if name == "imagenet":
-        prepare_imagenet(path)
-    options = {"download": True} if download else {}
-    try:
-        train, val = (
-            Pictures(reader.read(path, **part, **options), path) if part is not None else None
-            for part in reader.parts
-        )
-    except Exception as error:  # of the network, of the disk, of pickle, or a checksum's
-        by_hand = f"; without a network, put {told.layout.replace('PATH', str(path))} there by hand"
-        remedy = by_hand if download else ""
-        raise UserError(f"--data-path {path}: no {title}: {why_not_read(error)}{remedy}") from None
-    for part, count in ((train, told.train), (val, told.val)):
-        # torchvision does not verify files any more once a folder for them is there.
-        if part and part.samples and len(part) < count:
-            found = f"{title} has {count} images, of which only {len(part)} are there"
-            remedy = "if unpacking was broken off, remove what came of it, and begin again"
-            raise UserError(f"--data-path {path}: {found}: {remedy}")
-    padded = reader.native.image_size if reader.is_padded else 0
-    classes = names_of_classes(train.source, told.classes)
-    return ImageData(name, train, val, classes, reader.native, padded=padded)
-
-
-def folder_data(path: Path) -> ImageData:
-    """An image folder: `path/train` and perhaps `path/val`, or `path` itself, with a folder per
-    class.
-    """
-    if not path.is_dir():
-        reason = "is a file, not a folder" if path.exists() else "does not exist"
-        raise UserError(f"--data-path {path} {reason}; give an image folder: DIR/<class>/*.jpg")
-    parted = (path / "train").is_dir()
-    parts = [name for name in VALIDATION_FOLDERS if parted and (path / name).is_dir()][:1]
-    train = open_image_folder(path, path / "train" if parted else path)
-    val = open_image_folder(path, path / parts[0]) if parts else None
-    if len(train.classes) < 2:
-        only = f"one class only ({train.classes[0]})"
-        raise UserError(f"--data-path {path}: {only}; at least two are needed")
-    if val and val.classes != train.classes:
-        name = sorted(set(val.classes) ^ set(train.classes))[0]
-        raise UserError(f"--data-path {path}: class {name} is not in both of train and val")
-    left_out = [*train.left_out, *(val.left_out if val else ())]
-    if parted:
-        _, beside, _ = next(os.walk(path), ("", [], []))
-        unused = sorted(name for name in {*beside} - {"train", *parts} if name[0] != ".")
-        left_out += [("unused folder", str(path / name)) for name in unused]
-    classes = tuple(map(readable, train.classes))
-    return ImageData("folder", train, val, classes, left_out=left_out)
-
-
-def what_is(entry: os.DirEntry, above: Sequence[Path]) -> str:
-    """Whether an entry of a folder is an image or a folder to go through, or why it is neither;
-    nothing for what needs no word. `above` are the folders that it lies in, without links.
-    """
-    link = Path(entry.path) if entry.is_symlink() else None
-    hidden, image = entry.name[0] == ".", torchvision.datasets.folder.is_image_file(entry.name)
-    if link.is_dir() if link else entry.is_dir():
-        loops = link and any(each.is_relative_to(link.resolve()) for each in above)
-        return "hidden folder" if hidden else "looping link" if loops else "folder"
-    if (hidden and not image) or entry.name in ("Thumbs.db", "desktop.ini"):
-        return ""
-    # A link into nowhere counts, as a broken image; opening a pipe could wait for ever.
-    usable = (link.is_file() or not link.exists()) if link else entry.is_file()
-    return "image" if image and usable and not hidden else "other file"
-
-
-class PictureFolder(torchvision.datasets.ImageFolder):
-    """torchvision's ImageFolder, in its order; but a class has each real file once, however many
-    links lead to it, and a link back to a folder that it lies in is not followed.
-
-    Hidden files and folders do not count. `left_out` tells what was not taken, but for litter.
-    """
-
-    def __init__(self, root: Path):
-        self.left_out: list[tuple[str, str]] = []
-        super().__init__(root, loader=load_image)
-
-    def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
-        """The class folders' names, and the indices of their classes."""
-        found = self._read(os.fspath(directory), [Path(directory).resolve()])
-        self.left_out += [("classless image", entry.path) for entry in found["image"]]
-        classes = [entry.name for entry in found["folder"]]
-        if not classes:
-            raise FileNotFoundError(f"no class folder in {directory}")
-        return classes, {name: index for index, name in enumerate(classes)}
-
-    def make_dataset(
-        self, directory: Path, class_to_idx: dict[str, int], *args: Any, **kwargs: Any
-    ) -> list[tuple[str, int]]:
-        """The paths of all images, each with the index of its class."""
-        above = [Path(directory).resolve()]
-        images = {
-            name: sorted(self._images(f"{directory}/{name}", above, set())) for name in class_to_idx
-        }
-        empty = [name for name, found in images.items() if not found]
-        if empty:
-            kinds = ", ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
-            raise FileNotFoundError(f"none of {kinds} in class {', '.join(empty)} of {directory}")
-        return [("/".join(image), class_to_idx[name]) for name in images for image in images[name]]
-
-    def _images(
-        self, folder: str, above: Sequence[Path], seen: set[str]
-    ) -> Iterator[tuple[str, str]]:
-        """The images in a folder and below it, each as (folder, name); `seen` are the files and
-        folders that the class has already, without links.
-        """
-        real = Path(folder).resolve()
-        for kind, entries in self._read(folder, [*above, real]).items():
-            for entry in entries:
-                link = entry.is_symlink()
-                target = os.path.realpath(entry.path) if link else f"{real}/{entry.name}"
-                if target in seen:
-                    self.left_out.append((f"repeated {kind}", entry.path))
-                elif kind == "image":
-                    yield folder, entry.name
-                else:
-                    yield from self._images(entry.path, [*above, real], seen)
-                seen.add(target)
-
-    def _read(self, folder: str, above: Sequence[Path]) -> dict[str, list[os.DirEntry]]:
-        """The images and the folders that lie directly in a folder, by name."""
-        found: dict[str, list[os.DirEntry]] = {"image": [], "folder": []}
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                kind = what_is(entry, above)
-                if kind in found:
-                    found[kind].append(entry)
-                elif kind:
-                    self.left_out.append((kind, entry.path))
-        return found
-
-
-def open_image_folder(path: Path, root: Path) -> PictureFolder:
-    """The images below `root`, one folder per class; errors name `path`, which the user gave."""
-    try:
-        return PictureFolder(root)
-    except OSError as error:
-        raise UserError(f"--data-path {path}: no images: {one_line(error)}") from None
-
-
-@functools.cache
-def wordnet_ids() -> tuple[str, ...]:
-    """The ids in WordNet 3.0 (nouns) of ImageNet's 1,000 classes, in their order."""
-    planes = zlib.decompress(base64.b85decode("".join(WORDNET_STEPS.split())))
-    steps = zip(planes[:1000], planes[1000:2000], planes[2000:], strict=True)
-    numbers = itertools.accumulate(int.from_bytes(step, "big") for step in steps)
-    return tuple(f"n{number:08}" for number in numbers)
-
-
-def spelling(name: str) -> str:
-    """A class's name without what differs between folders: capitals, underscores and hyphens."""
-    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
-
-
-def match_classes(names: Iterable[str], known: Sequence[str], asked: str) -> list[int]:
-    """The index of each name among the classes that some weights know: spelt in the same way, or
-    else but for capitals, spaces, underscores and hyphens; ImageNet's by their WordNet ids, too.
-
-    Raises UserError for a name that is none of them, or could be several; `asked` for the weights.
-    """
-    exact: dict[str, list[int]] = {}
-    alike: dict[str, list[int]] = {}
-    ids = wordnet_ids() if tuple(known) == imagenet_classes() else ()
-    for index, name in itertools.chain(enumerate(known), enumerate(ids)):
-        exact.setdefault(name, []).append(index)
-        alike.setdefault(spelling(name), []).append(index)
-    found = []
-    for name in names:
-        places = exact.get(name) or alike.get(spelling(name)) or []
-        if not places:
-            hint = nearest(spelling(name), alike)
-            raise UserError(f"class {name} is none of the {len(known)} of {asked}{hint}")
-        if len(places) > 1:
-            which = ", ".join(ids[place] if ids else f"class {place}" for place in places)
-            raise UserError(f"class {name} can be several of {asked}: {which}; use such names")
-        found += places
-    return found
-
-
-class Renumbered(Dataset):
-    """Another data set's pictures; their classes have the numbers of a table in place of theirs."""
-
-    def __init__(self, pictures: Dataset, numbers: Sequence[int]):
-        self._pictures, self._numbers = pictures, numbers
-
-    def __len__(self) -> int:
-        return len(self._pictures)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        picture, target = self._pictures[index]
-        return picture, self._numbers[target]
-
-    @property
-    def targets(self) -> list[int]:
-        """The numbers of the classes of all pictures."""
-        return [self._numbers[target] for target in self._pictures.targets]
-
-
-def with_known_classes(data: ImageData, settings: Settings) -> ImageData:
-    """The same pictures, with all classes that the weights to test know, by their numbers there.
-
-    Raises UserError for a class that the weights do not know.
-    """
-    known = find_weights(settings.model, settings.weights).classes
-    asked = f"--weights {settings.weights}"
-    if settings.num_classes not in (None, len(known)):
-        raise UserError(f"--num-classes {settings.num_classes}: {asked} know {len(known)} classes")
-    try:
-        numbers = match_classes(data.classes, known, asked)
-    except UserError as error:
-        raise UserError(f"--data-path {settings.data_path}: {error}") from None
-    train, val = (Renumbered(part, numbers) for part in (data.train, data.val))
-    return dataclasses.replace(data, train=train, val=val, classes=known)
-
-
-def drawn(
-    targets: Sequence[int], among: Iterable[int], seed: int, count_of: Callable[[int], int]
-) -> list[int]:
-    """Indices of images, drawn from those `among` all: of each class as many as `count_of` says of
-    the number that it has. They depend on the arguments alone.
-    """
-    of_class: dict[int, list[int]] = {}
-    for index in among:
-        of_class.setdefault(targets[index], []).append(index)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = []
-    for _, indices in sorted(of_class.items()):
-        order = torch.randperm(len(indices), generator=generator).tolist()
-        chosen += [indices[place] for place in order[: count_of(len(indices))]]
-    return sorted(chosen)
-
-
-def named_classes(names: Sequence[str], count: int) -> list[str]:
-    """The names of a model's classes, of which it may have more than the data."""
-    return [*names, *(f"class {number}" for number in range(len(names), count))]
-
-
-def confused_classes(settings: Settings, classes: Sequence[str]) -> list[int] | None:
-    """The classes that were confused most, by the file of `--augment-confused`: those of its pairs
-    that have at least half as many images as its worst. None without such a file.
-
-    Raises UserError for a file that is none, or that knows other classes.
-    """
-    path = settings.augment_confused
-    if path is None or settings.test_only:
-        return None
-    try:
-        pairs = [
-            (each["images"], {str(each["true"]), str(each["taken_for"])})
-            for each in json.loads(path.read_bytes())["pairs"]
-        ]
-        least = max((images for images, _ in pairs), default=0) / 2
-        names = {name for images, pair in pairs if images >= least for name in pair}
-    except OSError as error:
-        raise UserError(f"--augment-confused {path}: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise UserError(f"--augment-confused {path}: no confused.json of a --test-only") from None
-    known = named_classes(classes, settings.num_classes or 0)
-    for name in sorted(set().union(*(pair for _, pair in pairs)).difference(known)):
-        raise UserError(f"--augment-confused {path}: the data have no class {readable(name)}")
-    return [number for number, name in enumerate(classes) if name in names]
-
-
-def kept_apart(data: ImageData) -> Sequence[int]:
-    """Indices of those of the training pictures that validate."""
-    return data.val.indices if isinstance(data.val, Subset) else ()
-
-
-def with_validation(data: ImageData, settings: Settings) -> ImageData:
-    """The data, with `--val-share` of each class kept apart to validate with if there are no images
-    for that; of two images or more, at least one, and never all.
-    """
-    share = settings.val_share
-    if share and data.val:
-        told = f"{settings.data_path} has {plural(len(data.val), 'image')} to validate with"
-        raise UserError(f"--val-share {share:g}: {told}; leave it out")
-    if share is None and settings.dataset:
-        share = VAL_SHARE
-    if not share or data.val:
-        return data
-    targets, seed = data.train.targets, derived_seed(settings.seed, "val")
-    kept = drawn(targets, range(len(targets)), seed, lambda n: min(max(1, round(share * n)), n - 1))
-    if not kept:
-        raise UserError(f"--val-share {share:g}: no class of {settings.data_path} has two images")
-    return dataclasses.replace(data, val=Subset(data.train, kept))
-
-
-def choose_images(data: ImageData, settings: Settings) -> list[int]:
-    """Indices of the images to train on: all that do not validate, or `--subset` of each class, at
-    least one of it.
-
-    The choice depends on the seed and on the classes of the images, on nothing else.
-    """
-    kept = set(kept_apart(data))
-    rest = [index for index in range(len(data.train)) if index not in kept]
-    if settings.subset == 1:
-        return rest
-    seed = derived_seed(settings.seed, "subset")
-    return drawn(data.train.targets, rest, seed, lambda n: max(1, round(settings.subset * n)))
-
-
-def describe_images(data: ImageData) -> dict[str, Any]:
-    """What a checkpoint says of its data, in plain types: the classes, those that are augmented
-    more strongly, and of the images to train on their number and a fingerprint of their names and
-    sizes (of files alone), and of which images are kept apart.
-    """
-    digest = hashlib.sha256()
-    samples = getattr(data.train, "samples", ())
-    for index in data.chosen if samples else ():
-        path = Path(samples[index][0])
-        size = path.stat().st_size if path.exists() else 0  # a link into nowhere, say
-        digest.update(os.fsencode(f"{index} {os.path.relpath(path, data.train.root)} {size}\n"))
-    if kept := kept_apart(data):
-        digest.update(repr(kept).encode())
-    confused = [data.classes[number] for number in data.confused or ()]
-    return {
-        "classes": list(data.classes),
-        **({"confused": confused} if confused else {}),
-        "images": len(data.chosen),
-        "fingerprint": digest.hexdigest(),
-    }
-
-
-def image_size_in(settings: DataSettings, epoch: int) -> int:
-    """The side of the training images in an epoch (from 1): a linear ramp in steps of 32 pixels."""
-    low, high = settings.min_res, settings.image_size
-    if low is None or epoch >= settings.end_ramp:
-        return high
-    part = (epoch - 1) / max(1, settings.end_ramp - 1)
-    return low + RESIZING_STEP * math.floor(part * (high - low) / RESIZING_STEP)
-
-
-def to_tensor(ready: Preprocessing) -> list[Any]:
-    """Transforms from a picture to a normalised float32 tensor (3, height, width)."""
-    normalize = v2.Normalize(ready.mean, ready.std)
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize]
-
-
-def auto_augmentation(data: ImageData, settings: Settings, stronger: bool) -> list[v2.Transform]:
-    """The augmentation by a policy, if there is one; `stronger` is that of confused classes."""
-    magnitude = settings.ra_magnitude
-    if stronger and settings.auto_augment != "none":
-        return [v2.RandAugment(3, min(magnitude + 5, 30))]
-    small = "svhn" if data.kind == "svhn" else "cifar10"
-    policy = v2.AutoAugmentPolicy(small if data.padded else "imagenet")
-    chosen = {
-        "none": [],
-        "ra": [v2.RandAugment(magnitude=magnitude)],
-        "ta": [v2.TrivialAugmentWide()],
-        "aa": [v2.AutoAugment(policy)],
-    }
-    return chosen["ra" if stronger else settings.auto_augment]
-
-
-def training_transform(
-    data: ImageData, settings: Settings, size: int, stronger: bool = False
-) -> v2.Transform:
-    """The augmentation of one picture, to a tensor (3, size, size)."""
-    ready = data.native.overruled(settings)
-    resized = {"interpolation": v2.InterpolationMode(ready.interpolation), "antialias": True}
-    if data.kind == "synthetic":
-        return v2.Compose([v2.Resize((size, size), **resized), *to_tensor(ready)])
-    steps: list[Any] = [v2.RandomResizedCrop(size, (settings.min_scale, 1), **resized)]
-    if side := data.padded:  # by 4 for 32 pixels, as in He et al. 2016 (arXiv 1512.03385)
-        steps = [v2.RandomCrop(side, padding=round(side / 8)), v2.Resize(size, **resized)]
-    steps += [v2.RandomHorizontalFlip(settings.hflip)]
-    steps += auto_augmentation(data, settings, stronger)
-    if settings.color_jitter:
-        steps.append(v2.ColorJitter(*3 * (settings.color_jitter,)))
-    return v2.Compose([*steps, *to_tensor(ready), v2.RandomErasing(settings.random_erase)])
-
-
-def validation_transform(ready: Preprocessing) -> v2.Transform:
-    """A picture's middle, as a tensor (3, image_size, image_size)."""
-    how = v2.InterpolationMode(ready.interpolation)
-    resize = v2.Resize(ready.val_resize, how, antialias=True)
-    return v2.Compose([resize, v2.CenterCrop(ready.image_size), *to_tensor(ready)])
-
-
-def mixing_transform(settings: Settings) -> v2.Transform | None:
-    """mixup (arXiv 1710.09412) and CutMix (1905.04899) of whole batches, if asked for."""
-    kinds = (v2.MixUp, settings.mixup_alpha), (v2.CutMix, settings.cutmix_alpha)
-    count = settings.num_classes
-    mixes = [mix(alpha=alpha, num_classes=count) for mix, alpha in kinds if alpha]
-    return v2.RandomChoice(mixes) if mixes else None
-
-
-def derived_seed(*parts: object) -> int:
-    """A seed of 63 bits that depends on all parts, the same on every machine."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-@dataclass(frozen=True)
-class LoadRecord:
-    """When a batch was loaded, in seconds of time.perf_counter, which all processes share.
-
-    `loader` is the number of the loader process, -1 for the main thread.
-    """
-
-    loader: int
-    start_s: float
-    end_s: float
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A batch (None if no image of it could be read), and the broken images left out of it.
-
-    Broken images are returned, not raised: exceptions that leave a loader process arrive with that
-    process's traceback as their text; a value arrives as it is.
-    """
-
-    batch: Batch | None
-    record: LoadRecord = LoadRecord(-1, 0.0, 0.0)
-    broken: tuple[str, ...] = ()
-
-
-def shared(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that another process can be handed, in a file in memory.
-
-    DataLoader's own way is a file in /dev/shm, where containers have 64 MB (Docker's default), less
-    than some batches. Without memfd_create(2), which is Linux's, the tensor itself, for that way.
-    """
-    try:
-        # os.memfd_create is missing in Pythons that were built for older systems.
-        file = ctypes.CDLL(None).memfd_create(b"batch", 0)
-        os.ftruncate(file, tensor.nbytes)
-    except (AttributeError, OSError):
-        return tensor
-    storage = torch.UntypedStorage._new_shared_fd_cpu(file, tensor.nbytes)
-    os.close(file)
-    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape).copy_(tensor)
-
-
-SampleKey = tuple[int, int]  # epoch and index
-
-
-class Samples(Dataset):
-    """Whole batches of a data set's pictures, by their keys, through the transform of the epoch;
-    those of `confused` classes through `transform_in(epoch, True)`.
-
-    torch's global generator is seeded for every sample, since torchvision's transforms draw from
-    it, and then put back: without loader processes, the model's dropout uses the same one.
-    """
-
-    def __init__(
-        self,
-        pictures: Dataset,
-        seed: int,
-        transform_in: Callable[..., v2.Transform],
-        mix: v2.Transform | None = None,
-        confused: Sequence[int] | None = None,
-    ):
-        self._pictures, self._seed, self._mix = pictures, seed, mix
-        self._transform_in, self._confused = transform_in, confused
-
-    def __getitem__(self, keys: Sequence[SampleKey]) -> Loaded:
-        start_s = time.perf_counter()
-        samples, broken, batch = [], [], None
-        epoch, _ = keys[0]  # a batch is of one epoch
-        transform, stronger = self._transform_in(epoch), {}
-        if self._confused:
-            stronger = dict.fromkeys(self._confused, self._transform_in(epoch, True))
-        with torch.random.fork_rng(devices=()):
-            for key in keys:
-                try:
-                    samples.append(self._sample(*key, transform, stronger))
-                except BrokenImage as error:
-                    broken.append(str(error))
-            if samples:
-                images, targets = zip(*samples, strict=True)
-                batch = torch.stack(images), torch.tensor(targets)
-            if self._mix and batch:
-                torch.default_generator.manual_seed(derived_seed(self._seed, "mix", *keys[0]))
-                batch = tuple(self._mix(*batch))
-        process = torch.utils.data.get_worker_info()
-        if process and batch:
-            batch = tuple(map(shared, batch))
-        record = LoadRecord(process.id if process else -1, start_s, time.perf_counter())
-        return Loaded(batch, record, tuple(broken))
-
-    def _sample(
-        self, epoch: int, index: int, usual: v2.Transform, of_class: dict[int, v2.Transform]
-    ) -> tuple[torch.Tensor, int]:
-        torch.default_generator.manual_seed(derived_seed(self._seed, epoch, index))
-        picture, target = self._pictures[index]
-        return of_class.get(int(target), usual)(picture), int(target)
-
-
-class EpochOrder:
-    """The batches of one epoch, as lists of keys: a sampler. `begin` chooses the epoch.
-
-    Shuffled by seed and epoch if there is a seed; else in order, with the last batch incomplete.
-    They are dealt out to ranks one by one; `dealt` are the number of this one, and of all ranks.
-    """
-
-    def __init__(
-        self,
-        indices: Sequence[int],
-        batch_size: int,
-        seed: int | None,
-        dealt: tuple[int, int] = (0, 1),
-    ):
-        self._indices, self._batch_size, self._seed = indices, batch_size, seed
-        self._epoch, self._span, self._dealt = 1, slice(None), dealt
-
-    def begin(self, epoch: int, start: int = 0, stop: int | None = None) -> int:
-        """Give this rank's part of the batches `start` to `stop` of an epoch from now on; says how
-        many these are.
-        """
-        self._epoch, self._span = epoch, slice(start, stop)
-        return len(self._own())
-
-    def _own(self) -> range:
-        """The numbers of the batches to give."""
-        rank, ranks = self._dealt
-        return range(len(self))[self._span][rank::ranks]
-
-    def __len__(self) -> int:
-        """Batches in an epoch, those of all ranks together."""
-        whole, rest = divmod(len(self._indices), self._batch_size)
-        return whole + (self._seed is None and rest > 0)
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        order = range(len(self._indices))
-        if self._seed is not None:
-            seed = derived_seed(self._seed, "order", self._epoch)
-            generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(len(order), generator=generator).tolist()
-        for batch in self._own():
-            places = order[batch * self._batch_size : (batch + 1) * self._batch_size]
-            yield [(self._epoch, self._indices[place]) for place in places]
-
-
-def start_loader(cpus: Sequence[int], worker: int) -> None:
-    """Confine a loader process, and leave signals to the main process.
-
-    The mask is set after torch is up, since a lazy OpenMP start can reset it [pytorch 99625].
-    """
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-    mask = confine_thread(cpus)
-    if mask != set(cpus):
-        asked, given = format_cpu_list(cpus), format_cpu_list(mask)
-        raise RuntimeError(f"loader {worker}: cores {asked} asked for, {given} given")
-
-
-class BadImages:
-    """The broken images of a run, skipped until there are more than allowed."""
-
-    def __init__(self, allowed: int = 0):
-        self.allowed = allowed
-        self.messages: list[str] = []
-        self.shared = 0  # so many of them are known to all ranks
-
-    def add(self, messages: Iterable[str]) -> None:
-        """Take note of broken images. Raises RunError for the first one too many."""
-        for message in messages:
-            new = message not in self.messages
-            if len(self.messages) + new > self.allowed:
-                raise RunError(f"{message} (more than --max-bad-images {self.allowed})")
-            if new:
-                self.messages.append(message)
-
-    def share(self, messages_by_rank: Iterable[Sequence[str]]) -> None:
-        """Take note of those of all ranks, in an order that is the same for all."""
-        self.messages.clear()
-        self.add(itertools.chain.from_iterable(messages_by_rank))
-        self.shared = len(self.messages)
-
-
-class Batches:
-    """`left` batches of a loader, which is gone through again and again if that takes it; `records`
-    tells of each batch given out when it was loaded. The first batch is fetched at once.
-    """
-
-    def __init__(self, loader: Iterable[Loaded], left: int, bad: BadImages | None = None):
-        self.left = left
-        self.records: list[LoadRecord] = []
-        self._bad = bad or BadImages()
-        passes = itertools.chain.from_iterable(itertools.repeat(loader))
-        self._stream = itertools.islice(passes, left)
-        self._ahead: list[Loaded] = []
-        self.prefetch()
-
-    def prefetch(self) -> None:
-        """Fetch the next batch, if there is one, now and not when it is asked for.
-
-        Without loader processes this uses torch's global generator, and puts it back, as dropout
-        uses it in a forward pass: to be called at moments when no forward pass runs.
-        """
-        if not self._ahead:
-            self._ahead = list(itertools.islice(self._stream, 1))
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        self.prefetch()
-        if not self._ahead:
-            raise StopIteration
-        loaded = self._ahead.pop()
-        self._bad.add(loaded.broken)
-        if loaded.batch is None:
-            raise RunError(f"no image of a batch can be read; {loaded.broken[-1]}")
-        self.left -= 1
-        self.records.append(loaded.record)
-        return loaded.batch
-
-    def take_records(self) -> tuple[LoadRecord, ...]:
-        """The batches given out since the last call; forgets them."""
-        records, self.records = tuple(self.records), []
-        return records
-
-
-class LoaderDied(Exception):
-    """A loader process ended before its time."""
-
-    def __init__(self, pid: int, code: int):
-        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        super().__init__(f"loader process {pid} was ended by {cause}")
-
-
-@contextlib.contextmanager
-def child_signal_kept() -> Iterator[None]:
-    """Leave SIGCHLD as it was: DataLoader has it raise, anywhere in the main thread, when a loader
-    process has died (torch/utils/data/_utils/signal_handling.py). Without that, it looks after its
-    processes when no batch comes for five seconds.
-    """
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        if before is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, before)
-
-
-def check_open_files(workers: int) -> None:
-    """Raise the limit of open files if loader processes could need that; UserError if it cannot be.
-
-    Without descriptors left, a loader loses a batch, and the run waits for it for ever.
-    """
-    # For each loader the main process has 3, and 2 for each of its 2 batches; a loader inherits up
-    # to 4 for each. 16 are for batches in use, a loader's own, and the run's files.
-    needed = psutil.Process().num_fds() + 16 + 8 * workers
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < needed:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-        except (ValueError, OSError):
-            reason = f"--workers {workers} can need {needed} open files, and {hard} are allowed"
-            remedy = "raise ulimit -n, or load without loader processes by -j 0"
-            raise UserError(f"{reason}: {remedy}") from None
-
-
-class Feed:
-    """The batches of a data set, epoch after epoch, made by loader processes that live on.
-
-    The processes start at once: none may be forked once a lane, with its OpenMP team, exists. Close
-    it, since they ignore signals.
-    """
-
-    def __init__(
-        self, samples: Samples, order: EpochOrder, settings: Settings, cpus: Sequence[int]
-    ):
-        # torch advises no more loaders than the main thread has cores; ours share them on purpose.
-        warnings.filterwarnings("ignore", "This DataLoader will create")
-        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # damaged EXIF data
-        self._order = order
-        self._loader = DataLoader(
-            samples,
-            batch_size=None,  # a sample is a whole batch already
-            sampler=order,
-            num_workers=settings.workers,
-            persistent_workers=settings.workers > 0,
-            worker_init_fn=partial(start_loader, tuple(cpus)),
-            generator=torch.Generator().manual_seed(settings.seed),
-        )
-        if settings.workers:
-            check_open_files(settings.workers)
-            order.begin(0, 0, 0)
-            self._start()
-
-    def _start(self) -> None:
-        """Start the loader processes: all, or none with a RunError."""
-        before = multiprocessing.active_children()
-        try:
-            # Batches are handed over through sockets in a temporary folder: let that be this
-            # process's, which goes with it. Loaders are killed, and their own would stay.
-            multiprocessing.util.get_temp_dir()
-            with child_signal_kept():
-                iter(self._loader)
-        except OSError as error:  # no more processes or semaphores
-            for process in set(multiprocessing.active_children()).difference(before):
-                process.kill()
-            atexit.register(repr, error)  # keeps torch's half-made iterator, whose end would fail
-            reason = one_line(error)
-            raise RunError(f"loader processes cannot start: {reason}; try a lower -j") from None
-
-    def __len__(self) -> int:
-        """Batches in an epoch, those of all ranks together."""
-        return len(self._order)
-
-    def batches(
-        self, bad: BadImages, epoch: int = 1, start: int = 0, stop: int | None = None
-    ) -> Batches:
-        """The rank's part of the batches `start` to `stop` of an epoch."""
-        return Batches(self, self._order.begin(epoch, start, stop), bad)
-
-    def __iter__(self) -> Iterator[Loaded]:
-        """The batches of the span that was begun. Raises LoaderDied if a process has ended, of
-        which DataLoader tells in many ways.
-        """
-        try:
-            yield from self._loader
-        except Exception as error:
-            iterator = getattr(self._loader, "_iterator", None)
-            for process in iterator._workers if iterator else ():
-                process.join(0.1)  # it may just be dying
-                if process.exitcode:
-                    raise LoaderDied(process.pid, process.exitcode) from error
-            raise
-
-    def close(self) -> None:
-        """Kill the loader processes, which have nothing to lose. DataLoader would tell them to end
-        by threads and locks, which a process without memory cannot have, or a dead one may hold;
-        and for those left over the interpreter would wait for ever, since they ignore SIGTERM.
-        """
-        iterator = getattr(self._loader, "_iterator", None)
-        if iterator is None or iterator._shutdown:
-            return
-        iterator._shutdown, iterator._worker_pids_set = True, False
-        torch.utils.data._utils.signal_handling._remove_worker_pids(id(iterator))
-        for process in iterator._workers:
-            process.kill()
-            process.join()
-        for indices in iterator._index_queues:
-            indices.cancel_join_thread()
-            indices.close()
-
-
-def training_feed(data: ImageData, settings: Settings, cpus: Sequence[int], rank: int = 0) -> Feed:
-    """Shuffled, augmented training images; what does not fill a batch is left out of an epoch."""
-    transform_in, mix = partial(transform_of_epoch, data, settings), mixing_transform(settings)
-    samples = Samples(data.train, settings.seed, transform_in, mix, data.confused)
-    dealt = rank, settings.ranks
-    order = EpochOrder(data.chosen, settings.batch_size, settings.seed, dealt)
-    return Feed(samples, order, settings, cpus)
-
-
-def transform_of_epoch(
-    data: ImageData, settings: Settings, epoch: int, stronger: bool = False
-) -> v2.Transform:
-    """The augmentation of one picture, to the image size of an epoch."""
-    return training_transform(data, settings, image_size_in(settings, epoch), stronger)
-
-
-def validation_feed(
-    data: ImageData, settings: Settings, cpus: Sequence[int], rank: int = 0
-) -> Feed | None:
-    """The validation images in order, if there are any."""
-    if data.val is None:
-        return None
-    transform = validation_transform(data.native.overruled(settings))
-    samples = Samples(data.val, settings.seed, partial(same_transform, transform))
-    dealt = rank, settings.ranks
-    order = EpochOrder(range(len(data.val)), settings.batch_size, None, dealt)
-    return Feed(samples, order, settings, cpus)
-
-
-def same_transform(transform: v2.Transform, epoch: int) -> v2.Transform:
-    """One transform for every epoch."""
-    return transform
 
 
 # ==================================================================================================
@@ -4515,49 +3519,6 @@ def picture_footer(topology: Topology) -> str:
     return f"{machine}; {', '.join(f'{name} {version}' for name, version in versions().items())}"
 
 
-def describe_data(data: ImageData) -> list[str]:
-    """The images that were found, and what was left out, in a line each."""
-    if data.kind == "synthetic":
-        images, classes = plural(len(data.train), "image"), plural(len(data.classes), "class")
-        some = f"{data.train.patterns} of " if data.train.patterns < len(data.classes) else ""
-        return [f"data      synthetic: {images} of {some}{classes}, a noisy pattern for each"]
-    kept = kept_apart(data)
-    all_images = len(data.train) - len(kept)
-    part = f"{len(data.chosen)} of " if len(data.chosen) < all_images else ""
-    classes = textwrap.shorten(", ".join(data.classes), 60, placeholder=" ...")
-    where = f" in {data.val.root}" if data.kind == "folder" and data.val and not kept else ""
-    if kept:
-        where = f" ({len(kept) / len(data.train):.2g} of each class) kept apart"
-    val = f"{len(data.val)}{where} to validate with" if data.val else "none to validate with"
-    lines = [
-        f"data      {part}{plural(all_images, 'image')} of "
-        f"{plural(len(data.classes), 'class')} ({classes}) to train on, {val}",
-        *unvalidated_classes(data),
-    ]
-    if data.confused is not None:
-        names = ", ".join(data.classes[number] for number in data.confused)
-        names = textwrap.shorten(names, 60, placeholder=" ...")
-        count = f"{plural(len(data.confused), 'class')} ({names})" if names else "no class"
-        lines.append(f"confused  {count} with a stronger RandAugment")
-    kinds: dict[str, list[str]] = {}
-    for kind, path in data.left_out:
-        kinds.setdefault(kind, []).append(path)
-    texts = [
-        f"{plural(len(paths), kind)} ({paths[0]}{', ...' if paths[1:] else ''})"
-        for kind, paths in kinds.items()
-    ]
-    return [*lines, *([f"left out  {', '.join(texts)}"] if texts else ())]
-
-
-def unvalidated_classes(data: ImageData) -> Iterator[str]:
-    """A line on the classes that are too small to keep an image apart, if there are any."""
-    kept, targets = kept_apart(data), data.train.targets
-    alone = {*targets}.difference(targets[index] for index in kept) if kept else set()
-    if alone:
-        names = textwrap.shorten(", ".join(data.classes[each] for each in sorted(alone)), 60)
-        yield f"note      the only image of {plural(len(alone), 'class')} ({names}) is trained on"
-
-
 def describe_run(settings: Settings) -> str:
     """What a run trains, in a line."""
     batches = f"{settings.batch_size} images"
@@ -5432,13 +4393,6 @@ def choose_precision(settings: Settings, topology: Topology) -> tuple[str, str]:
     return ("bf16" if topology.bf16 else "fp32"), native
 
 
-def knows_classes(known: Pretrained, classes: Sequence[str]) -> bool:
-    """Whether weights were trained for these very classes, in their order."""
-    with contextlib.suppress(UserError):
-        return match_classes(classes, known.classes, "") == [*range(len(known.classes))]
-    return False
-
-
 def start_with_weights(model: nn.Module, settings: Settings, classes: Sequence[str]) -> str:
     """Put `--weights` into a model; its classifier stays as it is if they know other classes than
     the data's. Says what was taken.
@@ -6057,54 +5011,6 @@ def model_to_ask(settings: Settings) -> Trained:
     if not found:
         raise UserError(f"--resume auto: no checkpoint in {settings.output_dir}")
     return trained_model(*found, settings)
-
-
-def pictures_in(text: str) -> list[str]:
-    """The picture files that an argument of `predict` names: a file, whatever its name; a folder's,
-    with all below it, or a pattern's, by their endings. Raises UserError if there are none.
-    """
-    if Path(text).exists() and not Path(text).is_dir():
-        return [text]
-    places = [text] if Path(text).is_dir() else glob.glob(text, recursive=True)  # noqa: PTH207
-    if not places:
-        raise UserError(f"{text}: no such file or folder")
-    files = {str(file) for place in places for file in picture_files(Path(place))}
-    if not files:
-        kinds = ", ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
-        raise UserError(f"{text}: no picture there ({kinds})")
-    return sorted(files)
-
-
-def picture_files(place: Path) -> Iterator[Path]:
-    """A file if it is a picture by its ending, or all such files below a folder; none is hidden."""
-    for file in place.rglob("*") if place.is_dir() else (place,):
-        hidden = any(part[0] == "." for part in file.relative_to(place).parts)
-        if torchvision.datasets.folder.is_image_file(file.name) and not hidden and file.is_file():
-            yield file
-
-
-class NewPictures(Dataset):
-    """Pictures without classes: each has its own number in place of that."""
-
-    def __init__(self, paths: Sequence[str]):
-        self._paths = paths
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return load_image(self._paths[index]), index
-
-
-def picture_feed(
-    paths: Sequence[str], ready: Preprocessing, settings: Settings, cpus: Sequence[int]
-) -> Feed:
-    """Pictures in order, made ready as to validate; no more loaders than there are batches."""
-    batches = math.ceil(len(paths) / settings.batch_size)
-    workers = min(settings.workers, batches) if batches > 1 else 0
-    transform = partial(same_transform, validation_transform(ready))
-    order = EpochOrder(range(len(paths)), settings.batch_size, None)
-    samples = Samples(NewPictures(paths), settings.seed, transform)
-    feed = Feed(samples, order, dataclasses.replace(settings, workers=workers), cpus)
-    order.begin(1)
-    return feed
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,178 @@
+"""The data of a run: found, divided into training and validation images, described."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+
+from split_affinity.data.classes import confused_classes
+from split_affinity.data.image_folder import folder_data
+from split_affinity.data.named import CIFAR10_FOLDER, named_data, synthetic_data
+from split_affinity.data.pictures import ImageData, derived_seed, kept_apart
+from split_affinity.errors import UserError
+from split_affinity.models.pretrained import find_weights
+from split_affinity.options.data_sets import VAL_SHARE
+from split_affinity.options.settings import Settings, images_in_step
+from split_affinity.text import plural
+
+
+def find_data(settings: Settings) -> ImageData:
+    """The data of `--data-path`, read as `--dataset` or recognised by what is there; without it,
+    synthetic images.
+    """
+    name, path = settings.dataset, settings.data_path
+    if path is None:
+        return synthetic_data(settings)
+    if path.name == CIFAR10_FOLDER:
+        path = path.parent
+    if not name and (settings.download or (path / CIFAR10_FOLDER).is_dir()):
+        name = "cifar10"
+    return named_data(name, path, settings.download) if name else folder_data(path)
+
+
+def open_data(settings: Settings) -> ImageData:
+    """The data, with the images chosen to train and to validate.
+
+    Raises UserError for a path that holds no data set, or fewer images than an optimizer step.
+    """
+    path, images = settings.data_path, images_in_step(settings)
+    data = with_validation(find_data(settings), settings)
+    found = len(data.classes)
+    if settings.num_classes and settings.num_classes < found:
+        raise UserError(f"--num-classes {settings.num_classes}: {path} has {found} classes")
+    confused = confused_classes(settings, data.classes)
+    data = dataclasses.replace(data, chosen=choose_images(data, settings), confused=confused)
+    if settings.weights:
+        native = find_weights(settings.model, settings.weights).native
+        data = dataclasses.replace(data, native=native)
+    if len(data.chosen) < images:
+        step, remedy = f"--batch-size {settings.batch_size}", "lower -b"
+        if settings.accumulate > 1:
+            step, remedy = f"{step} --accumulate {settings.accumulate}", f"{remedy} or --accumulate"
+        step += f" on {settings.ranks} ranks" if settings.ranks > 1 else ""
+        count = plural(len(data.chosen), "image")
+        raise UserError(f"{step}: {path} has only {count} to train on: {remedy}")
+    return data
+
+
+def drawn(
+    targets: Sequence[int], among: Iterable[int], seed: int, count_of: Callable[[int], int]
+) -> list[int]:
+    """Indices of images, drawn from those `among` all: of each class as many as `count_of` says of
+    the number that it has. They depend on the arguments alone.
+    """
+    of_class: dict[int, list[int]] = {}
+    for index in among:
+        of_class.setdefault(targets[index], []).append(index)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for _, indices in sorted(of_class.items()):
+        order = torch.randperm(len(indices), generator=generator).tolist()
+        chosen += [indices[place] for place in order[: count_of(len(indices))]]
+    return sorted(chosen)
+
+
+def with_validation(data: ImageData, settings: Settings) -> ImageData:
+    """The data, with `--val-share` of each class kept apart to validate with if there are no images
+    for that; of two images or more, at least one, and never all.
+    """
+    share = settings.val_share
+    if share and data.val:
+        told = f"{settings.data_path} has {plural(len(data.val), 'image')} to validate with"
+        raise UserError(f"--val-share {share:g}: {told}; leave it out")
+    if share is None and settings.dataset:
+        share = VAL_SHARE
+    if not share or data.val:
+        return data
+    targets, seed = data.train.targets, derived_seed(settings.seed, "val")
+    kept = drawn(targets, range(len(targets)), seed, lambda n: min(max(1, round(share * n)), n - 1))
+    if not kept:
+        raise UserError(f"--val-share {share:g}: no class of {settings.data_path} has two images")
+    return dataclasses.replace(data, val=Subset(data.train, kept))
+
+
+def choose_images(data: ImageData, settings: Settings) -> list[int]:
+    """Indices of the images to train on: all that do not validate, or `--subset` of each class, at
+    least one of it.
+
+    The choice depends on the seed and on the classes of the images, on nothing else.
+    """
+    kept = set(kept_apart(data))
+    rest = [index for index in range(len(data.train)) if index not in kept]
+    if settings.subset == 1:
+        return rest
+    seed = derived_seed(settings.seed, "subset")
+    return drawn(data.train.targets, rest, seed, lambda n: max(1, round(settings.subset * n)))
+
+
+def describe_images(data: ImageData) -> dict[str, Any]:
+    """What a checkpoint says of its data, in plain types: the classes, those that are augmented
+    more strongly, and of the images to train on their number and a fingerprint of their names and
+    sizes (of files alone), and of which images are kept apart.
+    """
+    digest = hashlib.sha256()
+    samples = getattr(data.train, "samples", ())
+    for index in data.chosen if samples else ():
+        path = Path(samples[index][0])
+        size = path.stat().st_size if path.exists() else 0  # a link into nowhere, say
+        digest.update(os.fsencode(f"{index} {os.path.relpath(path, data.train.root)} {size}\n"))
+    if kept := kept_apart(data):
+        digest.update(repr(kept).encode())
+    confused = [data.classes[number] for number in data.confused or ()]
+    return {
+        "classes": list(data.classes),
+        **({"confused": confused} if confused else {}),
+        "images": len(data.chosen),
+        "fingerprint": digest.hexdigest(),
+    }
+
+
+def describe_data(data: ImageData) -> list[str]:
+    """The images that were found, and what was left out, in a line each."""
+    if data.kind == "synthetic":
+        images, classes = plural(len(data.train), "image"), plural(len(data.classes), "class")
+        some = f"{data.train.patterns} of " if data.train.patterns < len(data.classes) else ""
+        return [f"data      synthetic: {images} of {some}{classes}, a noisy pattern for each"]
+    kept = kept_apart(data)
+    all_images = len(data.train) - len(kept)
+    part = f"{len(data.chosen)} of " if len(data.chosen) < all_images else ""
+    classes = textwrap.shorten(", ".join(data.classes), 60, placeholder=" ...")
+    where = f" in {data.val.root}" if data.kind == "folder" and data.val and not kept else ""
+    if kept:
+        where = f" ({len(kept) / len(data.train):.2g} of each class) kept apart"
+    val = f"{len(data.val)}{where} to validate with" if data.val else "none to validate with"
+    lines = [
+        f"data      {part}{plural(all_images, 'image')} of "
+        f"{plural(len(data.classes), 'class')} ({classes}) to train on, {val}",
+        *unvalidated_classes(data),
+    ]
+    if data.confused is not None:
+        names = ", ".join(data.classes[number] for number in data.confused)
+        names = textwrap.shorten(names, 60, placeholder=" ...")
+        count = f"{plural(len(data.confused), 'class')} ({names})" if names else "no class"
+        lines.append(f"confused  {count} with a stronger RandAugment")
+    kinds: dict[str, list[str]] = {}
+    for kind, path in data.left_out:
+        kinds.setdefault(kind, []).append(path)
+    texts = [
+        f"{plural(len(paths), kind)} ({paths[0]}{', ...' if paths[1:] else ''})"
+        for kind, paths in kinds.items()
+    ]
+    return [*lines, *([f"left out  {', '.join(texts)}"] if texts else ())]
+
+
+def unvalidated_classes(data: ImageData) -> Iterator[str]:
+    """A line on the classes that are too small to keep an image apart, if there are any."""
+    kept, targets = kept_apart(data), data.train.targets
+    alone = {*targets}.difference(targets[index] for index in kept) if kept else set()
+    if alone:
+        names = textwrap.shorten(", ".join(data.classes[each] for each in sorted(alone)), 60)
+        yield f"note      the only image of {plural(len(alone), 'class')} ({names}) is trained on"

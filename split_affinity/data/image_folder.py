@@ -1,0 +1,132 @@
+"""Image folders: a folder of pictures for each class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torchvision
+
+from split_affinity.data.pictures import ImageData, load_image
+from split_affinity.errors import UserError, one_line
+from split_affinity.text import readable
+
+VALIDATION_FOLDERS = ("val", "valid", "validation")  # the first that exists is used
+
+
+def folder_data(path: Path) -> ImageData:
+    """An image folder: `path/train` and perhaps `path/val`, or `path` itself, with a folder per
+    class.
+    """
+    if not path.is_dir():
+        reason = "is a file, not a folder" if path.exists() else "does not exist"
+        raise UserError(f"--data-path {path} {reason}; give an image folder: DIR/<class>/*.jpg")
+    parted = (path / "train").is_dir()
+    parts = [name for name in VALIDATION_FOLDERS if parted and (path / name).is_dir()][:1]
+    train = open_image_folder(path, path / "train" if parted else path)
+    val = open_image_folder(path, path / parts[0]) if parts else None
+    if len(train.classes) < 2:
+        only = f"one class only ({train.classes[0]})"
+        raise UserError(f"--data-path {path}: {only}; at least two are needed")
+    if val and val.classes != train.classes:
+        name = sorted(set(val.classes) ^ set(train.classes))[0]
+        raise UserError(f"--data-path {path}: class {name} is not in both of train and val")
+    left_out = [*train.left_out, *(val.left_out if val else ())]
+    if parted:
+        _, beside, _ = next(os.walk(path), ("", [], []))
+        unused = sorted(name for name in {*beside} - {"train", *parts} if name[0] != ".")
+        left_out += [("unused folder", str(path / name)) for name in unused]
+    classes = tuple(map(readable, train.classes))
+    return ImageData("folder", train, val, classes, left_out=left_out)
+
+
+def what_is(entry: os.DirEntry, above: Sequence[Path]) -> str:
+    """Whether an entry of a folder is an image or a folder to go through, or why it is neither;
+    nothing for what needs no word. `above` are the folders that it lies in, without links.
+    """
+    link = Path(entry.path) if entry.is_symlink() else None
+    hidden, image = entry.name[0] == ".", torchvision.datasets.folder.is_image_file(entry.name)
+    if link.is_dir() if link else entry.is_dir():
+        loops = link and any(each.is_relative_to(link.resolve()) for each in above)
+        return "hidden folder" if hidden else "looping link" if loops else "folder"
+    if (hidden and not image) or entry.name in ("Thumbs.db", "desktop.ini"):
+        return ""
+    # A link into nowhere counts, as a broken image; opening a pipe could wait for ever.
+    usable = (link.is_file() or not link.exists()) if link else entry.is_file()
+    return "image" if image and usable and not hidden else "other file"
+
+
+class PictureFolder(torchvision.datasets.ImageFolder):
+    """torchvision's ImageFolder, in its order; but a class has each real file once, however many
+    links lead to it, and a link back to a folder that it lies in is not followed.
+
+    Hidden files and folders do not count. `left_out` tells what was not taken, but for litter.
+    """
+
+    def __init__(self, root: Path):
+        self.left_out: list[tuple[str, str]] = []
+        super().__init__(root, loader=load_image)
+
+    def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
+        """The class folders' names, and the indices of their classes."""
+        found = self._read(os.fspath(directory), [Path(directory).resolve()])
+        self.left_out += [("classless image", entry.path) for entry in found["image"]]
+        classes = [entry.name for entry in found["folder"]]
+        if not classes:
+            raise FileNotFoundError(f"no class folder in {directory}")
+        return classes, {name: index for index, name in enumerate(classes)}
+
+    def make_dataset(
+        self, directory: Path, class_to_idx: dict[str, int], *args: Any, **kwargs: Any
+    ) -> list[tuple[str, int]]:
+        """The paths of all images, each with the index of its class."""
+        above = [Path(directory).resolve()]
+        images = {
+            name: sorted(self._images(f"{directory}/{name}", above, set())) for name in class_to_idx
+        }
+        empty = [name for name, found in images.items() if not found]
+        if empty:
+            kinds = ", ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
+            raise FileNotFoundError(f"none of {kinds} in class {', '.join(empty)} of {directory}")
+        return [("/".join(image), class_to_idx[name]) for name in images for image in images[name]]
+
+    def _images(
+        self, folder: str, above: Sequence[Path], seen: set[str]
+    ) -> Iterator[tuple[str, str]]:
+        """The images in a folder and below it, each as (folder, name); `seen` are the files and
+        folders that the class has already, without links.
+        """
+        real = Path(folder).resolve()
+        for kind, entries in self._read(folder, [*above, real]).items():
+            for entry in entries:
+                link = entry.is_symlink()
+                target = os.path.realpath(entry.path) if link else f"{real}/{entry.name}"
+                if target in seen:
+                    self.left_out.append((f"repeated {kind}", entry.path))
+                elif kind == "image":
+                    yield folder, entry.name
+                else:
+                    yield from self._images(entry.path, [*above, real], seen)
+                seen.add(target)
+
+    def _read(self, folder: str, above: Sequence[Path]) -> dict[str, list[os.DirEntry]]:
+        """The images and the folders that lie directly in a folder, by name."""
+        found: dict[str, list[os.DirEntry]] = {"image": [], "folder": []}
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                kind = what_is(entry, above)
+                if kind in found:
+                    found[kind].append(entry)
+                elif kind:
+                    self.left_out.append((kind, entry.path))
+        return found
+
+
+def open_image_folder(path: Path, root: Path) -> PictureFolder:
+    """The images below `root`, one folder per class; errors name `path`, which the user gave."""
+    try:
+        return PictureFolder(root)
+    except OSError as error:
+        raise UserError(f"--data-path {path}: no images: {one_line(error)}") from None
