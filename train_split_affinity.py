@@ -67,7 +67,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import functools
 import hashlib
 import io
@@ -76,13 +75,11 @@ import json
 import math
 import multiprocessing.connection
 import os
-import pickle
 import platform
 import queue
 import re
 import resource
 import signal
-import socket
 import statistics
 import sys
 import tempfile
@@ -91,7 +88,7 @@ import threading
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -226,6 +223,7 @@ from split_affinity.options.values import (  # noqa: F401
     parse_split,
     whole_number,
 )
+from split_affinity.ranks.launch import Launch, launched  # noqa: F401
 from split_affinity.text import (  # noqa: F401
     alike,
     as_option,
@@ -267,26 +265,6 @@ ENDED_WITHIN_S = 5  # a launcher ends the other processes of a machine once one 
 # Imports that take seconds
 # They stand below all that `--help` and wrong arguments need: a script ends above them with these.
 # ==================================================================================================
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Which of the processes this one is that a launcher has started together, counted from 0: of
-    all `ranks`, and of those on its machine. A process by itself is the first and only one.
-    """
-
-    rank: int = 0
-    ranks: int = 1
-    local_rank: int = 0
-
-
-def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    """What torchrun says in the environment, or another launcher that sets the same variables."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    numbers = [environment.get(name, "") for name in (*names[:2], "LOCAL_RANK")]
-    if not all(name in environment for name in names) or not all(map(str.isdigit, numbers[:2])):
-        return Launch()
-    return Launch(*(int(number or 0) for number in numbers))
 
 
 def end_early() -> None:
@@ -592,6 +570,18 @@ from split_affinity.models.weights import (  # noqa: F401
     versioned,
     with_tensors,
 )
+from split_affinity.ranks.ranks import (  # noqa: F401
+    ONE_PROCESS,
+    RankLost,
+    Ranks,
+    SeveralRanks,
+    connect,
+    machines_of,
+    network_interface,
+    rank_lines,
+    rank_metrics,
+)
+from split_affinity.ranks.reducer import BUCKET_BYTES, Bucket, Reducer, make_buckets  # noqa: F401
 from split_affinity.terminal import (  # noqa: F401
     Lossy,
     fitted,
@@ -924,384 +914,6 @@ def gradient_warnings(norms: dict[str, float]) -> Iterator[str]:
 # machine, of the cores (data parallelism). torchrun starts them; torch.distributed, with gloo,
 # carries what they tell each other. Whatever depends on there being several asks the class Ranks.
 # ==================================================================================================
-
-BUCKET_BYTES = 25 * 2**20  # of gradients that travel together, as in DistributedDataParallel
-
-
-class RankLost(RunError):
-    """Another rank does not answer any more."""
-
-
-class Ranks:
-    """The processes that train one model together: here a single one. Rank 0 alone writes.
-
-    `hosts` and `plans` tell where each rank is, if there are several. `agreed` says whether an
-    error that ends the run is known to all ranks, and raised by all after the same step: what takes
-    all of them, a checkpoint say, can then still be done.
-    """
-
-    rank, size = 0, 1
-    agreed = True
-    hosts: Sequence[Host] = ()
-    plans: Sequence[CorePlan] = ()
-
-    def meet(self, topology: Topology) -> Topology:
-        """What this rank may use of the machine; all ranks get to know each other's `hosts`."""
-        return topology
-
-    def introduce(self, plan: CorePlan) -> None:
-        """Tell the others this rank's plan, and get to know theirs: `plans`."""
-
-    def start(self) -> None:
-        """Connect with all others. What gloo starts for that has the mask of the calling thread."""
-
-    def exchange(self, thing: Any) -> list[Any]:
-        """What each rank hands in, anything that can be pickled, by rank."""
-        return [thing]
-
-    def gather(self, values: Sequence[float]) -> list[list[float]]:
-        """The same for numbers, as many from each rank, and faster."""
-        return [list(values)]
-
-    def settle(self, error: Exception | None = None) -> None:
-        """Raise on all ranks the error that the first of them hands in, if any does."""
-        if error:
-            raise error
-
-    def first(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What the function returns on rank 0, which alone calls it, or raises there."""
-        return function(*args)
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Have an error inside, on any of the ranks, be one of all of them, when they leave it."""
-        yield
-
-    def close(self, together: bool) -> None:
-        """Part from the others; if they end together, once they all have come so far."""
-
-
-ONE_PROCESS = Ranks()
-
-
-class SeveralRanks(Ranks):
-    """Several processes that a launcher has started; this one is `rank` of `size`.
-
-    Until `start`, what they tell each other goes through the launcher's store. Raises RankLost if
-    one of them does not answer for `timeout_s` seconds, or is known to have gone. They all have to
-    ask the same in the same order, each from one thread at a time.
-    """
-
-    agreed = False
-
-    def __init__(self, rank: int, size: int, store: distributed.Store, timeout_s: float):
-        self.rank, self.size, self.lost = rank, size, False
-        self._store, self._timeout_s = store, timeout_s
-        self._started, self._asked = False, 0
-
-    def begin(self) -> None:
-        """Find the others that were started with this rank, and a part of the store for them alone.
-
-        A launcher may keep its store when it starts ranks once more, with all that earlier ones
-        have left there, and on each machine it counts the starts for itself. So each process gives
-        itself a name, and rank 0 goes on asking until one that is alive has answered.
-        """
-        own, until_s = os.urandom(8).hex(), time.monotonic() + self._timeout_s
-        with self.answered():
-            begun = own
-            if self.rank:
-                self._store.set(f"here/{self.rank}", own)
-                begun = self._store.get(f"begun/{own}").decode()
-                self._store.set(f"heard/{begun}/{own}", "")
-            waiting = range(1, 1 if self.rank else self.size)
-            while waiting := [rank for rank in waiting if not self._hears(rank, begun)]:
-                if time.monotonic() > until_s:
-                    raise RuntimeError("timeout")
-                time.sleep(0.01)
-        self._store = distributed.PrefixStore(begun, self._store)
-
-    def _hears(self, rank: int, begun: str) -> bool:
-        """Tell a rank, once it is there, what has begun; whether it has answered."""
-        name = self._store.get(f"here/{rank}").decode()
-        self._store.set(f"begun/{name}", begun)
-        return self._store.check([f"heard/{begun}/{name}"])
-
-    def meet(self, topology: Topology) -> Topology:
-        """As in Ranks. Raises UserError if they cannot work together."""
-        self.hosts = self.exchange(this_host(topology))
-        with self.together():
-            versions = [host.torch_version for host in self.hosts]
-            for rank, version in enumerate(versions):
-                if version != versions[0]:
-                    where = f"rank {rank} on {self.hosts[rank].name} has torch {version}"
-                    raise UserError(f"{where}, rank 0 has {versions[0]}: all need the same")
-            if "GLOO_SOCKET_IFNAME" not in os.environ:
-                os.environ["GLOO_SOCKET_IFNAME"] = network_interface(self.hosts)
-            return rank_topology(self.hosts, self.rank)
-
-    def introduce(self, plan: CorePlan) -> None:
-        """As in Ranks."""
-        self.plans = self.exchange(plan)
-
-    def start(self) -> None:
-        """As in Ranks."""
-        with self.answered():
-            distributed.init_process_group(
-                "gloo",
-                store=self._store,
-                rank=self.rank,
-                world_size=self.size,
-                timeout=datetime.timedelta(seconds=self._timeout_s),
-            )
-        self._started = True
-
-    def exchange(self, thing: Any) -> list[Any]:
-        """As in Ranks."""
-        with self.answered():
-            if self._started:
-                things = [None] * self.size
-                distributed.all_gather_object(things, thing)
-                return things
-            self._asked += 1
-            self._store.set(f"{self._asked}/{self.rank}", pickle.dumps(thing))
-            texts = [self._store.get(f"{self._asked}/{rank}") for rank in range(self.size)]
-            return list(map(pickle.loads, texts))
-
-    def gather(self, values: Sequence[float]) -> list[list[float]]:
-        """As in Ranks."""
-        own = torch.tensor(values, dtype=torch.float64)
-        every = [torch.empty_like(own) for _ in range(self.size)]
-        with self.answered():
-            distributed.all_gather(every, own)
-        return [each.tolist() for each in every]
-
-    def settle(self, error: Exception | None = None) -> None:
-        """As in Ranks. What was not foreseen is raised as it is where it happened, and as a
-        RunError elsewhere.
-        """
-        told = error
-        if error and not isinstance(error, (UserError, RunError, Stopped)):
-            told = RunError(likely_reason(error))
-        found = self.exchange(told)
-        for rank, each in enumerate(found):
-            if each:
-                self.agreed = True
-                if rank and not isinstance(each, Stopped):
-                    place = f" on {self.hosts[rank].name}" if self.hosts else ""
-                    each.args = (f"rank {rank}{place}: {each}",)
-                raise error if told is not error and rank == self.rank else each
-
-    def first(self, function: Callable[..., Any], *args: Any) -> Any:
-        """As in Ranks."""
-        things = [None]
-        with self.together():
-            if not self.rank:
-                things = [function(*args)]
-        if not self._started:
-            return self.exchange(things[0])[0]
-        with self.answered():
-            distributed.broadcast_object_list(things)
-        return things[0]
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """As in Ranks."""
-        try:
-            yield
-        except Exception as error:
-            if not (self.agreed or self.lost):
-                self.settle(error)
-            raise
-        self.settle()
-
-    @contextlib.contextmanager
-    def answered(self) -> Iterator[None]:
-        """Turn the many errors of gloo and of the store into RankLost."""
-        try:
-            yield
-        except RuntimeError as error:
-            self.lost = True
-            reason = one_line(error)
-            if found := re.search(r"(?:closed|reset) by peer", reason):
-                peer = re.search(r"\[([^][/]+)\]:\d", reason)
-                reason = f"connection {found[0]}{f' ({peer[1]})' if peer else ''}"
-            elif re.search("time(d |)out|timeout", reason, re.IGNORECASE):
-                reason = f"no answer within --timeout {self._timeout_s:g} s"
-            raise RankLost(f"rank {self.rank} has lost another one: {reason}") from None
-
-    def close(self, together: bool) -> None:
-        """As in Ranks."""
-        if together:
-            with contextlib.suppress(RankLost):
-                self.exchange(None)
-        if self._started:
-            self._started = False
-            distributed.destroy_process_group()
-
-
-def connect(launch: Launch, timeout_s: float) -> Ranks:
-    """The ranks that were launched; a process by itself is the only one."""
-    if launch.ranks == 1:
-        return ONE_PROCESS
-    if not distributed.is_available() or not distributed.is_gloo_available():
-        raise UserError(f"{launch.ranks} ranks: this build of torch has no gloo to connect them")
-    try:
-        timeout = datetime.timedelta(seconds=timeout_s)
-        store, rank, size = next(distributed.rendezvous("env://", timeout=timeout))
-    except (RuntimeError, ValueError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = f"the store at {place} cannot be reached: {one_line(error)}"
-        raise RunError(f"rank {launch.rank}: {reason}") from None
-    ranks = SeveralRanks(rank, size, store, timeout_s)
-    ranks.begin()
-    return ranks
-
-
-def network_interface(hosts: Sequence[Host]) -> str:
-    """The network interface by which the others are reached: the one that leads to the address
-    that the launcher was given. Gloo by itself takes the one that the machine's own name stands
-    for, which on many systems is 127.0.1.1. Raises UserError if only this machine is reached by it.
-    """
-    place, own = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), ""
-    for family, kind, _, _, address in socket.getaddrinfo(*place, type=socket.SOCK_DGRAM)[::-1]:
-        with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
-            probe.connect(address)  # which sends nothing
-            own = probe.getsockname()[0]
-    if own.startswith(("127.", "::1")) and len({host.kernel for host in hosts}) > 1:
-        remedy = "one that other machines know, or set GLOO_SOCKET_IFNAME"
-        raise UserError(
-            f"the address {place[0]} is this machine's own alone: give torchrun {remedy}"
-        )
-    for name, addresses in psutil.net_if_addrs().items():
-        if own and own in (each.address.partition("%")[0] for each in addresses):
-            return name
-    raise UserError(f"no network interface leads to {place[0]}: set GLOO_SOCKET_IFNAME")
-
-
-@dataclass
-class Bucket:
-    """Gradients that travel together: a flat tensor, and the part of it, shaped and laid out as
-    the weight is, for each by its name; those that are not there yet in this step, and what is to
-    be waited for once the bucket has set out.
-    """
-
-    flat: torch.Tensor
-    parts: Weights
-    missing: set[str] = field(default_factory=set)
-    journey: distributed.Work | None = None
-
-
-def make_buckets(weights: Weights) -> list[Bucket]:
-    """Buckets for the gradients of some weights, the last ones first: backpropagation has them
-    first.
-    """
-    groups: list[list[str]] = []
-    filled_bytes = BUCKET_BYTES
-    for name, weight in reversed(weights.items()):
-        if filled_bytes + weight.nbytes > BUCKET_BYTES:
-            groups.append([])
-            filled_bytes = 0
-        groups[-1].append(name)
-        filled_bytes += weight.nbytes
-    buckets = []
-    for names in groups:
-        sizes = [weights[name].numel() for name in names]
-        flat = torch.zeros(sum(sizes), dtype=weights[names[0]].dtype)
-        parts = (
-            part.as_strided(weights[name].size(), weights[name].stride())
-            for name, part in zip(names, flat.split(sizes), strict=True)
-        )
-        buckets.append(Bucket(flat, dict(zip(names, parts, strict=True))))
-    return buckets
-
-
-class Reducer:
-    """Adds the gradients of all ranks up, in buckets (Li et al. 2020, arXiv 2006.15704): each sets
-    out as soon as backpropagation of the last of a step's micro-batches has filled it, in the same
-    order on all ranks, while that goes on.
-
-    It belongs to some models with the same weights, of which one at a time goes back; `batches`
-    says how many micro-batches a step has on each rank.
-    """
-
-    def __init__(
-        self, ranks: SeveralRanks, models: Sequence[nn.Module], batches: Callable[[], int]
-    ):
-        self._ranks, self._batches = ranks, batches
-        weights = trained(models[0])
-        self._buckets = make_buckets(weights)
-        self._bucket_of = {name: bucket for bucket in self._buckets for name in bucket.parts}
-        self._hooks = [
-            weight.register_post_accumulate_grad_hook(partial(self._added, name))
-            for model in models
-            for name, weight in trained(model).items()
-        ]
-        self.size_bytes = sum(bucket.flat.nbytes for bucket in self._buckets)
-        self._begin()
-
-    def close(self) -> None:
-        """Look at the models no more."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def finish(self, model: nn.Module) -> None:
-        """The reduce phase: wait for the sums, which are then the gradients of the model, without
-        a copy. Raises, with all other ranks, the error of one that could not take part.
-        """
-        if self._arrive(failed=False):
-            self._ranks.settle()
-        for name, weight in trained(model).items():
-            if weight.grad is not None:
-                weight.grad = self._bucket_of[name].parts[name]
-        self._begin()
-
-    def give_up(self, error: Exception) -> None:
-        """Take part in a step that this rank cannot finish, so that no rank makes it; raises the
-        error, or that of the first rank that has one.
-        """
-        self._arrive(failed=True)
-        self._ranks.settle(error)
-
-    def _begin(self) -> None:
-        self._added_up: Counter[str] = Counter()
-        self._underway = 0  # so many buckets have set out
-        for bucket in self._buckets:
-            bucket.missing = set(bucket.parts)
-
-    def _added(self, name: str, weight: torch.Tensor) -> None:
-        """A micro-batch has added to the gradient of a weight, on the backward lane."""
-        self._added_up[name] += 1
-        if self._added_up[name] < self._batches():
-            return
-        bucket = self._bucket_of[name]
-        if weight.grad.data_ptr() != bucket.parts[name].data_ptr():  # not there already
-            bucket.parts[name].copy_(weight.grad)
-        bucket.missing.discard(name)
-        while self._underway < len(self._buckets) and not self._buckets[self._underway].missing:
-            self._set_out()
-
-    def _set_out(self) -> None:
-        """Send the next bucket on its way; what is missing in it, since no image needed the weight,
-        counts as 0.
-        """
-        bucket = self._buckets[self._underway]
-        for name in bucket.missing:
-            bucket.parts[name].zero_()
-        with self._ranks.answered():
-            bucket.journey = distributed.all_reduce(bucket.flat, async_op=True)
-        self._underway += 1
-
-    def _arrive(self, failed: bool) -> bool:
-        """Send and await all that is left; whether any rank has failed."""
-        while self._underway < len(self._buckets):
-            self._set_out()
-        failures = torch.tensor([int(failed)])
-        with self._ranks.answered():
-            last = distributed.all_reduce(failures, async_op=True)
-            for bucket in self._buckets:
-                bucket.journey.wait()
-            last.wait()
-        return bool(failures.item())
 
 
 # ==================================================================================================
@@ -3592,29 +3204,6 @@ class RankFigures:
     looks: Sequence[Company]
 
 
-def machines_of(ranks: Ranks) -> Iterator[tuple[str, Topology, list[int]]]:
-    """The machines of several ranks: each in a line, what of it they may use, and which ranks are
-    there.
-    """
-    for kernel in dict.fromkeys(host.kernel for host in ranks.hosts):
-        there = [rank for rank, host in enumerate(ranks.hosts) if host.kernel == kernel]
-        cpus = frozenset().union(*(ranks.hosts[rank].topology.allowed for rank in there))
-        host = ranks.hosts[there[0]]
-        topology = dataclasses.replace(host.topology, allowed=cpus)
-        yield f"{host.name}: {describe_topology(topology)}", topology, there
-
-
-def rank_lines(ranks: Ranks) -> list[str]:
-    """Where each rank is, and its cores, in a line each, if there are several."""
-    lines = []
-    for rank, (host, plan) in enumerate(zip(ranks.hosts, ranks.plans, strict=True)):
-        groups = "; ".join(f"{group.name} {group}" for group in plan.groups)
-        loader = f"loader cores {format_cpu_list(plan.loader_cpus)}"
-        notes = "".join(f"; {note}" for note in plan.notes)
-        lines.append(f"rank {rank} on {host.name}: {groups}; {loader}{notes}")
-    return lines
-
-
 def rank_table(hosts: Sequence[Host], summaries: Sequence[Summary]) -> str:
     """The phases of each rank, and how long it waited for the slowest, in 80 columns."""
     phases = [phase for phase in PHASES if any(each.phase == phase for each in summaries[0].phases)]
@@ -3750,13 +3339,6 @@ def step_line(result: StepResult, steps: int, left_s: float, epoch: str = "") ->
     loss, top1, *others = step_figures(result, left_s)
     figures = ", ".join([loss, *others] if epoch else [loss, top1, *others])
     return f"step {result.step}/{steps}: {figures}{epoch}"
-
-
-def rank_metrics(ranks: Ranks) -> dict[str, Any]:
-    """Several ranks, as metrics.jsonl has them: the machine's name and the plan of each."""
-    pairs = zip(ranks.hosts, ranks.plans, strict=True)
-    rows = [{"host": host.name, "plan": dataclasses.asdict(plan)} for host, plan in pairs]
-    return {"ranks": rows} if rows else {}
 
 
 def event_record(**event: Any) -> bytes:
