@@ -301,7 +301,6 @@ try:
     import torchvision
     from torch import distributed, nn
     from torch.optim import lr_scheduler
-    from torch.optim.lr_scheduler import LRScheduler
     from tqdm import tqdm
 except (ImportError, RuntimeError, OSError) as import_error:
     if __name__ != "__main__":
@@ -592,6 +591,69 @@ from split_affinity.terminal import (  # noqa: F401
     terminal_columns,
     warn,
 )
+from split_affinity.training.network import (  # noqa: F401
+    Confusion,
+    Network,
+    NonFiniteLoss,
+    Output,
+    Scores,
+    StepEnd,
+    Teacher,
+    in_turn,
+    pool,
+    score,
+)
+from split_affinity.training.optimizer import (  # noqa: F401
+    BIASES,
+    NORMS,
+    WARMUP_START,
+    Cosine,
+    InProportion,
+    Restarts,
+    begin_momentum,
+    build_lr_scheduler,
+    build_optimizer,
+    main_scheduler,
+    optimizer_groups,
+    planned_steps,
+    steps_in_epoch,
+    total_steps,
+    warmup_epochs,
+    weights_by_decay,
+)
+from split_affinity.training.schedules import (  # noqa: F401
+    SCHEDULES,
+    Steps,
+    delayed,
+    overlap,
+    sequential,
+    step_bound_s,
+    submit_update,
+)
+from split_affinity.training.steps import (  # noqa: F401
+    PHASES,
+    Diverged,
+    Run,
+    StepResult,
+    StopRequest,
+    agreed_error,
+    check_same_weights,
+    hear_others,
+    run_schedule,
+    scores_of_ranks,
+)
+from split_affinity.training.update import (  # noqa: F401
+    EXPLODING_NORM,
+    STEPS_BETWEEN_NORMS,
+    VANISHING_NORM,
+    GradientFlow,
+    MovingAverage,
+    Part,
+    Work,
+    build_average,
+    gradient_warnings,
+    mean_part,
+)
 
 # ==================================================================================================
 # 2  Topology and core plan
@@ -635,278 +697,6 @@ from split_affinity.terminal import (  # noqa: F401
 # the gradients. Knows nothing of cores.
 # ==================================================================================================
 
-WARMUP_START = 0.01  # part of the learning rate at which a warm-up begins
-VANISHING_NORM, EXPLODING_NORM = 1e-7, 1e3
-STEPS_BETWEEN_NORMS = 10
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-BIASES = ("bias", "in_proj_bias")  # as modules call them; the latter is nn.MultiheadAttention's
-
-
-def steps_in_epoch(settings: Settings, epoch_batches: int) -> int:
-    """Optimizer steps of an epoch; batches that do not fill a step are left out of it."""
-    return epoch_batches // batches_in_step(settings)
-
-
-def total_steps(settings: Settings, epoch_batches: int) -> int:
-    """Optimizer steps of the whole run: as asked, or as the epochs hold; 50 by default."""
-    planned = planned_steps(settings, epoch_batches)
-    return min(settings.steps or planned, planned)
-
-
-def planned_steps(settings: Settings, epoch_batches: int) -> int:
-    """Optimizer steps over which the learning rate runs: of all epochs, even if `--steps` ends
-    the run before; without epochs those of the run.
-    """
-    if not settings.epochs:
-        return settings.steps or 50
-    return settings.epochs * steps_in_epoch(settings, epoch_batches)
-
-
-def weights_by_decay(
-    model: nn.Module, settings: TrainingSettings, names: Collection[str]
-) -> list[dict[str, Any]]:
-    """The parameters of those names as groups of an optimizer: behind the others those that
-    have a weight decay of their own, of one dimension, of normalisation layers, or biases. A bias
-    of a normalisation layer is a bias first, as in torchvision's reference training.
-    """
-    decays = {"other": settings.weight_decay, "flat": 0.0 if settings.skip_decay_1d else None}
-    decays |= {"norm": settings.norm_weight_decay, "bias": settings.bias_weight_decay}
-    modules = list(model.modules())
-    norms = {each for layer in modules if isinstance(layer, NORMS) for each in layer.parameters()}
-    biases = {getattr(layer, name, None) for layer in modules for name in BIASES}
-    groups: dict[str, list[torch.Tensor]] = {kind: [] for kind in decays}
-    for weight in (weight for name, weight in model.named_parameters() if name in names):
-        kinds = {"bias": weight in biases, "norm": weight in norms, "flat": weight.ndim <= 1}
-        own = (kind for kind, is_so in kinds.items() if is_so and decays[kind] is not None)
-        groups[next(own, "other")].append(weight)
-    return [
-        {"params": weights, "weight_decay": decays[kind]}
-        for kind, weights in groups.items()
-        if weights
-    ]
-
-
-def optimizer_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """All parameters, frozen ones too, in groups with a learning rate and a weight decay each. If
-    the body has a rate of its own, the classifier's groups come first: the rate that is shown is
-    that of the first group.
-    """
-    lr, factor = learning_rate(settings), settings.lr_body_factor
-    names = {name for name, _ in model.named_parameters()}
-    parts = [(names, lr)]
-    if factor < 1:
-        shape = settings.model, settings.num_classes, settings.image_size
-        classifier = classifier_weights(*shape)
-        parts = [(classifier, lr), (names - classifier, factor * lr)]
-    return [
-        group | {"lr": rate}
-        for part, rate in parts
-        for group in weights_by_decay(model, settings, part)
-    ]
-
-
-def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """The optimizer of `--opt` over all parameters, so that its layout is the same before and
-    after a thaw: torch leaves those without a gradient alone, and keeps nothing of them. RMSprop
-    has the constants of torchvision's reference training.
-    """
-    momentum, fused = settings.momentum, settings.fused
-    kinds = {
-        "sgd": partial(torch.optim.SGD, momentum=momentum, fused=fused),
-        "adam": partial(torch.optim.Adam, fused=fused),
-        "adamw": partial(torch.optim.AdamW, fused=fused),
-        "nadam": torch.optim.NAdam,
-        "rmsprop": partial(torch.optim.RMSprop, momentum=momentum, alpha=0.9, eps=0.0316),
-    }
-    return kinds[settings.opt](optimizer_groups(model, settings), lr=learning_rate(settings))
-
-
-def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Have weights without a momentum begin with one of 0, where others have been trained before:
-    what SGD does by itself, but for its fused kernel, which fails; and RMSprop fails if it had no
-    momentum until now.
-    """
-    is_sgd = isinstance(optimizer, torch.optim.SGD)  # RMSprop begins what has no state at all
-    for group in optimizer.param_groups if optimizer.state else ():
-        weights = [weight for weight in group["params"] if weight.requires_grad]
-        for weight in weights if group.get("momentum") else ():
-            state = optimizer.state[weight]
-            if (state or is_sgd) and state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(weight)
-
-
-def warmup_epochs(settings: TrainingSettings, epoch_steps: int, all_steps: int) -> float:
-    """Epochs (of `epoch_steps` optimizer steps) of the warm-up: as many as asked for. A rate that
-    nobody chose rises over the first tenth of `all_steps`, at most 5 epochs (Goyal et al., arXiv
-    1706.02677) and less than the first milestone; onecycle rises by itself.
-    """
-    if settings.lr_warmup_epochs is not None:
-        return settings.lr_warmup_epochs
-    if settings.lr is not None or settings.lr_scheduler == "onecycle":
-        return 0
-    most = 5
-    if settings.lr_scheduler == "multistep":
-        most = min(most, settings.lr_milestones[0] - 1)
-    return min(most, all_steps // 10 / epoch_steps)
-
-
-class InProportion:
-    """Mixed into schedulers with a lowest rate, which torch gives to all groups alike: it becomes
-    that of the first group, to whose rate those of all others stay in proportion.
-    """
-
-    def get_lr(self) -> list[float]:
-        """The next rate of each group."""
-        first, highest = super().get_lr()[0], self.base_lrs[0] or 1.0
-        return [first * (base / highest) for base in self.base_lrs]
-
-
-class Cosine(InProportion, lr_scheduler.CosineAnnealingLR):
-    """Half a cosine."""
-
-
-class Restarts(InProportion, lr_scheduler.CosineAnnealingWarmRestarts):
-    """Half cosines, one after the other."""
-
-
-def build_lr_scheduler(
-    optimizer: torch.optim.Optimizer, settings: TrainingSettings, epoch_steps: int, all_steps: int
-) -> LRScheduler:
-    """The course of the learning rate, to be stepped after every optimizer step.
-
-    Epochs count as `epoch_steps` optimizer steps each. After a warm-up, cosine, steps and restarts
-    begin with its end, as in torchvision's reference training; milestones count from the beginning.
-    """
-    warmup = round(warmup_epochs(settings, epoch_steps, all_steps) * epoch_steps)
-    main = main_scheduler(optimizer, settings, epoch_steps, all_steps, warmup)
-    if not warmup:
-        return main
-    rising = lr_scheduler.LinearLR(optimizer, start_factor=WARMUP_START, total_iters=warmup)
-    return lr_scheduler.SequentialLR(optimizer, [rising, main], milestones=[warmup])
-
-
-def main_scheduler(
-    optimizer: torch.optim.Optimizer,
-    settings: TrainingSettings,
-    epoch_steps: int,
-    all_steps: int,
-    warmup: int,
-) -> LRScheduler:
-    """The course of the learning rate after a warm-up of `warmup` optimizer steps."""
-    lowest, factor, steps = settings.min_lr, settings.lr_gamma, all_steps - warmup
-    match settings.lr_scheduler:
-        case "cosine":
-            return Cosine(optimizer, T_max=max(1, steps), eta_min=lowest)
-        case "step":
-            every = settings.lr_step_epochs * epoch_steps
-            return lr_scheduler.StepLR(optimizer, every, factor)
-        case "multistep":
-            ends = [epoch * epoch_steps - warmup for epoch in settings.lr_milestones]
-            return lr_scheduler.MultiStepLR(optimizer, ends, factor)
-        case "onecycle":
-            highest = [group["lr"] for group in optimizer.param_groups]
-            # The rate alone: torch would cycle the momentum too, whatever --momentum says.
-            return lr_scheduler.OneCycleLR(
-                optimizer, highest, total_steps=max(2, steps), cycle_momentum=False
-            )
-        case "warm-restarts":
-            first = settings.lr_restart_epochs * epoch_steps
-            return Restarts(optimizer, first, 2, lowest)
-    return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
-
-
-class MovingAverage:
-    """An exponential moving average of weights and buffers, one step after each optimizer step;
-    `model` computes with them.
-
-    Averages with torch's own function; what is no floating-point number (a count) is copied. The
-    decay begins with 0.1 and rises to `decay` with the number of `updates` made, as that of
-    TensorFlow's ExponentialMovingAverage (and, on a curve of its own, timm's ModelEmaV3): about the
-    last ninth of the steps counts, and a short run does not keep the weights that it began with.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.values = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        self.model = with_tensors(model, self.values).eval()
-        self.updates = 0
-        self._decay = decay
-
-    def update(self, values: Weights) -> None:
-        """Take in the model's values of today, by the names of its state_dict."""
-        decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
-        self.updates += 1
-        with torch.no_grad():
-            floats = [name for name, value in self.values.items() if value.is_floating_point()]
-            ours, theirs = ([each[name] for name in floats] for each in (self.values, values))
-            torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(ours, theirs, 0)
-            for name in self.values.keys() - set(floats):
-                self.values[name].copy_(values[name])
-
-
-class GradientFlow:
-    """Norms of the gradients by layer group, every tenth optimizer step.
-
-    `take` gives the means since the last call.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.watch(model)
-        self._sums: Counter[str] = Counter()
-        self._measured = self._steps = 0
-
-    def watch(self, model: nn.Module) -> None:
-        """Look at what is trained from here on."""
-        watched = trained(model)
-        groups = layer_groups(name for name, _ in model.named_parameters())
-        parts = {group: [name for name in groups[group] if name in watched] for group in groups}
-        self._groups = {group: names for group, names in parts.items() if names}
-
-    def measure(self, weights: Weights) -> dict[str, float]:
-        """The norms of a step that is about to be made, if it is one to look at."""
-        if self._steps % STEPS_BETWEEN_NORMS:
-            return {}
-        norms = {}
-        for group, names in self._groups.items():
-            present = [weights[name].grad for name in names if weights[name].grad is not None]
-            norms[group] = nn.utils.get_total_norm(present).item()
-        return norms
-
-    def add(self, norms: dict[str, float]) -> None:
-        """Take in the norms of a step that has been made."""
-        self._steps += 1
-        self._measured += bool(norms)
-        self._sums.update(norms)  # which adds, in a Counter
-
-    def take(self) -> dict[str, float]:
-        """The mean norm of each layer group since the last call; empty if none was measured. What
-        is not finite counts as 1e200, which JSON can hold and a picture can show.
-        """
-        largest = 1e200
-        norms = {
-            group: total / self._measured if total <= largest else largest
-            for group, total in self._sums.items()
-        }
-        self._sums, self._measured, self._steps = Counter(), 0, 0
-        return norms
-
-    def state(self) -> dict[str, Any]:
-        """What has been measured since the last `take`, in plain types."""
-        return {"sums": dict(self._sums), "measured": self._measured, "steps": self._steps}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self._sums = Counter(state["sums"])
-        self._measured, self._steps = state["measured"], state["steps"]
-
-
-def gradient_warnings(norms: dict[str, float]) -> Iterator[str]:
-    """What the gradient norms of an epoch show to be wrong."""
-    for group, norm in norms.items():
-        if norm < VANISHING_NORM:
-            yield f"gradients vanish in {group}: norm {norm:.1e}, below {VANISHING_NORM:g}"
-        elif not norm <= EXPLODING_NORM:
-            yield f"gradients explode in {group}: norm {norm:.1e}, above {EXPLODING_NORM:g}"
-
 
 # ==================================================================================================
 # 7  Ranks
@@ -923,435 +713,6 @@ def gradient_warnings(norms: dict[str, float]) -> Iterator[str]:
 # the same phase functions, hold no more than two micro-batches of activations, and read data only
 # while no forward pass runs (see Batches.prefetch).
 # ==================================================================================================
-
-# Of a forward phase: logits (n, classes) in float32, with the graph to go back through, targets as
-# in a batch, and if there is a teacher its probabilities (n, classes), without a graph.
-Output = tuple[torch.Tensor, ...]
-
-
-class NonFiniteLoss(Exception):
-    """The loss of a micro-batch is infinite or not a number; nothing was updated."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a batch came to: mean loss, images, and how many of them had their class first, and
-    among the first five.
-    """
-
-    loss: float
-    images: int
-    top1: int
-    top5: int
-
-    def figures(self) -> dict[str, float]:
-        """The mean loss, and both accuracies in percent."""
-        top1, top5 = (100 * count / self.images for count in (self.top1, self.top5))
-        return {"loss": self.loss, "top1": top1, "top5": top5}
-
-
-def score(loss: float, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
-    """Count right answers; of mixed images (targets (n, classes)), the larger share is right."""
-    labels = targets.argmax(1) if targets.ndim == 2 else targets
-    best = logits.detach().topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
-    return Scores(loss, len(labels), int(best[:, 0].sum()), int(best.sum()))
-
-
-def pool(scores: Sequence[Scores]) -> Scores:
-    """The scores of some batches together."""
-    loss_sum = sum(each.loss * each.images for each in scores)
-    images, top1, top5 = (
-        sum(getattr(each, name) for each in scores) for name in ("images", "top1", "top5")
-    )
-    return Scores(loss_sum / images, images, top1, top5)
-
-
-def in_turn(dealt: Iterable[Sequence[Any]]) -> list[Any]:
-    """What was dealt out to ranks one by one, in the order that it had before."""
-    nothing = object()
-    rounds = itertools.zip_longest(*dealt, fillvalue=nothing)
-    return [each for one in rounds for each in one if each is not nothing]
-
-
-@dataclass(frozen=True)
-class StepEnd:
-    """What the phases of the next step change before its update, as it was at the end of a step:
-    buffers, such as BatchNorm's running statistics, and the random state. `weights` are those that
-    the next step of `delayed` uses, where they are not the model's own.
-    """
-
-    buffers: Weights
-    random_state: torch.Tensor
-    weights: Weights | None = None
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A trained model, frozen and in evaluation mode, whose probabilities for the very images that
-    the student sees, cropped and mixed alike, are `share` of the target, and the labels the rest
-    (Beyer et al. 2022, arXiv 2106.05237). The loss is linear in the target, so it is divided too.
-
-    Called with images, it gives the probabilities (n, classes). Images that are not normalised as
-    it was trained are first brought to that, channel by channel, by `scale` and `shift` (3, 1, 1).
-    """
-
-    model: nn.Module
-    share: float
-    scale: torch.Tensor | None = None
-    shift: torch.Tensor | None = None
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            if self.scale is not None:
-                images = images * self.scale + self.shift
-            return self.model(images).float().softmax(1)
-
-    def loss(
-        self, of_labels: torch.Tensor, logits: torch.Tensor, probabilities: torch.Tensor
-    ) -> torch.Tensor:
-        """The loss of the student's logits, of which `of_labels` is the part without a teacher."""
-        taught = nn.functional.cross_entropy(logits, probabilities)
-        return (1 - self.share) * of_labels + self.share * taught
-
-
-@dataclass
-class Network:
-    """A model and how it computes: everything but the update of its weights.
-
-    The phases work on the model itself, or on a copy of it, made by `copy`, which has weights of
-    its own; frozen weights and the buffers belong to both. A loss counts as one of `accumulate` in
-    a step, on each of `ranks`. `note` says what was taken by a model that starts from trained
-    weights; `frozen` names the weights that `--freeze` keeps as they are.
-    """
-
-    model: nn.Module
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    accumulate: int = 1
-    bf16: bool = False
-    channels_last: bool = False
-    ranks: int = 1
-    note: str = ""
-    teacher: Teacher | None = None
-    frozen: Collection[str] = ()
-
-    def compute(self, model: Callable[..., torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-        """What a model, or the teacher, makes of images (n, 3, size, size): (n, classes), float32,
-        in the memory format and the precision of the network.
-        """
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            computed = model(images)
-        return computed.float()
-
-    def forward(self, batch: Batch, model: nn.Module | None = None) -> Output:
-        """The forward phase; the teacher's comes first, while the model has no activations yet."""
-        images, targets = batch
-        taught = (self.compute(self.teacher, images),) if self.teacher else ()
-        return self.compute(model or self.model, images), targets, *taught
-
-    def backward(self, output: Output) -> Scores:
-        """Loss and backpropagation; adds to the gradients."""
-        logits, targets, *taught = output
-        loss = self.loss(logits, targets)
-        if taught:
-            loss = self.teacher.loss(loss, logits, *taught)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteLoss(str(value))
-        # For CPU tensors this runs in the calling thread.
-        (loss / (self.accumulate * self.ranks)).backward()
-        return score(value, logits, targets)
-
-    def copy(self, begun: Weights | None = None) -> nn.Module:
-        """A copy of the model to run phases with; with the weights of a step already begun, if a
-        run goes on there.
-        """
-        names = trained(self.model)
-        now = names | (begun or {})
-        own = {name: nn.Parameter(now[name].detach().clone()) for name in names}
-        return with_tensors(self.model, own)
-
-    def refresh(self, copied: nn.Module) -> StepEnd:
-        """Bring a copy up to the model's own weights: the next step begins here, with it."""
-        weights = trained(self.model)
-        with torch.no_grad():
-            for name, weight in trained(copied).items():
-                weight.copy_(weights[name])
-        return self.step_end(trained(copied))
-
-    def step_end(self, begun: Weights | None = None) -> StepEnd:
-        """The end of a step, which is now, of all that the next one changes before its update."""
-        weights = dict(self.model.named_parameters())
-        state = self.model.state_dict()
-        buffers = {name: state[name].clone() for name in state if name not in weights}
-        return StepEnd(buffers, torch.get_rng_state(), begun)
-
-
-# What each rank has for itself between two steps: "buffers", such as BatchNorm's statistics, those
-# of the moving "average", and the "random_state".
-Part = dict[str, Any]
-
-
-def mean_part(parts: Sequence[Part]) -> Part:
-    """The means of the ranks' buffers; what is no floating-point number (a count) is rank 0's."""
-    means = {}
-    for kind in ("buffers", "average"):
-        means[kind] = {
-            name: torch.stack([part[kind][name].double() for part in parts]).mean(0).to(value.dtype)
-            if value.is_floating_point()
-            else value
-            for name, value in parts[0][kind].items()
-        }
-    return means
-
-
-@dataclass
-class Work:
-    """The update of a network's weights, and what a run needs to go on between two steps.
-
-    Together with `end`, that of the latest step, the weights and all that an update changes are the
-    state between two steps, at any moment but within an update: then `updating` is set. `reduced`
-    is, once all ranks have their gradients together, until the update is made.
-    """
-
-    network: Network
-    optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler | None = None
-    average: MovingAverage | None = None
-    flow: GradientFlow | None = None
-    clip_grad_norm: float = 0.0
-    grads_to_none: bool = True
-    ranks: Ranks = ONE_PROCESS
-    reducer: Reducer | None = None
-    end: StepEnd | None = None
-    updating: bool = False
-    reduced: bool = False
-
-    def watch(self, *models: nn.Module) -> None:
-        """Have the gradients of these models, which an epoch's steps go back on, be added up over
-        the ranks, if there are several.
-        """
-        if self.reducer:
-            self.reducer.close()
-        if self.ranks.size > 1:
-            self.reducer = Reducer(self.ranks, models, lambda: self.network.accumulate)
-
-    def reduce(self, copied: nn.Module | None = None, after: Future | None = None) -> None:
-        """The gradients of the model or of a copy become those of all ranks, added up. Raises what
-        the phase `after` which it was queued has raised.
-        """
-        if after:
-            after.result()
-        self.reducer.finish(copied or self.network.model)
-        self.reduced = True
-
-    def update(
-        self,
-        copied: nn.Module | None = None,
-        begun: StepEnd | None = None,
-        after: Future | None = None,
-    ) -> None:
-        """The optimizer step, with the gradients of the model or of a copy, and what belongs to it:
-        norms, clipping, learning rate of the next step, moving average; clears the gradients.
-        `begun` is the end of this step if `delayed` has begun the next one. Raises what the phase
-        `after` which it was queued has raised.
-        """
-        if after:
-            after.result()
-        weights = trained(self.network.model)
-        for name, weight in trained(copied).items() if copied else ():
-            weights[name].grad = weight.grad
-        norms = self.flow.measure(weights) if self.flow else {}
-        if self.clip_grad_norm:
-            nn.utils.clip_grad_norm_(weights.values(), self.clip_grad_norm)
-        end = begun or self.network.step_end()  # what needs memory comes first: it may fail
-        self.updating = True
-        self.optimizer.step()
-        if self.scheduler:
-            self.scheduler.step()
-        if self.flow:
-            self.flow.add(norms)
-        self.end = end
-        if self.average:
-            self.average.update(self.values())
-        self.updating = self.reduced = False
-        self.optimizer.zero_grad(set_to_none=self.grads_to_none)
-        if copied and self.grads_to_none:
-            copied.zero_grad()
-
-    def thaw(self) -> None:
-        """Train all weights from here on; not within an epoch, where `delayed` has copies."""
-        model = self.network.model
-        for name in self.network.frozen:
-            model.get_parameter(name).requires_grad_(True)
-        self.network.frozen = ()
-        begin_training(model)
-        begin_momentum(self.optimizer)
-        if self.flow:
-            self.flow.watch(model)
-
-    def evaluate(self, batch: Batch) -> tuple[list[Scores], torch.Tensor]:
-        """The scores of a batch, first of the moving average if there is one, last of the model's
-        own weights, and the classes (n,) that the first predicts; the model has to be in evaluation
-        mode.
-        """
-        network, (images, targets) = self.network, batch
-        models = [*([self.average.model] if self.average else []), network.model]
-        with torch.inference_mode():
-            logits = [network.compute(model, images) for model in models]
-            losses = [nn.functional.cross_entropy(each, targets).item() for each in logits]
-            pairs = zip(losses, logits, strict=True)
-            return [score(*pair, targets) for pair in pairs], logits[0].argmax(1)
-
-    def part(self) -> Part:
-        """What belongs to this rank alone, as of the last step."""
-        end = self.end or self.network.step_end()
-        values = self.average.values if self.average else {}
-        average = {name: values[name].clone() for name in end.buffers if values}
-        return {"buffers": end.buffers, "average": average, "random_state": end.random_state}
-
-    def put_buffers(self, part: Part) -> None:
-        """Give the model, and its moving average, other buffers."""
-        into = {"buffers": self.network.model.state_dict()}
-        into["average"] = self.average.values if self.average else {}
-        for kind, tensors in into.items():
-            for name, value in part[kind].items():
-                tensors[name].copy_(value)
-
-    @contextlib.contextmanager
-    def with_mean_buffers(self) -> Iterator[None]:
-        """Have the model, and its moving average, compute with the mean of all ranks' buffers for a
-        while, so that they are the same on all of them.
-        """
-        own, alone = self.part(), self.ranks.size == 1
-        if not alone:
-            self.put_buffers(mean_part(self.ranks.exchange(own)))
-        try:
-            yield
-        finally:
-            if not alone:
-                self.put_buffers(own)
-
-    def values(self) -> Weights:
-        """The model's state as of the last step: what a step already begun has changed left out."""
-        return self.network.model.state_dict() | (self.end.buffers if self.end else {})
-
-
-Steps = Iterator[list[Scores]]
-
-
-def submit_update(lanes: Lanes, work: Work, *args: Any) -> Future:
-    """Queue what ends a step on the backward lane: Work.update with these arguments; over several
-    ranks the sum of the gradients comes first.
-    """
-    if work.reducer:
-        copied, begun, after = args or (None, None, None)
-        args = copied, begun, lanes.backward.submit("reduce", work.reduce, copied, after)
-    return lanes.backward.submit("update", work.update, *args)
-
-
-def sequential(lanes: Lanes, work: Work, batches: Batches) -> Steps:
-    """Forward, then backward, strictly alternating: one group works while the other waits.
-
-    The next batch is fetched while the backward group works, since the loader's home, the forward
-    group, is idle then.
-    """
-    network = work.network
-    lanes.backward.call(work.watch, network.model)
-    while batches.left:
-        scores = []
-        for _ in range(network.accumulate):
-            output = lanes.forward.run("forward", network.forward, next(batches))
-            backward = lanes.backward.submit("backward", network.backward, output)
-            del output  # the graph shall die with the backward phase
-            batches.prefetch()
-            scores.append(backward.result())
-        submit_update(lanes, work).result()
-        yield scores
-
-
-def overlap(lanes: Lanes, work: Work, batches: Batches) -> Steps:
-    """Forward of micro-batch k+1 beside backward of micro-batch k, inside one optimizer step.
-
-    Computes what `sequential` computes, bit for bit with equal thread counts: no weight changes
-    within a step, and BatchNorm's statistics are touched in the same order.
-    """
-    network = work.network
-    lanes.backward.call(work.watch, network.model)
-    while batches.left:
-        scores = []
-        output = lanes.forward.run("forward", network.forward, next(batches))
-        for ahead in reversed(range(network.accumulate)):
-            backward = lanes.backward.submit("backward", network.backward, output)
-            del output
-            if ahead:
-                output = lanes.forward.run("forward", network.forward, next(batches))
-            batches.prefetch()
-            scores.append(backward.result())
-        submit_update(lanes, work).result()
-        yield scores
-
-
-def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
-    """As `overlap`, and across steps too: the forward lane is always one micro-batch ahead.
-
-    PipeDream-2BW (arXiv 2006.09503): w(t+1) = w(t) - lr * gradient(w(t-1)). Two copies of the model
-    take turns: while a step goes forward and back on one, the forward lane refreshes the other,
-    whose own step has been applied, and begins the next step on it. The optimizer alone writes the
-    model's weights, never beside the refresh; the forward lane alone writes the buffers. The
-    pipeline is empty when the batches have run out: an epoch begins with the weights of today.
-    """
-    network, begun = work.network, work.end and work.end.weights
-    model, other = (lanes.forward.call(network.copy, begun) for _ in range(2))
-    lanes.backward.call(work.watch, model, other)
-    output = lanes.forward.run("forward", network.forward, next(batches), model)
-    while output:
-        scores, error = [], None
-        for left in reversed(range(network.accumulate)):
-            backward = lanes.backward.submit("backward", network.backward, output)
-            output = None
-            if not left:
-                end = lanes.forward.run("refresh", network.refresh, other) if batches.left else None
-                update = submit_update(lanes, work, model, end, backward)
-                model, other = other, model
-            try:
-                if batches.left:
-                    output = lanes.forward.run("forward", network.forward, next(batches), model)
-                batches.prefetch()
-            except Exception as failure:
-                if left:
-                    raise
-                error = failure  # of the next step: this one comes to its end
-            scores.append(backward.result())
-        update.result()
-        yield scores
-        if error:
-            raise error
-
-
-SCHEDULES = {"sequential": sequential, "overlap": overlap, "delayed": delayed}
-
-
-def step_bound_s(schedule: str, times: PhaseTimes, accumulate: int) -> float:
-    """The shortest step that two lanes allow, if neither slows the other down.
-
-    `overlap` begins each step with a forward pass that nothing runs beside; `delayed` does so only
-    once in a run, and is bound by the busier of the two lanes. What gradients of other ranks take
-    after the last backward phase, the forward lane of `delayed` alone has something to do beside.
-    """
-    forward_s, backward_s, end_s = (
-        times.forward_s,
-        times.backward_s,
-        times.reduce_s + times.update_s,
-    )
-    if schedule == "sequential":
-        return accumulate * (forward_s + backward_s) + end_s
-    if schedule == "overlap":
-        beside_s = (accumulate - 1) * max(forward_s, backward_s)
-        return forward_s + beside_s + backward_s + end_s
-    forward_lane_s = accumulate * forward_s + times.refresh_s
-    return max(forward_lane_s, accumulate * backward_s + end_s)
 
 
 # ==================================================================================================
@@ -2076,58 +1437,10 @@ class Checkpoints:
 # What the records of a run add up to. Pure, but for readings of the memory in use.
 # ==================================================================================================
 
-PHASES = ("forward", "backward", "reduce", "update", "refresh")
 LATEST_STEPS = 2000
 STEPS_TO_DRAW = 3
 SHORTEST_LOOK_S = 0.25  # at what others took: with ticks of 10 ms, what is shorter tells nothing
 COMPANY_WINDOW_S = 10  # over which others' share has to be large: short bursts are nobody's concern
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step: mean loss per image, images, the records of the phases that ended in it,
-    in order, and of the batches that it took; `main_thread_s` is the main thread's CPU time, `top1`
-    and `top5` count right answers, `lr` is the learning rate of the step. `company` is what others
-    took of the cores since they were last looked for, in steps after which they were.
-
-    Loss and counts are those of all ranks. If there are several, `ready_s` has for each how long it
-    took until its gradients were all there, and at `synced_s` (of time.perf_counter) all ranks had
-    made the step.
-    """
-
-    step: int
-    loss: float
-    images: int
-    step_s: float
-    records: tuple[PhaseRecord, ...]
-    loads: tuple[LoadRecord, ...] = ()
-    main_thread_s: float = 0.0
-    top1: int = 0
-    top5: int = 0
-    lr: float = 0.0
-    company: Company | None = None
-    ready_s: tuple[float, ...] = ()
-    synced_s: float = 0.0
-
-    @property
-    def waited_s(self) -> tuple[float, ...]:
-        """How long each rank waited for the one whose gradients came last."""
-        return tuple(max(self.ready_s) - ready_s for ready_s in self.ready_s)
-
-    def total(self, quantity: str, phase: str | None = None) -> float:
-        """A quantity of PhaseRecord, added up over the records of a phase, or over all."""
-        records = (record for record in self.records if phase in (None, record.phase))
-        return sum(getattr(record, quantity) for record in records)
-
-    def as_metrics(self) -> dict[str, Any]:
-        """The step's line in metrics.jsonl."""
-        line = {"type": "step", "step": self.step, "loss": self.loss, "images": self.images}
-        line |= {"top1": self.top1, "top5": self.top5, "lr": self.lr, "step_s": self.step_s}
-        line |= {f"{phase}_s": self.total("duration_s", phase) for phase in PHASES}
-        line |= {f"{phase}_cpu_s": self.total("cpu_s", phase) for phase in PHASES}
-        others = {"company": dataclasses.asdict(self.company)} if self.company else {}
-        others |= {"waited_s": self.waited_s} if self.ready_s else {}
-        return line | {"stray_s": self.total("stray_s")} | others
 
 
 def covered_s(records: Iterable[PhaseRecord]) -> float:
@@ -3001,11 +2314,6 @@ def save_axes(figure: Any, path: Path, title: str, x_label: str) -> None:
     save_figure(figure, path)
 
 
-# Images by (true class, predicted class), of the pairs that occur: with the 21,841 classes of
-# ImageNet-21k a matrix would take 3.6 GiB.
-Confusion = Counter[tuple[int, int]]
-
-
 def confusion_matrix(confusion: Confusion, count: int) -> torch.Tensor:
     """How often an image of class i was taken for class j, (count, count)."""
     matrix = torch.zeros(count, count, dtype=torch.long)
@@ -3631,166 +2939,6 @@ class RunReport:
 VALIDATED_AHEAD = 3  # batches that are with the lanes, or wait there
 
 
-class StopRequest:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into a request that `check` raises as Stopped:
-    between two optimizer steps, or batches of a validation.
-
-    A second signal ends the process at once, unless there are several ranks, of which the launcher
-    kills those that do not end in time; a SIGHUP that is ignored (nohup) stays so. A context
-    manager: leaving it restores the handlers. Outside the main thread, where Python allows no
-    handlers, it does nothing.
-    """
-
-    def __init__(self, ranks: int = 1):
-        self.signum: int | None = None
-        self._previous: dict[int, Any] = {}
-        self._next = signal.SIG_DFL if ranks == 1 else signal.SIG_IGN
-
-    def check(self) -> None:
-        """Raise Stopped if a signal has come."""
-        if self.signum is not None:
-            raise Stopped(self.signum)
-
-    def _handle(self, signum: int, frame: object) -> None:
-        self.signum = signum
-        for other in self._previous:
-            signal.signal(other, self._next)
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for signum in STOP_SIGNALS:
-                if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
-                    self._previous[signum] = signal.signal(signum, self._handle)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-
-class Diverged(RunError):
-    """A loss is not finite; nothing was updated."""
-
-
-def run_schedule(
-    settings: Settings, lanes: Lanes, work: Work, batches: Batches, first_step: int = 1
-) -> Iterator[StepResult]:
-    """Train step by step until the batches run out. Raises Diverged, before any update, if a loss
-    is not finite. If there are several ranks, an error on one of them is one of all.
-    """
-    steps = SCHEDULES[settings.schedule](lanes, work, batches)
-    for step in itertools.count(first_step):
-        start_s, thread_start_s = time.perf_counter(), time.thread_time()
-        lr = work.optimizer.param_groups[0]["lr"]
-        try:
-            scores = next(steps, None)
-        except NonFiniteLoss as error:
-            text = f"step {step}: the loss is {error}; try a lower --lr"
-            raise agreed_error(lanes, work, Diverged(text)) from None
-        except Exception as error:
-            raise agreed_error(lanes, work, error) from error.__cause__
-        if scores is None:
-            return
-        records = lanes.take_records()
-        scores, ready_s = scores_of_ranks(work.ranks, scores, records, start_s)
-        yield StepResult(
-            step,
-            **vars(pool(scores)),
-            step_s=time.perf_counter() - start_s,
-            records=records,
-            loads=batches.take_records(),
-            main_thread_s=time.thread_time() - thread_start_s,
-            lr=lr,
-            ready_s=ready_s,
-            synced_s=time.perf_counter(),
-        )
-
-
-def agreed_error(lanes: Lanes, work: Work, error: Exception) -> Exception:
-    """The error with which all ranks end a step that one of them cannot finish: that of the first
-    of them. One that comes from another rank, or after the gradients have been added up, is this
-    rank's own.
-    """
-    ranks, known = work.ranks, work.ranks.agreed or isinstance(error, RankLost)
-    if not known and work.reducer and not work.reduced:
-        try:
-            lanes.backward.call(work.reducer.give_up, error)
-        except Exception as agreed:
-            return agreed if ranks.agreed else error
-    return error
-
-
-def scores_of_ranks(
-    ranks: Ranks, scores: list[Scores], records: Sequence[PhaseRecord], start_s: float
-) -> tuple[list[Scores], tuple[float, ...]]:
-    """The scores of a step's micro-batches on all ranks, in the order in which these were dealt
-    out; and by rank how long it took since `start_s` until its gradients were all there.
-    """
-    if ranks.size == 1:
-        return scores, ()
-    ready_s = max(record.start_s for record in records if record.phase == "reduce") - start_s
-    figures = [figure for each in scores for figure in dataclasses.astuple(each)]
-    ready, dealt = [], []
-    for first, *others in ranks.gather([ready_s, *figures]):
-        ready.append(first)
-        quads = zip(*4 * [iter(others)], strict=True)
-        dealt.append([Scores(loss, *map(int, counts)) for loss, *counts in quads])
-    return in_turn(dealt), tuple(ready)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run works with, once all of it has been set up; `settings` are those in force."""
-
-    settings: Settings
-    topology: Topology
-    plan: CorePlan
-    data: ImageData
-    train: Feed
-    val: Feed | None
-    lanes: Lanes
-    work: Work
-    stop: StopRequest
-    bad: BadImages
-    notes: tuple[str, ...]
-
-    @property
-    def ranks(self) -> Ranks:
-        """The processes that train together."""
-        return self.work.ranks
-
-
-def hear_others(run: Run) -> None:
-    """Raise Stopped if a signal has come, to any of the ranks; let broken images that one of them
-    has found count for all, and raise RunError if these are too many.
-    """
-    ranks, bad = run.ranks, run.bad
-    if ranks.size == 1:
-        run.stop.check()
-        return
-    signums, counts = zip(*ranks.gather([run.stop.signum or 0, len(bad.messages)]), strict=True)
-    if max(counts) > bad.shared:
-        with ranks.together():
-            bad.share(ranks.exchange(bad.messages))
-    if signum := int(max(signums)):
-        ranks.settle(Stopped(signum))
-
-
-def check_same_weights(run: Run, step: int) -> None:
-    """Raise Diverged unless all ranks have the same weights, to the bit."""
-    if run.ranks.size == 1:
-        return
-    digest = hashlib.blake2b()
-    for weight in run.work.network.model.parameters():
-        digest.update(weight.detach().contiguous().view(-1).view(torch.uint8).numpy())
-    found = run.ranks.exchange(digest.digest())
-    others = [rank for rank, each in enumerate(found) if each != found[0]]
-    if others:
-        where = ", ".join(f"rank {rank} on {run.ranks.hosts[rank].name}" for rank in others)
-        text = f"the weights of {where} are not those of rank 0 after step {step}"
-        run.ranks.settle(Diverged(f"{text}; are the processors of one kind?"))
-
-
 def validated(run: Run) -> Iterator[tuple[list[Scores], torch.Tensor, torch.Tensor]]:
     """For each batch of the validation images its scores, the predicted classes and the true ones.
 
@@ -4111,11 +3259,6 @@ def renormalised(
     if torch.equal(mean, mean_there) and torch.equal(std, std_there):
         return ()
     return (std / std_there).float(), ((mean - mean_there) / std_there).float()
-
-
-def build_average(model: nn.Module, settings: Settings) -> MovingAverage | None:
-    """The moving average of the weights, if it is asked for."""
-    return MovingAverage(model, settings.model_ema_decay) if settings.model_ema else None
 
 
 def build_work(

@@ -1,0 +1,185 @@
+"""A model as a phase computes with it: forward, loss and backpropagation, scores, a teacher."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from split_affinity.data.samples import Batch
+from split_affinity.models.freezing import trained
+from split_affinity.models.weights import Weights, with_tensors
+
+# Of a forward phase: logits (n, classes) in float32, with the graph to go back through, targets as
+# in a batch, and if there is a teacher its probabilities (n, classes), without a graph.
+Output = tuple[torch.Tensor, ...]
+
+
+class NonFiniteLoss(Exception):
+    """The loss of a micro-batch is infinite or not a number; nothing was updated."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a batch came to: mean loss, images, and how many of them had their class first, and
+    among the first five.
+    """
+
+    loss: float
+    images: int
+    top1: int
+    top5: int
+
+    def figures(self) -> dict[str, float]:
+        """The mean loss, and both accuracies in percent."""
+        top1, top5 = (100 * count / self.images for count in (self.top1, self.top5))
+        return {"loss": self.loss, "top1": top1, "top5": top5}
+
+
+def score(loss: float, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
+    """Count right answers; of mixed images (targets (n, classes)), the larger share is right."""
+    labels = targets.argmax(1) if targets.ndim == 2 else targets
+    best = logits.detach().topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
+    return Scores(loss, len(labels), int(best[:, 0].sum()), int(best.sum()))
+
+
+def pool(scores: Sequence[Scores]) -> Scores:
+    """The scores of some batches together."""
+    loss_sum = sum(each.loss * each.images for each in scores)
+    images, top1, top5 = (
+        sum(getattr(each, name) for each in scores) for name in ("images", "top1", "top5")
+    )
+    return Scores(loss_sum / images, images, top1, top5)
+
+
+def in_turn(dealt: Iterable[Sequence[Any]]) -> list[Any]:
+    """What was dealt out to ranks one by one, in the order that it had before."""
+    nothing = object()
+    rounds = itertools.zip_longest(*dealt, fillvalue=nothing)
+    return [each for one in rounds for each in one if each is not nothing]
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """What the phases of the next step change before its update, as it was at the end of a step:
+    buffers, such as BatchNorm's running statistics, and the random state. `weights` are those that
+    the next step of `delayed` uses, where they are not the model's own.
+    """
+
+    buffers: Weights
+    random_state: torch.Tensor
+    weights: Weights | None = None
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A trained model, frozen and in evaluation mode, whose probabilities for the very images that
+    the student sees, cropped and mixed alike, are `share` of the target, and the labels the rest
+    (Beyer et al. 2022, arXiv 2106.05237). The loss is linear in the target, so it is divided too.
+
+    Called with images, it gives the probabilities (n, classes). Images that are not normalised as
+    it was trained are first brought to that, channel by channel, by `scale` and `shift` (3, 1, 1).
+    """
+
+    model: nn.Module
+    share: float
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            if self.scale is not None:
+                images = images * self.scale + self.shift
+            return self.model(images).float().softmax(1)
+
+    def loss(
+        self, of_labels: torch.Tensor, logits: torch.Tensor, probabilities: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss of the student's logits, of which `of_labels` is the part without a teacher."""
+        taught = nn.functional.cross_entropy(logits, probabilities)
+        return (1 - self.share) * of_labels + self.share * taught
+
+
+@dataclass
+class Network:
+    """A model and how it computes: everything but the update of its weights.
+
+    The phases work on the model itself, or on a copy of it, made by `copy`, which has weights of
+    its own; frozen weights and the buffers belong to both. A loss counts as one of `accumulate` in
+    a step, on each of `ranks`. `note` says what was taken by a model that starts from trained
+    weights; `frozen` names the weights that `--freeze` keeps as they are.
+    """
+
+    model: nn.Module
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    accumulate: int = 1
+    bf16: bool = False
+    channels_last: bool = False
+    ranks: int = 1
+    note: str = ""
+    teacher: Teacher | None = None
+    frozen: Collection[str] = ()
+
+    def compute(self, model: Callable[..., torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        """What a model, or the teacher, makes of images (n, 3, size, size): (n, classes), float32,
+        in the memory format and the precision of the network.
+        """
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            computed = model(images)
+        return computed.float()
+
+    def forward(self, batch: Batch, model: nn.Module | None = None) -> Output:
+        """The forward phase; the teacher's comes first, while the model has no activations yet."""
+        images, targets = batch
+        taught = (self.compute(self.teacher, images),) if self.teacher else ()
+        return self.compute(model or self.model, images), targets, *taught
+
+    def backward(self, output: Output) -> Scores:
+        """Loss and backpropagation; adds to the gradients."""
+        logits, targets, *taught = output
+        loss = self.loss(logits, targets)
+        if taught:
+            loss = self.teacher.loss(loss, logits, *taught)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteLoss(str(value))
+        # For CPU tensors this runs in the calling thread.
+        (loss / (self.accumulate * self.ranks)).backward()
+        return score(value, logits, targets)
+
+    def copy(self, begun: Weights | None = None) -> nn.Module:
+        """A copy of the model to run phases with; with the weights of a step already begun, if a
+        run goes on there.
+        """
+        names = trained(self.model)
+        now = names | (begun or {})
+        own = {name: nn.Parameter(now[name].detach().clone()) for name in names}
+        return with_tensors(self.model, own)
+
+    def refresh(self, copied: nn.Module) -> StepEnd:
+        """Bring a copy up to the model's own weights: the next step begins here, with it."""
+        weights = trained(self.model)
+        with torch.no_grad():
+            for name, weight in trained(copied).items():
+                weight.copy_(weights[name])
+        return self.step_end(trained(copied))
+
+    def step_end(self, begun: Weights | None = None) -> StepEnd:
+        """The end of a step, which is now, of all that the next one changes before its update."""
+        weights = dict(self.model.named_parameters())
+        state = self.model.state_dict()
+        buffers = {name: state[name].clone() for name in state if name not in weights}
+        return StepEnd(buffers, torch.get_rng_state(), begun)
+
+
+# Images by (true class, predicted class), of the pairs that occur: with the 21,841 classes of
+# ImageNet-21k a matrix would take 3.6 GiB.
+Confusion = Counter[tuple[int, int]]

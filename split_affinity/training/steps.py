@@ -1,0 +1,239 @@
+"""Optimizer steps one after the other, with their records; signals and other ranks between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from split_affinity.data.loader import BadImages, Batches, Feed
+from split_affinity.data.pictures import ImageData
+from split_affinity.data.samples import LoadRecord
+from split_affinity.errors import STOP_SIGNALS, RunError, Stopped
+from split_affinity.lanes.audit import PhaseRecord
+from split_affinity.lanes.contention import Company
+from split_affinity.lanes.lane import Lanes
+from split_affinity.machine.plan import CorePlan
+from split_affinity.machine.topology import Topology
+from split_affinity.options.settings import Settings
+from split_affinity.ranks.ranks import RankLost, Ranks
+from split_affinity.training.network import NonFiniteLoss, Scores, in_turn, pool
+from split_affinity.training.schedules import SCHEDULES
+from split_affinity.training.update import Work
+
+PHASES = ("forward", "backward", "reduce", "update", "refresh")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: mean loss per image, images, the records of the phases that ended in it,
+    in order, and of the batches that it took; `main_thread_s` is the main thread's CPU time, `top1`
+    and `top5` count right answers, `lr` is the learning rate of the step. `company` is what others
+    took of the cores since they were last looked for, in steps after which they were.
+
+    Loss and counts are those of all ranks. If there are several, `ready_s` has for each how long it
+    took until its gradients were all there, and at `synced_s` (of time.perf_counter) all ranks had
+    made the step.
+    """
+
+    step: int
+    loss: float
+    images: int
+    step_s: float
+    records: tuple[PhaseRecord, ...]
+    loads: tuple[LoadRecord, ...] = ()
+    main_thread_s: float = 0.0
+    top1: int = 0
+    top5: int = 0
+    lr: float = 0.0
+    company: Company | None = None
+    ready_s: tuple[float, ...] = ()
+    synced_s: float = 0.0
+
+    @property
+    def waited_s(self) -> tuple[float, ...]:
+        """How long each rank waited for the one whose gradients came last."""
+        return tuple(max(self.ready_s) - ready_s for ready_s in self.ready_s)
+
+    def total(self, quantity: str, phase: str | None = None) -> float:
+        """A quantity of PhaseRecord, added up over the records of a phase, or over all."""
+        records = (record for record in self.records if phase in (None, record.phase))
+        return sum(getattr(record, quantity) for record in records)
+
+    def as_metrics(self) -> dict[str, Any]:
+        """The step's line in metrics.jsonl."""
+        line = {"type": "step", "step": self.step, "loss": self.loss, "images": self.images}
+        line |= {"top1": self.top1, "top5": self.top5, "lr": self.lr, "step_s": self.step_s}
+        line |= {f"{phase}_s": self.total("duration_s", phase) for phase in PHASES}
+        line |= {f"{phase}_cpu_s": self.total("cpu_s", phase) for phase in PHASES}
+        others = {"company": dataclasses.asdict(self.company)} if self.company else {}
+        others |= {"waited_s": self.waited_s} if self.ready_s else {}
+        return line | {"stray_s": self.total("stray_s")} | others
+
+
+class StopRequest:
+    """Turns the first SIGINT, SIGTERM or SIGHUP into a request that `check` raises as Stopped:
+    between two optimizer steps, or batches of a validation.
+
+    A second signal ends the process at once, unless there are several ranks, of which the launcher
+    kills those that do not end in time; a SIGHUP that is ignored (nohup) stays so. A context
+    manager: leaving it restores the handlers. Outside the main thread, where Python allows no
+    handlers, it does nothing.
+    """
+
+    def __init__(self, ranks: int = 1):
+        self.signum: int | None = None
+        self._previous: dict[int, Any] = {}
+        self._next = signal.SIG_DFL if ranks == 1 else signal.SIG_IGN
+
+    def check(self) -> None:
+        """Raise Stopped if a signal has come."""
+        if self.signum is not None:
+            raise Stopped(self.signum)
+
+    def _handle(self, signum: int, frame: object) -> None:
+        self.signum = signum
+        for other in self._previous:
+            signal.signal(other, self._next)
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for signum in STOP_SIGNALS:
+                if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                    self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+
+class Diverged(RunError):
+    """A loss is not finite; nothing was updated."""
+
+
+def run_schedule(
+    settings: Settings, lanes: Lanes, work: Work, batches: Batches, first_step: int = 1
+) -> Iterator[StepResult]:
+    """Train step by step until the batches run out. Raises Diverged, before any update, if a loss
+    is not finite. If there are several ranks, an error on one of them is one of all.
+    """
+    steps = SCHEDULES[settings.schedule](lanes, work, batches)
+    for step in itertools.count(first_step):
+        start_s, thread_start_s = time.perf_counter(), time.thread_time()
+        lr = work.optimizer.param_groups[0]["lr"]
+        try:
+            scores = next(steps, None)
+        except NonFiniteLoss as error:
+            text = f"step {step}: the loss is {error}; try a lower --lr"
+            raise agreed_error(lanes, work, Diverged(text)) from None
+        except Exception as error:
+            raise agreed_error(lanes, work, error) from error.__cause__
+        if scores is None:
+            return
+        records = lanes.take_records()
+        scores, ready_s = scores_of_ranks(work.ranks, scores, records, start_s)
+        yield StepResult(
+            step,
+            **vars(pool(scores)),
+            step_s=time.perf_counter() - start_s,
+            records=records,
+            loads=batches.take_records(),
+            main_thread_s=time.thread_time() - thread_start_s,
+            lr=lr,
+            ready_s=ready_s,
+            synced_s=time.perf_counter(),
+        )
+
+
+def agreed_error(lanes: Lanes, work: Work, error: Exception) -> Exception:
+    """The error with which all ranks end a step that one of them cannot finish: that of the first
+    of them. One that comes from another rank, or after the gradients have been added up, is this
+    rank's own.
+    """
+    ranks, known = work.ranks, work.ranks.agreed or isinstance(error, RankLost)
+    if not known and work.reducer and not work.reduced:
+        try:
+            lanes.backward.call(work.reducer.give_up, error)
+        except Exception as agreed:
+            return agreed if ranks.agreed else error
+    return error
+
+
+def scores_of_ranks(
+    ranks: Ranks, scores: list[Scores], records: Sequence[PhaseRecord], start_s: float
+) -> tuple[list[Scores], tuple[float, ...]]:
+    """The scores of a step's micro-batches on all ranks, in the order in which these were dealt
+    out; and by rank how long it took since `start_s` until its gradients were all there.
+    """
+    if ranks.size == 1:
+        return scores, ()
+    ready_s = max(record.start_s for record in records if record.phase == "reduce") - start_s
+    figures = [figure for each in scores for figure in dataclasses.astuple(each)]
+    ready, dealt = [], []
+    for first, *others in ranks.gather([ready_s, *figures]):
+        ready.append(first)
+        quads = zip(*4 * [iter(others)], strict=True)
+        dealt.append([Scores(loss, *map(int, counts)) for loss, *counts in quads])
+    return in_turn(dealt), tuple(ready)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run works with, once all of it has been set up; `settings` are those in force."""
+
+    settings: Settings
+    topology: Topology
+    plan: CorePlan
+    data: ImageData
+    train: Feed
+    val: Feed | None
+    lanes: Lanes
+    work: Work
+    stop: StopRequest
+    bad: BadImages
+    notes: tuple[str, ...]
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train together."""
+        return self.work.ranks
+
+
+def hear_others(run: Run) -> None:
+    """Raise Stopped if a signal has come, to any of the ranks; let broken images that one of them
+    has found count for all, and raise RunError if these are too many.
+    """
+    ranks, bad = run.ranks, run.bad
+    if ranks.size == 1:
+        run.stop.check()
+        return
+    signums, counts = zip(*ranks.gather([run.stop.signum or 0, len(bad.messages)]), strict=True)
+    if max(counts) > bad.shared:
+        with ranks.together():
+            bad.share(ranks.exchange(bad.messages))
+    if signum := int(max(signums)):
+        ranks.settle(Stopped(signum))
+
+
+def check_same_weights(run: Run, step: int) -> None:
+    """Raise Diverged unless all ranks have the same weights, to the bit."""
+    if run.ranks.size == 1:
+        return
+    digest = hashlib.blake2b()
+    for weight in run.work.network.model.parameters():
+        digest.update(weight.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    found = run.ranks.exchange(digest.digest())
+    others = [rank for rank, each in enumerate(found) if each != found[0]]
+    if others:
+        where = ", ".join(f"rank {rank} on {run.ranks.hosts[rank].name}" for rank in others)
+        text = f"the weights of {where} are not those of rank 0 after step {step}"
+        run.ranks.settle(Diverged(f"{text}; are the processors of one kind?"))
