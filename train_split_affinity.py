@@ -68,7 +68,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -76,7 +75,6 @@ import math
 import multiprocessing.connection
 import os
 import platform
-import queue
 import re
 import resource
 import signal
@@ -84,9 +82,7 @@ import statistics
 import sys
 import tempfile
 import textwrap
-import threading
 import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -295,10 +291,8 @@ def explain_import_error(error: Exception) -> str:
 
 
 try:
-    import fsspec
     import psutil
     import torch
-    import torchvision
     from torch import distributed, nn
     from torch.optim import lr_scheduler
     from tqdm import tqdm
@@ -307,6 +301,63 @@ except (ImportError, RuntimeError, OSError) as import_error:
         raise
     print(explain_import_error(import_error), file=sys.stderr)
     raise SystemExit(2) from None
+from split_affinity.checkpoints.folder import (  # noqa: F401
+    BEST,
+    KEPT,
+    LAST,
+    LAST_UPLOADS_S,
+    PREVIOUS,
+    UPLOAD_ATTEMPTS,
+    Checkpoints,
+    Mirror,
+)
+from split_affinity.checkpoints.resume import (  # noqa: F401
+    IN_PLACE_OF,
+    check_classes,
+    check_new,
+    check_resumable,
+    check_same_classes,
+    check_same_step,
+    defaults_to_ask,
+    defaults_to_go_on,
+    find_again,
+    find_resumed,
+    find_to_go_on,
+    fitting,
+    resume,
+    saved_defaults,
+)
+from split_affinity.checkpoints.state import (  # noqa: F401
+    BY_MACHINE,
+    CHECKPOINT_FORMAT,
+    NOT_TAKEN,
+    ON_RESUME,
+    PLACES,
+    SEAL,
+    SEAL_BYTES,
+    STATE_FIELDS,
+    BadCheckpoint,
+    Digested,
+    Progress,
+    State,
+    asked_again,
+    best_epoch,
+    fault_of_state,
+    fault_of_values,
+    is_sealed,
+    load_plain,
+    make_state,
+    preprocessing_of,
+    read_checkpoint,
+    restore_part,
+    restore_state,
+    saved_settings,
+    seal,
+    settings_to_go_on,
+    verify_checkpoint,
+    versions,
+    write_verified,
+)
 from split_affinity.data.classes import (  # noqa: F401
     WORDNET_STEPS,
     Renumbered,
@@ -721,395 +772,11 @@ from split_affinity.training.update import (  # noqa: F401
 # files of other programs. Knows nothing of cores.
 # ==================================================================================================
 
-CHECKPOINT_FORMAT = "train_split_affinity 1"
-SEAL = b"\nsha256 "
-SEAL_BYTES = len(SEAL) + 64 + 1  # 64 hexadecimal digits and a line feed
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
-KEPT = re.compile(r"(best|epoch)-(\d{4,})\.pt")
-UPLOAD_ATTEMPTS, LAST_UPLOADS_S = 3, 60
 
 # Where other programs keep weights in a file, a moving average first, as timm's own loading has it;
 # and what wrappers of a model (DataParallel, torch.compile) put before the names.
 WEIGHTS_IN = ("model_ema", "state_dict_ema", "ema", "state_dict", "model", "model_state_dict")
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
-# Settings that name a file or a folder, those that a machine decides where they are not given, and
-# those that a run which goes on does not take from the saved one: how that began, what it printed.
-PLACES = "data_path augment_confused teacher_weights mirror log_file".split()
-BY_MACHINE = "loader_cores forward_threads backward_threads precision tuned_malloc".split()
-NOT_TAKEN = """
-    resume weights init_from test_only download machine record quick preload pictures
-    json ranks timeout""".split()
-
-# What becomes of another value of each setting when a run is resumed: see `option`.
-ON_RESUME = {each.name: each.metadata["on_resume"] for each in dataclasses.fields(Settings)}
-
-State = dict[str, Any]  # what a checkpoint holds, or its part on the data: plain types, tensors
-STATE_FIELDS = set(
-    """format model average optimizer scheduler flow ahead random_state progress settings versions
-    data asked ranks""".split()
-)
-
-
-class BadCheckpoint(UserError):
-    """A file that is missing, damaged, or no checkpoint of this program; the message names it."""
-
-
-@dataclass
-class Progress:
-    """Where a run stands, the same on all ranks. `epoch` epochs are finished and `batches` of the
-    next one are taken;
-    `loss_sum`, `top1`, `top5` and `images` are that epoch's so far, of `epoch_batches` batches.
-    `best` has (top-1, epoch) of the best epochs, best first; `history` a row for each finished one.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batches: int = 0
-    images: int = 0
-    loss_sum: float = 0.0
-    top1: int = 0
-    top5: int = 0
-    best: list[tuple[float, int]] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    bad_images: list[str] = field(default_factory=list)
-    epoch_batches: int = 0
-    lr: float = 0.0
-
-    def add_step(self, images: int, loss: float, top1: int, top5: int, batches: int) -> None:
-        """Take in one optimizer step; `loss` is the mean per image."""
-        self.step += 1
-        self.batches += batches
-        self.images += images
-        self.loss_sum += loss * images
-        self.top1 += top1
-        self.top5 += top5
-
-    def begin_epoch(self) -> None:
-        """The running epoch is finished."""
-        self.epoch += 1
-        self.batches = self.images = self.top1 = self.top5 = 0
-        self.loss_sum = 0.0
-
-    def end_epoch(self, row: dict[str, Any], keep_best: int) -> None:
-        """Enter a finished epoch's figures; the next one begins."""
-        self.begin_epoch()
-        self.history.append(row)
-        if row["val_top1"] is not None:
-            ranked = [*map(tuple, self.best), (row["val_top1"], self.epoch)]
-            self.best = sorted(ranked, key=lambda one: (-one[0], one[1]))[:keep_best]
-
-
-def versions() -> dict[str, str]:
-    """Versions of all that the figures depend on."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-        "psutil": psutil.__version__,
-        "system": f"{platform.system()} {platform.release()}",
-        Path(PROGRAM).stem: __version__,
-    }
-
-
-def make_state(
-    settings: Settings,
-    work: Work,
-    progress: Progress,
-    data: State | None = None,
-    asked: Values | None = None,
-    parts: Sequence[Part] = (),
-) -> State:
-    """Everything needed to go on from the end of the latest optimizer step, in plain types and
-    tensors. Raises BadCheckpoint if an update was broken off.
-
-    `settings` are those in force; `asked` are those that a run which goes on takes in their place.
-    `parts` are those of several ranks, whose mean the model gets.
-    """
-    if work.updating:
-        raise BadCheckpoint("an error broke off the update of the weights")
-    end = work.end or work.network.step_end()
-    mean = mean_part(parts) if parts else {"buffers": {}, "average": {}}
-    return {
-        "format": CHECKPOINT_FORMAT,
-        "model": work.values() | mean["buffers"],
-        "average": work.average.values | mean["average"] if work.average else None,
-        "optimizer": work.optimizer.state_dict(),
-        "scheduler": work.scheduler.state_dict() if work.scheduler else None,
-        "flow": work.flow.state() if work.flow else None,
-        "ahead": end.weights and {name: value.detach() for name, value in end.weights.items()},
-        "random_state": end.random_state,
-        "progress": dataclasses.asdict(progress),
-        "settings": plain_settings(settings),
-        "versions": versions(),
-        "data": data,
-        "asked": asked or {},
-        **({"ranks": list(parts)} if parts else {}),
-    }
-
-
-def saved_settings(state: State) -> Values:
-    """The settings of a saved run, as JSON types. One that its version did not know yet counts as
-    its default, which is to leave things as they were.
-    """
-    return plain_settings(Settings()) | state["settings"]
-
-
-def asked_again(asked: Settings, in_force: Settings) -> Values:
-    """Settings that a run which goes on takes in place of those that were in force, in plain types:
-    what was left to the data or the machine is decided anew, and what lies somewhere is found from
-    any folder.
-    """
-    values, decided = plain_settings(asked), plain_settings(in_force)
-    for name in PLACES:
-        place = getattr(asked, name)
-        if isinstance(place, Path) or (place and Path(place).exists()):
-            values[name] = os.fspath(Path(place).absolute())
-    ready = vars(Preprocessing())
-    return {key: values[key] for key in values if values[key] != decided[key] and key not in ready}
-
-
-def settings_to_go_on(state: State) -> Settings:
-    """The settings that a run takes from the saved one which it goes on with. Versions that did not
-    save what was asked for had these decided anew each time.
-    """
-    asked = state.get("asked")
-    if asked is None:
-        plain = plain_settings(Settings())
-        asked = {name: plain[name] for name in BY_MACHINE}
-    taken = saved_settings(state) | asked
-    return settings_of({name: value for name, value in taken.items() if name not in NOT_TAKEN})
-
-
-def preprocessing_of(state: State) -> Preprocessing:
-    """How pictures were made ready to validate a saved model.
-
-    Versions that did not save it did so as for CIFAR-10 or as for ImageNet. Of their data only
-    image folders have a fingerprint of files, and the classes of synthetic images are numbers.
-    """
-    data = state.get("data") or {"classes": ["0"], "fingerprint": ""}
-    words = not data["classes"][0].isdigit()
-    files = data["fingerprint"] != hashlib.sha256().hexdigest()
-    native = CIFAR10 if words and not files else Preprocessing()
-    known = {name: state["settings"].get(name) for name in vars(native)}
-    return native.overruled(settings_of(known))
-
-
-def restore_state(state: State, work: Work, settings: Settings) -> Progress:
-    """Put a run's objects, made as for a new run, into a saved state; says where the run stands.
-
-    Rates that are not those of the saved run hold from here on: the learning rate goes on at the
-    same step of its new course.
-    """
-    own = [dict(group, params=None) for group in work.optimizer.param_groups]
-    progress = Progress(**state["progress"])
-    model = work.network.model
-    model.load_state_dict(versioned(state["model"], model))
-    work.optimizer.load_state_dict(state["optimizer"])
-    ours, saved = plain_settings(settings), saved_settings(state)
-    if all(saved[name] == ours[name] for name in ours if ON_RESUME[name] == "rate"):
-        work.scheduler.load_state_dict(state["scheduler"])
-    else:
-        for group, values in zip(work.optimizer.param_groups, own, strict=True):
-            group |= values | {"params": group["params"]}
-        with warnings.catch_warnings():  # torch expects an optimizer step before each of these
-            warnings.simplefilter("ignore")
-            for _ in range(min(progress.step, planned_steps(settings, progress.epoch_batches))):
-                work.scheduler.step()
-    if work.average:
-        for name, value in work.average.values.items():
-            value.copy_(state["average"][name])
-        work.average.updates = progress.step  # one in each
-    if work.flow and state["flow"]:
-        work.flow.restore(state["flow"])
-    begin_momentum(work.optimizer)  # of what the saved run has kept frozen
-    restore_part(state, work, derived_seed(settings.seed, "rank", work.ranks.rank, progress.step))
-    work.end = work.network.step_end(state["ahead"] if settings.schedule == "delayed" else None)
-    return progress
-
-
-def restore_part(state: State, work: Work, seed: int) -> None:
-    """Go on with what belonged to this rank alone; if there were not as many ranks, with what is
-    common to all, and random numbers by the seed, which rank 0 has no need of.
-    """
-    parts, ranks = state.get("ranks") or [], work.ranks
-    if len(parts) == ranks.size:
-        work.put_buffers(parts[ranks.rank])
-        torch.set_rng_state(parts[ranks.rank]["random_state"])
-    elif ranks.rank:
-        torch.manual_seed(seed)
-    else:
-        torch.set_rng_state(state["random_state"])
-
-
-def check_classes(path: Path, saved: State, classes: Sequence[str]) -> None:
-    """Raise UserError if a checkpoint's classes are not those of the data."""
-    if saved.get("data"):
-        check_same_classes(str(path), saved["data"]["classes"], classes)
-
-
-def check_same_classes(where: str, known: Sequence[str], classes: Sequence[str]) -> None:
-    """Raise UserError if the classes that weights know, `where` these are, are not the data's."""
-    for number, pair in enumerate(itertools.zip_longest(known, classes)):
-        if pair[0] != pair[1]:
-            theirs, ours = (name or "missing" for name in pair)
-            raise UserError(
-                f"{where}: its class {number} is {theirs}, not {ours} as in --data-path"
-            )
-
-
-def check_resumable(
-    path: Path, saved: State, settings: Settings, data: State | None = None
-) -> list[str]:
-    """Settings, versions and images in which a run differs from the one that is resumed, so that
-    it will not give the same numbers. Raises UserError for a difference that makes no sense.
-    """
-    former, asked = saved_settings(saved), saved.get("asked") or {}
-    differences = check_same_step(path, former, settings)
-    for name, value in plain_settings(settings).items():
-        before = former[name]
-        unknown = before is None and name not in saved["settings"]  # to the version that saved it
-        same = value in (before, asked.get(name, before)) or name == "accumulate"  # see above
-        if ON_RESUME[name] == "free" or same or unknown:
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        if ON_RESUME[name] == "fixed":
-            raise UserError(
-                f"{flag} {value}: {path} has {before}; --init-from takes its weights alone"
-            )
-        differences.append(f"{flag} {before} -> {value}")
-    for name, value in versions().items():
-        if name in ("torch", "torchvision") and saved["versions"].get(name) != value:
-            differences.append(f"{name} {saved['versions'].get(name)} -> {value}")
-    before = saved.get("data")
-    if data and before:
-        check_classes(path, saved, data["classes"])
-        if before["fingerprint"] != data["fingerprint"]:
-            counts = f"{before['images']} -> {data['images']}"
-            differences.append(f"images to train on (names or sizes) {counts}")
-        each = [", ".join(those.get("confused", [])) or "none" for those in (before, data)]
-        if each[0] != each[1]:
-            differences.append(f"classes that are augmented more strongly {' -> '.join(each)}")
-    return differences
-
-
-def check_same_step(path: Path, former: Values, settings: Settings) -> list[str]:
-    """What another number of ranks changes, if it is one. Raises UserError if an optimizer step
-    would not have as many batches as before.
-    """
-    then, now = former["accumulate"] * former["ranks"], batches_in_step(settings)
-    if then != now:
-        count = plural(settings.ranks, "rank")
-        asked = (
-            f"--accumulate {settings.accumulate} on {count}" if now != settings.accumulate else ""
-        )
-        raise UserError(
-            f"{asked or f'--accumulate {settings.accumulate}'}: {path} has {then} batches a step; "
-            "--init-from takes its weights alone"
-        )
-    if former["ranks"] == settings.ranks:
-        return []
-    changed = "BatchNorm starts from the mean of all ranks, dropout draws anew"
-    return [f"ranks {former['ranks']} -> {settings.ranks} ({changed})"]
-
-
-def seal(digest: Any) -> bytes:
-    """What a checkpoint ends with: the SHA-256 of all bytes before it.
-
-    torch.load checks no checksums, and an archive's own cover only the contents of its entries: a
-    flipped bit in its directory can make a tensor look like a folder, and torch.load then leaves
-    the tensor's memory as it was. What follows an archive, torch.load does not mind.
-    """
-    return SEAL + digest.hexdigest().encode() + b"\n"
-
-
-class Digested(io.BufferedWriter):
-    """A file to write; `digest` is the SHA-256 of what was written."""
-
-    def __init__(self, path: Path):
-        super().__init__(io.FileIO(path, "w"))
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        """As the file's own."""
-        self.digest.update(data)
-        return super().write(data)
-
-
-def verify_checkpoint(path: Path) -> None:
-    """Raise BadCheckpoint unless a file ends with the seal of all that stands before it."""
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            left = max(0, os.fstat(file.fileno()).st_size - SEAL_BYTES)
-            while left and (data := file.read(min(left, 1 << 20))):
-                digest.update(data)
-                left -= len(data)
-            ending = file.read(SEAL_BYTES)
-    except FileNotFoundError:
-        raise BadCheckpoint(f"{path}: no such checkpoint") from None
-    except OSError as error:
-        raise BadCheckpoint(f"{path}: cannot be read: {error.strerror}") from None
-    if not ending.startswith(SEAL):
-        raise BadCheckpoint(f"{path}: damaged, or no checkpoint of this program")
-    if ending != seal(digest):
-        raise BadCheckpoint(f"{path}: damaged: its SHA-256 is not the one that it ends with")
-
-
-def read_checkpoint(path: Path) -> State:
-    """A saved state, verified. Raises BadCheckpoint."""
-    verify_checkpoint(path)
-    state = load_plain(path)
-    if fault := fault_of_state(state):
-        raise BadCheckpoint(f"{path}: {fault}")
-    return state
-
-
-def load_plain(path: Path, *harmless: type) -> Any:
-    """What torch.save wrote into a file: tensors and plain data, and objects of `harmless` classes.
-    Nothing that a file holds is run. Raises BadCheckpoint.
-    """
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([*harmless]):
-            warnings.simplefilter("ignore")  # of the kinds of files that cannot be read
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds
-        reason = "not a file of torch.save, or cut short"
-        if isinstance(error, (RuntimeError, OSError)):
-            reason = re.sub(r"\. (This|In PyTorch) .*", "", one_line(error))
-        elif found := re.search(r"GLOBAL (\S+)", str(error)):  # it advises to load it all the same
-            reason = f"it holds more than plain data: {found[1]}, which is not run"
-    raise BadCheckpoint(f"{path}: cannot be read: {reason}")
-
-
-def fault_of_state(state: Any) -> str:
-    """What keeps a file's content from being a state to go on from, if anything."""
-    saved = state.get("format") if isinstance(state, dict) else None
-    if saved != CHECKPOINT_FORMAT:
-        name, _, number = str(saved).rpartition(" ")
-        ours, _, known = CHECKPOINT_FORMAT.rpartition(" ")
-        if name == ours and number.isdigit() and int(number) > int(known):
-            return f"made by a newer version of this program (format {number}; this one: {known})"
-        return f"no checkpoint of this program ({CHECKPOINT_FORMAT})"
-    progress = state.get("progress")
-    for what, found, names, optional in (
-        ("", state, STATE_FIELDS, {"data", "asked", "ranks"}),
-        ("progress.", progress, {one.name for one in dataclasses.fields(Progress)}, set()),
-    ):
-        if not isinstance(found, dict):
-            return f"{what.rstrip('.')} is not what it should be"
-        if missing := sorted(names - optional - found.keys()):
-            return f"{what}{missing[0]} is missing"
-        if unknown := sorted(map(str, found.keys() - names)):
-            return f"{what}{unknown[0]} is unknown to this version"
-    return fault_of_values(state["model"])
-
-
-def fault_of_values(weights: Weights) -> str:
-    """What keeps weights from being of any use, if anything."""
-    for name, value in weights.items():
-        if value.is_floating_point() and not value.float().isfinite().all():
-            return f"{name} holds values that are infinite or no numbers: the run had diverged"
-    return ""
 
 
 @dataclass(frozen=True)
@@ -1147,14 +814,6 @@ def read_weights(path: Path, flag: str = "--init-from") -> SavedWeights:
     return SavedWeights(state["model"], known, settings)
 
 
-def is_sealed(path: Path) -> bool:
-    """Whether a file ends as a checkpoint of this program does, damaged or not. Raises OSError."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - SEAL_BYTES))
-        return file.read().startswith(SEAL)
-
-
 def load_safetensors(path: Path) -> Weights:
     """The tensors of a file in the format of safetensors, an optional package. Raises BadCheckpoint
     or OSError.
@@ -1186,250 +845,6 @@ def plain_weights(path: Path, content: Any) -> SavedWeights:
     if fault:
         raise BadCheckpoint(f"{path}: {fault}")
     return SavedWeights(weights, part=part)
-
-
-def write_verified(path: Path, state: State) -> None:
-    """Write a state to disk and read it back. Raises OSError, RuntimeError (torch's, for a full
-    disk) or BadCheckpoint, and leaves nothing behind then.
-    """
-    try:
-        with Digested(path) as file:
-            torch.save(state, file)
-            file.write(seal(file.digest))
-            file.flush()
-            os.fsync(file.fileno())
-        verify_checkpoint(path)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
-class Mirror:
-    """Copies files to an address of fsspec, and removes them there, in the background, one after
-    the other.
-
-    `messages` collects what failed. A file that waits is copied as it is when its turn comes.
-    """
-
-    def __init__(self, url: str):
-        try:
-            self._filesystem, self._root = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError, OSError) as error:
-            raise UserError(f"--mirror {url}: {one_line(error)}") from None
-        self.messages: list[str] = []
-        self._queue: queue.Queue[tuple[str, Path] | None] = queue.Queue()
-        self._waiting: list[tuple[str, Path]] = []
-        self._running: list[tuple[str, Path]] = []
-        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
-        self._thread.start()
-
-    def copy(self, path: Path) -> None:
-        """Have a file copied, soon."""
-        self._add("copied", path)
-
-    def remove(self, path: Path) -> None:
-        """Have the copy of a file removed, soon."""
-        self._add("removed", path)
-
-    def close(self) -> None:
-        """Wait for what is left to do, but no longer than a minute."""
-        self._queue.put(None)
-        self._thread.join(LAST_UPLOADS_S)
-        left = (*self._running, *self._waiting) if self._thread.is_alive() else ()
-        for done in dict.fromkeys(done for done, _ in left):
-            names = ", ".join(sorted({path.name for each, path in left if each == done}))
-            self.messages.append(f"mirror: {names} not {done} within {LAST_UPLOADS_S} s")
-
-    def _add(self, done: str, path: Path) -> None:
-        if (done, path) not in self._waiting:
-            self._waiting.append((done, path))
-            self._queue.put((done, path))
-
-    def _work(self) -> None:
-        while job := self._queue.get():
-            self._running = [job]
-            self._waiting.remove(job)
-            done, path = job
-            act = self._upload if done == "copied" else self._delete
-            for attempt in range(1, UPLOAD_ATTEMPTS + 1):
-                try:
-                    act(path)
-                    break
-                except Exception as error:  # whatever the other side raises
-                    if attempt < UPLOAD_ATTEMPTS:
-                        time.sleep(attempt)
-                        continue
-                    tries = plural(attempt, "attempt")
-                    text = f"mirror: {path.name} not {done} in {tries}: {one_line(error)}"
-                    self.messages.append(text)
-
-    def _upload(self, path: Path) -> None:
-        """Under another name first, so that the other side never has half a file. What is gone
-        here meanwhile, no longer among the best, say, is left out.
-        """
-        target = f"{self._root}/{path.name}"
-        if path.exists():
-            self._filesystem.makedirs(self._root, exist_ok=True)
-            self._filesystem.put_file(str(path), target + ".part")
-            self._filesystem.mv(target + ".part", target)
-
-    def _delete(self, path: Path) -> None:
-        target = f"{self._root}/{path.name}"
-        if self._filesystem.exists(target):
-            self._filesystem.rm_file(target)
-
-
-class Checkpoints:
-    """The checkpoints of an output folder.
-
-    `last.pt` is the newest state, `previous.pt` the one before; `best-EPOCH.pt` those with the best
-    top-1, `best.pt` the first of them, `epoch-EPOCH.pt` those kept for good. A state is written
-    once; the other names are links to the same file. Of several ranks, the first alone writes.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        warn: Callable[[str], None],
-        data: State | None = None,
-        asked: Values | None = None,
-        ranks: Ranks = ONE_PROCESS,
-    ):
-        self.folder = settings.output_dir
-        self._ranks = ranks
-        self.warn = warn
-        self.data = data
-        self._asked = asked
-        self._settings = settings
-        self._saved: tuple[int, int] | None = None  # step and epoch of the newest state
-        self._lock: io.FileIO | None = None
-        self._mirror = Mirror(settings.mirror) if settings.mirror and not ranks.rank else None
-
-    def hold(self, make: bool = False) -> None:
-        """Have the folder, if it is there or to be made, belong to this process alone until
-        `close`. Raises UserError if another process has it.
-        """
-        if self._ranks.rank:
-            return
-        if make and self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        if self._lock or not self.folder or not self.folder.is_dir():
-            return
-        try:
-            self._lock = lock_folder(self.folder)
-        except OSError as error:
-            reason = f"{self.folder} cannot be locked ({error.strerror})"
-            self.warn(f"{reason}: see to it that no other run is started there")
-
-    def save(self, work: Work, progress: Progress) -> None:
-        """Save the state of a run; where that fails, say so and leave the earlier files alone."""
-        stands = progress.step, progress.epoch
-        if not self.folder or not progress.step or stands == self._saved:
-            return
-        several = self._ranks.size > 1
-        try:
-            parts = self._ranks.exchange(work.part()) if several else ()
-            saved = not self._ranks.rank and self._write(work, progress, parts)
-            if any(self._ranks.exchange(saved)):
-                self._saved = stands
-        except RankLost as error:
-            self.warn(f"{self.folder / LAST}: not saved: {error}")
-        self._tell()
-
-    def _write(self, work: Work, progress: Progress, parts: Sequence[Part]) -> bool:
-        """Write a state, and keep what is to be kept; False if that fails, which is said."""
-        temporary, last = self.folder / f"{LAST}.tmp", self.folder / LAST
-        try:
-            state = make_state(self._settings, work, progress, self.data, self._asked, parts)
-            if fault := fault_of_state(state):
-                raise BadCheckpoint(fault)
-            write_verified(temporary, state)
-            with contextlib.suppress(BadCheckpoint):
-                verify_checkpoint(last)  # a damaged one must not replace a good previous.pt
-                last.replace(self.folder / PREVIOUS)
-            temporary.replace(last)
-            flush_folder(self.folder)
-        except Exception as error:  # of the disk, of torch, or for want of memory
-            reason = why_not_saved(error)
-            self.warn(f"{last}: not saved: {reason}; earlier checkpoints are untouched")
-            return False
-        self.keep(last, progress)
-        if self._mirror:
-            self._mirror.copy(last)
-        return True
-
-    def keep(self, source: Path, progress: Progress) -> None:
-        """Give the names to the newest state, in `source`, and to the best ones, that they have to
-        have; where that fails, say so.
-        """
-        if not progress.epoch or progress.batches or self._ranks.rank:
-            return
-        names = [f"best-{epoch:04}.pt" for _, epoch in progress.best if epoch == progress.epoch]
-        if self._settings.save_freq and progress.epoch % self._settings.save_freq == 0:
-            names.append(f"epoch-{progress.epoch:04}.pt")
-        best = [self.folder / f"best-{epoch:04}.pt" for _, epoch in progress.best]
-        try:
-            for name in names:
-                link_file(source, self.folder / name)
-            if best and best[0].exists():
-                link_file(best[0], self.folder / BEST)
-            for epoch, path in self._kept():
-                if path.name.startswith("best") and path not in best and epoch <= progress.epoch:
-                    path.unlink()
-                    if self._mirror:
-                        self._mirror.remove(path)
-        except OSError as error:
-            text = ", ".join([*names, BEST])
-            self.warn(f"{self.folder}: {text} could not all be made: {why_not_saved(error)}")
-        for name in (BEST, *names) if self._mirror else ():
-            if (self.folder / name).exists():
-                self._mirror.copy(self.folder / name)
-
-    def newest_good(self) -> tuple[Path, State] | None:
-        """The newest state that is whole; None if there has never been one. Names damaged files.
-
-        Raises BadCheckpoint if there are files, but none of them is good.
-        """
-        paths = [self.folder / name for name in (LAST, PREVIOUS)]
-        paths += [path for _, path in self._kept()]
-        bad = ""
-        for path in filter(Path.exists, paths):
-            try:
-                return path, read_checkpoint(path)
-            except BadCheckpoint as error:
-                bad = str(error)
-                self.warn(f"{error}; the one before it is tried")
-        if bad:
-            raise BadCheckpoint(f"--resume auto: no good checkpoint; {bad}")
-        return None
-
-    def _kept(self) -> list[tuple[int, Path]]:
-        """Epoch and file of those that are named for an epoch, the newest first."""
-        matches = ((KEPT.fullmatch(path.name), path) for path in self.folder.glob("*.pt"))
-        found = [(int(match[2]), path) for match, path in matches if match]
-        return sorted(found, key=lambda one: (-one[0], one[1]))
-
-    def exist(self) -> bool:
-        """Whether a run has saved something here."""
-        if not self.folder:
-            return False
-        names = (LAST, PREVIOUS, BEST)
-        return any((self.folder / name).exists() for name in names) or bool(self._kept())
-
-    def close(self) -> None:
-        """Wait for the mirror, for a while, and give the folder free."""
-        if self._mirror:
-            self._mirror.close()
-            self._tell()
-        if self._lock:
-            with contextlib.suppress(OSError):
-                (self.folder / LOCK).unlink()
-            self._lock.close()
-            self._lock = None
-
-    def _tell(self) -> None:
-        while self._mirror and self._mirror.messages:
-            self.warn(self._mirror.messages.pop(0))
 
 
 # ==================================================================================================
@@ -2217,12 +1632,6 @@ def epoch_line(row: dict[str, Any], names: Sequence[str] = EPOCH_FIELDS) -> str:
         form = "{:.3f}" if name.endswith("loss") else "{:.1f}%"
         cells.append(f"{name}: {'-' if row[name] is None else form.format(row[name])}")
     return "  ".join([*cells, f"timestamp: {row['timestamp']}"])
-
-
-def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The epoch with the best validation top-1, the first of equals, as for best.pt."""
-    validated = (row for row in history if row["val_top1"] is not None)
-    return max(validated, key=lambda row: row["val_top1"], default=None)
 
 
 def draw_curves(
@@ -3428,160 +2837,6 @@ def check_subset(run: Run, resumed: bool) -> None:
     if resumed and path.exists() and path.read_bytes() != text.encode():
         raise UserError(f"{path}: not the images that --subset {settings.subset:g} chooses now")
     write_whole(path, text)
-
-
-def find_resumed(settings: Settings, checkpoints: Checkpoints) -> tuple[Path, State] | None:
-    """The state that `--resume` asks for, if it does; auto may find that there is none yet."""
-    if settings.resume == Path("auto"):
-        return checkpoints.newest_good()
-    return (settings.resume, read_checkpoint(settings.resume)) if settings.resume else None
-
-
-# Options that leave no room for others which a saved run brings with it.
-IN_PLACE_OF = {
-    "split": ("forward_cores", "backward_cores", "forward_threads", "backward_threads"),
-    "forward_cores": ("split",),
-    "image_size": ("max_res",),
-    "epochs": ("steps",),
-}
-
-
-def saved_defaults(command: str, settings: Settings, typed: Values) -> Values:
-    """The defaults that `--resume` brings with it: the settings of the saved run, or none if auto
-    finds no such run. `settings` are those without them, `typed` the options given.
-
-    Raises BadCheckpoint, and UserError if the run's data are gone.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # loaders are to be forked before a team of threads is born
-    try:
-        silent = Checkpoints(dataclasses.replace(settings, mirror=None), lambda text: None)
-        found = find_resumed(settings, silent)
-    finally:
-        torch.set_num_threads(threads)
-    if not found:
-        return {}
-    path, state = found
-    if command == "predict":
-        return defaults_to_ask(path, state, typed)
-    return defaults_to_go_on(path, state, typed, settings.ranks)
-
-
-def defaults_to_ask(path: Path, state: State, typed: Values) -> Values:
-    """What `predict` takes from a saved run: what makes a difference to the answers."""
-    model = state["settings"]["model"]
-    if typed.get("model", model) != model:
-        raise UserError(f"--model {typed['model']}: {path} has {model}")
-    taken = vars(settings_to_go_on(state)) | vars(preprocessing_of(state))
-    ready = preprocessing_of(state).overruled(settings_of(typed))
-    return {name: taken[name] for name in ASKED_WITH} | vars(ready)
-
-
-def defaults_to_go_on(path: Path, state: State, typed: Values, ranks: int = 1) -> Values:
-    """What a run takes from a saved one to go on with it, or to test it; the output folder is where
-    the checkpoint is now. A recipe that is not that of the saved run counts as typed. As many ranks
-    as there are now share the batches of a step.
-    """
-    taken = settings_to_go_on(state)
-    batches, rest = divmod(taken.accumulate * saved_settings(state)["ranks"], ranks)
-    accumulate = taken.accumulate if rest else batches
-    taken = dataclasses.replace(taken, accumulate=accumulate, ranks=ranks)
-    if (recipe := typed.get("recipe")) not in (None, taken.recipe):
-        typed = command_defaults("train", typed) | typed
-    defaults = vars(taken) | vars(preprocessing_of(state).overruled(settings_of(typed)))
-    for name in typed.keys() & IN_PLACE_OF.keys():
-        defaults |= {other: getattr(Settings(), other) for other in IN_PLACE_OF[name]}
-    defaults["output_dir"] = path.parent if taken.output_dir else None
-    if not taken.log_file.parent.is_dir():
-        defaults["log_file"] = Settings().log_file
-    if typed.get("test_only"):
-        defaults["mirror"] = None
-    if not {"data_path", "download"} & typed.keys():
-        defaults["data_path"] = find_again(path, state, taken.data_path)
-    return defaults | (typed if recipe else {})
-
-
-def find_again(path: Path, state: State, absolute: Path | None) -> Path | None:
-    """Where the images of a saved run are: as they were, or as they were given then, seen from this
-    folder. Raises UserError if they are gone.
-    """
-    as_given = settings_of(saved_settings(state)).data_path
-    for place in filter(None, (absolute, as_given)):
-        if place.exists():
-            return place
-    if absolute:
-        reason = f"its images are no longer in {absolute}"
-        raise UserError(f"{path}: {reason}: say by --data-path where they are")
-    return None
-
-
-@contextlib.contextmanager
-def fitting(path: Path, settings: Settings) -> Iterator[None]:
-    """Turn the error for a state of other shapes, or with other contents, into one line."""
-    try:
-        with memory_errors():
-            yield
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        what = f"--model {settings.model} --image-size {settings.image_size}"
-        raise UserError(f"{path} does not fit {what}: {one_line(error)}") from None
-
-
-def check_new(settings: Settings, checkpoints: Checkpoints) -> None:
-    """Raise UserError if a new run would take the place of an earlier one, or lacks the weights
-    that its recipe starts from.
-    """
-    if checkpoints.exist():
-        raise UserError(
-            f"--output-dir {checkpoints.folder} has the checkpoints of an earlier run: go on with "
-            "it by --resume auto, or choose another folder"
-        )
-    if settings.recipe in FROM_CHECKPOINT and not (settings.init_from or settings.weights):
-        raise UserError(
-            f"--recipe {settings.recipe} starts from trained weights, and {checkpoints.folder} has "
-            f"none: {GIVE_WEIGHTS}"
-        )
-
-
-def find_to_go_on(settings: Settings, checkpoints: Checkpoints) -> tuple[Path, State] | None:
-    """The state that a run goes on from; None for a new run. Raises UserError if either would take
-    the place of another run.
-    """
-    found, folder = find_resumed(settings, checkpoints), checkpoints.folder
-    if not found:
-        check_new(settings, checkpoints)
-        return None
-    path, _ = found
-    if checkpoints.exist() and path.resolve().parent != folder.resolve():
-        raise UserError(
-            f"--resume {path}: --output-dir {folder} has the checkpoints of another run: go on "
-            "with that by --resume auto, or choose another folder"
-        )
-    return found
-
-
-def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
-    """Where the run stands, its state restored if `--resume` asks for that, and what to say of it.
-
-    Raises UserError for a checkpoint that is not good, or of another kind of run.
-    """
-    settings, batches = run.settings, len(run.train)
-    found = run.ranks.first(find_to_go_on, settings, checkpoints)
-    if not found:
-        return Progress(epoch_batches=batches), list(filter(None, [run.work.network.note]))
-    path, state = found
-    differences = check_resumable(path, state, settings, checkpoints.data)
-    before = state["progress"]["epoch_batches"]
-    if before != batches:
-        raise UserError(f"{path}: made with {before} batches an epoch, not {batches}")
-    with fitting(path, settings):
-        progress = run.lanes.backward.call(restore_state, state, run.work, settings)
-    folder = checkpoints.folder
-    if folder and path.resolve().parent == folder.resolve():
-        checkpoints.keep(path, progress)
-    notes = [f"resumed from {path}, after step {progress.step}"]
-    if differences:
-        notes.append(f"numbers can differ from those of an unbroken run: {', '.join(differences)}")
-    return progress, notes
 
 
 def check_same_images(ranks: Ranks, fingerprint: str | None) -> None:

@@ -1,0 +1,265 @@
+"""The checkpoints of an output folder: saved, kept, removed, and copied to a mirror."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import fsspec
+
+from split_affinity.checkpoints.state import (
+    BadCheckpoint,
+    Progress,
+    State,
+    fault_of_state,
+    make_state,
+    read_checkpoint,
+    verify_checkpoint,
+    write_verified,
+)
+from split_affinity.errors import UserError, one_line
+from split_affinity.files import LOCK, flush_folder, link_file, lock_folder, why_not_saved
+from split_affinity.options.settings import Settings
+from split_affinity.options.values import Values
+from split_affinity.ranks.ranks import ONE_PROCESS, RankLost, Ranks
+from split_affinity.text import plural
+from split_affinity.training.update import Part, Work
+
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+KEPT = re.compile(r"(best|epoch)-(\d{4,})\.pt")
+
+UPLOAD_ATTEMPTS, LAST_UPLOADS_S = 3, 60
+
+
+class Mirror:
+    """Copies files to an address of fsspec, and removes them there, in the background, one after
+    the other.
+
+    `messages` collects what failed. A file that waits is copied as it is when its turn comes.
+    """
+
+    def __init__(self, url: str):
+        try:
+            self._filesystem, self._root = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError, OSError) as error:
+            raise UserError(f"--mirror {url}: {one_line(error)}") from None
+        self.messages: list[str] = []
+        self._queue: queue.Queue[tuple[str, Path] | None] = queue.Queue()
+        self._waiting: list[tuple[str, Path]] = []
+        self._running: list[tuple[str, Path]] = []
+        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
+        self._thread.start()
+
+    def copy(self, path: Path) -> None:
+        """Have a file copied, soon."""
+        self._add("copied", path)
+
+    def remove(self, path: Path) -> None:
+        """Have the copy of a file removed, soon."""
+        self._add("removed", path)
+
+    def close(self) -> None:
+        """Wait for what is left to do, but no longer than a minute."""
+        self._queue.put(None)
+        self._thread.join(LAST_UPLOADS_S)
+        left = (*self._running, *self._waiting) if self._thread.is_alive() else ()
+        for done in dict.fromkeys(done for done, _ in left):
+            names = ", ".join(sorted({path.name for each, path in left if each == done}))
+            self.messages.append(f"mirror: {names} not {done} within {LAST_UPLOADS_S} s")
+
+    def _add(self, done: str, path: Path) -> None:
+        if (done, path) not in self._waiting:
+            self._waiting.append((done, path))
+            self._queue.put((done, path))
+
+    def _work(self) -> None:
+        while job := self._queue.get():
+            self._running = [job]
+            self._waiting.remove(job)
+            done, path = job
+            act = self._upload if done == "copied" else self._delete
+            for attempt in range(1, UPLOAD_ATTEMPTS + 1):
+                try:
+                    act(path)
+                    break
+                except Exception as error:  # whatever the other side raises
+                    if attempt < UPLOAD_ATTEMPTS:
+                        time.sleep(attempt)
+                        continue
+                    tries = plural(attempt, "attempt")
+                    text = f"mirror: {path.name} not {done} in {tries}: {one_line(error)}"
+                    self.messages.append(text)
+
+    def _upload(self, path: Path) -> None:
+        """Under another name first, so that the other side never has half a file. What is gone
+        here meanwhile, no longer among the best, say, is left out.
+        """
+        target = f"{self._root}/{path.name}"
+        if path.exists():
+            self._filesystem.makedirs(self._root, exist_ok=True)
+            self._filesystem.put_file(str(path), target + ".part")
+            self._filesystem.mv(target + ".part", target)
+
+    def _delete(self, path: Path) -> None:
+        target = f"{self._root}/{path.name}"
+        if self._filesystem.exists(target):
+            self._filesystem.rm_file(target)
+
+
+class Checkpoints:
+    """The checkpoints of an output folder.
+
+    `last.pt` is the newest state, `previous.pt` the one before; `best-EPOCH.pt` those with the best
+    top-1, `best.pt` the first of them, `epoch-EPOCH.pt` those kept for good. A state is written
+    once; the other names are links to the same file. Of several ranks, the first alone writes.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        warn: Callable[[str], None],
+        data: State | None = None,
+        asked: Values | None = None,
+        ranks: Ranks = ONE_PROCESS,
+    ):
+        self.folder = settings.output_dir
+        self._ranks = ranks
+        self.warn = warn
+        self.data = data
+        self._asked = asked
+        self._settings = settings
+        self._saved: tuple[int, int] | None = None  # step and epoch of the newest state
+        self._lock: io.FileIO | None = None
+        self._mirror = Mirror(settings.mirror) if settings.mirror and not ranks.rank else None
+
+    def hold(self, make: bool = False) -> None:
+        """Have the folder, if it is there or to be made, belong to this process alone until
+        `close`. Raises UserError if another process has it.
+        """
+        if self._ranks.rank:
+            return
+        if make and self.folder:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        if self._lock or not self.folder or not self.folder.is_dir():
+            return
+        try:
+            self._lock = lock_folder(self.folder)
+        except OSError as error:
+            reason = f"{self.folder} cannot be locked ({error.strerror})"
+            self.warn(f"{reason}: see to it that no other run is started there")
+
+    def save(self, work: Work, progress: Progress) -> None:
+        """Save the state of a run; where that fails, say so and leave the earlier files alone."""
+        stands = progress.step, progress.epoch
+        if not self.folder or not progress.step or stands == self._saved:
+            return
+        several = self._ranks.size > 1
+        try:
+            parts = self._ranks.exchange(work.part()) if several else ()
+            saved = not self._ranks.rank and self._write(work, progress, parts)
+            if any(self._ranks.exchange(saved)):
+                self._saved = stands
+        except RankLost as error:
+            self.warn(f"{self.folder / LAST}: not saved: {error}")
+        self._tell()
+
+    def _write(self, work: Work, progress: Progress, parts: Sequence[Part]) -> bool:
+        """Write a state, and keep what is to be kept; False if that fails, which is said."""
+        temporary, last = self.folder / f"{LAST}.tmp", self.folder / LAST
+        try:
+            state = make_state(self._settings, work, progress, self.data, self._asked, parts)
+            if fault := fault_of_state(state):
+                raise BadCheckpoint(fault)
+            write_verified(temporary, state)
+            with contextlib.suppress(BadCheckpoint):
+                verify_checkpoint(last)  # a damaged one must not replace a good previous.pt
+                last.replace(self.folder / PREVIOUS)
+            temporary.replace(last)
+            flush_folder(self.folder)
+        except Exception as error:  # of the disk, of torch, or for want of memory
+            reason = why_not_saved(error)
+            self.warn(f"{last}: not saved: {reason}; earlier checkpoints are untouched")
+            return False
+        self.keep(last, progress)
+        if self._mirror:
+            self._mirror.copy(last)
+        return True
+
+    def keep(self, source: Path, progress: Progress) -> None:
+        """Give the names to the newest state, in `source`, and to the best ones, that they have to
+        have; where that fails, say so.
+        """
+        if not progress.epoch or progress.batches or self._ranks.rank:
+            return
+        names = [f"best-{epoch:04}.pt" for _, epoch in progress.best if epoch == progress.epoch]
+        if self._settings.save_freq and progress.epoch % self._settings.save_freq == 0:
+            names.append(f"epoch-{progress.epoch:04}.pt")
+        best = [self.folder / f"best-{epoch:04}.pt" for _, epoch in progress.best]
+        try:
+            for name in names:
+                link_file(source, self.folder / name)
+            if best and best[0].exists():
+                link_file(best[0], self.folder / BEST)
+            for epoch, path in self._kept():
+                if path.name.startswith("best") and path not in best and epoch <= progress.epoch:
+                    path.unlink()
+                    if self._mirror:
+                        self._mirror.remove(path)
+        except OSError as error:
+            text = ", ".join([*names, BEST])
+            self.warn(f"{self.folder}: {text} could not all be made: {why_not_saved(error)}")
+        for name in (BEST, *names) if self._mirror else ():
+            if (self.folder / name).exists():
+                self._mirror.copy(self.folder / name)
+
+    def newest_good(self) -> tuple[Path, State] | None:
+        """The newest state that is whole; None if there has never been one. Names damaged files.
+
+        Raises BadCheckpoint if there are files, but none of them is good.
+        """
+        paths = [self.folder / name for name in (LAST, PREVIOUS)]
+        paths += [path for _, path in self._kept()]
+        bad = ""
+        for path in filter(Path.exists, paths):
+            try:
+                return path, read_checkpoint(path)
+            except BadCheckpoint as error:
+                bad = str(error)
+                self.warn(f"{error}; the one before it is tried")
+        if bad:
+            raise BadCheckpoint(f"--resume auto: no good checkpoint; {bad}")
+        return None
+
+    def _kept(self) -> list[tuple[int, Path]]:
+        """Epoch and file of those that are named for an epoch, the newest first."""
+        matches = ((KEPT.fullmatch(path.name), path) for path in self.folder.glob("*.pt"))
+        found = [(int(match[2]), path) for match, path in matches if match]
+        return sorted(found, key=lambda one: (-one[0], one[1]))
+
+    def exist(self) -> bool:
+        """Whether a run has saved something here."""
+        if not self.folder:
+            return False
+        names = (LAST, PREVIOUS, BEST)
+        return any((self.folder / name).exists() for name in names) or bool(self._kept())
+
+    def close(self) -> None:
+        """Wait for the mirror, for a while, and give the folder free."""
+        if self._mirror:
+            self._mirror.close()
+            self._tell()
+        if self._lock:
+            with contextlib.suppress(OSError):
+                (self.folder / LOCK).unlink()
+            self._lock.close()
+            self._lock = None
+
+    def _tell(self) -> None:
+        while self._mirror and self._mirror.messages:
+            self.warn(self._mirror.messages.pop(0))

@@ -1,0 +1,256 @@
+"""Going on from a checkpoint: the settings that it brings, and what must be the same."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from split_affinity.checkpoints.folder import Checkpoints
+from split_affinity.checkpoints.state import (
+    ON_RESUME,
+    Progress,
+    State,
+    preprocessing_of,
+    read_checkpoint,
+    restore_state,
+    saved_settings,
+    settings_to_go_on,
+    versions,
+)
+from split_affinity.errors import UserError, memory_errors, one_line
+from split_affinity.options.command_line import ASKED_WITH, command_defaults
+from split_affinity.options.recipes import FROM_CHECKPOINT, GIVE_WEIGHTS
+from split_affinity.options.settings import Settings, batches_in_step, plain_settings, settings_of
+from split_affinity.options.values import Values
+from split_affinity.text import plural
+from split_affinity.training.steps import Run
+
+
+def check_classes(path: Path, saved: State, classes: Sequence[str]) -> None:
+    """Raise UserError if a checkpoint's classes are not those of the data."""
+    if saved.get("data"):
+        check_same_classes(str(path), saved["data"]["classes"], classes)
+
+
+def check_same_classes(where: str, known: Sequence[str], classes: Sequence[str]) -> None:
+    """Raise UserError if the classes that weights know, `where` these are, are not the data's."""
+    for number, pair in enumerate(itertools.zip_longest(known, classes)):
+        if pair[0] != pair[1]:
+            theirs, ours = (name or "missing" for name in pair)
+            raise UserError(
+                f"{where}: its class {number} is {theirs}, not {ours} as in --data-path"
+            )
+
+
+def check_resumable(
+    path: Path, saved: State, settings: Settings, data: State | None = None
+) -> list[str]:
+    """Settings, versions and images in which a run differs from the one that is resumed, so that
+    it will not give the same numbers. Raises UserError for a difference that makes no sense.
+    """
+    former, asked = saved_settings(saved), saved.get("asked") or {}
+    differences = check_same_step(path, former, settings)
+    for name, value in plain_settings(settings).items():
+        before = former[name]
+        unknown = before is None and name not in saved["settings"]  # to the version that saved it
+        same = value in (before, asked.get(name, before)) or name == "accumulate"  # see above
+        if ON_RESUME[name] == "free" or same or unknown:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if ON_RESUME[name] == "fixed":
+            raise UserError(
+                f"{flag} {value}: {path} has {before}; --init-from takes its weights alone"
+            )
+        differences.append(f"{flag} {before} -> {value}")
+    for name, value in versions().items():
+        if name in ("torch", "torchvision") and saved["versions"].get(name) != value:
+            differences.append(f"{name} {saved['versions'].get(name)} -> {value}")
+    before = saved.get("data")
+    if data and before:
+        check_classes(path, saved, data["classes"])
+        if before["fingerprint"] != data["fingerprint"]:
+            counts = f"{before['images']} -> {data['images']}"
+            differences.append(f"images to train on (names or sizes) {counts}")
+        each = [", ".join(those.get("confused", [])) or "none" for those in (before, data)]
+        if each[0] != each[1]:
+            differences.append(f"classes that are augmented more strongly {' -> '.join(each)}")
+    return differences
+
+
+def check_same_step(path: Path, former: Values, settings: Settings) -> list[str]:
+    """What another number of ranks changes, if it is one. Raises UserError if an optimizer step
+    would not have as many batches as before.
+    """
+    then, now = former["accumulate"] * former["ranks"], batches_in_step(settings)
+    if then != now:
+        count = plural(settings.ranks, "rank")
+        asked = (
+            f"--accumulate {settings.accumulate} on {count}" if now != settings.accumulate else ""
+        )
+        raise UserError(
+            f"{asked or f'--accumulate {settings.accumulate}'}: {path} has {then} batches a step; "
+            "--init-from takes its weights alone"
+        )
+    if former["ranks"] == settings.ranks:
+        return []
+    changed = "BatchNorm starts from the mean of all ranks, dropout draws anew"
+    return [f"ranks {former['ranks']} -> {settings.ranks} ({changed})"]
+
+
+def find_resumed(settings: Settings, checkpoints: Checkpoints) -> tuple[Path, State] | None:
+    """The state that `--resume` asks for, if it does; auto may find that there is none yet."""
+    if settings.resume == Path("auto"):
+        return checkpoints.newest_good()
+    return (settings.resume, read_checkpoint(settings.resume)) if settings.resume else None
+
+
+# Options that leave no room for others which a saved run brings with it.
+IN_PLACE_OF = {
+    "split": ("forward_cores", "backward_cores", "forward_threads", "backward_threads"),
+    "forward_cores": ("split",),
+    "image_size": ("max_res",),
+    "epochs": ("steps",),
+}
+
+
+def saved_defaults(command: str, settings: Settings, typed: Values) -> Values:
+    """The defaults that `--resume` brings with it: the settings of the saved run, or none if auto
+    finds no such run. `settings` are those without them, `typed` the options given.
+
+    Raises BadCheckpoint, and UserError if the run's data are gone.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # loaders are to be forked before a team of threads is born
+    try:
+        silent = Checkpoints(dataclasses.replace(settings, mirror=None), lambda text: None)
+        found = find_resumed(settings, silent)
+    finally:
+        torch.set_num_threads(threads)
+    if not found:
+        return {}
+    path, state = found
+    if command == "predict":
+        return defaults_to_ask(path, state, typed)
+    return defaults_to_go_on(path, state, typed, settings.ranks)
+
+
+def defaults_to_ask(path: Path, state: State, typed: Values) -> Values:
+    """What `predict` takes from a saved run: what makes a difference to the answers."""
+    model = state["settings"]["model"]
+    if typed.get("model", model) != model:
+        raise UserError(f"--model {typed['model']}: {path} has {model}")
+    taken = vars(settings_to_go_on(state)) | vars(preprocessing_of(state))
+    ready = preprocessing_of(state).overruled(settings_of(typed))
+    return {name: taken[name] for name in ASKED_WITH} | vars(ready)
+
+
+def defaults_to_go_on(path: Path, state: State, typed: Values, ranks: int = 1) -> Values:
+    """What a run takes from a saved one to go on with it, or to test it; the output folder is where
+    the checkpoint is now. A recipe that is not that of the saved run counts as typed. As many ranks
+    as there are now share the batches of a step.
+    """
+    taken = settings_to_go_on(state)
+    batches, rest = divmod(taken.accumulate * saved_settings(state)["ranks"], ranks)
+    accumulate = taken.accumulate if rest else batches
+    taken = dataclasses.replace(taken, accumulate=accumulate, ranks=ranks)
+    if (recipe := typed.get("recipe")) not in (None, taken.recipe):
+        typed = command_defaults("train", typed) | typed
+    defaults = vars(taken) | vars(preprocessing_of(state).overruled(settings_of(typed)))
+    for name in typed.keys() & IN_PLACE_OF.keys():
+        defaults |= {other: getattr(Settings(), other) for other in IN_PLACE_OF[name]}
+    defaults["output_dir"] = path.parent if taken.output_dir else None
+    if not taken.log_file.parent.is_dir():
+        defaults["log_file"] = Settings().log_file
+    if typed.get("test_only"):
+        defaults["mirror"] = None
+    if not {"data_path", "download"} & typed.keys():
+        defaults["data_path"] = find_again(path, state, taken.data_path)
+    return defaults | (typed if recipe else {})
+
+
+def find_again(path: Path, state: State, absolute: Path | None) -> Path | None:
+    """Where the images of a saved run are: as they were, or as they were given then, seen from this
+    folder. Raises UserError if they are gone.
+    """
+    as_given = settings_of(saved_settings(state)).data_path
+    for place in filter(None, (absolute, as_given)):
+        if place.exists():
+            return place
+    if absolute:
+        reason = f"its images are no longer in {absolute}"
+        raise UserError(f"{path}: {reason}: say by --data-path where they are")
+    return None
+
+
+@contextlib.contextmanager
+def fitting(path: Path, settings: Settings) -> Iterator[None]:
+    """Turn the error for a state of other shapes, or with other contents, into one line."""
+    try:
+        with memory_errors():
+            yield
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        what = f"--model {settings.model} --image-size {settings.image_size}"
+        raise UserError(f"{path} does not fit {what}: {one_line(error)}") from None
+
+
+def check_new(settings: Settings, checkpoints: Checkpoints) -> None:
+    """Raise UserError if a new run would take the place of an earlier one, or lacks the weights
+    that its recipe starts from.
+    """
+    if checkpoints.exist():
+        raise UserError(
+            f"--output-dir {checkpoints.folder} has the checkpoints of an earlier run: go on with "
+            "it by --resume auto, or choose another folder"
+        )
+    if settings.recipe in FROM_CHECKPOINT and not (settings.init_from or settings.weights):
+        raise UserError(
+            f"--recipe {settings.recipe} starts from trained weights, and {checkpoints.folder} has "
+            f"none: {GIVE_WEIGHTS}"
+        )
+
+
+def find_to_go_on(settings: Settings, checkpoints: Checkpoints) -> tuple[Path, State] | None:
+    """The state that a run goes on from; None for a new run. Raises UserError if either would take
+    the place of another run.
+    """
+    found, folder = find_resumed(settings, checkpoints), checkpoints.folder
+    if not found:
+        check_new(settings, checkpoints)
+        return None
+    path, _ = found
+    if checkpoints.exist() and path.resolve().parent != folder.resolve():
+        raise UserError(
+            f"--resume {path}: --output-dir {folder} has the checkpoints of another run: go on "
+            "with that by --resume auto, or choose another folder"
+        )
+    return found
+
+
+def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
+    """Where the run stands, its state restored if `--resume` asks for that, and what to say of it.
+
+    Raises UserError for a checkpoint that is not good, or of another kind of run.
+    """
+    settings, batches = run.settings, len(run.train)
+    found = run.ranks.first(find_to_go_on, settings, checkpoints)
+    if not found:
+        return Progress(epoch_batches=batches), list(filter(None, [run.work.network.note]))
+    path, state = found
+    differences = check_resumable(path, state, settings, checkpoints.data)
+    before = state["progress"]["epoch_batches"]
+    if before != batches:
+        raise UserError(f"{path}: made with {before} batches an epoch, not {batches}")
+    with fitting(path, settings):
+        progress = run.lanes.backward.call(restore_state, state, run.work, settings)
+    folder = checkpoints.folder
+    if folder and path.resolve().parent == folder.resolve():
+        checkpoints.keep(path, progress)
+    notes = [f"resumed from {path}, after step {progress.step}"]
+    if differences:
+        notes.append(f"numbers can differ from those of an unbroken run: {', '.join(differences)}")
+    return progress, notes
