@@ -68,23 +68,19 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import io
 import itertools
 import json
 import math
 import multiprocessing.connection
 import os
-import platform
 import re
-import resource
 import signal
 import statistics
 import sys
 import tempfile
-import textwrap
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -632,6 +628,130 @@ from split_affinity.ranks.ranks import (  # noqa: F401
     rank_metrics,
 )
 from split_affinity.ranks.reducer import BUCKET_BYTES, Bucket, Reducer, make_buckets  # noqa: F401
+from split_affinity.reports.confusion import (  # noqa: F401
+    CLASSES_TO_SHOW,
+    CONFUSED,
+    CONFUSION,
+    LARGEST_MATRIX,
+    LONGEST_NAME,
+    PAIRS,
+    PAIRS_TO_WRITE,
+    class_lines,
+    confused_json,
+    confusion_csv,
+    confusion_matrix,
+    draw_confusion,
+    images_by_class,
+    pairs_csv,
+    worst_pairs,
+    write_confusion,
+)
+from split_affinity.reports.log import (  # noqa: F401
+    FENCE,
+    LOG_HEADER,
+    LogSection,
+    log_heading,
+    log_summary,
+    picture_footer,
+)
+from split_affinity.reports.plots import (  # noqa: F401
+    RangeTest,
+    draw_curves,
+    draw_gradients,
+    draw_range_test,
+    save_axes,
+)
+from split_affinity.reports.run_report import (  # noqa: F401
+    RANKS_TO_DRAW,
+    RANKS_WITH_CORES,
+    STEPS_OF_RANKS,
+    RankFigures,
+    RunReport,
+    rank_panels,
+)
+from split_affinity.reports.summary import (  # noqa: F401
+    COMPANY_WINDOW_S,
+    LATEST_STEPS,
+    SHORTEST_LOOK_S,
+    STEPS_TO_DRAW,
+    PhaseSummary,
+    Summary,
+    Tally,
+    covered_s,
+    lanes_busy,
+    memory_by_node,
+    parse_numa_maps,
+    peak_memory_bytes,
+    running_alone,
+)
+from split_affinity.reports.tables import (  # noqa: F401
+    BAR,
+    COMPANY_IN_SUMMARY,
+    CURVES,
+    EPOCH_FIELDS,
+    GRADIENTS,
+    METRICS,
+    PARTS,
+    RANGE_PLOT,
+    RAW_FIELDS,
+    RECENT_STEPS,
+    TENSORBOARD,
+    TIMELINE,
+    TRACE,
+    WIDE_COLUMNS,
+    bar_text,
+    company_texts,
+    cpu_table,
+    describe_run,
+    epoch_line,
+    memory_lines,
+    phase_table,
+    rank_table,
+    result_lines,
+    step_figures,
+    step_line,
+    summary_lines,
+    tables_of_ranks,
+)
+from split_affinity.reports.tensorboard import (  # noqa: F401
+    EventFile,
+    check_tensorboard,
+    epoch_scalars,
+    event_record,
+    step_scalars,
+)
+from split_affinity.reports.timeline import (  # noqa: F401
+    COLOURS,
+    ELSE,
+    EXPLANATION,
+    IDLE,
+    OTHERS,
+    PHASES_TO_DRAW,
+    ROWS_TO_DRAW,
+    SHORT_PHASE_S,
+    STOLEN,
+    Bar,
+    Panel,
+    Row,
+    busy_between_phases,
+    busy_in_phase,
+    by_start,
+    cpu_bars,
+    draw_bar,
+    draw_panel,
+    draw_timelines,
+    extent_s,
+    lane_bars,
+    new_figure,
+    number_batches,
+    owned_phases,
+    panel_rows,
+    save_figure,
+    spaced,
+    stacked,
+    steps_to_draw,
+)
+from split_affinity.reports.trace import by_one_clock, shifted, trace_events, trace_of_ranks  # noqa: F401
 from split_affinity.terminal import (  # noqa: F401
     Lossy,
     fitted,
@@ -852,663 +972,11 @@ def plain_weights(path: Path, content: Any) -> SavedWeights:
 # What the records of a run add up to. Pure, but for readings of the memory in use.
 # ==================================================================================================
 
-LATEST_STEPS = 2000
-STEPS_TO_DRAW = 3
-SHORTEST_LOOK_S = 0.25  # at what others took: with ticks of 10 ms, what is shorter tells nothing
-COMPANY_WINDOW_S = 10  # over which others' share has to be large: short bursts are nobody's concern
-
-
-def covered_s(records: Iterable[PhaseRecord]) -> float:
-    """Seconds during which at least one of the phases ran; they come by start time."""
-    total_s, covered_until_s = 0.0, -math.inf
-    for record in records:
-        total_s += max(0.0, record.end_s - max(record.start_s, covered_until_s))
-        covered_until_s = max(covered_until_s, record.end_s)
-    return total_s
-
-
-def running_alone(records: Sequence[PhaseRecord]) -> Iterator[PhaseRecord]:
-    """The phases beside which no other ran; they come by start time."""
-    busy_until_s = -math.inf
-    for record, following in itertools.zip_longest(records, records[1:]):
-        if busy_until_s <= record.start_s and not (following and following.start_s < record.end_s):
-            yield record
-        busy_until_s = max(busy_until_s, record.end_s)
-
-
-@dataclass(frozen=True)
-class PhaseSummary:
-    """One phase of a run. Durations are per optimizer step; `stray_ms` is the total over all steps.
-    `share` of the step and `busy` are fractions; so is `cpu_busy`, by logical CPU, which like
-    `seen_on` covers all phases that the audit looked at closely.
-    """
-
-    phase: str
-    cores: str
-    threads: int
-    median_ms: float
-    p95_ms: float
-    share: float
-    busy: float
-    stray_ms: float
-    seen_on: str
-    cpu_busy: dict[int, float]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A whole run. Speeds and shares leave the first `warmup_steps` out, and of a long run they
-    cover the latest 2,000 steps; the rest covers all. `busy` is each lane's CPU time in its own
-    phases as a share of what its group can use; `waiting_s` CPU time of a lane's threads while the
-    other lane alone had a phase to run. The audit takes `audit_ms` a phase, and `audit_share` of a
-    step. `company` is what others took in the whole run, if that is known; `memory_by_node` are
-    bytes, where there are several NUMA nodes; `waited_s` by rank is how long it waited in a step
-    for the slowest one, mean, where there are several.
-    """
-
-    steps: int
-    warmup_steps: int
-    images: int
-    images_per_s: float
-    median_step_s: float
-    no_phase_share: float
-    phases: tuple[PhaseSummary, ...]
-    busy: dict[str, float]
-    stray_s: float
-    waiting_s: float
-    main_thread_s: float
-    audit_ms: float
-    audit_share: float
-    loss_first: float
-    loss_last: float
-    peak_memory_bytes: int
-    company: Company | None
-    memory_by_node: dict[int, int]
-    waited_s: tuple[float, ...] = ()
-
-
-class Tally:
-    """What the summary needs of a run, in bounded memory: totals over all steps, and the latest
-    steps themselves. Figures by CPU, 12 KB a phase with 128 CPUs, are added up at once, and kept
-    whole only for the steps that a picture can show.
-    """
-
-    def __init__(self, plan: CorePlan):
-        self.steps = self.images = self._first = 0
-        self.latest: deque[StepResult] = deque(maxlen=LATEST_STEPS)
-        self.company: Company | None = None
-        self.looks: list[Company] = []  # those of the latest COMPANY_WINDOW_S
-        self._plan = plan
-        self._loss_first = math.nan
-        self._stray_s: Counter[str] = Counter()  # by phase, as the three that follow
-        self._cpu_busy_s: dict[str, Counter[int]] = {phase: Counter() for phase in PHASES}
-        self._looked_at_s: Counter[str] = Counter()
-        self._seen_on: dict[str, set[int]] = {phase: set() for phase in PHASES}
-        self._waiting_s = self._main_thread_s = 0.0
-
-    def add(self, step: StepResult) -> None:
-        """Take in one step."""
-        if not self.steps:
-            self._loss_first, self._first = step.loss, step.step
-        self.steps += 1
-        self.images += step.images
-        self.latest.append(step)
-        self._main_thread_s += step.main_thread_s
-        self._waiting_s += sum(record.other_lane_s for record in running_alone(step.records))
-        for record in step.records:
-            self._add_phase(record)
-        if len(self.latest) > STEPS_TO_DRAW:
-            old = self.latest[-1 - STEPS_TO_DRAW]
-            slim = tuple(
-                dataclasses.replace(record, **NOT_LOOKED_AT)
-                if record.seen_on or record.cpu_busy_s
-                else record
-                for record in old.records
-            )
-            self.latest[-1 - STEPS_TO_DRAW] = dataclasses.replace(old, records=slim)
-
-    def add_company(self, company: Company) -> Company | None:
-        """Take in what others took of the cores; returns what they took in the latest
-        COMPANY_WINDOW_S, once that long has been looked at.
-        """
-        self.company = joined([self.company, company]) if self.company else company
-        since_s = company.end_s - COMPANY_WINDOW_S
-        self.looks = [each for each in self.looks if each.end_s >= since_s] + [company]
-        lately = joined(self.looks)
-        return lately if lately.end_s - lately.start_s >= COMPANY_WINDOW_S else None
-
-    def _add_phase(self, record: PhaseRecord) -> None:
-        self._stray_s[record.phase] += record.stray_s
-        self._seen_on[record.phase] |= record.seen_on
-        if record.cpu_busy_s:
-            self._looked_at_s[record.phase] += record.duration_s
-            self._cpu_busy_s[record.phase].update(record.cpu_busy_s)
-
-    def summary(self) -> Summary:
-        """The figures so far, after one step at the least."""
-        warmup = min(2, (self.steps - 1) // 2)
-        timed = [step for step in self.latest if step.step >= self._first + warmup]
-        timed_s = sum(step.step_s for step in timed)
-        records = [record for step in timed for record in step.records]
-        audit_s = sum(record.audit_s for record in records)
-        seen = [phase for phase in PHASES if any(record.phase == phase for record in records)]
-        return Summary(
-            steps=self.steps,
-            warmup_steps=warmup,
-            images=self.images,
-            images_per_s=sum(step.images for step in timed) / timed_s,
-            median_step_s=statistics.median(step.step_s for step in timed),
-            no_phase_share=1 - sum(covered_s(step.records) for step in timed) / timed_s,
-            phases=tuple(self._summarise_phase(phase, timed, timed_s) for phase in seen),
-            busy=lanes_busy(self._plan, records, timed_s),
-            stray_s=self._stray_s.total(),
-            waiting_s=self._waiting_s,
-            main_thread_s=self._main_thread_s,
-            audit_ms=1e3 * audit_s / max(1, len(records)),
-            audit_share=audit_s / timed_s,
-            loss_first=self._loss_first,
-            loss_last=self.latest[-1].loss,
-            peak_memory_bytes=peak_memory_bytes(),
-            company=self.company,
-            memory_by_node=memory_by_node(),
-            waited_s=tuple(
-                map(statistics.fmean, zip(*(step.waited_s for step in timed), strict=True))
-            ),
-        )
-
-    def _summarise_phase(
-        self, phase: str, timed: Sequence[StepResult], timed_s: float
-    ) -> PhaseSummary:
-        durations_s = [step.total("duration_s", phase) for step in timed]
-        phase_s = sum(durations_s)
-        records = [record for step in timed for record in step.records if record.phase == phase]
-        group = self._plan.group(records[0].lane)
-        cpu_busy_s, looked_at_s = self._cpu_busy_s[phase], self._looked_at_s[phase]
-        return PhaseSummary(
-            phase=phase,
-            cores=format_cpu_list(group.cpus),
-            threads=group.threads,
-            median_ms=1e3 * statistics.median(durations_s),
-            p95_ms=1e3 * float(torch.tensor(durations_s, dtype=torch.float64).quantile(0.95)),
-            share=phase_s / timed_s,
-            busy=group.busy(sum(record.cpu_s for record in records), phase_s),
-            stray_ms=1e3 * self._stray_s[phase],
-            seen_on=format_cpu_list(self._seen_on[phase]),
-            cpu_busy={cpu: min(1.0, busy_s / looked_at_s) for cpu, busy_s in cpu_busy_s.items()},
-        )
-
-
-def lanes_busy(
-    plan: CorePlan, records: Iterable[PhaseRecord], elapsed_s: float
-) -> dict[str, float]:
-    """By lane, CPU time in its own phases as a share of what its group can use."""
-    used_s: Counter[str] = Counter()
-    for record in records:
-        used_s[record.lane] += record.cpu_s
-    return {group.name: group.busy(used_s[group.name], elapsed_s) for group in plan.groups}
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident size that this process has had; loader processes not included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def memory_by_node(root: Path = Path("/")) -> dict[int, int]:
-    """Bytes of this process's memory in each NUMA node, as in parse_numa_maps; empty where there is
-    one node. Between steps activations count if the allocator keeps what is freed (see
-    tune_allocator). The kernel goes through all pages for this: not to be asked for in every step.
-    """
-    several = len(list((root / "sys/devices/system/node").glob("node[0-9]*"))) > 1
-    return parse_numa_maps(read_text(root / "proc/self/numa_maps")) if several else {}
-
-
-def parse_numa_maps(text: str) -> dict[int, int]:
-    """Bytes by NUMA node in the form of /proc/self/numa_maps, of memory that belongs to no file:
-    weights, gradients and activations are there; libraries, and batches that loader processes
-    handed over, are not.
-    """
-    counted: Counter[int] = Counter()
-    for line in text.splitlines():
-        page_kib = re.search(r" kernelpagesize_kB=(\d+)", line)
-        if page_kib and " file=" not in line:
-            for node, pages in re.findall(r" N(\d+)=(\d+)", line):
-                counted[int(node)] += 1024 * int(page_kib[1]) * int(pages)
-    return dict(sorted(counted.items()))
-
 
 # ==================================================================================================
 # 11 Timelines
 # What every lane and core did when, as a picture, and as a trace for Perfetto or chrome://tracing.
 # ==================================================================================================
-
-COLOURS = {"forward": "#4477aa", "backward": "#cc6677", "reduce": "#aa3377", "update": "#228833"}
-COLOURS |= {"refresh": "#ddaa33"}
-ELSE, IDLE = "busy with something else", "core idle"
-OTHERS = f"other processes took {100 * COMPANY_SHARE:g} % or more"
-STOLEN = f"the hypervisor took {100 * COMPANY_SHARE:g} % or more"
-COLOURS |= {ELSE: "#8f8f8f", IDLE: "#e9e9e9", OTHERS: "#8b0000", STOLEN: "#ee7733"}
-EXPLANATION = (
-    "height in a core's row: share of the time that the core was busy "
-    "(pale: mean of its lane's cores); white: not measured"
-)
-PHASES_TO_DRAW = 40
-ROWS_TO_DRAW = 16  # of cores; the lanes have rows of their own
-SHORT_PHASE_S = 0.05  # five of the ticks in which the kernel counts a CPU's time
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a timeline: the phases of a group's lane, or how busy some of its CPUs were."""
-
-    label: str
-    group: Group
-    cpus: tuple[int, ...] = ()
-
-    def share(self, busy_s: dict[int, float], elapsed_s: float) -> float:
-        """The share of the time during which the row's CPUs were busy; of several, the mean over
-        what the group can use of them (see Group.busy).
-        """
-        total_s = sum(busy_s.get(cpu, 0.0) for cpu in self.cpus)
-        if len(self.cpus) == 1:
-            return min(1.0, total_s / elapsed_s)
-        part = len(self.cpus) / len(self.group.cpus)
-        return min(1.0, self.group.busy(total_s / part, elapsed_s))
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One timeline of a picture: the lanes of a plan during some steps, on the machine's `cores`
-    (to be known if the plan has many CPUs). `looks` at what others took are those of a whole run:
-    a few steps may be too short for one. It begins with the first phase, unless `zero_s` says when;
-    `lanes_only` leaves the rows of CPUs out.
-    """
-
-    title: str
-    plan: CorePlan
-    steps: Sequence[StepResult]
-    cores: Sequence[Core] = ()
-    looks: Sequence[Company] = ()
-    zero_s: float | None = None
-    lanes_only: bool = False
-
-    @property
-    def companies(self) -> Sequence[Company]:
-        """What others took of the cores meanwhile."""
-        return self.looks or [step.company for step in self.steps if step.company]
-
-    @property
-    def records(self) -> list[PhaseRecord]:
-        """The steps' phases by start time."""
-        return by_start(record for step in self.steps for record in step.records)
-
-    @property
-    def span_s(self) -> float:
-        """Seconds from the first phase's start to the last one's end."""
-        return extent_s(self.records)
-
-    @property
-    def step_s(self) -> float:
-        """The same of the longest step."""
-        return max(extent_s(step.records) for step in self.steps)
-
-
-def by_start(records: Iterable[PhaseRecord]) -> list[PhaseRecord]:
-    """Phases by start time."""
-    return sorted(records, key=lambda record: record.start_s)
-
-
-def extent_s(records: Collection[PhaseRecord]) -> float:
-    """Seconds from the first phase's start to the last one's end."""
-    starts, ends = zip(*((record.start_s, record.end_s) for record in records), strict=True)
-    return max(ends) - min(starts)
-
-
-def steps_to_draw(steps: Sequence[StepResult]) -> Sequence[StepResult]:
-    """The latest steps, as many as a picture can show: three at most, one at the least."""
-    phases = itertools.accumulate(len(step.records) for step in reversed(steps))
-    count = sum(so_far <= PHASES_TO_DRAW for so_far in phases)
-    return steps[-max(1, min(STEPS_TO_DRAW, count)) :]
-
-
-def number_batches(records: Sequence[PhaseRecord]) -> list[int | None]:
-    """For each phase, by start time, the number of its micro-batch; None for those without one.
-
-    Backward phases count up. Each takes the output of one forward phase, in the same order; if the
-    first backward phase has none before it, its forward phase lies before all of these, and that
-    alone: no schedule keeps more than one output waiting.
-    """
-    backward_s = min((one.start_s for one in records if one.phase == "backward"), default=math.inf)
-    forward_s = min((one.end_s for one in records if one.phase == "forward"), default=math.inf)
-    count = {"backward": 0, "forward": int(backward_s < forward_s)}
-    numbers: list[int | None] = []
-    for record in records:
-        if record.phase in count:
-            count[record.phase] += 1
-        numbers.append(count.get(record.phase))
-    return numbers
-
-
-def owned_phases(steps: Sequence[StepResult]) -> Iterator[tuple[PhaseRecord, dict[str, int]]]:
-    """The phases by start time, each with the optimizer step, and the micro-batch within that, for
-    which it worked.
-
-    A step's records are of the phases that ended in it. `delayed` has then begun the next one: it
-    has refreshed a copy for it, and its first micro-batch has gone forward.
-    """
-    owners = [
-        (step.step, number)
-        for step in steps
-        for number in range(1, 1 + sum(record.phase == "backward" for record in step.records))
-    ]
-    owners.append((steps[-1].step + 1, 1))
-    step_of = {id(record): step.step for step in steps for record in step.records}
-    records = by_start(record for step in steps for record in step.records)
-    for record, number in zip(records, number_batches(records), strict=True):
-        if number:
-            step, micro_batch = owners[number - 1]
-            yield record, {"step": step, "micro_batch": micro_batch}
-        else:
-            yield record, {"step": step_of[id(record)] + (record.phase == "refresh")}
-
-
-def panel_rows(panel: Panel) -> list[Row]:
-    """A row for each lane, and below it those of its group's CPUs: one each, or, if there are more
-    than 16 in the plan, one for those that share an L3 cache; for a NUMA node if there are more
-    than 16 caches; else for the whole group.
-    """
-    used = {cpu for group in panel.plan.groups for cpu in group.cpus}
-    homes = [(cpu, core) for core in panel.cores for cpu in core.cpus]
-    levels = (
-        {cpu: f"core {cpu}" for cpu in used},
-        {cpu: f"L3 of CPU {core.l3}" for cpu, core in homes if core.l3 >= 0},
-        {cpu: f"node {core.node}" for cpu, core in homes},
-        dict.fromkeys(used, "all"),
-    )
-    complete = (level for level in levels if level.keys() >= used)
-    home = next(each for each in complete if len({each[cpu] for cpu in used}) <= ROWS_TO_DRAW)
-    rows = []
-    for group in panel.plan.groups:
-        rows.append(Row(f"{group.name} lane", group))
-        parts: dict[str, list[int]] = {}
-        for cpu in group.cpus:
-            parts.setdefault(home[cpu], []).append(cpu)
-        for name, cpus in () if panel.lanes_only else parts.items():
-            cores = f"cores {format_cpu_list(cpus)}"
-            cores = cores if len(cores) <= 30 else f"{len(cpus)} CPUs"
-            rows.append(Row(name if home is levels[0] else f"{name}: {cores}", group, tuple(cpus)))
-    return rows
-
-
-def draw_timelines(path: Path, title: str, panels: Sequence[Panel], footer: str = "") -> None:
-    """Draw panels one above the other, all over the same span of time: that of the shortest, but in
-    any case a whole step of each.
-
-    Each lane has a row with its phases, numbered by micro-batch, and rows of its CPUs (see
-    panel_rows, cpu_bars); a strip above it marks when others took some of its cores.
-    """
-    from matplotlib.patches import Patch
-
-    shortest_s = min(panel.span_s for panel in panels)
-    span_s = max(shortest_s, *(panel.step_s for panel in panels))
-    rows = [len(panel_rows(panel)) for panel in panels]
-    row_inches = 0.3 if max(rows) <= 12 else 0.2
-    heights = [row_inches * count + 0.5 for count in rows]
-    figure = new_figure(12, sum(heights) + 1.4, footer)
-    axes = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
-    for ax, panel in zip(axes, panels, strict=True):
-        draw_panel(ax, panel, span_s)
-    axes[-1].set_xlabel("seconds")
-    shown = {label for ax in axes for label in ax.get_legend_handles_labels()[1]}
-    patches = [Patch(color=COLOURS[key], label=key) for key in COLOURS if key in shown]
-    columns = len(patches) if len(patches) <= 6 else 4
-    style = {"ncols": columns, "frameon": False, "fontsize": 9, "title_fontsize": 9}
-    figure.legend(handles=patches, title=EXPLANATION, loc="outside lower center", **style)
-    figure.suptitle(title, fontsize=10)
-    save_figure(figure, path)
-
-
-def new_figure(width_inches: float, height_inches: float, footer: str = "") -> Any:
-    """An empty picture, or, with a footer in small print, the part of one above that. matplotlib is
-    imported where it is used, since many runs draw nothing.
-    """
-    from matplotlib.figure import Figure
-
-    lines = textwrap.wrap(footer, int(19 * width_inches))
-    heights = height_inches, 0.05 + 0.12 * len(lines)
-    figure = Figure(figsize=(width_inches, sum(heights)), layout="constrained")
-    upper, lower = figure.subfigures(2, height_ratios=heights)
-    style = {"fontsize": 6.5, "color": "#555555", "va": "top", "parse_math": False}
-    lower.text(0.1 / width_inches, 1, "\n".join(lines), **style)
-    return upper
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a picture in place of what was there. Raises RunError when it cannot be written."""
-    picture = io.BytesIO()
-    figure.figure.savefig(picture, dpi=110, format=path.suffix[1:])
-    write_whole(path, picture.getvalue())
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A rectangle of a timeline: what it stands for, from when to when, where in its row's height
-    (0 is the middle, rows count downwards), and a text in it.
-    """
-
-    key: str
-    start_s: float
-    end_s: float
-    top: float = -0.36
-    height: float = 0.81
-    text: str = ""
-    alpha: float = 1.0
-
-
-def lane_bars(lane: str, companies: Iterable[Company], records: Sequence[PhaseRecord]) -> list[Bar]:
-    """The phases of a lane, and strips above them where others took some of its cores."""
-    bars = [
-        Bar(record.phase, record.start_s, record.end_s, text=str(number or ""))
-        for record, number in zip(records, number_batches(records), strict=True)
-        if record.lane == lane
-    ]
-    for company in companies:
-        shares = {OTHERS: company.others.get(lane, 0.0), STOLEN: company.stolen}
-        for (key, share), top in zip(shares.items(), (-0.5, -0.43), strict=True):
-            if share >= COMPANY_SHARE:
-                bars.append(Bar(key, company.start_s, company.end_s, top, 0.07))
-    return bars
-
-
-def busy_in_phase(
-    record: PhaseRecord, cpus: Sequence[int]
-) -> tuple[dict[int, float], dict[int, float] | None]:
-    """Seconds for which each CPU of a phase's group was busy with the phase, and with something
-    else; None where that is unknown.
-
-    The clocks of the phase's own threads know every microsecond, but not on which CPU it was: their
-    time counts where they were last seen, which is exact on a single CPU, and for threads that have
-    not moved. The kernel counts the time of a CPU for whatever ran there, in ticks too coarse for a
-    short phase; in others its count holds, and own time that cannot have been where it was last
-    seen is taken from what seems to be something else. Without a closer look, the threads' time is
-    spread over the CPUs.
-    """
-    spread_s = dict.fromkeys(cpus, record.cpu_s / len(cpus))
-    if not record.cpu_busy_s or record.duration_s < SHORT_PHASE_S:
-        return record.used_on_s or spread_s, None
-    own_s = {cpu: min(record.used_on_s.get(cpu, 0.0), record.cpu_busy_s[cpu]) for cpu in cpus}
-    rest_s = {cpu: record.cpu_busy_s[cpu] - own_s[cpu] for cpu in cpus}
-    moved = (record.cpu_s - sum(own_s.values())) / (sum(rest_s.values()) or 1.0)
-    others_s = {cpu: max(0.0, 1 - moved) * rest_s[cpu] for cpu in cpus}
-    return {cpu: record.cpu_busy_s[cpu] - others_s[cpu] for cpu in cpus}, others_s
-
-
-def stacked(
-    start_s: float, end_s: float, shares: dict[str, float], idle: bool = True, alpha: float = 1.0
-) -> Iterator[Bar]:
-    """Bars for shares of a row's time, one upon the other; the rest was `idle`, or is unknown."""
-    if idle:
-        yield Bar(IDLE, start_s, end_s, -0.35, 0.7)
-    top = 0.35
-    for key, share in shares.items():
-        top -= 0.7 * share
-        if share > 0:
-            yield Bar(key, start_s, end_s, top, 0.7 * share, alpha=alpha)
-
-
-def busy_between_phases(row: Row, records: Sequence[PhaseRecord]) -> Iterator[Bar]:
-    """How busy a row's CPUs were while their own lane had no phase, as far as the closer looks at
-    any lane's phases tell, which read at both ends how long each CPU had worked since boot.
-    """
-    readings = []
-    for record in (one for one in records if one.cpu_before_s):
-        before_s = record.cpu_before_s
-        after_s = {cpu: before_s[cpu] + busy_s for cpu, busy_s in record.cpu_busy_s.items()}
-        readings += [(record.start_s, before_s), (record.end_s, after_s)]
-    readings.sort(key=lambda reading: reading[0])
-    own = ((one.start_s, one.end_s) for one in records if one.lane == row.group.name)
-    edges = [-math.inf, *itertools.chain.from_iterable(own), math.inf]
-    for gap in zip(edges[::2], edges[1::2], strict=True):
-        inside = [reading for reading in readings if gap[0] <= reading[0] <= gap[1]]
-        for (start_s, before_s), (end_s, after_s) in itertools.pairwise(spaced(inside)):
-            worked_s = {cpu: after_s[cpu] - before_s[cpu] for cpu in row.cpus}
-            yield from stacked(start_s, end_s, {ELSE: row.share(worked_s, end_s - start_s)})
-
-
-def spaced(readings: Sequence[tuple[float, Any]]) -> list[tuple[float, Any]]:
-    """Of readings by time those that are so far apart that the kernel's ticks do not matter, the
-    last one among them; none where they are all too close.
-    """
-    chosen = list(readings[:1])
-    for reading in readings[1:]:
-        if reading[0] - chosen[-1][0] >= SHORT_PHASE_S:
-            chosen.append(reading)
-    if len(chosen) > 1:
-        chosen[-1] = readings[-1]
-    return chosen
-
-
-def cpu_bars(row: Row, records: Sequence[PhaseRecord]) -> Iterator[Bar]:
-    """How busy a row's CPUs were, in their lane's phases and between them. Where nobody looked on
-    which of its CPUs a lane was, its mean is shown, pale.
-    """
-    for record in (one for one in records if one.lane == row.group.name):
-        own_s, others_s = busy_in_phase(record, row.group.cpus)
-        all_s = Counter(own_s) + Counter(others_s)
-        own, both = (row.share(busy_s, record.duration_s) for busy_s in (own_s, all_s))
-        known = bool(record.cpu_busy_s or record.used_on_s) or row.cpus == row.group.cpus
-        shares, alpha = {record.phase: own, ELSE: both - own}, 1.0 if known else 0.4
-        yield from stacked(record.start_s, record.end_s, shares, others_s is not None, alpha)
-    yield from busy_between_phases(row, records)
-
-
-def draw_panel(ax: Any, panel: Panel, span_s: float) -> None:
-    """Draw one panel on its axes; what lies outside the span is cut off."""
-    rows, records = panel_rows(panel), panel.records
-    zero_s = records[0].start_s if panel.zero_s is None else panel.zero_s
-    for y, row in enumerate(rows):
-        lane = row.group.name
-        bars = cpu_bars(row, records) if row.cpus else lane_bars(lane, panel.companies, records)
-        for bar in bars:
-            if zero_s < bar.end_s and bar.start_s < zero_s + span_s:
-                draw_bar(ax, y, bar, zero_s, span_s)
-    size = 8 if len(rows) <= 12 else 6.5
-    ax.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=size)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_xlim(0, span_s)
-    ax.set_title(panel.title, loc="left", fontsize=9)
-    for side in ("top", "right", "left"):
-        ax.spines[side].set_visible(False)
-    ax.tick_params(left=False)
-
-
-def draw_bar(ax: Any, y: int, bar: Bar, zero_s: float, span_s: float) -> None:
-    """Draw a bar in row `y`; its text if there is room for it."""
-    start_s, duration_s = bar.start_s - zero_s, bar.end_s - bar.start_s
-    place = (y + bar.top, bar.height)
-    look = {"color": COLOURS[bar.key], "label": bar.key, "alpha": bar.alpha}
-    look |= {"edgecolor": "white", "linewidth": 0.6 if bar.text else 0}
-    ax.broken_barh([(start_s, duration_s)], place, **look)
-    middle_s = start_s + duration_s / 2
-    if bar.text and duration_s > 0.012 * span_s and middle_s < span_s:
-        style = {"ha": "center", "va": "center", "color": "white", "fontsize": 9}
-        ax.text(middle_s, y + bar.top + bar.height / 2, bar.text, **style)
-
-
-def shifted(steps: Iterable[StepResult], by_s: float) -> list[StepResult]:
-    """Steps with other times of all phases and batches, as another clock has them."""
-
-    def later(span: Any) -> Any:
-        times = {"start_s": span.start_s + by_s, "end_s": span.end_s + by_s}
-        return dataclasses.replace(span, **times)
-
-    return [
-        dataclasses.replace(
-            step,
-            records=tuple(map(later, step.records)),
-            loads=tuple(map(later, step.loads)),
-            company=step.company and later(step.company),
-            synced_s=step.synced_s + by_s,
-        )
-        for step in steps
-    ]
-
-
-def by_one_clock(steps_by_rank: Sequence[Sequence[StepResult]]) -> list[list[StepResult]]:
-    """The same steps of several ranks, all by the clock of the first: at the end of each step they
-    have all just heard of each other.
-    """
-    first = [step.synced_s for step in steps_by_rank[0]]
-    aligned = []
-    for steps in steps_by_rank:
-        ahead_s = (now_s - step.synced_s for now_s, step in zip(first, steps, strict=True))
-        aligned.append(shifted(steps, statistics.median(ahead_s)))
-    return aligned
-
-
-def trace_of_ranks(
-    plans: Sequence[CorePlan], steps_by_rank: Sequence[Sequence[StepResult]]
-) -> dict[str, Any]:
-    """The steps of several ranks by one clock, as in `trace_events`: each rank is a process."""
-    zero_s = min(span.start_s for steps in steps_by_rank for step in steps for span in step.records)
-    events = []
-    for rank, (plan, steps) in enumerate(zip(plans, steps_by_rank, strict=True)):
-        names = {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}
-        events += [names, *trace_events(plan, steps, rank, zero_s)["traceEvents"]]
-    return {"displayTimeUnit": "ms", "traceEvents": events}
-
-
-def trace_events(
-    plan: CorePlan, steps: Sequence[StepResult], rank: int = 0, zero_s: float | None = None
-) -> dict[str, Any]:
-    """The steps in the Trace Event Format: a row per lane and per loader, times in microseconds
-    from the beginning, or since `zero_s`.
-
-    A batch is shown only once a step has taken it, so the last ones that were loaded are missing.
-    """
-    loads = [load for step in steps for load in step.loads]
-    records = [record for step in steps for record in step.records]
-    names: dict[str | int, str] = {group.name: f"{group.name} lane" for group in plan.groups}
-    for loader in sorted({load.loader for load in loads}):
-        names[loader] = "main thread" if loader < 0 else f"loader {loader}"
-    rows = {key: number for number, key in enumerate(names)}
-    if zero_s is None:
-        zero_s = min(span.start_s for span in (*records, *loads))
-    events = [
-        {"name": "thread_name", "ph": "M", "pid": rank, "tid": rows[key], "args": {"name": name}}
-        for key, name in names.items()
-    ]
-    spans = [(load, "load", load.loader, {}) for load in loads]
-    for record, owner in owned_phases(steps):
-        name = f"{record.phase} {owner.get('micro_batch', '')}".strip()
-        used = {"cpu_s": record.cpu_s, "stray_s": record.stray_s}
-        cores = {"cores": format_cpu_list(record.mask)}
-        spans.append((record, name, record.lane, owner | used | cores))
-    for span, name, key, args in spans:
-        place = {"ts": 1e6 * (span.start_s - zero_s), "dur": 1e6 * (span.end_s - span.start_s)}
-        kind = {"name": name, "cat": name.split()[0], "ph": "X"}
-        events.append({**kind, "pid": rank, "tid": rows[key], **place, "args": args})
-    return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
 # ==================================================================================================
@@ -1516,483 +984,6 @@ def trace_events(
 # What a run tells: progress on the screen, the summary table, a section of logs.md, metrics.jsonl,
 # TensorBoard's files, the pictures. Pure functions turn figures into text; RunReport writes.
 # ==================================================================================================
-
-STEPS_OF_RANKS = 50  # the latest, which trace.json has of several ranks
-RANKS_TO_DRAW, RANKS_WITH_CORES = 16, 4  # in timeline.png; and with rows of their cores
-COMPANY_IN_SUMMARY = 0.02  # below that it may be the error of the clocks
-METRICS, TIMELINE, TRACE = "metrics.jsonl", "timeline.png", "trace.json"
-TENSORBOARD = "tensorboard"
-CURVES, GRADIENTS, RANGE_PLOT = "curves.png", "gradients.png", "lr.png"
-CONFUSION, PAIRS, CONFUSED = "confusion", "confusion-pairs.csv", "confused.json"
-EPOCH_FIELDS = ("train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5")
-RAW_FIELDS = ("val_raw_loss", "val_raw_top1", "val_raw_top5")
-PARTS = {"train": "train", "val": "validation", "val_raw": "raw validation"}  # of these, in words
-CLASSES_TO_SHOW, PAIRS_TO_WRITE = 30, 1000
-LONGEST_NAME = 40  # of a class, so that its row fits 80 columns
-LARGEST_MATRIX = 4000  # classes: to draw that many takes 1 GiB, twice as many four times that
-FENCE = "```\n"
-LOG_HEADER = """\
-# Training log
-
-`train_split_affinity.py` writes a section for each run: core allocation and settings when it
-begins, a line for each epoch, and in the end what came of it and what every phase took. Times are
-wall-clock, in milliseconds per optimizer step; *busy* is the CPU time of a phase's threads as a
-share of the time of its physical cores (of as many hardware threads, where a phase has more threads
-than cores); *stray* is CPU time, in total, of compute threads that may run outside the phase's
-cores. Where phases overlap, their shares of a step add up to more than 100 %. Speeds and shares of
-a long run are those of its latest 2,000 steps.
-
-The line of an epoch is written when the epoch is finished; notes are yours to add:
-
-```
-epoch | train_loss | train_top1 | train_top5 | val_loss | val_top1 | val_top5 | timestamp | notes
-```
-"""
-
-
-def phase_table(summary: Summary, with_cores: bool = True) -> str:
-    """The per-phase table; it fits 80 columns without the cores, which can be many."""
-    rows = []
-    for phase in summary.phases:
-        median, p95, stray = (f"{ms:.1f}" for ms in (phase.median_ms, phase.p95_ms, phase.stray_ms))
-        threads, share, busy = str(phase.threads), f"{phase.share:.1%}", f"{phase.busy:.0%}"
-        rows.append((phase.phase, phase.cores, threads, median, p95, share, busy, stray))
-    rest = "no phase (data, hand-over)" if with_cores else "no phase"
-    rows.append((rest, "", "", "", "", f"{summary.no_phase_share:.1%}", "", ""))
-    table = ["phase,cores,threads,median ms,p95 ms,share of step,busy,stray ms".split(","), *rows]
-    if not with_cores:
-        table = [(first, *others) for first, _, *others in table]
-    return markdown_table(table[0], table[1:])
-
-
-def cpu_table(summary: Summary) -> str:
-    """Which logical CPUs were busy in each phase, with whatever ran on the machine."""
-    rows = []
-    for phase in summary.phases:
-        busy = [cpu for cpu, share in phase.cpu_busy.items() if share >= 0.5]
-        partly = [cpu for cpu, share in phase.cpu_busy.items() if 0.05 <= share < 0.5]
-        each = " ".join(f"{cpu}:{share:.0%}" for cpu, share in phase.cpu_busy.items()) or "unknown"
-        lists = format_cpu_list(busy), format_cpu_list(partly)
-        rows.append((phase.phase, *lists, each, phase.seen_on))
-    header = ("phase", "busy (50 % or more)", "partly (5 to 50 %)", "each CPU", "threads seen on")
-    return markdown_table(header, rows)
-
-
-def company_texts(company: Company, least: float) -> Iterator[str]:
-    """What others took of the cores, if that was `least` or more: other processes by lane, and the
-    hypervisor.
-    """
-    shares = [
-        f"{100 * share:.0f} % of {'all' if lane == 'all' else f'the {lane}'} cores"
-        for lane, share in company.others.items()
-        if share >= least
-    ]
-    if shares:
-        yield f"other processes took {' and '.join(shares)}"
-    if company.stolen >= least:
-        yield f"the hypervisor took {100 * company.stolen:.0f} %"
-
-
-def memory_lines(by_node: dict[int, int], topology: Topology, plan: CorePlan) -> list[str]:
-    """Where memory is, in a line that names the lanes with cores in each node, if it is known."""
-    places = []
-    for node, size_bytes in by_node.items():
-        cpus = {*cpus_of(core for core in topology.cores if core.node == node)}
-        lanes = [f"{group.name} cores" for group in plan.groups if cpus & group.cpu_set]
-        where = f" ({', '.join(lanes)})" if lanes else ""
-        places.append(f"node {node}{where} {size_bytes / 2**30:.2f} GiB")
-    return [f"memory by node, without that of files: {', '.join(places)}"] if places else []
-
-
-def summary_lines(summary: Summary) -> list[str]:
-    """Throughput, memory and placement in sentences."""
-    strayed = "some work could leave the phase's cores" if summary.stray_s else "no work strayed"
-    waiting_s = summary.waiting_s
-    company = summary.company and [*company_texts(summary.company, COMPANY_IN_SUMMARY)]
-    busy = ", ".join(f"{name} cores {share:.0%}" for name, share in summary.busy.items())
-    return [
-        f"{summary.images_per_s:.2f} images/s, {summary.median_step_s:.3f} s a step (median), "
-        f"{plural(summary.warmup_steps, 'warm-up step')} left out; "
-        f"loss {summary.loss_first:.4f} first, {summary.loss_last:.4f} last",
-        f"peak memory {summary.peak_memory_bytes / 2**30:.2f} GiB, loader processes not counted; "
-        f"stray time {1e3 * summary.stray_s:.1f} ms: {strayed}",
-        f"busy over whole steps: {busy}; CPU time beside that: "
-        f"main thread {summary.main_thread_s:.2f} s"
-        + (f", waiting threads of the other lane {waiting_s:.2f} s" if waiting_s >= 0.005 else ""),
-        *(["; ".join(company)] if company else []),
-        f"the audit of where threads ran took {summary.audit_ms:.2f} ms a phase, "
-        f"{summary.audit_share:.1%} of a step",
-    ]
-
-
-def epoch_line(row: dict[str, Any], names: Sequence[str] = EPOCH_FIELDS) -> str:
-    """A finished epoch, as logs.md has it; `-` for what was not measured."""
-    cells = [f"epoch: {row['epoch']}"]
-    for name in names:
-        form = "{:.3f}" if name.endswith("loss") else "{:.1f}%"
-        cells.append(f"{name}: {'-' if row[name] is None else form.format(row[name])}")
-    return "  ".join([*cells, f"timestamp: {row['timestamp']}"])
-
-
-def draw_curves(
-    path: Path, title: str, history: Sequence[dict[str, Any]], footer: str = ""
-) -> None:
-    """Losses, accuracies and learning rate by epoch, one above the other, and which epoch was the
-    best; what only some epochs have is drawn for those.
-    """
-    epochs = [row["epoch"] for row in history]
-    figure = new_figure(9.5, 8, footer)
-    losses, accuracies, rates = figure.subplots(3, sharex=True, height_ratios=(3, 3, 2))
-    points = {"marker": ".", "markersize": 6 if len(epochs) <= 60 else 2}
-    for ax, suffix in ((losses, "loss"), (accuracies, "top1"), (accuracies, "top5")):
-        for part, colour in zip(PARTS, ("#4477aa", "#cc6677", "#ddaa33"), strict=True):
-            values = [row.get(f"{part}_{suffix}") for row in history]
-            if any(value is not None for value in values):
-                style = ":" if suffix == "top5" else "-"
-                label = f"{PARTS[part]} {suffix}".replace("top", "top-")
-                ax.plot(epochs, values, style, color=colour, label=label, **points)
-    rates.plot(epochs, [row["lr"] for row in history], color="#228833", **points)
-    if best := best_epoch(history):
-        label = f"best: {best['val_top1']:.2f} % in epoch {best['epoch']}"
-        for ax in (losses, accuracies):
-            style = {"color": "#555555", "linestyle": "--", "linewidth": 0.8}
-            ax.axvline(best["epoch"], label=label if ax is accuracies else None, **style)
-    for ax in (losses, accuracies):  # beside the curves: they leave no corner free for certain
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
-    losses.set_ylabel("loss")
-    accuracies.set_ylabel("right answers, %")
-    rates.set(ylabel="learning rate", ylim=(0, None))
-    save_axes(figure, path, title, "epoch")
-
-
-def draw_gradients(
-    path: Path, title: str, history: Sequence[dict[str, Any]], footer: str = ""
-) -> None:
-    """The norm of the gradients of each layer group, by epoch."""
-    from matplotlib import colormaps
-
-    figure = new_figure(8, 5, footer)
-    ax = figure.subplots()
-    epochs, groups = [row["epoch"] for row in history], list(history[-1]["gradient_norms"])
-    for number, group in enumerate(groups):  # from the input's end, dark, to the output's, light
-        norms = [row["gradient_norms"].get(group) or math.nan for row in history]
-        colour = colormaps["viridis"](0.9 * number / max(1, len(groups) - 1))
-        ax.plot(epochs, norms, marker=".", color=colour, label=group)
-    ax.set(yscale="log", ylabel="norm of the gradients, mean over an epoch")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    save_axes(figure, path, title, "epoch")
-
-
-@dataclass(frozen=True)
-class RangeTest:
-    """Learning rates that rose from step to step, the loss at each, smoothed, and the rate that
-    follows from them; None if they do not tell.
-    """
-
-    rates: tuple[float, ...]
-    losses: tuple[float, ...]
-    suggestion: float | None
-
-
-def draw_range_test(path: Path, title: str, result: RangeTest, footer: str = "") -> None:
-    """Smoothed loss by learning rate, and the suggestion, if there is one."""
-    figure = new_figure(8, 5, footer)
-    ax = figure.subplots()
-    ax.plot(result.rates, result.losses, marker=".", color="#4477aa", label="loss, smoothed")
-    if result.suggestion:
-        label = f"suggestion: {result.suggestion:.2g}"
-        ax.axvline(result.suggestion, color="#cc6677", linestyle="--", label=label)
-    ax.set(xscale="log", ylabel="loss")
-    if max(result.losses) > 2 * result.losses[0]:  # where it explodes is of no interest
-        ax.set_ylim(0.9 * min(result.losses), 2 * result.losses[0])
-    ax.legend(frameon=False)
-    save_axes(figure, path, title, "learning rate")
-
-
-def save_axes(figure: Any, path: Path, title: str, x_label: str) -> None:
-    """Write a picture whose axes share the x axis, with its title and a light frame and grid."""
-    from matplotlib.ticker import MaxNLocator
-
-    figure.suptitle(title, fontsize=10)
-    figure.axes[-1].set_xlabel(x_label)
-    if x_label == "epoch":
-        figure.axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    for ax in figure.axes:
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    save_figure(figure, path)
-
-
-def confusion_matrix(confusion: Confusion, count: int) -> torch.Tensor:
-    """How often an image of class i was taken for class j, (count, count)."""
-    matrix = torch.zeros(count, count, dtype=torch.long)
-    for pair, images in confusion.items():
-        matrix[pair] = images
-    return matrix
-
-
-def draw_confusion(
-    path: Path, title: str, matrix: torch.Tensor, classes: Sequence[str], footer: str = ""
-) -> None:
-    """A confusion matrix, as shares of each row's class; with counts if there is room."""
-    count = len(classes)
-    side_inches = min(12, 3 + 0.45 * count)
-    figure = new_figure(side_inches + 1, side_inches, footer)
-    ax = figure.subplots()
-    shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
-    image = ax.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=ax, label="share of the true class", shrink=0.8)
-    if count <= CLASSES_TO_SHOW:
-        ax.set_xticks(range(count), classes, rotation=90, parse_math=False)
-        ax.set_yticks(range(count), classes, parse_math=False)
-        for row, column in matrix.nonzero().tolist():
-            colour = "white" if shares[row, column] > 0.6 else "black"
-            text = str(matrix[row, column].item())
-            ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    ax.set(xlabel="predicted class", ylabel="true class")
-    figure.suptitle(title, fontsize=10)
-    save_figure(figure, path)
-
-
-def confusion_csv(matrix: torch.Tensor, classes: Sequence[str]) -> str:
-    """A confusion matrix with a row per true class, a column per predicted one."""
-    rows = ([name, *row] for name, row in zip(classes, matrix.tolist(), strict=True))
-    return csv_text(itertools.chain([["true class", *classes]], rows))
-
-
-def worst_pairs(confusion: Confusion) -> list[tuple[tuple[int, int], int]]:
-    """The pairs of classes that were confused most often, with how often, the worst first."""
-    wrong = [(pair, images) for pair, images in confusion.items() if pair[0] != pair[1]]
-    return sorted(wrong, key=lambda each: (-each[1], each[0]))[:PAIRS_TO_WRITE]
-
-
-def pairs_csv(confusion: Confusion, classes: Sequence[str]) -> str:
-    """The worst pairs, with a row for each."""
-    rows = ((classes[a], classes[b], images) for (a, b), images in worst_pairs(confusion))
-    return csv_text([("true class", "predicted class", "images"), *rows])
-
-
-def confused_json(confusion: Confusion, classes: Sequence[str], checkpoint: str) -> str:
-    """What was tested, and the worst pairs, a line for each, so that they are easily left out:
-    `images` of the `true` class, a `share` of them, were `taken_for` the other.
-    """
-    totals = images_by_class(confusion)
-    right, count = sum(confusion[true, true] for true in totals), totals.total()
-    top1 = round(100 * right / count, 4)
-    lines = (
-        {
-            "true": classes[true],
-            "taken_for": classes[predicted],
-            "images": images,
-            "share": round(images / totals[true], 4),
-        }
-        for (true, predicted), images in worst_pairs(confusion)
-    )
-    listed = ",\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
-    head = {"checkpoint": checkpoint, "images": count, "top1": top1, "pairs": []}
-    text = json.dumps(head, ensure_ascii=False).removesuffix("]}")
-    return f"{text}\n{listed}\n]}}\n"
-
-
-def write_confusion(
-    folder: Path,
-    title: str,
-    confusion: Confusion,
-    classes: Sequence[str],
-    checkpoint: str,
-    footer: str = "",
-) -> None:
-    """Write the confused pairs of a checkpoint, and the confusion matrix, as text and as a picture;
-    of too many classes for one, the worst pairs instead, and say so.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / CONFUSED, confused_json(confusion, classes, checkpoint))
-    count = len(classes)
-    if count > LARGEST_MATRIX:
-        write_whole(folder / PAIRS, pairs_csv(confusion, classes))
-        say(f"{folder / PAIRS}: the worst confusions; {count} classes are too many for a matrix")
-        return
-    matrix = confusion_matrix(confusion, count)
-    write_whole(folder / f"{CONFUSION}.csv", confusion_csv(matrix, classes))
-    draw_confusion(folder / f"{CONFUSION}.png", title, matrix, classes, footer)
-
-
-def images_by_class(confusion: Confusion) -> Counter[int]:
-    """How many images there were of each class that had any."""
-    totals: Counter[int] = Counter()
-    for (true, _), images in confusion.items():
-        totals[true] += images
-    return totals
-
-
-def class_lines(confusion: Confusion, classes: Sequence[str]) -> list[str]:
-    """A table of the accuracy of each class, the worst first, of many classes only those."""
-    found = []
-    for true, total in images_by_class(confusion).items():
-        right = confusion[true, true]
-        found.append((right / total, classes[true], f"{right / total:.1%}", str(right), str(total)))
-    rows = [
-        (name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 3] + "...", *cells)
-        for _, name, *cells in sorted(found)[:CLASSES_TO_SHOW]
-    ]
-    lines = [markdown_table(("class", "right", "images right", "images"), rows)]
-    if len(found) > CLASSES_TO_SHOW:
-        lines.append(f"(the worst {CLASSES_TO_SHOW} of {len(found)} classes)")
-    return lines
-
-
-def picture_footer(topology: Topology) -> str:
-    """What the figures of a picture depend on: the machine and the versions, in a line."""
-    threads, cores = len(topology.online), len(topology.cores)
-    machine = f"{topology.cpu_model}, {plural(cores, 'core')}, {plural(threads, 'hardware thread')}"
-    return f"{machine}; {', '.join(f'{name} {version}' for name, version in versions().items())}"
-
-
-def describe_run(settings: Settings) -> str:
-    """What a run trains, in a line."""
-    batches = f"{settings.batch_size} images"
-    if settings.accumulate > 1:
-        batches = f"{settings.accumulate} batches of {batches}"
-    if settings.ranks > 1:
-        batches = f"{settings.ranks} ranks with {batches}"
-    size = f"{settings.image_size} px"
-    taught = f", taught by {settings.teacher}" if settings.teacher else ""
-    return f"{settings.model}, {size}, {batches} a step, {settings.precision}{taught}"
-
-
-def log_heading(
-    settings: Settings,
-    asked: Settings,
-    topology: Topology,
-    plan: CorePlan,
-    resumed_at: int = 0,
-    ranks: Ranks = ONE_PROCESS,
-) -> str:
-    """The beginning of a run's section of logs.md; `settings` are those in force."""
-    in_force = {
-        key: format_cpu_list(value) if key.endswith("_cores") else option_text(value)
-        for key, value in plain_settings(settings).items()
-        if value is not None
-    }
-    title = f"{settings.model}, {settings.schedule}, split {plan.split}"
-    title += f", {ranks.size} ranks" if ranks.size > 1 else ""
-    title += f", resumed after step {resumed_at}" if resumed_at else ""
-    options = as_options(asked)
-    machines = [text for text, _, _ in machines_of(ranks)] or [describe_topology(topology)]
-    lines = [
-        f"machine: {'; '.join(machines)}; {host_kind()}",
-        f"detected cores: {format_cpu_list(topology.online)} (logical CPUs online)",
-        *(rank_lines(ranks) or describe_plan(plan, settings)),
-        f"versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
-        f"settings: {f'`{options}`' if options else 'the defaults'}",
-    ]
-    all_settings = ", ".join(f"{key} {value}" for key, value in in_force.items())
-    folded = f"<details><summary>all settings in force</summary>\n\n{all_settings}\n\n</details>"
-    listed = "\n".join(f"- {line}" for line in lines)
-    return f"\n## {utc_now()} {title}\n\n{listed}\n\n{folded}\n\n"
-
-
-def log_summary(
-    results: Iterable[str],
-    summary: Summary | None,
-    warned: Iterable[str],
-    others: Sequence[str] = (),
-) -> str:
-    """The end of a run's section of logs.md; without figures if no step was finished. `others` are
-    the tables of several ranks.
-    """
-    lines = [
-        *results,
-        f"ended: {utc_now()}",
-        *(f"warning: {text}" for text in warned),
-        *(summary_lines(summary) if summary else ()),
-    ]
-    tables = ["", phase_table(summary), "", cpu_table(summary)] if summary else []
-    return "\n".join([*(f"- {line}" for line in lines), *tables, *others]) + "\n"
-
-
-@dataclass(frozen=True)
-class RankFigures:
-    """What a rank has to tell at the end of a run; `steps` are the latest ones."""
-
-    summary: Summary | None
-    warnings: Sequence[str]
-    steps: Sequence[StepResult]
-    looks: Sequence[Company]
-
-
-def rank_table(hosts: Sequence[Host], summaries: Sequence[Summary]) -> str:
-    """The phases of each rank, and how long it waited for the slowest, in 80 columns."""
-    phases = [phase for phase in PHASES if any(each.phase == phase for each in summaries[0].phases)]
-    rows = []
-    for rank, (host, summary) in enumerate(zip(hosts, summaries, strict=True)):
-        median_ms = {each.phase: f"{each.median_ms:.1f}" for each in summary.phases}
-        waited, stray = 1e3 * summary.waited_s[rank], 1e3 * summary.stray_s
-        name = textwrap.shorten(host.name, 14, placeholder="...") if " " in host.name else host.name
-        times = [median_ms.get(phase, "-") for phase in phases]
-        rows.append((f"{rank} {name[:14]}", *times, f"{waited:.1f}", f"{stray:.1f}"))
-    return markdown_table(("rank, ms a step", *phases, "waited", "stray"), rows)
-
-
-def tables_of_ranks(hosts: Sequence[Host], summaries: Sequence[Summary]) -> list[str]:
-    """What logs.md has beside the first rank's tables, each after an empty line."""
-    lines = ["", rank_table(hosts, summaries)]
-    for rank, summary in enumerate(summaries[1:], 1):
-        title = f"rank {rank} on {hosts[rank].name}"
-        tables = f"{phase_table(summary)}\n\n{cpu_table(summary)}"
-        lines += ["", f"<details><summary>{title}</summary>\n\n{tables}\n\n</details>"]
-    return lines
-
-
-def result_lines(
-    settings: Settings, progress: Progress, to_come: Collection[str] = ()
-) -> list[str]:
-    """How good the model has become, and the files in which it is; some may be still to come."""
-    lines = []
-    if progress.best:
-        top1, epoch = progress.best[0]
-        lines.append(f"best validation top-1: {top1:.2f} % in epoch {epoch}")
-    if folder := settings.output_dir:
-        names = (BEST, LAST, CURVES, GRADIENTS, TIMELINE, TRACE, METRICS, TENSORBOARD)
-        there = [name for name in names if name in to_come or (folder / name).exists()]
-        lines.append(f"files in {folder}: {', '.join(there)}")
-    return lines
-
-
-class LogSection:
-    """A run's section of logs.md: the heading when the run begins, a line for each epoch, a summary
-    in the end.
-
-    A comment that no reader sees keeps the place where the section goes on, since another run may
-    have begun one below, and the user may have edited the file meanwhile. If the place has gone,
-    the section begins once more, at the end of the file.
-    """
-
-    def __init__(self, path: Path, heading: str, over_epochs: bool):
-        self._path, self._heading, self._over_epochs = path, heading, over_epochs
-        self._place = f"<!-- run {os.urandom(8).hex()} goes on here -->\n"
-        self._edited = can_be_edited(path)
-
-    def begin(self) -> None:
-        """Write the heading, and an empty block for the lines of epochs."""
-        block = (2 * FENCE if self._over_epochs else "") + self._place
-        append_text(self._path, self._heading + (block if self._edited else ""), LOG_HEADER)
-
-    def add_epoch(self, line: str) -> None:
-        """Write a line, below those before it."""
-        end = FENCE + self._place
-        self._go_on(end, f"{line}\n{end}", f"{line}\n\n", f"{FENCE}{line}\n{end}")
-
-    def end(self, summary: str) -> None:
-        """Write the summary."""
-        self._go_on(self._place, f"\n{summary}", summary, summary)
-
-    def _go_on(self, place: str, text: str, appended: str, anew: str) -> None:
-        """Put text at a place; where there can be none, append it, or in a section that is new."""
-        if not self._edited:
-            append_text(self._path, appended)
-        elif not replace_text(self._path, place, text):
-            append_text(self._path, self._heading + anew, LOG_HEADER)
 
 
 def check_writable(settings: Settings) -> None:
@@ -2023,321 +1014,6 @@ def check_json(path: Path | None) -> None:
             tempfile.TemporaryFile(dir=path.resolve().parent).close()
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
-
-
-BAR = "|{bar}| {n_fmt}/{total_fmt}{postfix}"
-WIDE_COLUMNS = 99  # tqdm leaves one of a terminal's free
-RECENT_STEPS = 100  # go into the time that is left; the median of thousands would take longer
-
-
-def step_figures(result: StepResult, left_s: float) -> list[str]:
-    """Loss, top-1, speed and the time that is left."""
-    return [
-        f"loss {result.loss:.4f}",
-        f"top-1 {100 * result.top1 / result.images:.1f} %",
-        f"{result.images / result.step_s:.4g} img/s",
-        f"{span_text(left_s)} left",
-    ]
-
-
-def bar_text(result: StepResult, left_s: float, columns: int) -> str:
-    """What stands beside the progress bar; the phases' times where there is room."""
-    *figures, left = step_figures(result, left_s)
-    if columns >= WIDE_COLUMNS:
-        names = ("forward", "fwd"), ("backward", "bwd")
-        figures += [f"{short} {result.total('duration_s', name):.2f} s" for name, short in names]
-    return ", ".join([*figures, left])
-
-
-def step_line(result: StepResult, steps: int, left_s: float, epoch: str = "") -> str:
-    """The line of a step. Where the run has epochs, `epoch` stands for the top-1, which the line of
-    an epoch has: 80 columns have no room for both.
-    """
-    loss, top1, *others = step_figures(result, left_s)
-    figures = ", ".join([loss, *others] if epoch else [loss, top1, *others])
-    return f"step {result.step}/{steps}: {figures}{epoch}"
-
-
-def event_record(**event: Any) -> bytes:
-    """An event as TensorBoard reads it: its message (event.proto), framed. Raises ImportError
-    without the package.
-    """
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    file = io.BytesIO()
-    RecordWriter(file).write(Event(wall_time=time.time(), **event).SerializeToString())
-    return file.getvalue()
-
-
-def check_tensorboard(settings: Settings) -> None:
-    """Raise UserError if `--tensorboard` is asked for without the package, or with one that does
-    not work.
-    """
-    try:
-        if settings.tensorboard and not settings.test_only:
-            event_record()
-    except Exception as error:  # of imports, or of protobuf in a version that does not fit
-        remedy = "needs the package tensorboard: pip install tensorboard"
-        raise UserError(f"--tensorboard {remedy} ({one_line(error)})") from None
-
-
-class EventFile:
-    """A run's figures for TensorBoard, in a file of its own; what earlier ones in the same folder
-    have from `first_step` on is no longer shown.
-
-    The records are TensorBoard's, but they are written as all else is, not by SummaryWriter: a full
-    disk ends the thread of that with a traceback on the screen, and where there is TensorFlow, that
-    is imported for it.
-    """
-
-    def __init__(self, folder: Path, first_step: int):
-        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
-        self._path = folder / name
-        purge = event_record(step=first_step, session_log={"status": "START"})
-        self._header = event_record(file_version="brain.Event:2") + purge
-
-    def add(self, step: int, scalars: dict[str, float]) -> None:
-        """Write figures after an optimizer step, by name. Raises RunError if that cannot be."""
-        values = [{"tag": tag, "simple_value": value} for tag, value in scalars.items()]
-        self._path.parent.mkdir(exist_ok=True)
-        append_bytes(self._path, event_record(step=step, summary={"value": values}), self._header)
-
-
-def step_scalars(result: StepResult) -> dict[str, float]:
-    """A step's figures for TensorBoard; accuracies in percent."""
-    scores = Scores(result.loss, result.images, result.top1, result.top5)
-    scalars = {f"step/{name}": value for name, value in scores.figures().items()}
-    scalars |= {"step/lr": result.lr, "speed/images_per_s": result.images / result.step_s}
-    phases = {record.phase for record in result.records}
-    times_s = {f"speed/{phase}_s": result.total("duration_s", phase) for phase in sorted(phases)}
-    return {**scalars, "speed/step_s": result.step_s, **times_s}
-
-
-def epoch_scalars(row: dict[str, Any]) -> dict[str, float]:
-    """A finished epoch's figures for TensorBoard, without those that were not measured."""
-    names = "epoch", *EPOCH_FIELDS, *RAW_FIELDS
-    scalars = {f"epoch/{name}": row[name] for name in names if row.get(name) is not None}
-    return scalars | {f"gradients/{name}": norm for name, norm in row["gradient_norms"].items()}
-
-
-def rank_panels(
-    what: str,
-    ranks: Ranks,
-    every: Sequence[RankFigures],
-    steps_by_rank: Sequence[Sequence[StepResult]],
-    count: int,
-) -> list[Panel]:
-    """A panel for the latest steps, `count` of them, of each rank, all by one clock; of many ranks
-    the first ones, without rows of cores.
-    """
-    latest = [steps[-count:] for steps in steps_by_rank][:RANKS_TO_DRAW]
-    zero_s = min(record.start_s for steps in latest for step in steps for record in step.records)
-    panels = []
-    for rank, steps in enumerate(latest):
-        plan, host = ranks.plans[rank], ranks.hosts[rank]
-        title = f"rank {rank} on {host.name}" + ("" if rank else f": {what}")
-        ahead_s = steps[-1].synced_s - every[rank].steps[-1].synced_s
-        looks = [
-            dataclasses.replace(each, start_s=each.start_s + ahead_s, end_s=each.end_s + ahead_s)
-            for each in every[rank].looks
-        ]
-        lanes_only = ranks.size > RANKS_WITH_CORES
-        panels.append(Panel(title, plan, steps, host.topology.cores, looks, zero_s, lanes_only))
-    return panels
-
-
-class RunReport:
-    """Everything that one run shows and writes while it goes on, and when it ends.
-
-    metrics.jsonl is continued if it exists: every run begins with its own line of type "run". What
-    cannot be written, on a full disk say, is warned of, and the run goes on.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        topology: Topology,
-        plan: CorePlan,
-        progress: Progress,
-        asked: Settings | None = None,
-        ranks: Ranks = ONE_PROCESS,
-    ):
-        """`asked` are the settings as they were before what they leave open was decided. All but
-        the first of the `ranks` are silent, but for what is wrong with their own cores.
-        """
-        self._settings, self._topology, self._plan = settings, topology, plan
-        self._progress, self._ranks = progress, ranks
-        self._total = total_steps(settings, progress.epoch_batches)
-        self._tally = Tally(plan)
-        self._warnings: dict[str, str] = {}  # by kind: each kind is shown once
-        if settings.output_dir and not ranks.rank:
-            settings.output_dir.mkdir(parents=True, exist_ok=True)
-        run = {"settings": plain_settings(settings), "plan": dataclasses.asdict(plan)}
-        run |= {"resumed_at_step": progress.step, "versions": versions(), **rank_metrics(ranks)}
-        tqdm.monitor_interval = 0  # its watching thread would use CPU time on some core
-        look = {"bar_format": BAR, "dynamic_ncols": True, "disable": True if ranks.rank else None}
-        self._bar = tqdm(total=self._total, initial=progress.step, **look)
-        self._write_metrics({"type": "run", **run, **machine_metrics(topology)})
-        self._events: EventFile | None = None
-        if settings.tensorboard and not ranks.rank:
-            self._events = EventFile(settings.output_dir / TENSORBOARD, progress.step + 1)
-        heading = log_heading(settings, asked or settings, topology, plan, progress.step, ranks)
-        self._log = LogSection(settings.log_file, heading, bool(settings.epochs))
-        self._write(self._log.begin)
-
-    def warn(self, kind: str, text: str, own: bool = False) -> None:
-        """Show a warning on the screen, the first of its kind, and keep it for the log; of other
-        ranks than the first only what is their `own`.
-        """
-        rank = self._ranks.rank
-        if own and self._ranks.size > 1:
-            text = f"rank {rank}: {text}"
-        if kind not in self._warnings:
-            self._warnings[kind] = text
-            if own or not rank:
-                warn(text)
-
-    def alarm(self, text: str) -> None:
-        """Show a warning every time that it arises, and keep it for the log."""
-        self._warnings[text] = text
-        if not self._ranks.rank:
-            warn(text)
-
-    def check_placement(self, records: Iterable[PhaseRecord]) -> None:
-        """Warn of threads that were not where they belong."""
-        for record in records:
-            for number, text in enumerate(placement_warnings(record, self._plan)):
-                self.warn(f"{record.phase} {number}", text, own=True)
-
-    def company(self, company: Company | None) -> None:
-        """Take in what others took of the cores, if they were looked for; warn when that begins."""
-        if not company:
-            return
-        lately = self._tally.add_company(company)
-        for text in company_texts(lately, COMPANY_SHARE) if lately else ():
-            latest = f"in the latest {lately.end_s - lately.start_s:.0f} s"
-            slower = "every step waits for the slowest of its threads"
-            self.warn(text.partition(" took")[0], f"{text} {latest}: {slower}", own=True)
-
-    def bad_images(self, bad: BadImages) -> None:
-        """Warn of broken images that were left out."""
-        for text in bad.messages:
-            self.warn(text, f"{text}: left out")
-
-    def step(self, result: StepResult) -> None:
-        """Take in one finished step."""
-        self._tally.add(result)
-        self._write_metrics(result.as_metrics())
-        if self._events:
-            self._write(self._events.add, result.step, step_scalars(result))
-        self.check_placement(result.records)
-        self.company(result.company)
-        recent = itertools.islice(reversed(self._tally.latest), RECENT_STEPS)
-        step_s = statistics.median(step.step_s for step in recent)
-        left_s = step_s * (self._total - result.step)  # validation is not counted
-        columns = self._bar.format_dict["ncols"] or 0
-        self._bar.set_postfix_str(bar_text(result, left_s, columns), refresh=False)
-        self._bar.update()
-        if result.step % self._settings.print_freq == 0:
-            say(step_line(result, self._total, left_s, self._epoch_left(step_s)))
-
-    def _epoch_left(self, step_s: float) -> str:
-        """The running epoch, and the time that is left of it; empty where the run has none."""
-        progress, epochs = self._progress, self._settings.epochs
-        if not epochs:
-            return ""
-        steps = steps_in_epoch(self._settings, progress.epoch_batches - progress.batches)
-        return f" (epoch {progress.epoch + 1}/{epochs}: {span_text(step_s * steps)})"
-
-    def epoch(self, row: dict[str, Any], history: Sequence[dict[str, Any]]) -> None:
-        """Take in the figures of a finished epoch; `history` has those of all."""
-        say(epoch_line(row))
-        if RAW_FIELDS[0] in row:
-            say(epoch_line(row, RAW_FIELDS))
-        self._write_metrics({"type": "epoch", **row})
-        if self._events:
-            self._write(self._events.add, self._progress.step, epoch_scalars(row))
-        self._write(self._log.add_epoch, epoch_line(row))
-        for text in gradient_warnings(row["gradient_norms"]):
-            self.warn(text.partition(":")[0], f"epoch {row['epoch']}: {text}")
-        folder, title = self._settings.output_dir, describe_run(self._settings)
-        if folder:
-            footer = picture_footer(self._topology)
-            self._write(draw_curves, folder / CURVES, title, history, footer)
-            self._write(draw_gradients, folder / GRADIENTS, title, history, footer)
-
-    def _figures(self) -> RankFigures:
-        """What this rank has to tell."""
-        steps = itertools.islice(reversed(self._tally.latest), STEPS_OF_RANKS)
-        summary = self._tally.summary() if self._tally.steps else None
-        warned = list(self._warnings.values())
-        return RankFigures(summary, warned, [*steps][::-1], self._tally.looks)
-
-    def _gather(self) -> list[RankFigures]:
-        """What all ranks have to tell; if one of them has gone meanwhile, what this one has."""
-        if self._ranks.size > 1:
-            with contextlib.suppress(RankLost):
-                return self._ranks.exchange(self._figures())
-        return [self._figures()]
-
-    def finish(self, outcome: str, together: bool = True) -> None:
-        """Print the summary, end the log and the metrics, draw; with those of the other ranks, if
-        these end `together` with this one.
-        """
-        self._bar.close()
-        every = self._gather() if together else [self._figures()]
-        if self._ranks.rank:
-            return
-        done = f"{self._progress.step} of {plural(self._total, 'step')}"
-        outcome = readable(f"{outcome} after {done}")
-        summary, hosts = every[0].summary, self._ranks.hosts
-        results = result_lines(self._settings, self._progress, (TIMELINE, TRACE) if summary else ())
-        tables = [*summary_lines(summary), "", phase_table(summary, False)] if summary else []
-        several = [each.summary for each in every] if summary and len(every) > 1 else []
-        tables += ["", rank_table(hosts, several)] if several else []
-        say("\n".join(["", *results, f"log in {self._settings.log_file}", "", outcome, *tables]))
-        figures = dataclasses.asdict(summary) if summary else {}
-        figures |= {"ranks": list(map(dataclasses.asdict, several))} if several else {}
-        self._write_metrics({"type": "summary", "outcome": outcome, **figures})
-        results.append(f"outcome: {outcome}")
-        if summary:
-            results += memory_lines(summary.memory_by_node, self._topology, self._plan)
-        warned = dict.fromkeys(text for each in every for text in each.warnings)
-        others = tables_of_ranks(hosts, several) if several else ()
-        self._write(self._log.end, log_summary(results, summary, warned, others))
-        if summary and self._settings.output_dir:
-            self._draw(every)
-
-    def _draw(self, every: Sequence[RankFigures]) -> None:
-        """timeline.png and trace.json of the latest steps, in place of those of an earlier run."""
-        steps, folder = list(self._tally.latest), self._settings.output_dir
-        shown = steps_to_draw(steps)
-        what = f"steps {shown[0].step} to {shown[-1].step}, split {self._plan.split}"
-        what = f"{self._settings.schedule}, {what}"
-        panels = [Panel(what, self._plan, shown, self._topology.cores, self._tally.looks)]
-        trace = partial(trace_events, self._plan, steps)
-        if len(every) > 1:
-            aligned = by_one_clock([each.steps for each in every])
-            panels = rank_panels(what, self._ranks, every, aligned, len(shown))
-            trace = partial(trace_of_ranks, self._ranks.plans, aligned)
-        title, footer = describe_run(self._settings), picture_footer(self._topology)
-        self._write(draw_timelines, folder / TIMELINE, title, panels, footer)
-        self._write(write_whole, folder / TRACE, json.dumps(trace()))
-
-    def _write_metrics(self, line: dict[str, Any]) -> None:
-        if self._settings.output_dir:
-            text = json.dumps(line, allow_nan=False) + "\n"
-            self._write(append_text, self._settings.output_dir / METRICS, text)
-
-    def _write(self, function: Callable[..., None], *args: Any) -> None:
-        """Write something, on the first rank; if that fails, warn."""
-        if self._ranks.rank:
-            return
-        try:
-            function(*args)
-        except Exception as error:  # no report is worth the run
-            self.warn(likely_reason(error), likely_reason(error))
 
 
 # ==================================================================================================

@@ -1,0 +1,131 @@
+"""A run's section of logs.md."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from split_affinity.checkpoints.state import versions
+from split_affinity.files import append_text, can_be_edited, replace_text
+from split_affinity.machine.description import describe_plan, describe_topology
+from split_affinity.machine.plan import CorePlan
+from split_affinity.machine.topology import Topology, host_kind
+from split_affinity.options.settings import Settings, as_options, plain_settings
+from split_affinity.ranks.ranks import ONE_PROCESS, Ranks, machines_of, rank_lines
+from split_affinity.reports.summary import Summary
+from split_affinity.reports.tables import cpu_table, phase_table, summary_lines
+from split_affinity.text import format_cpu_list, option_text, plural, utc_now
+
+FENCE = "```\n"
+LOG_HEADER = """\
+# Training log
+
+`train_split_affinity.py` writes a section for each run: core allocation and settings when it
+begins, a line for each epoch, and in the end what came of it and what every phase took. Times are
+wall-clock, in milliseconds per optimizer step; *busy* is the CPU time of a phase's threads as a
+share of the time of its physical cores (of as many hardware threads, where a phase has more threads
+than cores); *stray* is CPU time, in total, of compute threads that may run outside the phase's
+cores. Where phases overlap, their shares of a step add up to more than 100 %. Speeds and shares of
+a long run are those of its latest 2,000 steps.
+
+The line of an epoch is written when the epoch is finished; notes are yours to add:
+
+```
+epoch | train_loss | train_top1 | train_top5 | val_loss | val_top1 | val_top5 | timestamp | notes
+```
+"""
+
+
+def picture_footer(topology: Topology) -> str:
+    """What the figures of a picture depend on: the machine and the versions, in a line."""
+    threads, cores = len(topology.online), len(topology.cores)
+    machine = f"{topology.cpu_model}, {plural(cores, 'core')}, {plural(threads, 'hardware thread')}"
+    return f"{machine}; {', '.join(f'{name} {version}' for name, version in versions().items())}"
+
+
+def log_heading(
+    settings: Settings,
+    asked: Settings,
+    topology: Topology,
+    plan: CorePlan,
+    resumed_at: int = 0,
+    ranks: Ranks = ONE_PROCESS,
+) -> str:
+    """The beginning of a run's section of logs.md; `settings` are those in force."""
+    in_force = {
+        key: format_cpu_list(value) if key.endswith("_cores") else option_text(value)
+        for key, value in plain_settings(settings).items()
+        if value is not None
+    }
+    title = f"{settings.model}, {settings.schedule}, split {plan.split}"
+    title += f", {ranks.size} ranks" if ranks.size > 1 else ""
+    title += f", resumed after step {resumed_at}" if resumed_at else ""
+    options = as_options(asked)
+    machines = [text for text, _, _ in machines_of(ranks)] or [describe_topology(topology)]
+    lines = [
+        f"machine: {'; '.join(machines)}; {host_kind()}",
+        f"detected cores: {format_cpu_list(topology.online)} (logical CPUs online)",
+        *(rank_lines(ranks) or describe_plan(plan, settings)),
+        f"versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
+        f"settings: {f'`{options}`' if options else 'the defaults'}",
+    ]
+    all_settings = ", ".join(f"{key} {value}" for key, value in in_force.items())
+    folded = f"<details><summary>all settings in force</summary>\n\n{all_settings}\n\n</details>"
+    listed = "\n".join(f"- {line}" for line in lines)
+    return f"\n## {utc_now()} {title}\n\n{listed}\n\n{folded}\n\n"
+
+
+def log_summary(
+    results: Iterable[str],
+    summary: Summary | None,
+    warned: Iterable[str],
+    others: Sequence[str] = (),
+) -> str:
+    """The end of a run's section of logs.md; without figures if no step was finished. `others` are
+    the tables of several ranks.
+    """
+    lines = [
+        *results,
+        f"ended: {utc_now()}",
+        *(f"warning: {text}" for text in warned),
+        *(summary_lines(summary) if summary else ()),
+    ]
+    tables = ["", phase_table(summary), "", cpu_table(summary)] if summary else []
+    return "\n".join([*(f"- {line}" for line in lines), *tables, *others]) + "\n"
+
+
+class LogSection:
+    """A run's section of logs.md: the heading when the run begins, a line for each epoch, a summary
+    in the end.
+
+    A comment that no reader sees keeps the place where the section goes on, since another run may
+    have begun one below, and the user may have edited the file meanwhile. If the place has gone,
+    the section begins once more, at the end of the file.
+    """
+
+    def __init__(self, path: Path, heading: str, over_epochs: bool):
+        self._path, self._heading, self._over_epochs = path, heading, over_epochs
+        self._place = f"<!-- run {os.urandom(8).hex()} goes on here -->\n"
+        self._edited = can_be_edited(path)
+
+    def begin(self) -> None:
+        """Write the heading, and an empty block for the lines of epochs."""
+        block = (2 * FENCE if self._over_epochs else "") + self._place
+        append_text(self._path, self._heading + (block if self._edited else ""), LOG_HEADER)
+
+    def add_epoch(self, line: str) -> None:
+        """Write a line, below those before it."""
+        end = FENCE + self._place
+        self._go_on(end, f"{line}\n{end}", f"{line}\n\n", f"{FENCE}{line}\n{end}")
+
+    def end(self, summary: str) -> None:
+        """Write the summary."""
+        self._go_on(self._place, f"\n{summary}", summary, summary)
+
+    def _go_on(self, place: str, text: str, appended: str, anew: str) -> None:
+        """Put text at a place; where there can be none, append it, or in a section that is new."""
+        if not self._edited:
+            append_text(self._path, appended)
+        elif not replace_text(self._path, place, text):
+            append_text(self._path, self._heading + anew, LOG_HEADER)

@@ -1,0 +1,102 @@
+"""Curves by epoch, gradient norms, and the range test of find-lr, as pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from split_affinity.checkpoints.state import best_epoch
+from split_affinity.reports.tables import PARTS
+from split_affinity.reports.timeline import new_figure, save_figure
+
+
+def draw_curves(
+    path: Path, title: str, history: Sequence[dict[str, Any]], footer: str = ""
+) -> None:
+    """Losses, accuracies and learning rate by epoch, one above the other, and which epoch was the
+    best; what only some epochs have is drawn for those.
+    """
+    epochs = [row["epoch"] for row in history]
+    figure = new_figure(9.5, 8, footer)
+    losses, accuracies, rates = figure.subplots(3, sharex=True, height_ratios=(3, 3, 2))
+    points = {"marker": ".", "markersize": 6 if len(epochs) <= 60 else 2}
+    for ax, suffix in ((losses, "loss"), (accuracies, "top1"), (accuracies, "top5")):
+        for part, colour in zip(PARTS, ("#4477aa", "#cc6677", "#ddaa33"), strict=True):
+            values = [row.get(f"{part}_{suffix}") for row in history]
+            if any(value is not None for value in values):
+                style = ":" if suffix == "top5" else "-"
+                label = f"{PARTS[part]} {suffix}".replace("top", "top-")
+                ax.plot(epochs, values, style, color=colour, label=label, **points)
+    rates.plot(epochs, [row["lr"] for row in history], color="#228833", **points)
+    if best := best_epoch(history):
+        label = f"best: {best['val_top1']:.2f} % in epoch {best['epoch']}"
+        for ax in (losses, accuracies):
+            style = {"color": "#555555", "linestyle": "--", "linewidth": 0.8}
+            ax.axvline(best["epoch"], label=label if ax is accuracies else None, **style)
+    for ax in (losses, accuracies):  # beside the curves: they leave no corner free for certain
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+    losses.set_ylabel("loss")
+    accuracies.set_ylabel("right answers, %")
+    rates.set(ylabel="learning rate", ylim=(0, None))
+    save_axes(figure, path, title, "epoch")
+
+
+def draw_gradients(
+    path: Path, title: str, history: Sequence[dict[str, Any]], footer: str = ""
+) -> None:
+    """The norm of the gradients of each layer group, by epoch."""
+    from matplotlib import colormaps
+
+    figure = new_figure(8, 5, footer)
+    ax = figure.subplots()
+    epochs, groups = [row["epoch"] for row in history], list(history[-1]["gradient_norms"])
+    for number, group in enumerate(groups):  # from the input's end, dark, to the output's, light
+        norms = [row["gradient_norms"].get(group) or math.nan for row in history]
+        colour = colormaps["viridis"](0.9 * number / max(1, len(groups) - 1))
+        ax.plot(epochs, norms, marker=".", color=colour, label=group)
+    ax.set(yscale="log", ylabel="norm of the gradients, mean over an epoch")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    save_axes(figure, path, title, "epoch")
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """Learning rates that rose from step to step, the loss at each, smoothed, and the rate that
+    follows from them; None if they do not tell.
+    """
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    suggestion: float | None
+
+
+def draw_range_test(path: Path, title: str, result: RangeTest, footer: str = "") -> None:
+    """Smoothed loss by learning rate, and the suggestion, if there is one."""
+    figure = new_figure(8, 5, footer)
+    ax = figure.subplots()
+    ax.plot(result.rates, result.losses, marker=".", color="#4477aa", label="loss, smoothed")
+    if result.suggestion:
+        label = f"suggestion: {result.suggestion:.2g}"
+        ax.axvline(result.suggestion, color="#cc6677", linestyle="--", label=label)
+    ax.set(xscale="log", ylabel="loss")
+    if max(result.losses) > 2 * result.losses[0]:  # where it explodes is of no interest
+        ax.set_ylim(0.9 * min(result.losses), 2 * result.losses[0])
+    ax.legend(frameon=False)
+    save_axes(figure, path, title, "learning rate")
+
+
+def save_axes(figure: Any, path: Path, title: str, x_label: str) -> None:
+    """Write a picture whose axes share the x axis, with its title and a light frame and grid."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure.suptitle(title, fontsize=10)
+    figure.axes[-1].set_xlabel(x_label)
+    if x_label == "epoch":
+        figure.axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for ax in figure.axes:
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)

@@ -1,0 +1,248 @@
+"""What the records of a run add up to. Pure, but for readings of the memory in use."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+import resource
+import statistics
+import sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from split_affinity.files import read_text
+from split_affinity.lanes.audit import NOT_LOOKED_AT, PhaseRecord
+from split_affinity.lanes.contention import Company, joined
+from split_affinity.machine.plan import CorePlan
+from split_affinity.text import format_cpu_list
+from split_affinity.training.steps import PHASES, StepResult
+
+LATEST_STEPS = 2000
+STEPS_TO_DRAW = 3
+SHORTEST_LOOK_S = 0.25  # at what others took: with ticks of 10 ms, what is shorter tells nothing
+COMPANY_WINDOW_S = 10  # over which others' share has to be large: short bursts are nobody's concern
+
+
+def covered_s(records: Iterable[PhaseRecord]) -> float:
+    """Seconds during which at least one of the phases ran; they come by start time."""
+    total_s, covered_until_s = 0.0, -math.inf
+    for record in records:
+        total_s += max(0.0, record.end_s - max(record.start_s, covered_until_s))
+        covered_until_s = max(covered_until_s, record.end_s)
+    return total_s
+
+
+def running_alone(records: Sequence[PhaseRecord]) -> Iterator[PhaseRecord]:
+    """The phases beside which no other ran; they come by start time."""
+    busy_until_s = -math.inf
+    for record, following in itertools.zip_longest(records, records[1:]):
+        if busy_until_s <= record.start_s and not (following and following.start_s < record.end_s):
+            yield record
+        busy_until_s = max(busy_until_s, record.end_s)
+
+
+@dataclass(frozen=True)
+class PhaseSummary:
+    """One phase of a run. Durations are per optimizer step; `stray_ms` is the total over all steps.
+    `share` of the step and `busy` are fractions; so is `cpu_busy`, by logical CPU, which like
+    `seen_on` covers all phases that the audit looked at closely.
+    """
+
+    phase: str
+    cores: str
+    threads: int
+    median_ms: float
+    p95_ms: float
+    share: float
+    busy: float
+    stray_ms: float
+    seen_on: str
+    cpu_busy: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A whole run. Speeds and shares leave the first `warmup_steps` out, and of a long run they
+    cover the latest 2,000 steps; the rest covers all. `busy` is each lane's CPU time in its own
+    phases as a share of what its group can use; `waiting_s` CPU time of a lane's threads while the
+    other lane alone had a phase to run. The audit takes `audit_ms` a phase, and `audit_share` of a
+    step. `company` is what others took in the whole run, if that is known; `memory_by_node` are
+    bytes, where there are several NUMA nodes; `waited_s` by rank is how long it waited in a step
+    for the slowest one, mean, where there are several.
+    """
+
+    steps: int
+    warmup_steps: int
+    images: int
+    images_per_s: float
+    median_step_s: float
+    no_phase_share: float
+    phases: tuple[PhaseSummary, ...]
+    busy: dict[str, float]
+    stray_s: float
+    waiting_s: float
+    main_thread_s: float
+    audit_ms: float
+    audit_share: float
+    loss_first: float
+    loss_last: float
+    peak_memory_bytes: int
+    company: Company | None
+    memory_by_node: dict[int, int]
+    waited_s: tuple[float, ...] = ()
+
+
+class Tally:
+    """What the summary needs of a run, in bounded memory: totals over all steps, and the latest
+    steps themselves. Figures by CPU, 12 KB a phase with 128 CPUs, are added up at once, and kept
+    whole only for the steps that a picture can show.
+    """
+
+    def __init__(self, plan: CorePlan):
+        self.steps = self.images = self._first = 0
+        self.latest: deque[StepResult] = deque(maxlen=LATEST_STEPS)
+        self.company: Company | None = None
+        self.looks: list[Company] = []  # those of the latest COMPANY_WINDOW_S
+        self._plan = plan
+        self._loss_first = math.nan
+        self._stray_s: Counter[str] = Counter()  # by phase, as the three that follow
+        self._cpu_busy_s: dict[str, Counter[int]] = {phase: Counter() for phase in PHASES}
+        self._looked_at_s: Counter[str] = Counter()
+        self._seen_on: dict[str, set[int]] = {phase: set() for phase in PHASES}
+        self._waiting_s = self._main_thread_s = 0.0
+
+    def add(self, step: StepResult) -> None:
+        """Take in one step."""
+        if not self.steps:
+            self._loss_first, self._first = step.loss, step.step
+        self.steps += 1
+        self.images += step.images
+        self.latest.append(step)
+        self._main_thread_s += step.main_thread_s
+        self._waiting_s += sum(record.other_lane_s for record in running_alone(step.records))
+        for record in step.records:
+            self._add_phase(record)
+        if len(self.latest) > STEPS_TO_DRAW:
+            old = self.latest[-1 - STEPS_TO_DRAW]
+            slim = tuple(
+                dataclasses.replace(record, **NOT_LOOKED_AT)
+                if record.seen_on or record.cpu_busy_s
+                else record
+                for record in old.records
+            )
+            self.latest[-1 - STEPS_TO_DRAW] = dataclasses.replace(old, records=slim)
+
+    def add_company(self, company: Company) -> Company | None:
+        """Take in what others took of the cores; returns what they took in the latest
+        COMPANY_WINDOW_S, once that long has been looked at.
+        """
+        self.company = joined([self.company, company]) if self.company else company
+        since_s = company.end_s - COMPANY_WINDOW_S
+        self.looks = [each for each in self.looks if each.end_s >= since_s] + [company]
+        lately = joined(self.looks)
+        return lately if lately.end_s - lately.start_s >= COMPANY_WINDOW_S else None
+
+    def _add_phase(self, record: PhaseRecord) -> None:
+        self._stray_s[record.phase] += record.stray_s
+        self._seen_on[record.phase] |= record.seen_on
+        if record.cpu_busy_s:
+            self._looked_at_s[record.phase] += record.duration_s
+            self._cpu_busy_s[record.phase].update(record.cpu_busy_s)
+
+    def summary(self) -> Summary:
+        """The figures so far, after one step at the least."""
+        warmup = min(2, (self.steps - 1) // 2)
+        timed = [step for step in self.latest if step.step >= self._first + warmup]
+        timed_s = sum(step.step_s for step in timed)
+        records = [record for step in timed for record in step.records]
+        audit_s = sum(record.audit_s for record in records)
+        seen = [phase for phase in PHASES if any(record.phase == phase for record in records)]
+        return Summary(
+            steps=self.steps,
+            warmup_steps=warmup,
+            images=self.images,
+            images_per_s=sum(step.images for step in timed) / timed_s,
+            median_step_s=statistics.median(step.step_s for step in timed),
+            no_phase_share=1 - sum(covered_s(step.records) for step in timed) / timed_s,
+            phases=tuple(self._summarise_phase(phase, timed, timed_s) for phase in seen),
+            busy=lanes_busy(self._plan, records, timed_s),
+            stray_s=self._stray_s.total(),
+            waiting_s=self._waiting_s,
+            main_thread_s=self._main_thread_s,
+            audit_ms=1e3 * audit_s / max(1, len(records)),
+            audit_share=audit_s / timed_s,
+            loss_first=self._loss_first,
+            loss_last=self.latest[-1].loss,
+            peak_memory_bytes=peak_memory_bytes(),
+            company=self.company,
+            memory_by_node=memory_by_node(),
+            waited_s=tuple(
+                map(statistics.fmean, zip(*(step.waited_s for step in timed), strict=True))
+            ),
+        )
+
+    def _summarise_phase(
+        self, phase: str, timed: Sequence[StepResult], timed_s: float
+    ) -> PhaseSummary:
+        durations_s = [step.total("duration_s", phase) for step in timed]
+        phase_s = sum(durations_s)
+        records = [record for step in timed for record in step.records if record.phase == phase]
+        group = self._plan.group(records[0].lane)
+        cpu_busy_s, looked_at_s = self._cpu_busy_s[phase], self._looked_at_s[phase]
+        return PhaseSummary(
+            phase=phase,
+            cores=format_cpu_list(group.cpus),
+            threads=group.threads,
+            median_ms=1e3 * statistics.median(durations_s),
+            p95_ms=1e3 * float(torch.tensor(durations_s, dtype=torch.float64).quantile(0.95)),
+            share=phase_s / timed_s,
+            busy=group.busy(sum(record.cpu_s for record in records), phase_s),
+            stray_ms=1e3 * self._stray_s[phase],
+            seen_on=format_cpu_list(self._seen_on[phase]),
+            cpu_busy={cpu: min(1.0, busy_s / looked_at_s) for cpu, busy_s in cpu_busy_s.items()},
+        )
+
+
+def lanes_busy(
+    plan: CorePlan, records: Iterable[PhaseRecord], elapsed_s: float
+) -> dict[str, float]:
+    """By lane, CPU time in its own phases as a share of what its group can use."""
+    used_s: Counter[str] = Counter()
+    for record in records:
+        used_s[record.lane] += record.cpu_s
+    return {group.name: group.busy(used_s[group.name], elapsed_s) for group in plan.groups}
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size that this process has had; loader processes not included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_by_node(root: Path = Path("/")) -> dict[int, int]:
+    """Bytes of this process's memory in each NUMA node, as in parse_numa_maps; empty where there is
+    one node. Between steps activations count if the allocator keeps what is freed (see
+    tune_allocator). The kernel goes through all pages for this: not to be asked for in every step.
+    """
+    several = len(list((root / "sys/devices/system/node").glob("node[0-9]*"))) > 1
+    return parse_numa_maps(read_text(root / "proc/self/numa_maps")) if several else {}
+
+
+def parse_numa_maps(text: str) -> dict[int, int]:
+    """Bytes by NUMA node in the form of /proc/self/numa_maps, of memory that belongs to no file:
+    weights, gradients and activations are there; libraries, and batches that loader processes
+    handed over, are not.
+    """
+    counted: Counter[int] = Counter()
+    for line in text.splitlines():
+        page_kib = re.search(r" kernelpagesize_kB=(\d+)", line)
+        if page_kib and " file=" not in line:
+            for node, pages in re.findall(r" N(\d+)=(\d+)", line):
+                counted[int(node)] += 1024 * int(page_kib[1]) * int(pages)
+    return dict(sorted(counted.items()))

@@ -1,0 +1,194 @@
+"""Figures as text: the phase table, the summary, a step's and an epoch's line. Pure."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from split_affinity.checkpoints.folder import BEST, LAST
+from split_affinity.checkpoints.state import Progress
+from split_affinity.lanes.contention import Company
+from split_affinity.machine.plan import CorePlan, Host
+from split_affinity.machine.topology import Topology, cpus_of
+from split_affinity.options.settings import Settings
+from split_affinity.reports.summary import Summary
+from split_affinity.text import format_cpu_list, markdown_table, plural, span_text
+from split_affinity.training.steps import PHASES, StepResult
+
+COMPANY_IN_SUMMARY = 0.02  # below that it may be the error of the clocks
+METRICS, TIMELINE, TRACE = "metrics.jsonl", "timeline.png", "trace.json"
+TENSORBOARD = "tensorboard"
+
+CURVES, GRADIENTS, RANGE_PLOT = "curves.png", "gradients.png", "lr.png"
+
+EPOCH_FIELDS = ("train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5")
+RAW_FIELDS = ("val_raw_loss", "val_raw_top1", "val_raw_top5")
+PARTS = {"train": "train", "val": "validation", "val_raw": "raw validation"}  # of these, in words
+
+
+def phase_table(summary: Summary, with_cores: bool = True) -> str:
+    """The per-phase table; it fits 80 columns without the cores, which can be many."""
+    rows = []
+    for phase in summary.phases:
+        median, p95, stray = (f"{ms:.1f}" for ms in (phase.median_ms, phase.p95_ms, phase.stray_ms))
+        threads, share, busy = str(phase.threads), f"{phase.share:.1%}", f"{phase.busy:.0%}"
+        rows.append((phase.phase, phase.cores, threads, median, p95, share, busy, stray))
+    rest = "no phase (data, hand-over)" if with_cores else "no phase"
+    rows.append((rest, "", "", "", "", f"{summary.no_phase_share:.1%}", "", ""))
+    table = ["phase,cores,threads,median ms,p95 ms,share of step,busy,stray ms".split(","), *rows]
+    if not with_cores:
+        table = [(first, *others) for first, _, *others in table]
+    return markdown_table(table[0], table[1:])
+
+
+def cpu_table(summary: Summary) -> str:
+    """Which logical CPUs were busy in each phase, with whatever ran on the machine."""
+    rows = []
+    for phase in summary.phases:
+        busy = [cpu for cpu, share in phase.cpu_busy.items() if share >= 0.5]
+        partly = [cpu for cpu, share in phase.cpu_busy.items() if 0.05 <= share < 0.5]
+        each = " ".join(f"{cpu}:{share:.0%}" for cpu, share in phase.cpu_busy.items()) or "unknown"
+        lists = format_cpu_list(busy), format_cpu_list(partly)
+        rows.append((phase.phase, *lists, each, phase.seen_on))
+    header = ("phase", "busy (50 % or more)", "partly (5 to 50 %)", "each CPU", "threads seen on")
+    return markdown_table(header, rows)
+
+
+def company_texts(company: Company, least: float) -> Iterator[str]:
+    """What others took of the cores, if that was `least` or more: other processes by lane, and the
+    hypervisor.
+    """
+    shares = [
+        f"{100 * share:.0f} % of {'all' if lane == 'all' else f'the {lane}'} cores"
+        for lane, share in company.others.items()
+        if share >= least
+    ]
+    if shares:
+        yield f"other processes took {' and '.join(shares)}"
+    if company.stolen >= least:
+        yield f"the hypervisor took {100 * company.stolen:.0f} %"
+
+
+def memory_lines(by_node: dict[int, int], topology: Topology, plan: CorePlan) -> list[str]:
+    """Where memory is, in a line that names the lanes with cores in each node, if it is known."""
+    places = []
+    for node, size_bytes in by_node.items():
+        cpus = {*cpus_of(core for core in topology.cores if core.node == node)}
+        lanes = [f"{group.name} cores" for group in plan.groups if cpus & group.cpu_set]
+        where = f" ({', '.join(lanes)})" if lanes else ""
+        places.append(f"node {node}{where} {size_bytes / 2**30:.2f} GiB")
+    return [f"memory by node, without that of files: {', '.join(places)}"] if places else []
+
+
+def summary_lines(summary: Summary) -> list[str]:
+    """Throughput, memory and placement in sentences."""
+    strayed = "some work could leave the phase's cores" if summary.stray_s else "no work strayed"
+    waiting_s = summary.waiting_s
+    company = summary.company and [*company_texts(summary.company, COMPANY_IN_SUMMARY)]
+    busy = ", ".join(f"{name} cores {share:.0%}" for name, share in summary.busy.items())
+    return [
+        f"{summary.images_per_s:.2f} images/s, {summary.median_step_s:.3f} s a step (median), "
+        f"{plural(summary.warmup_steps, 'warm-up step')} left out; "
+        f"loss {summary.loss_first:.4f} first, {summary.loss_last:.4f} last",
+        f"peak memory {summary.peak_memory_bytes / 2**30:.2f} GiB, loader processes not counted; "
+        f"stray time {1e3 * summary.stray_s:.1f} ms: {strayed}",
+        f"busy over whole steps: {busy}; CPU time beside that: "
+        f"main thread {summary.main_thread_s:.2f} s"
+        + (f", waiting threads of the other lane {waiting_s:.2f} s" if waiting_s >= 0.005 else ""),
+        *(["; ".join(company)] if company else []),
+        f"the audit of where threads ran took {summary.audit_ms:.2f} ms a phase, "
+        f"{summary.audit_share:.1%} of a step",
+    ]
+
+
+def epoch_line(row: dict[str, Any], names: Sequence[str] = EPOCH_FIELDS) -> str:
+    """A finished epoch, as logs.md has it; `-` for what was not measured."""
+    cells = [f"epoch: {row['epoch']}"]
+    for name in names:
+        form = "{:.3f}" if name.endswith("loss") else "{:.1f}%"
+        cells.append(f"{name}: {'-' if row[name] is None else form.format(row[name])}")
+    return "  ".join([*cells, f"timestamp: {row['timestamp']}"])
+
+
+def describe_run(settings: Settings) -> str:
+    """What a run trains, in a line."""
+    batches = f"{settings.batch_size} images"
+    if settings.accumulate > 1:
+        batches = f"{settings.accumulate} batches of {batches}"
+    if settings.ranks > 1:
+        batches = f"{settings.ranks} ranks with {batches}"
+    size = f"{settings.image_size} px"
+    taught = f", taught by {settings.teacher}" if settings.teacher else ""
+    return f"{settings.model}, {size}, {batches} a step, {settings.precision}{taught}"
+
+
+def rank_table(hosts: Sequence[Host], summaries: Sequence[Summary]) -> str:
+    """The phases of each rank, and how long it waited for the slowest, in 80 columns."""
+    phases = [phase for phase in PHASES if any(each.phase == phase for each in summaries[0].phases)]
+    rows = []
+    for rank, (host, summary) in enumerate(zip(hosts, summaries, strict=True)):
+        median_ms = {each.phase: f"{each.median_ms:.1f}" for each in summary.phases}
+        waited, stray = 1e3 * summary.waited_s[rank], 1e3 * summary.stray_s
+        name = textwrap.shorten(host.name, 14, placeholder="...") if " " in host.name else host.name
+        times = [median_ms.get(phase, "-") for phase in phases]
+        rows.append((f"{rank} {name[:14]}", *times, f"{waited:.1f}", f"{stray:.1f}"))
+    return markdown_table(("rank, ms a step", *phases, "waited", "stray"), rows)
+
+
+def tables_of_ranks(hosts: Sequence[Host], summaries: Sequence[Summary]) -> list[str]:
+    """What logs.md has beside the first rank's tables, each after an empty line."""
+    lines = ["", rank_table(hosts, summaries)]
+    for rank, summary in enumerate(summaries[1:], 1):
+        title = f"rank {rank} on {hosts[rank].name}"
+        tables = f"{phase_table(summary)}\n\n{cpu_table(summary)}"
+        lines += ["", f"<details><summary>{title}</summary>\n\n{tables}\n\n</details>"]
+    return lines
+
+
+def result_lines(
+    settings: Settings, progress: Progress, to_come: Collection[str] = ()
+) -> list[str]:
+    """How good the model has become, and the files in which it is; some may be still to come."""
+    lines = []
+    if progress.best:
+        top1, epoch = progress.best[0]
+        lines.append(f"best validation top-1: {top1:.2f} % in epoch {epoch}")
+    if folder := settings.output_dir:
+        names = (BEST, LAST, CURVES, GRADIENTS, TIMELINE, TRACE, METRICS, TENSORBOARD)
+        there = [name for name in names if name in to_come or (folder / name).exists()]
+        lines.append(f"files in {folder}: {', '.join(there)}")
+    return lines
+
+
+BAR = "|{bar}| {n_fmt}/{total_fmt}{postfix}"
+WIDE_COLUMNS = 99  # tqdm leaves one of a terminal's free
+RECENT_STEPS = 100  # go into the time that is left; the median of thousands would take longer
+
+
+def step_figures(result: StepResult, left_s: float) -> list[str]:
+    """Loss, top-1, speed and the time that is left."""
+    return [
+        f"loss {result.loss:.4f}",
+        f"top-1 {100 * result.top1 / result.images:.1f} %",
+        f"{result.images / result.step_s:.4g} img/s",
+        f"{span_text(left_s)} left",
+    ]
+
+
+def bar_text(result: StepResult, left_s: float, columns: int) -> str:
+    """What stands beside the progress bar; the phases' times where there is room."""
+    *figures, left = step_figures(result, left_s)
+    if columns >= WIDE_COLUMNS:
+        names = ("forward", "fwd"), ("backward", "bwd")
+        figures += [f"{short} {result.total('duration_s', name):.2f} s" for name, short in names]
+    return ", ".join([*figures, left])
+
+
+def step_line(result: StepResult, steps: int, left_s: float, epoch: str = "") -> str:
+    """The line of a step. Where the run has epochs, `epoch` stands for the top-1, which the line of
+    an epoch has: 80 columns have no room for both.
+    """
+    loss, top1, *others = step_figures(result, left_s)
+    figures = ", ".join([loss, *others] if epoch else [loss, top1, *others])
+    return f"step {result.step}/{steps}: {figures}{epoch}"
