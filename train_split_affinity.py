@@ -64,16 +64,13 @@ which nobody shall wait who asks for `--help`, or has misspelt an option.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import math
-import multiprocessing.connection
 import os
-import re
 import signal
 import statistics
 import sys
@@ -81,8 +78,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -290,8 +286,6 @@ try:
     import psutil
     import torch
     from torch import distributed, nn
-    from torch.optim import lr_scheduler
-    from tqdm import tqdm
 except (ImportError, RuntimeError, OSError) as import_error:
     if __name__ != "__main__":
         raise
@@ -752,6 +746,89 @@ from split_affinity.reports.timeline import (  # noqa: F401
     steps_to_draw,
 )
 from split_affinity.reports.trace import by_one_clock, shifted, trace_events, trace_of_ranks  # noqa: F401
+from split_affinity.runs.arguments import OF_A_MACHINE, check_same_options, parse_together  # noqa: F401
+from split_affinity.runs.evaluation import (  # noqa: F401
+    VALIDATED_AHEAD,
+    evaluate,
+    finish_epoch,
+    load_to_test,
+    test,
+    validated,
+    warn_of_known_images,
+)
+from split_affinity.runs.find_lr import (  # noqa: F401
+    RANGE,
+    RANGE_STEPS,
+    endless_steps,
+    find_lr,
+    find_lr_and_report,
+    judge_rates,
+    quarter_decade,
+)
+from split_affinity.runs.measurement import (  # noqa: F401
+    Elsewhere,
+    choose_split,
+    core_counts,
+    measure_scaling,
+    measured_settings,
+    phase_times,
+    plan_for,
+    send_to_all,
+    serve,
+    split_bounds_s,
+    time_groups,
+    time_phases,
+    times_on,
+)
+from split_affinity.runs.plan import imagined, list_models, print_model  # noqa: F401
+from split_affinity.runs.predict import (  # noqa: F401
+    ANSWERS,
+    MANY_PICTURES,
+    Answer,
+    Trained,
+    answered,
+    answers_json,
+    likeliest,
+    load_pretrained,
+    load_trained,
+    model_to_ask,
+    predict,
+    probabilities,
+    set_up_to_ask,
+    trained_model,
+)
+from split_affinity.runs.setup import (  # noqa: F401
+    SUBSET,
+    begin_alike,
+    build_work,
+    check_json,
+    check_same_images,
+    check_subset,
+    check_validation,
+    check_writable,
+    choose_precision,
+    prepare,
+    prepared,
+    set_up,
+    settings_in_force,
+)
+from split_affinity.runs.starting_weights import (  # noqa: F401
+    WEIGHTS_IN,
+    WRAPPERS,
+    SavedWeights,
+    build_teacher,
+    check_teacher,
+    load_safetensors,
+    plain_weights,
+    read_teacher,
+    read_weights,
+    renormalised,
+    start_with_weights,
+    starting_model,
+    take_file,
+    teacher_lines,
+    teacher_name,
+)
 from split_affinity.terminal import (  # noqa: F401
     Lossy,
     fitted,
@@ -893,80 +970,6 @@ from split_affinity.training.update import (  # noqa: F401
 # ==================================================================================================
 
 
-# Where other programs keep weights in a file, a moving average first, as timm's own loading has it;
-# and what wrappers of a model (DataParallel, torch.compile) put before the names.
-WEIGHTS_IN = ("model_ema", "state_dict_ema", "ema", "state_dict", "model", "model_state_dict")
-WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
-
-
-@dataclass(frozen=True)
-class SavedWeights:
-    """Weights from a file, by name; `classes` that they know, if the file says; `settings` (JSON
-    types) of the run that saved it, {} for a plain state dict; the `part` of the file that they
-    are, where it has several.
-    """
-
-    weights: Weights
-    classes: tuple[str, ...] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    part: str = ""
-
-
-def read_weights(path: Path, flag: str = "--init-from") -> SavedWeights:
-    """The weights of a checkpoint of this program, verified, of its moving average if it has one;
-    or those of any other file of weights. Raises BadCheckpoint, the message led by the flag.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return plain_weights(path, load_safetensors(path))
-        if not is_sealed(path):
-            return plain_weights(path, load_plain(path, argparse.Namespace))
-        state = read_checkpoint(path)
-    except BadCheckpoint as error:
-        raise BadCheckpoint(f"{flag} {error}") from None
-    except OSError as error:
-        reason = error.strerror or one_line(error)  # safetensors raises one without a code
-        raise BadCheckpoint(f"{flag} {path}: cannot be read: {reason}") from None
-    classes = (state.get("data") or {}).get("classes")
-    known, settings = classes and tuple(classes), saved_settings(state)
-    if state["average"]:
-        return SavedWeights(state["average"], known, settings, "moving average")
-    return SavedWeights(state["model"], known, settings)
-
-
-def load_safetensors(path: Path) -> Weights:
-    """The tensors of a file in the format of safetensors, an optional package. Raises BadCheckpoint
-    or OSError.
-    """
-    try:
-        import safetensors.torch
-    except ImportError:
-        reason = "the package safetensors is needed: pip install safetensors"
-        raise BadCheckpoint(f"{path}: {reason}") from None
-    try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        reason = f"not a safetensors file, or cut short: {one_line(error)}"
-        raise BadCheckpoint(f"{path}: cannot be read: {reason}") from None
-
-
-def plain_weights(path: Path, content: Any) -> SavedWeights:
-    """The weights in what a file of another program holds: tensors by name, perhaps as a part of
-    it, the moving average first; wrappers' prefixes are taken off. Raises BadCheckpoint.
-    """
-    content = content if isinstance(content, dict) else {}
-    if str(content.get("format")).startswith(CHECKPOINT_FORMAT.split()[0]):
-        raise BadCheckpoint(f"{path}: damaged: it does not end with its SHA-256")
-    part = next((name for name in WEIGHTS_IN if isinstance(content.get(name), dict)), "")
-    content = content[part] if part else content
-    tensors = {str(name): each for name, each in content.items() if torch.is_tensor(each)}
-    weights = {WRAPPERS.sub("", name): value for name, value in tensors.items()}
-    fault = fault_of_values(weights) if weights else "no state dict: it holds no tensors by name"
-    if fault:
-        raise BadCheckpoint(f"{path}: {fault}")
-    return SavedWeights(weights, part=part)
-
-
 # ==================================================================================================
 # 10 Summary
 # What the records of a run add up to. Pure, but for readings of the memory in use.
@@ -986,99 +989,10 @@ def plain_weights(path: Path, content: Any) -> SavedWeights:
 # ==================================================================================================
 
 
-def check_writable(settings: Settings) -> None:
-    """Raise UserError if the log or the output folder cannot be written; leaves no trace."""
-    log, output = settings.log_file, settings.output_dir
-    flag = f"--log-file {log}"
-    try:
-        check_appendable(log, log.parent)
-        if output:
-            flag = f"--output-dir {output}"
-            existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-            tempfile.TemporaryFile(dir=existing).close()  # files are replaced by new ones
-            for name in (METRICS, TIMELINE, TRACE, CURVES, GRADIENTS, LAST):
-                check_appendable(output / name, existing)
-            if settings.tensorboard and (output / TENSORBOARD).exists():
-                tempfile.TemporaryFile(dir=output / TENSORBOARD).close()
-    except OSError as error:
-        raise UserError(f"{flag}: cannot be written: {error.strerror}") from None
-    check_json(settings.json)
-
-
-def check_json(path: Path | None) -> None:
-    """Raise UserError if the file of `--json` cannot be written; leaves no trace."""
-    try:
-        if path:
-            check_appendable(path, path.parent)
-        if path and path.is_file():
-            tempfile.TemporaryFile(dir=path.resolve().parent).close()
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
-
-
 # ==================================================================================================
 # 13 Training
 # The loop over steps and epochs, validation, and reasons to stop. Knows nothing of flags.
 # ==================================================================================================
-
-VALIDATED_AHEAD = 3  # batches that are with the lanes, or wait there
-
-
-def validated(run: Run) -> Iterator[tuple[list[Scores], torch.Tensor, torch.Tensor]]:
-    """For each batch of the validation images its scores, the predicted classes and the true ones.
-
-    The lanes share the batches out one by one, in proportion to their threads. Raises Stopped
-    between two batches.
-    """
-    taken = dict.fromkeys((run.lanes.forward, run.lanes.backward), 0)
-    waiting: deque[tuple[Future, torch.Tensor]] = deque()
-    batches = run.val.batches(run.bad)
-    try:
-        while batches.left or waiting:
-            run.stop.check()
-            if batches.left and len(waiting) <= VALIDATED_AHEAD:
-                batch = next(batches)
-                lane = min(taken, key=lambda lane: (taken[lane] + 1) / lane.group.threads)
-                taken[lane] += 1
-                waiting.append((lane.submit("validate", run.work.evaluate, batch), batch[1]))
-            else:
-                future, targets = waiting.popleft()
-                yield *future.result(), targets
-    finally:  # after an error too, no phase shall run on
-        for future, _ in waiting:
-            if not future.cancel():
-                future.exception()  # waits
-
-
-def evaluate(
-    run: Run, report: RunReport | None = None, confusion: Confusion | None = None
-) -> list[Scores]:
-    """Go through the validation images: the scores of the moving average, if there is one, then
-    those of the model's own weights. `confusion` takes in what the first of them takes images for.
-    Several ranks share the images out.
-    """
-    scores: list[list[Scores]] = []
-    run.work.network.model.eval()
-    try:
-        with (
-            run.work.with_mean_buffers(),
-            run.ranks.together(),
-            contextlib.closing(validated(run)) as batches,
-        ):
-            for result, predicted, targets in batches:
-                scores.append(result)
-                if confusion is not None:
-                    confusion.update(zip(targets.tolist(), predicted.tolist(), strict=True))
-    finally:
-        begin_training(run.work.network.model)
-        records = run.lanes.take_records()
-    if report:
-        report.check_placement(records)
-    if confusion is not None:
-        total = sum(run.ranks.exchange(confusion), Confusion())
-        confusion.clear()
-        confusion.update(total)
-    return [pool(each) for each in zip(*in_turn(run.ranks.exchange(scores)), strict=True)]
 
 
 def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
@@ -1101,35 +1015,6 @@ def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
         progress.add_step(*counts, taken)
         progress.lr = result.lr
         yield dataclasses.replace(result, company=run.lanes.lookout.look())
-
-
-def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
-    """Validate, if there is something to validate, and enter the epoch's figures."""
-    loss = progress.loss_sum / progress.images
-    parts = {"train": Scores(loss, progress.images, progress.top1, progress.top5)}
-    if run.val:
-        parts |= zip(("val", "val_raw"), evaluate(run, report), strict=False)
-        report.company(run.lanes.lookout.look())
-    row = {
-        "epoch": progress.epoch + 1,
-        **dict.fromkeys(EPOCH_FIELDS),
-        **{
-            f"{part}_{name}": value
-            for part, scores in parts.items()
-            for name, value in scores.figures().items()
-        },
-        "lr": progress.lr,
-        "gradient_norms": run.work.flow.take() if run.work.flow else {},
-        "timestamp": utc_now(),
-    }
-    for part, scores in parts.items():
-        if not math.isfinite(scores.loss):
-            row[f"{part}_loss"] = None  # JSON has no such number
-            text = f"epoch {row['epoch']}: the {PARTS[part]} loss is {scores.loss}"
-            report.warn(f"{part}_loss", text)
-    progress.end_epoch(row, run.settings.keep_best)
-    report.bad_images(run.bad)
-    report.epoch(row, progress.history)
 
 
 def epoch_done(settings: Settings, progress: Progress) -> bool:
@@ -1192,337 +1077,6 @@ def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoint
 # show, and finding a rate.
 # ==================================================================================================
 
-SUBSET = "subset.json"
-RANGE, RANGE_STEPS = (1e-6, 10.0), 100
-ANSWERS = 5  # classes that predict names
-MANY_PICTURES = 100  # take long enough to show how far it is
-
-
-def choose_precision(settings: Settings, topology: Topology) -> tuple[str, str]:
-    """The precision in force, fp32 or bf16, and the reason for it."""
-    native = f"the CPU computes bfloat16 natively ({topology.bf16})"
-    if not topology.bf16:
-        native = "the CPU has no native bfloat16 arithmetic (AMX, AVX512-BF16 or Arm BF16)"
-    if settings.precision != "auto":
-        return settings.precision, f"as asked; {native}"
-    return ("bf16" if topology.bf16 else "fp32"), native
-
-
-def start_with_weights(model: nn.Module, settings: Settings, classes: Sequence[str]) -> str:
-    """Put `--weights` into a model; its classifier stays as it is if they know other classes than
-    the data's. Says what was taken.
-    """
-    shape = settings.num_classes, settings.image_size
-    known = find_weights(settings.model, settings.weights, image_size=settings.image_size)
-    same = knows_classes(known, classes)
-    left_out = () if same else classifier_weights(settings.model, *shape)
-    return f"weights from {known.title}: {take_weights(model, known.load(), left_out)}"
-
-
-def starting_model(settings: Settings, classes: Sequence[str]) -> tuple[nn.Module, str]:
-    """The model that a run starts from, and what is new in it if its weights have been trained."""
-    shape, note = (settings.num_classes, settings.image_size), ""
-    model = build_model(settings.model, *shape, settings.stochastic_depth)
-    for size in dict.fromkeys((image_size_in(settings, 1), settings.image_size)):
-        check_input_shape(model, settings.model, settings.batch_size, size)
-    if settings.weights:
-        note = start_with_weights(model, settings, classes)
-    if settings.init_from:
-        note = take_file(settings, model, classes)
-    if settings.channels_last:
-        model.to(memory_format=torch.channels_last)
-    return model, note
-
-
-def take_file(settings: Settings, model: nn.Module, classes: Sequence[str]) -> str:
-    """Give a new model the weights of `--init-from`; says what was taken. The classifier stays new
-    if that of the file knows other classes than those of the data.
-    """
-    path, name = settings.init_from, settings.model
-    saved = read_weights(path)
-    differ = saved.classes is not None and list(saved.classes) != list(classes)
-    classifier = classifier_weights(name, settings.num_classes, settings.image_size)
-    try:
-        taken = take_weights(model, saved.weights, classifier if differ else ())
-    except UserError as error:
-        maker = f"made by {saved.settings['model']}, " if saved.settings else ""
-        raise UserError(f"--init-from {path}, {maker}for {name}: {error}") from None
-    part = f" ({saved.part})" if saved.part else ""
-    known = classifier & saved.weights.keys()
-    own, reason = model.state_dict(), "; it knows other classes" if differ else ""
-    fits = (own[each].shape == saved.weights[each].shape for each in known)
-    if saved.classes is None and known and all(fits):
-        reason = "; its classes, which it does not name, are taken to be those of the data"
-    return f"weights from {path}{part}: {taken}{reason}"
-
-
-def read_teacher(settings: Settings) -> SavedWeights:
-    """The teacher's weights: torchvision's by name, or those of a file."""
-    name, flag = settings.teacher_weights, "--teacher-weights"
-    if not is_name(name):
-        return read_weights(Path(name), flag)
-    found = find_weights(settings.teacher, name, flag)
-    return SavedWeights(found.load(), found.classes, dataclasses.asdict(found.native))
-
-
-def teacher_name(settings: Settings) -> str | None:
-    """The teacher's model: as asked for, or the one that its weights, of a checkpoint, were made
-    by. Raises UserError if it is unknown, or not that one.
-    """
-    weights, asked = settings.teacher_weights, settings.teacher
-    if weights is None or settings.test_only:
-        return asked
-    if asked:
-        check_model_name(asked, "--teacher")
-    if is_name(weights):
-        return asked
-    made_by = read_weights(Path(weights), "--teacher-weights").settings.get("model")
-    if asked and made_by not in (None, asked):
-        raise UserError(f"--teacher {asked}: {weights} was made by {made_by}")
-    if not (asked or made_by):
-        raise UserError(f"--teacher-weights {weights}: give --teacher too: it names no model")
-    return asked or made_by
-
-
-def check_teacher(settings: Settings, saved: SavedWeights, classes: Sequence[str]) -> None:
-    """Raise UserError if a teacher knows other classes than those of the data, in their order:
-    which ones, if both are known, and how many. Names of other people's weights may differ from
-    those of the data; unless some are the same, their number alone counts.
-    """
-    where, name = f"--teacher-weights {settings.teacher_weights}", settings.teacher
-    known, count = saved.classes or (), settings.num_classes
-    if classes and (known if not is_name(settings.teacher_weights) else {*known} & {*classes}):
-        check_same_classes(where, known, classes)
-    heads = classifier_weights(name, count, settings.image_size) & saved.weights.keys()
-    for head in sorted(heads):
-        if len(saved.weights[head]) != count:
-            raise UserError(
-                f"{where}: {name} knows {len(saved.weights[head])} classes, not {count}"
-            )
-
-
-def teacher_lines(settings: Settings) -> Iterator[str]:
-    """What a run says of its teacher, if it has one."""
-    if settings.teacher_weights:
-        share = f"{settings.teacher_share:g} of the target"
-        yield f"taught by {settings.teacher}, weights {settings.teacher_weights}: {share}"
-
-
-def build_teacher(settings: Settings, classes: Sequence[str]) -> Teacher | None:
-    """The teacher, if there is one. Draws no random numbers: the student's are those of a run
-    without it. Raises UserError for weights that are not whole, or know other classes.
-    """
-    if not settings.teacher_weights or settings.test_only:
-        return None
-    saved, name, size = read_teacher(settings), settings.teacher, settings.image_size
-    check_teacher(settings, saved, classes)
-    with torch.random.fork_rng(devices=()):
-        model = build_model(name, settings.num_classes, size).eval().requires_grad_(False)
-        for each in dict.fromkeys((image_size_in(settings, 1), size)):
-            check_input_shape(model, f"the teacher {name}", settings.batch_size, each)
-    try:
-        take_weights(model, saved.weights, least=1)
-    except UserError as error:
-        raise UserError(f"--teacher-weights {settings.teacher_weights}, {name}: {error}") from None
-    if settings.channels_last:
-        model.to(memory_format=torch.channels_last)
-    return Teacher(model, settings.teacher_share, *renormalised(settings, saved.settings))
-
-
-def renormalised(
-    settings: DataSettings, other: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor] | tuple[()]:
-    """Scale and shift (3, 1, 1) from images as they are normalised here to those of other settings,
-    if these say so and it is another mean or deviation.
-    """
-    here = settings.mean, settings.std
-    there = other.get("mean") or here[0], other.get("std") or here[1]
-    (mean, std), (mean_there, std_there) = (
-        [torch.tensor(each, dtype=torch.float64).view(3, 1, 1) for each in pair]
-        for pair in (here, there)
-    )
-    if torch.equal(mean, mean_there) and torch.equal(std, std_there):
-        return ()
-    return (std / std_there).float(), ((mean - mean_there) / std_there).float()
-
-
-def build_work(
-    settings: Settings,
-    lanes: Lanes,
-    epoch_steps: int = 1,
-    all_steps: int = 1,
-    classes: Sequence[str] = (),
-    ranks: Ranks = ONE_PROCESS,
-) -> Work:
-    """Model and optimizer, each built on the lane that uses it first. The learning rate runs over
-    `all_steps` optimizer steps, of which an epoch has `epoch_steps`; the data have these `classes`.
-    """
-    model, note = lanes.forward.call(starting_model, settings, classes)
-    optimizer = lanes.backward.call(build_optimizer, model, settings)
-    shape = settings.model, settings.num_classes, settings.image_size
-    network = Network(
-        model,
-        nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),
-        settings.accumulate,
-        bf16=settings.precision == "bf16",
-        channels_last=settings.channels_last,
-        ranks=ranks.size,
-        note=note,
-        teacher=lanes.forward.call(build_teacher, settings, classes),
-        frozen=freeze(model, settings.freeze, *shape),
-    )
-    return Work(
-        network,
-        optimizer,
-        scheduler=build_lr_scheduler(optimizer, settings, epoch_steps, all_steps),
-        average=lanes.backward.call(build_average, model, settings),
-        flow=GradientFlow(model) if settings.epochs else None,
-        clip_grad_norm=settings.clip_grad_norm,
-        grads_to_none=settings.grads_to_none,
-        ranks=ranks,
-    )
-
-
-def settings_in_force(
-    settings: Settings, topology: Topology, data: ImageData, **others: Any
-) -> Settings:
-    """The settings with classes, preprocessing, precision and teacher decided, and with the
-    `others`.
-    """
-    return dataclasses.replace(
-        settings,
-        teacher=teacher_name(settings),
-        num_classes=settings.num_classes or len(data.classes),
-        precision=choose_precision(settings, topology)[0],
-        **vars(data.native.overruled(settings)),
-        **others,
-    )
-
-
-def check_validation(settings: Settings, data: ImageData) -> None:
-    """Raise UserError for what needs validation images, if there are none."""
-    wanted = {
-        "--test-only": settings.test_only,
-        f"--early-stopping {settings.early_stopping}": settings.early_stopping,
-        f"--target-top1 {settings.target_top1}": settings.target_top1,
-    }
-    for flag, value in wanted.items():
-        if value and data.val is None:
-            places = "DIR/val/<class>/*.jpg, or --val-share"
-            raise UserError(f"{flag} needs validation images ({places})")
-
-
-@contextlib.contextmanager
-def prepared(
-    settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
-) -> Iterator[Run]:
-    """A run that is set up; all that belongs to it ends with the context. Raises UserError with
-    nothing written, on all of the ranks if on any.
-    """
-    with contextlib.ExitStack() as stack:
-        with ranks.together():
-            run = prepare(stack, settings, topology, plan, ranks)
-        if ranks.size > 1:
-            run.lanes.backward.adopt(ranks.start)
-            begin_alike(run)
-        yield run
-
-
-def begin_alike(run: Run) -> None:
-    """Have all ranks begin with the weights of the first, and draw numbers of their own."""
-    work, ranks = run.work, run.ranks
-    begun = ranks.first(work.network.model.state_dict)
-    into = [work.network.model.state_dict(), *([work.average.values] if work.average else [])]
-    for tensors, (name, value) in itertools.product(into, begun.items()):
-        tensors[name].copy_(value)
-    if ranks.rank:
-        torch.manual_seed(derived_seed(run.settings.seed, "rank", ranks.rank))
-
-
-def prepare(
-    stack: contextlib.ExitStack,
-    settings: Settings,
-    topology: Topology,
-    plan: CorePlan,
-    ranks: Ranks,
-) -> Run:
-    """What a rank sets up for itself, all of which ends with the stack."""
-    check_model_name(settings.model)
-    data = open_data(settings)
-    for message in resizing_contradictions(settings, data.native.image_size):
-        raise UserError(message)
-    check_validation(settings, data)
-    if not ranks.rank:
-        check_writable(settings)
-    say("\n".join(describe_data(data)))
-    if settings.test_only and settings.weights:
-        data = with_known_classes(data, settings)
-    note = tune_allocator() if settings.tuned_malloc else ""
-    tuned = settings.tuned_malloc and not note
-    settings = settings_in_force(
-        settings, topology, data, loader_cores=plan.loader_cpus, tuned_malloc=tuned
-    )
-    check_memory(settings, topology, settings.batch_size)
-    return set_up(stack, settings, topology, plan, data, note, ranks)
-
-
-@memory_errors()
-def set_up(
-    stack: contextlib.ExitStack,
-    settings: Settings,
-    topology: Topology,
-    plan: CorePlan,
-    data: ImageData,
-    note: str,
-    ranks: Ranks = ONE_PROCESS,
-) -> Run:
-    """Loader processes, lanes and model, which end with the stack; `note` is the first to tell."""
-    stop = stack.enter_context(StopRequest(ranks.size))
-    stack.enter_context(coordinating(settings, plan))
-    torch.manual_seed(settings.seed)
-    train = training_feed(data, settings, plan.loader_cpus, ranks.rank)
-    stack.callback(train.close)
-    validates = settings.epochs or settings.test_only
-    val = validation_feed(data, settings, plan.loader_cpus, ranks.rank) if validates else None
-    if val:
-        stack.callback(val.close)
-    lanes = stack.enter_context(Lanes(plan, topology.online))
-    plan = lanes.plan
-    counts = steps_in_epoch(settings, len(train)), planned_steps(settings, len(train))
-    settings = dataclasses.replace(
-        settings,
-        lr=learning_rate(settings),
-        lr_warmup_epochs=warmup_epochs(settings, *counts),
-        forward_threads=plan.forward.threads,
-        backward_threads=plan.backward.threads,
-    )
-    work = build_work(settings, lanes, *counts, data.classes, ranks)
-    notes = tuple(filter(None, [note, *lanes.notes]))
-    bad = BadImages(settings.max_bad_images)
-    return Run(settings, topology, plan, data, train, val, lanes, work, stop, bad, notes)
-
-
-def check_subset(run: Run, resumed: bool) -> None:
-    """Keep the choice of `--subset` in the output folder; a resumed run has to make the same."""
-    settings = run.settings
-    if settings.subset == 1 or not settings.output_dir or run.ranks.rank:
-        return
-    path = settings.output_dir / SUBSET
-    chosen = {"subset": settings.subset, "seed": settings.seed, "indices": run.data.chosen}
-    text = json.dumps(chosen) + "\n"
-    if resumed and path.exists() and path.read_bytes() != text.encode():
-        raise UserError(f"{path}: not the images that --subset {settings.subset:g} chooses now")
-    write_whole(path, text)
-
-
-def check_same_images(ranks: Ranks, fingerprint: str | None) -> None:
-    """Raise UserError unless all ranks have images of the same names and sizes to train on."""
-    for rank, found in enumerate(every := ranks.exchange(fingerprint)):
-        if found != every[0]:
-            where = f"rank {rank} on {ranks.hosts[rank].name}"
-            remedy = "the same names and sizes are needed below --data-path"
-            raise UserError(f"the images of {where} are not those of rank 0: {remedy}")
-
 
 def train(
     settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
@@ -1561,523 +1115,12 @@ def train(
     return run.work.network.model
 
 
-def warn_of_known_images(path: Path, state: State, data: ImageData) -> None:
-    """Warn if a checkpoint may have been trained on images that are kept apart now."""
-    trained_on = (state.get("data") or {}).get("fingerprint")
-    if kept_apart(data) and trained_on != describe_images(data)["fingerprint"]:
-        asked = "--seed, --val-share and --subset"
-        warn(f"{path} was trained on other images than {asked} leave: it may know some of these")
-
-
-def load_to_test(run: Run, path: Path, state: State) -> None:
-    """Take the weights of a checkpoint, and its moving average if it has one."""
-    for name in ("model", "num_classes"):
-        ours, saved = getattr(run.settings, name), state["settings"].get(name)
-        if ours != saved:
-            raise UserError(f"--{name.replace('_', '-')} {ours}: {path} has {saved}")
-    check_classes(path, state, run.data.classes)
-    warn_of_known_images(path, state, run.data)
-    with fitting(path, run.settings):
-        model = run.work.network.model
-        model.load_state_dict(versioned(state["average"] or state["model"], model))
-        run.work.average = MovingAverage(model, 0.0) if state["average"] else None
-        model.load_state_dict(versioned(state["model"], model))
-    say(f"{path}: epoch {state['progress']['epoch']}, step {state['progress']['step']}")
-
-
-def test(run: Run, found: tuple[Path, State] | None) -> None:
-    """Evaluate a checkpoint, first its moving average if it has one, or else weights by name: print
-    the figures, and write the confusion matrix and the confused pairs.
-    """
-    name = f"--weights {run.settings.weights}"
-    if found:
-        load_to_test(run, *found)
-        name = readable(str(found[0]))
-    elif run.settings.weights:
-        say(run.work.network.note)
-    else:
-        raise UserError(f"--test-only: no checkpoint in {run.settings.output_dir}")
-    confusion = Confusion()
-    results = evaluate(run, confusion=confusion)
-    if run.ranks.rank:
-        return
-    for text in run.bad.messages:
-        warn(f"{text}: left out")
-    classes = named_classes(run.data.classes, run.settings.num_classes)
-    text = "loss {loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %"
-    figures, *raw = (text.format_map(each.figures()) for each in results)
-    lines = [f"{plural(results[0].images, 'image')}: {figures}"]
-    lines += [f"raw, without the moving average: {each}" for each in raw]
-    say("\n".join([*lines, "", *class_lines(confusion, classes)]))
-    if run.settings.output_dir:
-        title = f"{describe_run(run.settings)}: {figures}"
-        footer = picture_footer(run.topology)
-        write_confusion(run.settings.output_dir, title, confusion, classes, name, footer)
-    else:
-        say("note: no confusion matrix is drawn without --output-dir")
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained model in evaluation mode, with the moving average of its weights if there is one;
-    its classes, how pictures are made ready for it, and the checkpoint, if it is from one.
-    """
-
-    model: nn.Module
-    classes: Sequence[str]
-    ready: Preprocessing
-    settings: Settings
-    path: Path | None = None
-
-
-def load_trained(path: Path, overruling: Settings = Settings()) -> Trained:
-    """A checkpoint's model, to use it, with the settings that were in force; how pictures are made
-    ready can be overruled. Raises BadCheckpoint, or UserError for a size that does not fit.
-    """
-    return trained_model(path, read_checkpoint(path), overruling)
-
-
-def trained_model(path: Path, state: State, overruling: Settings) -> Trained:
-    """The model of a saved state, to use it; see `load_trained`."""
-    ready = preprocessing_of(state).overruled(overruling)
-    settings = dataclasses.replace(settings_of(saved_settings(state)), **vars(ready))
-    check_model_name(settings.model)
-    with fitting(path, settings):
-        model = build_model(settings.model, settings.num_classes, settings.image_size)
-        model.load_state_dict(versioned(state["average"] or state["model"], model))
-    names = (state.get("data") or {}).get("classes", ())
-    return Trained(model.eval(), named_classes(names, settings.num_classes), ready, settings, path)
-
-
-def load_pretrained(settings: Settings) -> Trained:
-    """The model with the trained weights of `--weights`, to use it."""
-    check_model_name(settings.model)
-    known = find_weights(settings.model, settings.weights)
-    ready = known.native.overruled(settings)
-    settings = dataclasses.replace(settings, num_classes=len(known.classes), **vars(ready))
-    model, _ = starting_model(settings, known.classes)
-    return Trained(model.eval(), known.classes, ready, settings)
-
-
-def model_to_ask(settings: Settings) -> Trained:
-    """What `--resume` or `--weights` names."""
-    if settings.weights:
-        return load_pretrained(settings)
-    found = find_resumed(settings, Checkpoints(dataclasses.replace(settings, mirror=None), warn))
-    if not found:
-        raise UserError(f"--resume auto: no checkpoint in {settings.output_dir}")
-    return trained_model(*found, settings)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model takes a picture for: the likeliest classes, with their probabilities."""
-
-    path: str
-    classes: Sequence[str]
-    probabilities: Sequence[float]
-
-    def __str__(self) -> str:
-        pairs = zip(self.probabilities, self.classes, strict=True)
-        return "\n".join([self.path, *(f"{100 * share:10.2f} %  {name}" for share, name in pairs)])
-
-
-def probabilities(network: Network, batch: Batch) -> dict[int, torch.Tensor]:
-    """For each picture of a batch, by its number, the probabilities of all classes, (classes,)."""
-    with torch.inference_mode():
-        logits, numbers = network.forward(batch)
-        return dict(zip(numbers.tolist(), logits.softmax(1), strict=True))
-
-
-def likeliest(shares: torch.Tensor, classes: Sequence[str], path: str) -> Answer:
-    """A picture's answer, from the probabilities of all classes."""
-    order = shares.argsort(descending=True, stable=True)[:ANSWERS].tolist()
-    return Answer(readable(path), [classes[i] for i in order], [shares[i].item() for i in order])
-
-
-def answered(
-    feed: Feed, ask: Callable[[Batch], dict[int, torch.Tensor]], stop: StopRequest
-) -> Iterator[tuple[dict[int, torch.Tensor], Sequence[str]]]:
-    """For each batch what `ask` says, and why pictures cannot be read. Raises Stopped."""
-    for loaded in feed:
-        stop.check()
-        yield ask(loaded.batch) if loaded.batch else {}, loaded.broken
-
-
-@memory_errors()
-def set_up_to_ask(
-    stack: contextlib.ExitStack, settings: Settings, topology: Topology, paths: Sequence[str]
-) -> tuple[Trained, Iterator[tuple[dict[int, torch.Tensor], Sequence[str]]]]:
-    """A trained model and what it says of pictures, batch by batch; loader processes and lanes end
-    with the stack.
-    """
-    plan = plan_cores(topology, settings)
-    stop = stack.enter_context(StopRequest())
-    stack.enter_context(coordinating(settings, plan))
-    if settings.tuned_malloc:
-        tune_allocator()
-    trained = model_to_ask(settings)
-    if settings.channels_last:
-        trained.model.to(memory_format=torch.channels_last)
-    feed = picture_feed(paths, trained.ready, settings, plan.loader_cpus)
-    stack.callback(feed.close)
-    lanes = stack.enter_context(Lanes(plan, topology.online))
-    how = {"bf16": settings.precision == "bf16", "channels_last": settings.channels_last}
-    network = Network(trained.model, nn.CrossEntropyLoss(), **how)
-    return trained, answered(feed, partial(lanes.forward.call, probabilities, network), stop)
-
-
-def predict(settings: Settings, topology: Topology) -> list[Answer]:
-    """The `predict` command: print the likeliest classes of pictures, and write them. Raises
-    RunError, in the end, if some pictures cannot be read.
-    """
-    paths = [path for text in settings.pictures for path in pictures_in(text)]
-    check_json(settings.json)
-    precision = choose_precision(settings, topology)[0]
-    settings = dataclasses.replace(settings, precision=precision)
-    answers, broken = [], []
-    tqdm.monitor_interval = 0  # as in a run: no thread beside the lanes
-    hidden = len(paths) < MANY_PICTURES or None  # None: unless it is seen on a terminal
-    bar = tqdm(total=len(paths), unit=" pictures", leave=False, disable=hidden)
-    with contextlib.ExitStack() as stack, bar:
-        trained, batches = set_up_to_ask(stack, settings, topology, paths)
-        for shares, unread in batches:
-            for number, each in shares.items():
-                answers.append(likeliest(each, trained.classes, paths[number]))
-                say(str(answers[-1]))
-            for text in unread:
-                warn(text)
-            broken += unread
-            bar.update(len(shares) + len(unread))
-    if settings.json:
-        write_whole(settings.json, answers_json(settings, trained, answers, broken))
-    if broken:
-        raise RunError(f"{len(broken)} of {plural(len(paths), 'picture')} cannot be read")
-    return answers
-
-
-def answers_json(
-    settings: Settings, trained: Trained, answers: Sequence[Answer], broken: Sequence[str]
-) -> str:
-    """Answers for programs, with what they were made by."""
-    figures = {
-        "checkpoint": trained.path and readable(str(trained.path)),
-        "weights": settings.weights,
-        "model": trained.settings.model,
-        "preprocessing": vars(trained.ready),
-        "precision": settings.precision,
-        "versions": versions(),
-        "pictures": [vars(each) for each in answers],
-        "broken": [readable(text) for text in broken],
-    }
-    return json.dumps(figures, indent=1) + "\n"
-
-
-def quarter_decade(rates: Sequence[float]) -> int:
-    """In how many steps the rates, which rise by the same factor, rise by a quarter of a decade."""
-    return int(0.25 / math.log10(rates[1] / rates[0]) + 1e-6) if len(rates) > 1 else 0
-
-
-def judge_rates(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
-    """Smooth the losses of a range test, and find the rate at which the loss begins to rise for
-    good; suggested is a tenth of it. Nothing is, unless the loss has fallen clearly before.
-
-    A loss becomes the median of those up to a quarter of a decade away, however many steps these
-    are. It rises for good where it stays clearly above the lowest loss so far for a quarter of a
-    decade; what comes after that, such as a second valley, says nothing. Clear is a tenth of the
-    first loss, and more than chance: five times the usual change from one step to the next, divided
-    by the cube root of the number of losses in a median (2.6 times in 100 steps).
-    """
-    near = quarter_decade(rates)
-    windows = (losses[max(0, i - near) : i + near + 1] for i in range(len(losses)))
-    smoothed = tuple(map(statistics.median, windows))
-    changes = [abs(b - a) / (max(a, b) or 1.0) for a, b in itertools.pairwise(losses)]
-    chance = 5 * statistics.median(changes or [1.0]) / (2 * near + 1) ** (1 / 3)
-    clear = smoothed[0] * max(0.1, chance)
-    lowest = itertools.accumulate(smoothed, min)
-    rises = (i for i, low in enumerate(lowest) if min(smoothed[i : i + near + 1]) > low + clear)
-    end = next(rises, len(rates))
-    if min(smoothed[:end]) > smoothed[0] - clear:
-        return RangeTest(tuple(rates), smoothed, None)
-    edge = math.sqrt(rates[end - 1] * rates[min(end, len(rates) - 1)])
-    return RangeTest(tuple(rates), smoothed, edge / 10)
-
-
-def find_lr(run: Run) -> RangeTest:
-    """Learning rate range test (Smith, arXiv 1506.01186): the rate rises from 1e-6 to 10, by the
-    same factor after each of `steps` steps (100), until the median loss of half a decade is four
-    times the lowest such median.
-
-    The model is left as it was.
-    """
-    settings, work = run.settings, run.work
-    model = work.network.model
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    count = settings.steps or RANGE_STEPS
-    low, high = RANGE
-    highest = work.optimizer.param_groups[0]["initial_lr"]
-    for group in work.optimizer.param_groups:  # the body's rate stays a part of the classifier's
-        part = group["initial_lr"] / highest if highest else 1.0
-        group["lr"] = group["initial_lr"] = part * low
-    factor = (high / low) ** (1 / max(1, count - 1))
-    work.scheduler = lr_scheduler.ExponentialLR(work.optimizer, factor)
-    rates, losses, medians = [], [], []
-    with contextlib.suppress(Diverged):  # which is what the test is looking for
-        for result in itertools.islice(endless_steps(run), count):
-            hear_others(run)
-            rates.append(result.lr)
-            losses.append(result.loss)
-            medians.append(statistics.median(losses[-2 * quarter_decade(rates) - 1 :]))
-            say(f"lr {result.lr:.2e}: loss {result.loss:.4f}, smoothed {medians[-1]:.4f}")
-            if medians[-1] > 4 * min(medians):
-                break
-    model.load_state_dict(versioned(before, model))
-    if not losses:
-        raise RunError("find-lr: the loss is not finite even in the first step")
-    return judge_rates(rates, losses)
-
-
-def endless_steps(run: Run) -> Iterator[StepResult]:
-    """Optimizer steps over epoch after epoch."""
-    for epoch in itertools.count(1):
-        whole = steps_in_epoch(run.settings, len(run.train)) * batches_in_step(run.settings)
-        batches = run.train.batches(run.bad, epoch, 0, whole)
-        yield from run_schedule(run.settings, run.lanes, run.work, batches)
-
-
-def find_lr_and_report(
-    settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
-) -> RangeTest:
-    """The `find-lr` command: the test, its suggestion, and the plot."""
-    others = {"freeze": mostly_frozen(settings), "freeze_epochs": None}
-    others |= {"epochs": None, "lr_warmup_epochs": 0, "model_ema": False}
-    settings = dataclasses.replace(settings, **others)
-    with prepared(settings, topology, plan, ranks) as run:
-        result = find_lr(run)
-        if ranks.rank:
-            return result
-        for text in run.bad.messages:
-            warn(f"{text}: left out")
-        if result.suggestion:
-            rate = f"--lr {result.suggestion:.2g}"
-            say(f"suggestion: {rate}, a tenth of the rate up to which the loss stays low")
-        else:
-            say("no suggestion: the loss did not fall clearly before it rose; try more --steps")
-        if folder := run.settings.output_dir:
-            folder.mkdir(parents=True, exist_ok=True)
-            title, footer = describe_run(run.settings), picture_footer(topology)
-            draw_range_test(folder / RANGE_PLOT, title, result, footer)
-    return result
-
-
 # ==================================================================================================
 # 15 Measurement
 # What this machine makes of the work: phase times, and the split that suits them. What is measured
 # runs in processes of its own, since the allocator's settings, threads and peak memory belong to a
 # process, and only one of them works at a time.
 # ==================================================================================================
-
-
-class Elsewhere(Iterator[Any]):
-    """A generator that runs in a process of its own: the one that `function(*args)` makes.
-
-    `check_stop` is called while waiting, and may raise. Close it, since the process ignores
-    signals, and may have loader processes, which a daemon must not.
-    """
-
-    def __init__(self, check_stop: Callable[[], None], function: Callable[..., Any], *args: Any):
-        context = multiprocessing.get_context("spawn")
-        self.check_stop = check_stop
-        self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, function, args))
-        # It inherits what is blocked: Ctrl-C shall not reach it before it can ignore signals.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        self._process.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-
-    def __next__(self) -> Any:
-        return send_to_all([self], None)[0]
-
-    def close(self) -> None:
-        """End the process and its loaders, whatever they are doing."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for loader in psutil.Process(self._process.pid).children():
-                loader.kill()
-        self._process.kill()
-        self._process.join()
-        self.pipe.close()
-
-
-def send_to_all(processes: Sequence[Elsewhere], value: Any) -> list[Any]:
-    """Have generators go on with a value, as their `send` does, at the same time; wait for the next
-    result of each. The first error is raised at once, since others may wait for the one that had
-    it; of several, one that tells more than that another has gone.
-    """
-    pipes = [process.pipe for process in processes]
-    results: dict[Any, Any] = {}
-    try:
-        for pipe in pipes:
-            pipe.send(value)
-        while len(results) < len(pipes):
-            processes[0].check_stop()
-            for pipe in multiprocessing.connection.wait(set(pipes).difference(results), 0.1):
-                results[pipe] = pipe.recv()
-            errors = [each for each in results.values() if isinstance(each, Exception)]
-            if errors:
-                raise min(errors, key=lambda error: isinstance(error, RankLost))
-    except (EOFError, OSError):
-        raise RunError("a measuring process ended by itself (out of memory?)") from None
-    return [results[pipe] for pipe in pipes]
-
-
-def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) -> None:
-    """The process behind Elsewhere: for each value received, the next result or the exception."""
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    # Else a process made by spawn spawns its loaders, which then differ from those of a run.
-    multiprocessing.set_start_method(None, force=True)
-    with (
-        contextlib.suppress(EOFError, BrokenPipeError),  # the asking process has gone
-        contextlib.closing(function(*args)) as generator,
-    ):
-        while True:
-            value = pipe.recv()
-            try:
-                with memory_errors():
-                    result = generator.send(value)
-            except (UserError, RunError, StopIteration) as error:
-                result = error
-            except LoaderDied as error:
-                result = RunError(likely_reason(error))
-            pipe.send(result)
-
-
-def time_phases(lanes: Lanes, work: Work, batches: Batches, steps: int) -> PhaseTimes:
-    """Times of the phases in `steps` sequential steps, where no phase has company."""
-    lanes.take_records()
-    for _ in itertools.islice(sequential(lanes, work, batches), steps):
-        pass
-    network = work.network
-    lanes.forward.run("refresh", network.refresh, lanes.forward.call(network.copy))
-    return phase_times(lanes.take_records())
-
-
-def phase_times(records: Iterable[PhaseRecord]) -> PhaseTimes:
-    """Median times of the phases, the lower one of two: that of a phase whose memory was there."""
-    durations_s: dict[str, list[float]] = {phase: [] for phase in PHASES}
-    for record in records:
-        durations_s[record.phase].append(record.duration_s)
-    return PhaseTimes(
-        **{f"{name}_s": statistics.median_low(each or [0.0]) for name, each in durations_s.items()}
-    )
-
-
-def plan_for(settings: Settings, topology: Topology) -> CorePlan:
-    """The core plan; with `--split auto` it is measured first, in some seconds."""
-    if settings.split != "auto":
-        return plan_cores(topology, settings)
-    check_core_options(topology, settings)
-    forward, reason, measured = 1, "is the only choice", {}
-    if (cores := len(usable_cores(topology))) > 2:
-        measured = measure_scaling(settings, topology, core_counts(cores))
-        forward, reason = choose_split(settings, measured, cores)
-    split = f"{forward}:{max(1, cores - forward)}"
-    plan = plan_cores(topology, dataclasses.replace(settings, split=split))
-    notes = (*plan.notes, f"split auto: with {plural(cores, 'core')} {split} {reason}")
-    return dataclasses.replace(plan, split=f"auto, {split}", notes=notes, measured=measured)
-
-
-def core_counts(cores: int) -> list[int]:
-    """The group sizes to measure: about a quarter, a half and three quarters of the cores."""
-    return sorted({max(1, round(cores * share)) for share in (0.25, 0.5, 0.75)})
-
-
-def split_bounds_s(
-    schedule: str, accumulate: int, measured: dict[int, PhaseTimes], cores: int
-) -> dict[int, float]:
-    """The bound of a step for each number of forward cores, between the numbers measured."""
-    bounds_s = {}
-    for forward in range(1, cores):
-        smaller, larger = sorted((forward, cores - forward))
-        if min(measured) <= smaller and larger <= max(measured):
-            ours, theirs = times_on(measured, forward), times_on(measured, cores - forward)
-            times = PhaseTimes(ours.forward_s, theirs.backward_s, theirs.update_s, ours.refresh_s)
-            bounds_s[forward] = step_bound_s(schedule, times, accumulate)
-    return bounds_s
-
-
-def times_on(measured: dict[int, PhaseTimes], cores: int) -> PhaseTimes:
-    """Phase times on a number of cores: time as a power of the cores, between two measurements."""
-    below = max(count for count in measured if count <= cores)
-    above = min(count for count in measured if count >= cores)
-    part = math.log(cores / below) / math.log(above / below) if above > below else 0.0
-    few, many = (dataclasses.astuple(measured[count]) for count in (below, above))
-    pairs = zip(few, many, strict=True)
-    return PhaseTimes(*(few_s ** (1 - part) * many_s**part for few_s, many_s in pairs))
-
-
-def choose_split(
-    settings: Settings, measured: dict[int, PhaseTimes], cores: int
-) -> tuple[int, str]:
-    """How many forward cores give the smallest bound (see step_bound_s), and why, in words."""
-    bounds_s = split_bounds_s(settings.schedule, settings.accumulate, measured, cores)
-    forward, even = min(bounds_s, key=bounds_s.__getitem__), cores // 2
-    times = "; ".join(
-        f"{count}: {times.forward_s:.3f} and {times.backward_s:.3f} s"
-        for count, times in measured.items()
-    )
-    return forward, (
-        f"has the smallest bound of a {settings.schedule} step, {bounds_s[forward]:.3f} s "
-        f"({even}:{cores - even} has {bounds_s[even]:.3f} s); forward and backward of a batch "
-        f"by cores: {times}"
-    )
-
-
-def measured_settings(settings: Settings, topology: Topology) -> Settings:
-    """The settings for measuring: without epochs, growing images, trained weights and a thaw."""
-    left_out = dict.fromkeys(("epochs", "min_res", "init_from", "weights"))
-    left_out |= {"freeze": mostly_frozen(settings), "freeze_epochs": None}
-    return settings_in_force(settings, topology, open_data(settings), **left_out)
-
-
-def measure_scaling(
-    settings: Settings, topology: Topology, counts: Sequence[int]
-) -> dict[int, PhaseTimes]:
-    """Phase times on groups of some sizes, measured one after the other in a process of its own."""
-    check_model_name(settings.model)
-    check_writable(settings)
-    settings = measured_settings(settings, topology)
-    check_memory(settings, topology, settings.batch_size)
-    say(f"split auto: measuring {settings.model} on {', '.join(map(str, counts))} cores")
-    cores = usable_cores(topology)
-    parts = [divide_cores(cores, f"{count}:{len(cores) - count}")[0] for count in counts]
-    groups = [make_group(topology, "all", cpus, None) for cpus in parts]
-    with StopRequest() as stop:
-        measuring = Elsewhere(stop.check, time_groups, settings, topology.online, groups)
-        with contextlib.closing(measuring):
-            return {count: next(measuring) for count in counts}
-
-
-def time_groups(
-    settings: Settings, online: Sequence[int], groups: Sequence[Group]
-) -> Iterator[PhaseTimes]:
-    """Phase times on each group in turn, on random images; the first step is left out.
-
-    The learning rate is 0, so that nothing can diverge: it takes the same time.
-    """
-    if settings.tuned_malloc:
-        tune_allocator()
-    size = (settings.batch_size, 3, settings.image_size, settings.image_size)
-    loaded = [Loaded((torch.randn(size), torch.randint(settings.num_classes, size[:1])))]
-    settings = dataclasses.replace(settings, accumulate=1, lr=0.0, lr_scheduler="constant")
-    for group in groups:
-        plan = CorePlan("none", group, group, group.cpus)
-        with coordinating(settings, plan), Lanes(plan, online) as lanes:
-            work = build_work(settings, lanes)
-            time_phases(lanes, work, Batches(loaded, 1), 1)
-            yield time_phases(lanes, work, Batches(loaded, 2), 2)
 
 
 # ==================================================================================================
@@ -3197,54 +2240,6 @@ def print_plan(settings: Settings, topology: Topology, ranks: Ranks = ONE_PROCES
     return plan
 
 
-def imagined(settings: Settings, topology: Topology) -> Ranks:
-    """As many ranks of one machine as are asked for, none of which is there."""
-    ranks = Ranks()
-    ranks.hosts = settings.ranks * [dataclasses.replace(this_host(topology), name="this machine")]
-    shares = (rank_topology(ranks.hosts, rank) for rank in range(settings.ranks))
-    ranks.plans = [plan_for(settings, share) for share in shares]
-    return ranks
-
-
-def print_model(
-    settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
-) -> None:
-    """What `plan` shows beside the cores: the data, if there are any, and the model."""
-    check_model_name(settings.model)
-    path, classes, native_size = settings.data_path, SYNTHETIC_CLASSES, 224
-    if name := settings.dataset:
-        classes, native_size = NAMED_DATA[name].classes, READERS[name].native.image_size
-    if settings.weights:
-        known = find_weights(settings.model, settings.weights)
-        native_size = known.native.image_size
-        say(describe_weights(known))
-    exists = path and (path.exists() or settings.download)
-    if exists:
-        data = open_data(settings)
-        classes, native_size = len(data.classes), data.native.image_size
-        say("\n".join(describe_data(data)))
-    shape = settings.num_classes or classes, largest_size(settings, native_size)
-    if path and not exists:
-        say(f"note: {path} does not exist yet: {shape[0]} classes, {shape[1]} px taken instead")
-    say("\n".join(describe_model(settings, *shape)))
-    if teacher := teacher_name(settings):
-        say(describe_teacher(teacher, *shape))
-    if settings.record and not ranks.rank:
-        try:
-            write_whole(settings.record, machine_text(topology))
-        except RunError as error:
-            raise UserError(f"--record {error}") from None
-        say(f"machine recorded in {settings.record}")
-
-
-def list_models(settings: Settings, topology: Topology, ranks: Ranks = ONE_PROCESS) -> None:
-    """What `--list-models` prints: the names, and parameters for 1000 classes; timm's are many."""
-    say(f"{'model':24} {'parameters':>13}")
-    for name in classifier_names():
-        say(f"{name:24} {parameter_count(name):>13,}")
-    say(f"{TIMM + 'NAME':24} those of timm {installed_version('timm')}")
-
-
 def with_plan(run: Callable[[Settings, Topology, CorePlan, Ranks], Any]) -> Callable[..., Any]:
     """What a command does after it has shown the cores and how they are divided."""
 
@@ -3262,38 +2257,6 @@ RUNS: dict[str, Callable[[Settings, Topology, Ranks], Any]] = {
     "predict": lambda settings, topology, ranks: predict(settings, topology),
     "list-models": list_models,
 }
-# What may differ from machine to machine, and each rank takes as it was typed there.
-OF_A_MACHINE = """
-    data_path augment_confused teacher_weights workers forward_cores backward_cores loader_cores
-    forward_threads backward_threads tuned_malloc""".split()
-
-
-def check_same_options(given: Sequence[dict[str, str]]) -> None:
-    """Raise UserError for the first option that a rank was not given as rank 0 was, unless it is
-    one of a machine.
-    """
-    for rank, name in itertools.product(range(len(given)), sorted(set().union(*given))):
-        here, there = given[rank].get(name), given[0].get(name)
-        if here != there and name not in OF_A_MACHINE:
-            texts = (
-                as_option(name, text) if text else f"no {as_option(name, True)}"
-                for text in (here, there)
-            )
-            raise UserError("rank {} was given {}, rank 0 {}".format(rank, *texts))
-
-
-def parse_together(argv: Sequence[str], ranks: Ranks) -> tuple[str, Settings]:
-    """The command and the settings: those of the first rank, which alone may have the checkpoint to
-    go on from, but for what may differ between machines. Raises UserError if a rank was given other
-    options than the first.
-    """
-    command, settings = ranks.first(parse_arguments, argv, saved_defaults, ranks.size)
-    typed = typed_options(*split_arguments(argv))
-    given = ranks.exchange({name: option_text(value) for name, value in typed.items()})
-    with ranks.together():
-        check_same_options(given)
-    own = {name: typed[name] for name in OF_A_MACHINE if name in typed}
-    return command, dataclasses.replace(settings, **own)
 
 
 @lossy_output()

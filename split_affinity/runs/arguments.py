@@ -1,0 +1,47 @@
+"""The command line of several ranks: one command and the same settings for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from split_affinity.checkpoints.resume import saved_defaults
+from split_affinity.errors import UserError
+from split_affinity.options.command_line import parse_arguments, split_arguments, typed_options
+from split_affinity.options.settings import Settings
+from split_affinity.ranks.ranks import Ranks
+from split_affinity.text import as_option, option_text
+
+# What may differ from machine to machine, and each rank takes as it was typed there.
+OF_A_MACHINE = """
+    data_path augment_confused teacher_weights workers forward_cores backward_cores loader_cores
+    forward_threads backward_threads tuned_malloc""".split()
+
+
+def check_same_options(given: Sequence[dict[str, str]]) -> None:
+    """Raise UserError for the first option that a rank was not given as rank 0 was, unless it is
+    one of a machine.
+    """
+    for rank, name in itertools.product(range(len(given)), sorted(set().union(*given))):
+        here, there = given[rank].get(name), given[0].get(name)
+        if here != there and name not in OF_A_MACHINE:
+            texts = (
+                as_option(name, text) if text else f"no {as_option(name, True)}"
+                for text in (here, there)
+            )
+            raise UserError("rank {} was given {}, rank 0 {}".format(rank, *texts))
+
+
+def parse_together(argv: Sequence[str], ranks: Ranks) -> tuple[str, Settings]:
+    """The command and the settings: those of the first rank, which alone may have the checkpoint to
+    go on from, but for what may differ between machines. Raises UserError if a rank was given other
+    options than the first.
+    """
+    command, settings = ranks.first(parse_arguments, argv, saved_defaults, ranks.size)
+    typed = typed_options(*split_arguments(argv))
+    given = ranks.exchange({name: option_text(value) for name, value in typed.items()})
+    with ranks.together():
+        check_same_options(given)
+    own = {name: typed[name] for name in OF_A_MACHINE if name in typed}
+    return command, dataclasses.replace(settings, **own)

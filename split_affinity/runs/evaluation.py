@@ -1,0 +1,174 @@
+"""Validation after an epoch, and `--test-only`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import torch
+
+from split_affinity.checkpoints.resume import check_classes, fitting
+from split_affinity.checkpoints.state import Progress, State
+from split_affinity.data.classes import named_classes
+from split_affinity.data.dataset import describe_images
+from split_affinity.data.pictures import ImageData, kept_apart
+from split_affinity.errors import UserError
+from split_affinity.models.freezing import begin_training
+from split_affinity.models.weights import versioned
+from split_affinity.reports.confusion import class_lines, write_confusion
+from split_affinity.reports.log import picture_footer
+from split_affinity.reports.run_report import RunReport
+from split_affinity.reports.tables import EPOCH_FIELDS, PARTS, describe_run
+from split_affinity.terminal import say, warn
+from split_affinity.text import plural, readable, utc_now
+from split_affinity.training.network import Confusion, Scores, in_turn, pool
+from split_affinity.training.steps import Run
+from split_affinity.training.update import MovingAverage
+
+VALIDATED_AHEAD = 3  # batches that are with the lanes, or wait there
+
+
+def validated(run: Run) -> Iterator[tuple[list[Scores], torch.Tensor, torch.Tensor]]:
+    """For each batch of the validation images its scores, the predicted classes and the true ones.
+
+    The lanes share the batches out one by one, in proportion to their threads. Raises Stopped
+    between two batches.
+    """
+    taken = dict.fromkeys((run.lanes.forward, run.lanes.backward), 0)
+    waiting: deque[tuple[Future, torch.Tensor]] = deque()
+    batches = run.val.batches(run.bad)
+    try:
+        while batches.left or waiting:
+            run.stop.check()
+            if batches.left and len(waiting) <= VALIDATED_AHEAD:
+                batch = next(batches)
+                lane = min(taken, key=lambda lane: (taken[lane] + 1) / lane.group.threads)
+                taken[lane] += 1
+                waiting.append((lane.submit("validate", run.work.evaluate, batch), batch[1]))
+            else:
+                future, targets = waiting.popleft()
+                yield *future.result(), targets
+    finally:  # after an error too, no phase shall run on
+        for future, _ in waiting:
+            if not future.cancel():
+                future.exception()  # waits
+
+
+def evaluate(
+    run: Run, report: RunReport | None = None, confusion: Confusion | None = None
+) -> list[Scores]:
+    """Go through the validation images: the scores of the moving average, if there is one, then
+    those of the model's own weights. `confusion` takes in what the first of them takes images for.
+    Several ranks share the images out.
+    """
+    scores: list[list[Scores]] = []
+    run.work.network.model.eval()
+    try:
+        with (
+            run.work.with_mean_buffers(),
+            run.ranks.together(),
+            contextlib.closing(validated(run)) as batches,
+        ):
+            for result, predicted, targets in batches:
+                scores.append(result)
+                if confusion is not None:
+                    confusion.update(zip(targets.tolist(), predicted.tolist(), strict=True))
+    finally:
+        begin_training(run.work.network.model)
+        records = run.lanes.take_records()
+    if report:
+        report.check_placement(records)
+    if confusion is not None:
+        total = sum(run.ranks.exchange(confusion), Confusion())
+        confusion.clear()
+        confusion.update(total)
+    return [pool(each) for each in zip(*in_turn(run.ranks.exchange(scores)), strict=True)]
+
+
+def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
+    """Validate, if there is something to validate, and enter the epoch's figures."""
+    loss = progress.loss_sum / progress.images
+    parts = {"train": Scores(loss, progress.images, progress.top1, progress.top5)}
+    if run.val:
+        parts |= zip(("val", "val_raw"), evaluate(run, report), strict=False)
+        report.company(run.lanes.lookout.look())
+    row = {
+        "epoch": progress.epoch + 1,
+        **dict.fromkeys(EPOCH_FIELDS),
+        **{
+            f"{part}_{name}": value
+            for part, scores in parts.items()
+            for name, value in scores.figures().items()
+        },
+        "lr": progress.lr,
+        "gradient_norms": run.work.flow.take() if run.work.flow else {},
+        "timestamp": utc_now(),
+    }
+    for part, scores in parts.items():
+        if not math.isfinite(scores.loss):
+            row[f"{part}_loss"] = None  # JSON has no such number
+            text = f"epoch {row['epoch']}: the {PARTS[part]} loss is {scores.loss}"
+            report.warn(f"{part}_loss", text)
+    progress.end_epoch(row, run.settings.keep_best)
+    report.bad_images(run.bad)
+    report.epoch(row, progress.history)
+
+
+def warn_of_known_images(path: Path, state: State, data: ImageData) -> None:
+    """Warn if a checkpoint may have been trained on images that are kept apart now."""
+    trained_on = (state.get("data") or {}).get("fingerprint")
+    if kept_apart(data) and trained_on != describe_images(data)["fingerprint"]:
+        asked = "--seed, --val-share and --subset"
+        warn(f"{path} was trained on other images than {asked} leave: it may know some of these")
+
+
+def load_to_test(run: Run, path: Path, state: State) -> None:
+    """Take the weights of a checkpoint, and its moving average if it has one."""
+    for name in ("model", "num_classes"):
+        ours, saved = getattr(run.settings, name), state["settings"].get(name)
+        if ours != saved:
+            raise UserError(f"--{name.replace('_', '-')} {ours}: {path} has {saved}")
+    check_classes(path, state, run.data.classes)
+    warn_of_known_images(path, state, run.data)
+    with fitting(path, run.settings):
+        model = run.work.network.model
+        model.load_state_dict(versioned(state["average"] or state["model"], model))
+        run.work.average = MovingAverage(model, 0.0) if state["average"] else None
+        model.load_state_dict(versioned(state["model"], model))
+    say(f"{path}: epoch {state['progress']['epoch']}, step {state['progress']['step']}")
+
+
+def test(run: Run, found: tuple[Path, State] | None) -> None:
+    """Evaluate a checkpoint, first its moving average if it has one, or else weights by name: print
+    the figures, and write the confusion matrix and the confused pairs.
+    """
+    name = f"--weights {run.settings.weights}"
+    if found:
+        load_to_test(run, *found)
+        name = readable(str(found[0]))
+    elif run.settings.weights:
+        say(run.work.network.note)
+    else:
+        raise UserError(f"--test-only: no checkpoint in {run.settings.output_dir}")
+    confusion = Confusion()
+    results = evaluate(run, confusion=confusion)
+    if run.ranks.rank:
+        return
+    for text in run.bad.messages:
+        warn(f"{text}: left out")
+    classes = named_classes(run.data.classes, run.settings.num_classes)
+    text = "loss {loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %"
+    figures, *raw = (text.format_map(each.figures()) for each in results)
+    lines = [f"{plural(results[0].images, 'image')}: {figures}"]
+    lines += [f"raw, without the moving average: {each}" for each in raw]
+    say("\n".join([*lines, "", *class_lines(confusion, classes)]))
+    if run.settings.output_dir:
+        title = f"{describe_run(run.settings)}: {figures}"
+        footer = picture_footer(run.topology)
+        write_confusion(run.settings.output_dir, title, confusion, classes, name, footer)
+    else:
+        say("note: no confusion matrix is drawn without --output-dir")

@@ -1,0 +1,251 @@
+"""What this machine makes of the work: phase times, and the split that suits them.
+
+What is measured runs in processes of its own, since the allocator's settings, threads and peak
+memory belong to a process, and only one of them works at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import multiprocessing.connection
+import signal
+import statistics
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any
+
+import psutil
+import torch
+
+from split_affinity.data.dataset import open_data
+from split_affinity.data.loader import Batches, LoaderDied
+from split_affinity.data.samples import Loaded
+from split_affinity.errors import STOP_SIGNALS, RunError, UserError, likely_reason, memory_errors
+from split_affinity.lanes.audit import PhaseRecord
+from split_affinity.lanes.lane import Lanes, coordinating, tune_allocator
+from split_affinity.machine.plan import (
+    CorePlan,
+    Group,
+    PhaseTimes,
+    check_core_options,
+    divide_cores,
+    make_group,
+    plan_cores,
+    usable_cores,
+)
+from split_affinity.machine.topology import Topology
+from split_affinity.models.cost import check_memory
+from split_affinity.models.freezing import mostly_frozen
+from split_affinity.models.registry import check_model_name
+from split_affinity.options.settings import Settings
+from split_affinity.ranks.ranks import RankLost
+from split_affinity.runs.setup import build_work, check_writable, settings_in_force
+from split_affinity.terminal import say
+from split_affinity.text import plural
+from split_affinity.training.schedules import sequential, step_bound_s
+from split_affinity.training.steps import PHASES, StopRequest
+from split_affinity.training.update import Work
+
+
+class Elsewhere(Iterator[Any]):
+    """A generator that runs in a process of its own: the one that `function(*args)` makes.
+
+    `check_stop` is called while waiting, and may raise. Close it, since the process ignores
+    signals, and may have loader processes, which a daemon must not.
+    """
+
+    def __init__(self, check_stop: Callable[[], None], function: Callable[..., Any], *args: Any):
+        context = multiprocessing.get_context("spawn")
+        self.check_stop = check_stop
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, function, args))
+        # It inherits what is blocked: Ctrl-C shall not reach it before it can ignore signals.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        self._process.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+
+    def __next__(self) -> Any:
+        return send_to_all([self], None)[0]
+
+    def close(self) -> None:
+        """End the process and its loaders, whatever they are doing."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for loader in psutil.Process(self._process.pid).children():
+                loader.kill()
+        self._process.kill()
+        self._process.join()
+        self.pipe.close()
+
+
+def send_to_all(processes: Sequence[Elsewhere], value: Any) -> list[Any]:
+    """Have generators go on with a value, as their `send` does, at the same time; wait for the next
+    result of each. The first error is raised at once, since others may wait for the one that had
+    it; of several, one that tells more than that another has gone.
+    """
+    pipes = [process.pipe for process in processes]
+    results: dict[Any, Any] = {}
+    try:
+        for pipe in pipes:
+            pipe.send(value)
+        while len(results) < len(pipes):
+            processes[0].check_stop()
+            for pipe in multiprocessing.connection.wait(set(pipes).difference(results), 0.1):
+                results[pipe] = pipe.recv()
+            errors = [each for each in results.values() if isinstance(each, Exception)]
+            if errors:
+                raise min(errors, key=lambda error: isinstance(error, RankLost))
+    except (EOFError, OSError):
+        raise RunError("a measuring process ended by itself (out of memory?)") from None
+    return [results[pipe] for pipe in pipes]
+
+
+def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) -> None:
+    """The process behind Elsewhere: for each value received, the next result or the exception."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    # Else a process made by spawn spawns its loaders, which then differ from those of a run.
+    multiprocessing.set_start_method(None, force=True)
+    with (
+        contextlib.suppress(EOFError, BrokenPipeError),  # the asking process has gone
+        contextlib.closing(function(*args)) as generator,
+    ):
+        while True:
+            value = pipe.recv()
+            try:
+                with memory_errors():
+                    result = generator.send(value)
+            except (UserError, RunError, StopIteration) as error:
+                result = error
+            except LoaderDied as error:
+                result = RunError(likely_reason(error))
+            pipe.send(result)
+
+
+def time_phases(lanes: Lanes, work: Work, batches: Batches, steps: int) -> PhaseTimes:
+    """Times of the phases in `steps` sequential steps, where no phase has company."""
+    lanes.take_records()
+    for _ in itertools.islice(sequential(lanes, work, batches), steps):
+        pass
+    network = work.network
+    lanes.forward.run("refresh", network.refresh, lanes.forward.call(network.copy))
+    return phase_times(lanes.take_records())
+
+
+def phase_times(records: Iterable[PhaseRecord]) -> PhaseTimes:
+    """Median times of the phases, the lower one of two: that of a phase whose memory was there."""
+    durations_s: dict[str, list[float]] = {phase: [] for phase in PHASES}
+    for record in records:
+        durations_s[record.phase].append(record.duration_s)
+    return PhaseTimes(
+        **{f"{name}_s": statistics.median_low(each or [0.0]) for name, each in durations_s.items()}
+    )
+
+
+def plan_for(settings: Settings, topology: Topology) -> CorePlan:
+    """The core plan; with `--split auto` it is measured first, in some seconds."""
+    if settings.split != "auto":
+        return plan_cores(topology, settings)
+    check_core_options(topology, settings)
+    forward, reason, measured = 1, "is the only choice", {}
+    if (cores := len(usable_cores(topology))) > 2:
+        measured = measure_scaling(settings, topology, core_counts(cores))
+        forward, reason = choose_split(settings, measured, cores)
+    split = f"{forward}:{max(1, cores - forward)}"
+    plan = plan_cores(topology, dataclasses.replace(settings, split=split))
+    notes = (*plan.notes, f"split auto: with {plural(cores, 'core')} {split} {reason}")
+    return dataclasses.replace(plan, split=f"auto, {split}", notes=notes, measured=measured)
+
+
+def core_counts(cores: int) -> list[int]:
+    """The group sizes to measure: about a quarter, a half and three quarters of the cores."""
+    return sorted({max(1, round(cores * share)) for share in (0.25, 0.5, 0.75)})
+
+
+def split_bounds_s(
+    schedule: str, accumulate: int, measured: dict[int, PhaseTimes], cores: int
+) -> dict[int, float]:
+    """The bound of a step for each number of forward cores, between the numbers measured."""
+    bounds_s = {}
+    for forward in range(1, cores):
+        smaller, larger = sorted((forward, cores - forward))
+        if min(measured) <= smaller and larger <= max(measured):
+            ours, theirs = times_on(measured, forward), times_on(measured, cores - forward)
+            times = PhaseTimes(ours.forward_s, theirs.backward_s, theirs.update_s, ours.refresh_s)
+            bounds_s[forward] = step_bound_s(schedule, times, accumulate)
+    return bounds_s
+
+
+def times_on(measured: dict[int, PhaseTimes], cores: int) -> PhaseTimes:
+    """Phase times on a number of cores: time as a power of the cores, between two measurements."""
+    below = max(count for count in measured if count <= cores)
+    above = min(count for count in measured if count >= cores)
+    part = math.log(cores / below) / math.log(above / below) if above > below else 0.0
+    few, many = (dataclasses.astuple(measured[count]) for count in (below, above))
+    pairs = zip(few, many, strict=True)
+    return PhaseTimes(*(few_s ** (1 - part) * many_s**part for few_s, many_s in pairs))
+
+
+def choose_split(
+    settings: Settings, measured: dict[int, PhaseTimes], cores: int
+) -> tuple[int, str]:
+    """How many forward cores give the smallest bound (see step_bound_s), and why, in words."""
+    bounds_s = split_bounds_s(settings.schedule, settings.accumulate, measured, cores)
+    forward, even = min(bounds_s, key=bounds_s.__getitem__), cores // 2
+    times = "; ".join(
+        f"{count}: {times.forward_s:.3f} and {times.backward_s:.3f} s"
+        for count, times in measured.items()
+    )
+    return forward, (
+        f"has the smallest bound of a {settings.schedule} step, {bounds_s[forward]:.3f} s "
+        f"({even}:{cores - even} has {bounds_s[even]:.3f} s); forward and backward of a batch "
+        f"by cores: {times}"
+    )
+
+
+def measured_settings(settings: Settings, topology: Topology) -> Settings:
+    """The settings for measuring: without epochs, growing images, trained weights and a thaw."""
+    left_out = dict.fromkeys(("epochs", "min_res", "init_from", "weights"))
+    left_out |= {"freeze": mostly_frozen(settings), "freeze_epochs": None}
+    return settings_in_force(settings, topology, open_data(settings), **left_out)
+
+
+def measure_scaling(
+    settings: Settings, topology: Topology, counts: Sequence[int]
+) -> dict[int, PhaseTimes]:
+    """Phase times on groups of some sizes, measured one after the other in a process of its own."""
+    check_model_name(settings.model)
+    check_writable(settings)
+    settings = measured_settings(settings, topology)
+    check_memory(settings, topology, settings.batch_size)
+    say(f"split auto: measuring {settings.model} on {', '.join(map(str, counts))} cores")
+    cores = usable_cores(topology)
+    parts = [divide_cores(cores, f"{count}:{len(cores) - count}")[0] for count in counts]
+    groups = [make_group(topology, "all", cpus, None) for cpus in parts]
+    with StopRequest() as stop:
+        measuring = Elsewhere(stop.check, time_groups, settings, topology.online, groups)
+        with contextlib.closing(measuring):
+            return {count: next(measuring) for count in counts}
+
+
+def time_groups(
+    settings: Settings, online: Sequence[int], groups: Sequence[Group]
+) -> Iterator[PhaseTimes]:
+    """Phase times on each group in turn, on random images; the first step is left out.
+
+    The learning rate is 0, so that nothing can diverge: it takes the same time.
+    """
+    if settings.tuned_malloc:
+        tune_allocator()
+    size = (settings.batch_size, 3, settings.image_size, settings.image_size)
+    loaded = [Loaded((torch.randn(size), torch.randint(settings.num_classes, size[:1])))]
+    settings = dataclasses.replace(settings, accumulate=1, lr=0.0, lr_scheduler="constant")
+    for group in groups:
+        plan = CorePlan("none", group, group, group.cpus)
+        with coordinating(settings, plan), Lanes(plan, online) as lanes:
+            work = build_work(settings, lanes)
+            time_phases(lanes, work, Batches(loaded, 1), 1)
+            yield time_phases(lanes, work, Batches(loaded, 2), 2)

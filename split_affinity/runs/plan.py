@@ -1,0 +1,71 @@
+"""What `plan` shows beside the cores, and `--list-models`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from split_affinity.data.dataset import describe_data, open_data
+from split_affinity.data.named import READERS, SYNTHETIC_CLASSES
+from split_affinity.errors import RunError, UserError
+from split_affinity.files import write_whole
+from split_affinity.machine.description import machine_text
+from split_affinity.machine.plan import CorePlan, rank_topology, this_host
+from split_affinity.machine.topology import Topology
+from split_affinity.models.cost import describe_model, describe_teacher
+from split_affinity.models.pretrained import describe_weights, find_weights, largest_size
+from split_affinity.models.registry import TIMM, check_model_name, classifier_names, parameter_count
+from split_affinity.options.command_line import installed_version
+from split_affinity.options.data_sets import NAMED_DATA
+from split_affinity.options.settings import Settings
+from split_affinity.ranks.ranks import ONE_PROCESS, Ranks
+from split_affinity.runs.measurement import plan_for
+from split_affinity.runs.starting_weights import teacher_name
+from split_affinity.terminal import say
+
+
+def imagined(settings: Settings, topology: Topology) -> Ranks:
+    """As many ranks of one machine as are asked for, none of which is there."""
+    ranks = Ranks()
+    ranks.hosts = settings.ranks * [dataclasses.replace(this_host(topology), name="this machine")]
+    shares = (rank_topology(ranks.hosts, rank) for rank in range(settings.ranks))
+    ranks.plans = [plan_for(settings, share) for share in shares]
+    return ranks
+
+
+def print_model(
+    settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
+) -> None:
+    """What `plan` shows beside the cores: the data, if there are any, and the model."""
+    check_model_name(settings.model)
+    path, classes, native_size = settings.data_path, SYNTHETIC_CLASSES, 224
+    if name := settings.dataset:
+        classes, native_size = NAMED_DATA[name].classes, READERS[name].native.image_size
+    if settings.weights:
+        known = find_weights(settings.model, settings.weights)
+        native_size = known.native.image_size
+        say(describe_weights(known))
+    exists = path and (path.exists() or settings.download)
+    if exists:
+        data = open_data(settings)
+        classes, native_size = len(data.classes), data.native.image_size
+        say("\n".join(describe_data(data)))
+    shape = settings.num_classes or classes, largest_size(settings, native_size)
+    if path and not exists:
+        say(f"note: {path} does not exist yet: {shape[0]} classes, {shape[1]} px taken instead")
+    say("\n".join(describe_model(settings, *shape)))
+    if teacher := teacher_name(settings):
+        say(describe_teacher(teacher, *shape))
+    if settings.record and not ranks.rank:
+        try:
+            write_whole(settings.record, machine_text(topology))
+        except RunError as error:
+            raise UserError(f"--record {error}") from None
+        say(f"machine recorded in {settings.record}")
+
+
+def list_models(settings: Settings, topology: Topology, ranks: Ranks = ONE_PROCESS) -> None:
+    """What `--list-models` prints: the names, and parameters for 1000 classes; timm's are many."""
+    say(f"{'model':24} {'parameters':>13}")
+    for name in classifier_names():
+        say(f"{name:24} {parameter_count(name):>13,}")
+    say(f"{TIMM + 'NAME':24} those of timm {installed_version('timm')}")

@@ -1,0 +1,203 @@
+"""The `predict` command: what a trained model takes pictures for."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from split_affinity.checkpoints.folder import Checkpoints
+from split_affinity.checkpoints.resume import find_resumed, fitting
+from split_affinity.checkpoints.state import (
+    State,
+    preprocessing_of,
+    read_checkpoint,
+    saved_settings,
+    versions,
+)
+from split_affinity.data.classes import named_classes
+from split_affinity.data.loader import Feed, picture_feed
+from split_affinity.data.pictures import pictures_in
+from split_affinity.data.samples import Batch
+from split_affinity.errors import RunError, UserError, memory_errors
+from split_affinity.files import write_whole
+from split_affinity.lanes.lane import Lanes, coordinating, tune_allocator
+from split_affinity.machine.plan import plan_cores
+from split_affinity.machine.topology import Topology
+from split_affinity.models.pretrained import Preprocessing, find_weights
+from split_affinity.models.registry import build_model, check_model_name
+from split_affinity.models.weights import versioned
+from split_affinity.options.settings import Settings, settings_of
+from split_affinity.runs.setup import check_json, choose_precision
+from split_affinity.runs.starting_weights import starting_model
+from split_affinity.terminal import say, warn
+from split_affinity.text import plural, readable
+from split_affinity.training.network import Network
+from split_affinity.training.steps import StopRequest
+
+ANSWERS = 5  # classes that predict names
+MANY_PICTURES = 100  # take long enough to show how far it is
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model in evaluation mode, with the moving average of its weights if there is one;
+    its classes, how pictures are made ready for it, and the checkpoint, if it is from one.
+    """
+
+    model: nn.Module
+    classes: Sequence[str]
+    ready: Preprocessing
+    settings: Settings
+    path: Path | None = None
+
+
+def load_trained(path: Path, overruling: Settings = Settings()) -> Trained:
+    """A checkpoint's model, to use it, with the settings that were in force; how pictures are made
+    ready can be overruled. Raises BadCheckpoint, or UserError for a size that does not fit.
+    """
+    return trained_model(path, read_checkpoint(path), overruling)
+
+
+def trained_model(path: Path, state: State, overruling: Settings) -> Trained:
+    """The model of a saved state, to use it; see `load_trained`."""
+    ready = preprocessing_of(state).overruled(overruling)
+    settings = dataclasses.replace(settings_of(saved_settings(state)), **vars(ready))
+    check_model_name(settings.model)
+    with fitting(path, settings):
+        model = build_model(settings.model, settings.num_classes, settings.image_size)
+        model.load_state_dict(versioned(state["average"] or state["model"], model))
+    names = (state.get("data") or {}).get("classes", ())
+    return Trained(model.eval(), named_classes(names, settings.num_classes), ready, settings, path)
+
+
+def load_pretrained(settings: Settings) -> Trained:
+    """The model with the trained weights of `--weights`, to use it."""
+    check_model_name(settings.model)
+    known = find_weights(settings.model, settings.weights)
+    ready = known.native.overruled(settings)
+    settings = dataclasses.replace(settings, num_classes=len(known.classes), **vars(ready))
+    model, _ = starting_model(settings, known.classes)
+    return Trained(model.eval(), known.classes, ready, settings)
+
+
+def model_to_ask(settings: Settings) -> Trained:
+    """What `--resume` or `--weights` names."""
+    if settings.weights:
+        return load_pretrained(settings)
+    found = find_resumed(settings, Checkpoints(dataclasses.replace(settings, mirror=None), warn))
+    if not found:
+        raise UserError(f"--resume auto: no checkpoint in {settings.output_dir}")
+    return trained_model(*found, settings)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model takes a picture for: the likeliest classes, with their probabilities."""
+
+    path: str
+    classes: Sequence[str]
+    probabilities: Sequence[float]
+
+    def __str__(self) -> str:
+        pairs = zip(self.probabilities, self.classes, strict=True)
+        return "\n".join([self.path, *(f"{100 * share:10.2f} %  {name}" for share, name in pairs)])
+
+
+def probabilities(network: Network, batch: Batch) -> dict[int, torch.Tensor]:
+    """For each picture of a batch, by its number, the probabilities of all classes, (classes,)."""
+    with torch.inference_mode():
+        logits, numbers = network.forward(batch)
+        return dict(zip(numbers.tolist(), logits.softmax(1), strict=True))
+
+
+def likeliest(shares: torch.Tensor, classes: Sequence[str], path: str) -> Answer:
+    """A picture's answer, from the probabilities of all classes."""
+    order = shares.argsort(descending=True, stable=True)[:ANSWERS].tolist()
+    return Answer(readable(path), [classes[i] for i in order], [shares[i].item() for i in order])
+
+
+def answered(
+    feed: Feed, ask: Callable[[Batch], dict[int, torch.Tensor]], stop: StopRequest
+) -> Iterator[tuple[dict[int, torch.Tensor], Sequence[str]]]:
+    """For each batch what `ask` says, and why pictures cannot be read. Raises Stopped."""
+    for loaded in feed:
+        stop.check()
+        yield ask(loaded.batch) if loaded.batch else {}, loaded.broken
+
+
+@memory_errors()
+def set_up_to_ask(
+    stack: contextlib.ExitStack, settings: Settings, topology: Topology, paths: Sequence[str]
+) -> tuple[Trained, Iterator[tuple[dict[int, torch.Tensor], Sequence[str]]]]:
+    """A trained model and what it says of pictures, batch by batch; loader processes and lanes end
+    with the stack.
+    """
+    plan = plan_cores(topology, settings)
+    stop = stack.enter_context(StopRequest())
+    stack.enter_context(coordinating(settings, plan))
+    if settings.tuned_malloc:
+        tune_allocator()
+    trained = model_to_ask(settings)
+    if settings.channels_last:
+        trained.model.to(memory_format=torch.channels_last)
+    feed = picture_feed(paths, trained.ready, settings, plan.loader_cpus)
+    stack.callback(feed.close)
+    lanes = stack.enter_context(Lanes(plan, topology.online))
+    how = {"bf16": settings.precision == "bf16", "channels_last": settings.channels_last}
+    network = Network(trained.model, nn.CrossEntropyLoss(), **how)
+    return trained, answered(feed, partial(lanes.forward.call, probabilities, network), stop)
+
+
+def predict(settings: Settings, topology: Topology) -> list[Answer]:
+    """The `predict` command: print the likeliest classes of pictures, and write them. Raises
+    RunError, in the end, if some pictures cannot be read.
+    """
+    paths = [path for text in settings.pictures for path in pictures_in(text)]
+    check_json(settings.json)
+    precision = choose_precision(settings, topology)[0]
+    settings = dataclasses.replace(settings, precision=precision)
+    answers, broken = [], []
+    tqdm.monitor_interval = 0  # as in a run: no thread beside the lanes
+    hidden = len(paths) < MANY_PICTURES or None  # None: unless it is seen on a terminal
+    bar = tqdm(total=len(paths), unit=" pictures", leave=False, disable=hidden)
+    with contextlib.ExitStack() as stack, bar:
+        trained, batches = set_up_to_ask(stack, settings, topology, paths)
+        for shares, unread in batches:
+            for number, each in shares.items():
+                answers.append(likeliest(each, trained.classes, paths[number]))
+                say(str(answers[-1]))
+            for text in unread:
+                warn(text)
+            broken += unread
+            bar.update(len(shares) + len(unread))
+    if settings.json:
+        write_whole(settings.json, answers_json(settings, trained, answers, broken))
+    if broken:
+        raise RunError(f"{len(broken)} of {plural(len(paths), 'picture')} cannot be read")
+    return answers
+
+
+def answers_json(
+    settings: Settings, trained: Trained, answers: Sequence[Answer], broken: Sequence[str]
+) -> str:
+    """Answers for programs, with what they were made by."""
+    figures = {
+        "checkpoint": trained.path and readable(str(trained.path)),
+        "weights": settings.weights,
+        "model": trained.settings.model,
+        "preprocessing": vars(trained.ready),
+        "precision": settings.precision,
+        "versions": versions(),
+        "pictures": [vars(each) for each in answers],
+        "broken": [readable(text) for text in broken],
+    }
+    return json.dumps(figures, indent=1) + "\n"

@@ -1,0 +1,266 @@
+"""How a run is set up: data, loaders, lanes, model, and the settings that are then in force."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from split_affinity.checkpoints.folder import LAST
+from split_affinity.data.classes import with_known_classes
+from split_affinity.data.dataset import describe_data, open_data
+from split_affinity.data.loader import BadImages, training_feed, validation_feed
+from split_affinity.data.pictures import ImageData, derived_seed
+from split_affinity.errors import UserError, memory_errors
+from split_affinity.files import check_appendable, write_whole
+from split_affinity.lanes.lane import Lanes, coordinating, tune_allocator
+from split_affinity.machine.plan import CorePlan
+from split_affinity.machine.topology import Topology
+from split_affinity.models.cost import check_memory
+from split_affinity.models.freezing import freeze
+from split_affinity.models.registry import check_model_name
+from split_affinity.options.contradictions import resizing_contradictions
+from split_affinity.options.settings import Settings, learning_rate
+from split_affinity.ranks.ranks import ONE_PROCESS, Ranks
+from split_affinity.reports.tables import CURVES, GRADIENTS, METRICS, TENSORBOARD, TIMELINE, TRACE
+from split_affinity.runs.starting_weights import build_teacher, starting_model, teacher_name
+from split_affinity.terminal import say
+from split_affinity.training.network import Network
+from split_affinity.training.optimizer import (
+    build_lr_scheduler,
+    build_optimizer,
+    planned_steps,
+    steps_in_epoch,
+    warmup_epochs,
+)
+from split_affinity.training.steps import Run, StopRequest
+from split_affinity.training.update import GradientFlow, Work, build_average
+
+
+def check_writable(settings: Settings) -> None:
+    """Raise UserError if the log or the output folder cannot be written; leaves no trace."""
+    log, output = settings.log_file, settings.output_dir
+    flag = f"--log-file {log}"
+    try:
+        check_appendable(log, log.parent)
+        if output:
+            flag = f"--output-dir {output}"
+            existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+            tempfile.TemporaryFile(dir=existing).close()  # files are replaced by new ones
+            for name in (METRICS, TIMELINE, TRACE, CURVES, GRADIENTS, LAST):
+                check_appendable(output / name, existing)
+            if settings.tensorboard and (output / TENSORBOARD).exists():
+                tempfile.TemporaryFile(dir=output / TENSORBOARD).close()
+    except OSError as error:
+        raise UserError(f"{flag}: cannot be written: {error.strerror}") from None
+    check_json(settings.json)
+
+
+def check_json(path: Path | None) -> None:
+    """Raise UserError if the file of `--json` cannot be written; leaves no trace."""
+    try:
+        if path:
+            check_appendable(path, path.parent)
+        if path and path.is_file():
+            tempfile.TemporaryFile(dir=path.resolve().parent).close()
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
+
+
+SUBSET = "subset.json"
+
+
+def choose_precision(settings: Settings, topology: Topology) -> tuple[str, str]:
+    """The precision in force, fp32 or bf16, and the reason for it."""
+    native = f"the CPU computes bfloat16 natively ({topology.bf16})"
+    if not topology.bf16:
+        native = "the CPU has no native bfloat16 arithmetic (AMX, AVX512-BF16 or Arm BF16)"
+    if settings.precision != "auto":
+        return settings.precision, f"as asked; {native}"
+    return ("bf16" if topology.bf16 else "fp32"), native
+
+
+def build_work(
+    settings: Settings,
+    lanes: Lanes,
+    epoch_steps: int = 1,
+    all_steps: int = 1,
+    classes: Sequence[str] = (),
+    ranks: Ranks = ONE_PROCESS,
+) -> Work:
+    """Model and optimizer, each built on the lane that uses it first. The learning rate runs over
+    `all_steps` optimizer steps, of which an epoch has `epoch_steps`; the data have these `classes`.
+    """
+    model, note = lanes.forward.call(starting_model, settings, classes)
+    optimizer = lanes.backward.call(build_optimizer, model, settings)
+    shape = settings.model, settings.num_classes, settings.image_size
+    network = Network(
+        model,
+        nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),
+        settings.accumulate,
+        bf16=settings.precision == "bf16",
+        channels_last=settings.channels_last,
+        ranks=ranks.size,
+        note=note,
+        teacher=lanes.forward.call(build_teacher, settings, classes),
+        frozen=freeze(model, settings.freeze, *shape),
+    )
+    return Work(
+        network,
+        optimizer,
+        scheduler=build_lr_scheduler(optimizer, settings, epoch_steps, all_steps),
+        average=lanes.backward.call(build_average, model, settings),
+        flow=GradientFlow(model) if settings.epochs else None,
+        clip_grad_norm=settings.clip_grad_norm,
+        grads_to_none=settings.grads_to_none,
+        ranks=ranks,
+    )
+
+
+def settings_in_force(
+    settings: Settings, topology: Topology, data: ImageData, **others: Any
+) -> Settings:
+    """The settings with classes, preprocessing, precision and teacher decided, and with the
+    `others`.
+    """
+    return dataclasses.replace(
+        settings,
+        teacher=teacher_name(settings),
+        num_classes=settings.num_classes or len(data.classes),
+        precision=choose_precision(settings, topology)[0],
+        **vars(data.native.overruled(settings)),
+        **others,
+    )
+
+
+def check_validation(settings: Settings, data: ImageData) -> None:
+    """Raise UserError for what needs validation images, if there are none."""
+    wanted = {
+        "--test-only": settings.test_only,
+        f"--early-stopping {settings.early_stopping}": settings.early_stopping,
+        f"--target-top1 {settings.target_top1}": settings.target_top1,
+    }
+    for flag, value in wanted.items():
+        if value and data.val is None:
+            places = "DIR/val/<class>/*.jpg, or --val-share"
+            raise UserError(f"{flag} needs validation images ({places})")
+
+
+@contextlib.contextmanager
+def prepared(
+    settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
+) -> Iterator[Run]:
+    """A run that is set up; all that belongs to it ends with the context. Raises UserError with
+    nothing written, on all of the ranks if on any.
+    """
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            run = prepare(stack, settings, topology, plan, ranks)
+        if ranks.size > 1:
+            run.lanes.backward.adopt(ranks.start)
+            begin_alike(run)
+        yield run
+
+
+def begin_alike(run: Run) -> None:
+    """Have all ranks begin with the weights of the first, and draw numbers of their own."""
+    work, ranks = run.work, run.ranks
+    begun = ranks.first(work.network.model.state_dict)
+    into = [work.network.model.state_dict(), *([work.average.values] if work.average else [])]
+    for tensors, (name, value) in itertools.product(into, begun.items()):
+        tensors[name].copy_(value)
+    if ranks.rank:
+        torch.manual_seed(derived_seed(run.settings.seed, "rank", ranks.rank))
+
+
+def prepare(
+    stack: contextlib.ExitStack,
+    settings: Settings,
+    topology: Topology,
+    plan: CorePlan,
+    ranks: Ranks,
+) -> Run:
+    """What a rank sets up for itself, all of which ends with the stack."""
+    check_model_name(settings.model)
+    data = open_data(settings)
+    for message in resizing_contradictions(settings, data.native.image_size):
+        raise UserError(message)
+    check_validation(settings, data)
+    if not ranks.rank:
+        check_writable(settings)
+    say("\n".join(describe_data(data)))
+    if settings.test_only and settings.weights:
+        data = with_known_classes(data, settings)
+    note = tune_allocator() if settings.tuned_malloc else ""
+    tuned = settings.tuned_malloc and not note
+    settings = settings_in_force(
+        settings, topology, data, loader_cores=plan.loader_cpus, tuned_malloc=tuned
+    )
+    check_memory(settings, topology, settings.batch_size)
+    return set_up(stack, settings, topology, plan, data, note, ranks)
+
+
+@memory_errors()
+def set_up(
+    stack: contextlib.ExitStack,
+    settings: Settings,
+    topology: Topology,
+    plan: CorePlan,
+    data: ImageData,
+    note: str,
+    ranks: Ranks = ONE_PROCESS,
+) -> Run:
+    """Loader processes, lanes and model, which end with the stack; `note` is the first to tell."""
+    stop = stack.enter_context(StopRequest(ranks.size))
+    stack.enter_context(coordinating(settings, plan))
+    torch.manual_seed(settings.seed)
+    train = training_feed(data, settings, plan.loader_cpus, ranks.rank)
+    stack.callback(train.close)
+    validates = settings.epochs or settings.test_only
+    val = validation_feed(data, settings, plan.loader_cpus, ranks.rank) if validates else None
+    if val:
+        stack.callback(val.close)
+    lanes = stack.enter_context(Lanes(plan, topology.online))
+    plan = lanes.plan
+    counts = steps_in_epoch(settings, len(train)), planned_steps(settings, len(train))
+    settings = dataclasses.replace(
+        settings,
+        lr=learning_rate(settings),
+        lr_warmup_epochs=warmup_epochs(settings, *counts),
+        forward_threads=plan.forward.threads,
+        backward_threads=plan.backward.threads,
+    )
+    work = build_work(settings, lanes, *counts, data.classes, ranks)
+    notes = tuple(filter(None, [note, *lanes.notes]))
+    bad = BadImages(settings.max_bad_images)
+    return Run(settings, topology, plan, data, train, val, lanes, work, stop, bad, notes)
+
+
+def check_subset(run: Run, resumed: bool) -> None:
+    """Keep the choice of `--subset` in the output folder; a resumed run has to make the same."""
+    settings = run.settings
+    if settings.subset == 1 or not settings.output_dir or run.ranks.rank:
+        return
+    path = settings.output_dir / SUBSET
+    chosen = {"subset": settings.subset, "seed": settings.seed, "indices": run.data.chosen}
+    text = json.dumps(chosen) + "\n"
+    if resumed and path.exists() and path.read_bytes() != text.encode():
+        raise UserError(f"{path}: not the images that --subset {settings.subset:g} chooses now")
+    write_whole(path, text)
+
+
+def check_same_images(ranks: Ranks, fingerprint: str | None) -> None:
+    """Raise UserError unless all ranks have images of the same names and sizes to train on."""
+    for rank, found in enumerate(every := ranks.exchange(fingerprint)):
+        if found != every[0]:
+            where = f"rank {rank} on {ranks.hosts[rank].name}"
+            remedy = "the same names and sizes are needed below --data-path"
+            raise UserError(f"the images of {where} are not those of rank 0: {remedy}")
