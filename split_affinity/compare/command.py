@@ -1,0 +1,81 @@
+"""The `compare` command, from its options to what it prints and writes."""
+
+from __future__ import annotations
+
+import time
+
+from split_affinity.compare.loops import ByLane
+from split_affinity.compare.report import (
+    comparison_json,
+    comparison_notes,
+    comparison_section,
+    draw_comparison,
+    split_lines,
+    tables_of,
+)
+from split_affinity.compare.rounds import run_rounds
+from split_affinity.compare.verdict import Compared, Comparison
+from split_affinity.compare.ways import all_ways, is_loading, way_settings
+from split_affinity.errors import UserError
+from split_affinity.files import append_text, write_whole
+from split_affinity.machine.description import describe_topology
+from split_affinity.machine.topology import Topology
+from split_affinity.models.cost import check_memory, measure_model
+from split_affinity.models.registry import check_input_shape, check_model_name, meta_model
+from split_affinity.options.settings import Settings
+from split_affinity.reports.log import LOG_HEADER
+from split_affinity.reports.tables import TIMELINE
+from split_affinity.runs.measurement import measured_settings
+from split_affinity.runs.setup import check_writable
+from split_affinity.terminal import say
+
+
+def compare(settings: Settings, topology: Topology) -> list[Compared]:
+    """Run all ways to train in turn, round by round; print and write how they compare.
+
+    Each way has a process of its own, and at least `settings.steps` measured steps in all; by
+    default as many, or such parts of a step, as fit into TIME_LIMIT_S.
+    """
+    begun_s, asked = time.perf_counter(), settings
+    say(describe_topology(topology))
+    check_comparison(settings)
+    settings = measured_settings(settings, topology)
+    images = settings.batch_size * (1 if is_loading(settings) else settings.accumulate)
+    check_memory(settings, topology, images)
+    check_writable(settings)
+    shape = settings.model, settings.num_classes, settings.image_size
+    for chosen in way_settings(settings).values():
+        check_input_shape(meta_model(*shape), settings.model, chosen.batch_size, shape[2])
+    ways = all_ways(settings, topology)
+    say("\n".join(split_lines(ways)))
+    rounds = run_rounds(ways, topology.online, begun_s, bool(settings.output_dir))
+    seconds = time.perf_counter() - begun_s
+    found = Comparison(asked, settings, topology, ways, rounds, image_flops(settings), seconds)
+    say("\n".join(["", *comparison_notes(found), *tables_of(found), "", found.verdict]))
+    append_text(settings.log_file, comparison_section(found), LOG_HEADER)
+    if settings.json:
+        write_whole(settings.json, comparison_json(found))
+    if settings.output_dir:
+        settings.output_dir.mkdir(parents=True, exist_ok=True)
+        draw_comparison(settings.output_dir / TIMELINE, found)
+    return found.rows
+
+
+def image_flops(settings: Settings) -> ByLane:
+    """The floating-point operations of an image, by phase, those of a teacher included."""
+    shape = settings.num_classes, settings.image_size
+    flops = measure_model(settings.model, *shape, settings.freeze).flops
+    if settings.teacher:
+        flops["forward"] += measure_model(settings.teacher, *shape).flops["forward"]
+    return flops
+
+
+def check_comparison(settings: Settings) -> None:
+    """Raise UserError for options that leave nothing to compare."""
+    if "none" in settings.split.split(",") or settings.schedule != "sequential":
+        split = "none" in settings.split.split(",")
+        asked = f"--split {settings.split}" if split else f"--schedule {settings.schedule}"
+        raise UserError(f"{asked}: compare runs every schedule beside --split none by itself")
+    if settings.epochs and not settings.recipe:
+        raise UserError(f"--epochs {settings.epochs}: compare takes --steps, for each way to train")
+    check_model_name(settings.model)

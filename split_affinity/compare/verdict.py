@@ -1,0 +1,209 @@
+"""What the rounds show: each way's medians, and whether the split pays beyond the noise."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from split_affinity.compare.loops import ByLane, Round
+from split_affinity.compare.rounds import clean_rounds, rounds_used
+from split_affinity.compare.ways import Way, best_plain
+from split_affinity.machine.plan import split_name
+from split_affinity.machine.topology import Topology
+from split_affinity.options.settings import Settings
+from split_affinity.text import format_cpu_list, plural
+from split_affinity.training.schedules import step_bound_s
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One way to train in a comparison: medians over the rounds; ranges are (lowest, highest).
+
+    Ratios are taken within a round; `to_plain` is that to the plain loop with the best flags.
+    `bound_share` is the bound's share of the step's time, `gflops` of the whole machine;
+    `matrix_share`, by lane, is the rate of convolutions and matrix products as a share of the
+    lane's rate in large matrix products: over whole steps for a single lane, during its phases for
+    a lane of two. Steps were measured by `timed_batches` of theirs, at the least. Where there are
+    several `ranks`, that is what each of them had, and `batches` are ranks x batches x images.
+    """
+
+    way: str
+    split: str
+    schedule: str
+    cores: str
+    ranks: int
+    batches: str
+    timed_batches: int
+    images_per_s: float
+    images_per_s_range: tuple[float, float]
+    to_none: float
+    to_none_rounds: tuple[float, ...]
+    to_plain: float
+    bound_images_per_s: float | None
+    bound_share: float | None
+    busy: ByLane
+    peak_memory_bytes: int
+    gflops: float
+    matrix_share: ByLane
+    matrix_gflops: ByLane
+    stray_s: float
+
+
+def matrix_share(lane: str, each: Round, flops: ByLane) -> float:
+    """The rate of a lane's convolutions and matrix products, relative to `matrix_flops`."""
+    if lane in flops:
+        achieved_flops = flops[lane] * each.steps[0].images / each.phase_s(lane)
+    else:
+        achieved_flops = sum(flops.values()) * each.images_per_s / len(each.matrix_flops)
+    return achieved_flops / each.matrix_flops[lane]
+
+
+def against_bound(rounds: Sequence[Round], settings: Settings) -> dict[str, float | None]:
+    """The bound in images a second, and its share of the step's time, medians; plain loops and
+    ranks have none.
+    """
+    if not rounds[0].alone:
+        return {"bound_images_per_s": None, "bound_share": None}
+    schedule, accumulate = settings.schedule, settings.accumulate
+    bounds_s = [step_bound_s(schedule, each.alone, accumulate) for each in rounds]
+    shares = [bound_s / each.step_s for bound_s, each in zip(bounds_s, rounds, strict=True)]
+    speed = settings.batch_size * accumulate / statistics.median(bounds_s)
+    return {"bound_images_per_s": speed, "bound_share": statistics.median(shares)}
+
+
+def compared_way(way: Way, rounds: dict[str, list[Round]], flops: ByLane) -> Compared:
+    """The figures of one way to train."""
+    own, settings = rounds[way.name], way.settings
+    speeds = [each.images_per_s for each in own]
+    to_none, to_plain = (
+        [each.images_per_s / other.images_per_s for each, other in zip(own, others, strict=True)]
+        for others in (rounds["none"], rounds[best_plain(rounds)])
+    )
+    lanes, batches = own[0].matrix_flops, (settings.accumulate, settings.batch_size)
+    return Compared(
+        way=way.name,
+        split=split_name(settings),
+        schedule=settings.schedule,
+        cores=" + ".join(format_cpu_list(group.cpus) for group in way.plan.groups),
+        ranks=way.ranks,
+        batches=" x ".join(map(str, batches if way.ranks == 1 else (way.ranks, *batches))),
+        timed_batches=round(min(each.share for each in own) * settings.accumulate),
+        images_per_s=statistics.median(speeds),
+        images_per_s_range=(min(speeds), max(speeds)),
+        to_none=statistics.median(to_none),
+        to_none_rounds=tuple(to_none),
+        to_plain=statistics.median(to_plain),
+        **against_bound(own, settings),
+        busy={name: statistics.median(each.busy[name] for each in own) for name in own[0].busy},
+        peak_memory_bytes=max(each.peak_memory_bytes for each in own),
+        gflops=sum(flops.values()) * statistics.median(speeds) / 1e9,
+        matrix_share={
+            lane: statistics.median(matrix_share(lane, each, flops) for each in own)
+            for lane in lanes
+        },
+        matrix_gflops={
+            lane: statistics.median(each.matrix_flops[lane] for each in own) / 1e9 for lane in lanes
+        },
+        stray_s=sum(step.total("stray_s") for each in own for step in each.steps),
+    )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What has been compared, in settings as they were `asked` for, and as they are in force: all
+    rounds of each way, by its name, the floating-point operations of an image, and how long
+    everything took.
+    """
+
+    asked: Settings
+    settings: Settings
+    topology: Topology
+    ways: Sequence[Way]
+    rounds: dict[str, list[Round]]
+    flops: ByLane
+    seconds: float
+
+    @functools.cached_property
+    def rows(self) -> list[Compared]:
+        """The figures of the ways, from the rounds that count."""
+        used = rounds_used(self.rounds)
+        counting = {way: [each[index] for index in used] for way, each in self.rounds.items()}
+        return [compared_way(way, counting, self.flops) for way in self.ways]
+
+    @property
+    def plain(self) -> str:
+        """The name of the plain loop with the best flags."""
+        return best_plain(self.rounds)
+
+    @property
+    def verdict(self) -> str:
+        """The verdict, with a word of warning if disturbed rounds count."""
+        used = rounds_used(self.rounds)
+        disturbed = len(set(used).difference(clean_rounds(self.rounds)))
+        warning = f" But {disturbed} of the {plural(len(used), 'round')} were disturbed by others."
+        return verdict(self.rows) + (warning if disturbed else "")
+
+
+def judge_rounds(ratios: Iterable[float], candidates: int = 3) -> str:
+    """What the speeds relative to one lane show of the fastest of some schedules."""
+    words = {1: "the split pays", 0: "no difference beyond the noise", -1: "the split costs speed"}
+    return words[beyond_noise(ratios, candidates)]
+
+
+def beyond_noise(ratios: Iterable[float], candidates: int) -> int:
+    """Whether relative speeds, each measured in a round of its own, show the fastest of some
+    candidates to be faster (1) or slower (-1) than what it is compared with, or neither (0).
+
+    All rounds have to agree, but for at most the one that is nearest to 1: in seven rounds, a
+    signed-rank test at 3 in 100. The fastest of many looks better than it is: of more than those of
+    three splits, all rounds have to agree.
+    """
+    decisive = sorted(map(math.log, ratios), key=abs)[candidates <= 9 :]
+    return (min(decisive) > 0) - (max(decisive) < 0)
+
+
+def verdict(compared: Sequence[Compared]) -> str:
+    """What a comparison says about the split, and what to do, in some sentences."""
+    candidates = [row for row in compared if row.split != "none" and row.ranks == 1]
+    best = max(candidates, key=lambda row: row.to_none)
+    low, high = min(best.to_none_rounds), max(best.to_none_rounds)
+    judgement = judge_rounds(best.to_none_rounds, len(candidates))
+    rival, ahead = rival_of(best, compared)
+    listed = best.split == "lists"
+    advice = "train with --split none"
+    if ahead:
+        advice = "train in two ranks (torchrun --nproc-per-node 2, --split none)"
+    elif judgement == "the split pays":
+        how = "on these cores with" if listed else f"with --split {best.split}"
+        advice = f"train {how} --schedule {best.schedule}"
+    elif judgement != "the split costs speed":
+        advice = "either will do"
+    old = " Delayed has weights one update old." if best.schedule == "delayed" else ""
+    return (
+        f"Verdict: {judgement}. The fastest schedule of the split, {best.way}, trains at "
+        f"{best.to_none:.2f} of the speed of one lane over all {'of these ' * listed}cores "
+        f"({low:.2f} to {high:.2f} in {plural(len(best.to_none_rounds), 'round')}), and at "
+        f"{best.to_plain:.2f} of that of a plain PyTorch loop with the best flags, "
+        f"{best_plain(row.way for row in compared)}.{rival} For speed alone, {advice}.{old}"
+    )
+
+
+def rival_of(best: Compared, compared: Sequence[Compared]) -> tuple[str, bool]:
+    """What data parallelism on the same groups reaches, in a sentence, if it is faster than the
+    split's `best` schedule or than one lane; and whether it is faster than both beyond the noise.
+    """
+    rivals = [row for row in compared if row.ranks > 1]
+    rival = max(rivals, key=lambda row: row.to_none, default=None)
+    if not rival or rival.to_none <= min(1.0, best.to_none):
+        return "", False
+    rounds = rival.to_none_rounds
+    pairs = zip(rounds, best.to_none_rounds, strict=True)
+    ahead = [own / max(1.0, other) for own, other in pairs]
+    return (
+        f" Data parallelism on the same groups, {rival.way}, trains at {rival.to_none:.2f} of one "
+        f"lane's speed ({min(rounds):.2f} to {max(rounds):.2f}).",
+        beyond_noise(ahead, len(rivals)) > 0,
+    )

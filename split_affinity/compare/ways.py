@@ -1,0 +1,174 @@
+"""All ways to train that are compared: plain loops, one lane, and for each split every schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import distributed
+
+from split_affinity.errors import UserError
+from split_affinity.machine.plan import CorePlan, make_group
+from split_affinity.machine.topology import Topology
+from split_affinity.options.settings import Settings
+from split_affinity.runs.measurement import plan_for
+from split_affinity.training.schedules import SCHEDULES
+
+ROUNDS = 7
+
+MOST_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train: a plain PyTorch loop, or this program's own on the lanes of a plan; or in
+    two ranks, one on each of the plan's groups. Phases without company are timed for it if its
+    batches are not those of `sequential`, whose phases tell the same where they are.
+    """
+
+    name: str
+    settings: Settings
+    plan: CorePlan
+    times_phases: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is a plain loop, without lanes."""
+        return self.name.startswith("plain")
+
+    @property
+    def ranks(self) -> int:
+        """In how many processes it trains."""
+        return self.settings.ranks
+
+    @property
+    def strict(self) -> bool:
+        """Whether batches come strictly one after the other: then a part of a step tells all."""
+        return self.settings.schedule == "sequential"
+
+    @property
+    def warmup(self) -> int:
+        """Batches to leave out of a round: memory that others have had meanwhile is fetched again.
+        Of two phases that are timed for themselves, the one whose memory was there is taken.
+        """
+        return 2 if self.times_phases else 1
+
+
+CORES_OF_GROUPS = ("forward_cores", "backward_cores", "forward_threads", "backward_threads")
+
+
+def best_plain(names: Iterable[str]) -> str:
+    """The plain loop with the best flags, among the names of ways."""
+    return next(name for name in names if name.startswith("plain "))
+
+
+def way_settings(settings: Settings) -> dict[str, Settings]:
+    """The settings of the ways to train, by name; all have the same images in an optimizer step.
+
+    If a step has one batch only, `overlap` divides it into micro-batches, four if possible. There
+    are no ranks where two cannot have a step between them (see halved_step), or without gloo.
+    """
+    groups = dict.fromkeys(CORES_OF_GROUPS)  # they are for the lanes of a split alone
+    none = dataclasses.replace(settings, split="none", schedule="sequential", **groups)
+    ways = {
+        "plain": dataclasses.replace(none, precision="fp32", channels_last=False),
+        "plain bf16" if settings.precision == "bf16" else "plain nhwc": dataclasses.replace(
+            none, channels_last=True
+        ),
+        "none": none,
+    }
+    splits, halves = settings.split.split(","), halved_step(settings)
+    connected = distributed.is_available() and distributed.is_gloo_available()
+    kinds = [*SCHEDULES, *(["ranks"] if halves and connected else [])]
+    for split, kind in itertools.product(splits, kinds):
+        name = kind if len(splits) == 1 else f"{kind} {split}"
+        chosen = {"schedule": kind} if kind in SCHEDULES else {"ranks": 2, **halves}
+        if kind == "overlap" and settings.accumulate == 1:
+            parts = micro_batches(settings.batch_size)
+            chosen |= {"batch_size": settings.batch_size // parts, "accumulate": parts}
+        ways[name] = dataclasses.replace(settings, split=split, **chosen)
+    return ways
+
+
+def halved_step(settings: Settings) -> dict[str, int]:
+    """What one of two ranks has of a step: half of its batches, or of an odd number all, of half
+    the size. Nothing if that is odd too, or leaves single images, too few for BatchNorm.
+    """
+    if settings.accumulate % 2 == 0:
+        return {"accumulate": settings.accumulate // 2}
+    size, rest = divmod(settings.batch_size, 2)
+    return {"batch_size": size} if size > 1 and not rest else {}
+
+
+def micro_batches(batch_size: int) -> int:
+    """Into how many equal parts to divide a batch: 4 of two images or more, else the fewest."""
+    candidates = ([4] if batch_size >= 8 else []) + list(range(2, batch_size + 1))
+    parts = next((count for count in candidates if batch_size % count == 0), None)
+    if parts is None:
+        raise UserError(f"--batch-size {batch_size}: overlap needs a batch that can be divided")
+    return parts
+
+
+def all_ways(settings: Settings, topology: Topology) -> list[Way]:
+    """The ways to train, with their cores: where these are listed, each way has all of them. Ranks
+    have the groups of the split beside them; there are none where these are the same core.
+    """
+    listed = {*(settings.forward_cores or ()), *(settings.backward_cores or ())}
+    ways = []
+    for name, chosen in way_settings(settings).items():
+        if chosen.ranks > 1:
+            plan = ways[-1].plan
+            if plan.forward.cpus != plan.backward.cpus:
+                ways.append(Way(name, chosen, plan_of_ranks(plan)))
+            continue
+        plan = plan_for(chosen, topology)
+        if plan.split == "none" and (listed or name.startswith("plain")):
+            # A plain loop knows nothing of a quota: it has all that are allowed.
+            group = make_group(topology, "all", sorted(listed or topology.allowed), None)
+            plan = CorePlan("none", group, group, chosen.loader_cores or group.cpus)
+        ways.append(Way(name, chosen, plan, chosen.batch_size != settings.batch_size))
+    return ways
+
+
+def why_no_ranks(way: Way) -> str:
+    """Why no ranks stand beside a way on two groups."""
+    if way.plan.forward.cpus == way.plan.backward.cpus:
+        return "both groups are the same core"
+    if halved_step(way.settings):
+        return "this build of torch has no gloo to connect them"
+    batches = f"{way.settings.accumulate} x {way.settings.batch_size}"
+    return f"the {batches} images of a step cannot be halved"
+
+
+def plan_of_ranks(plan: CorePlan) -> CorePlan:
+    """A rank on each group of a split. Loaders stay off the other rank's cores: they are on those
+    that were listed for them beside both groups, else each rank's are on its own.
+    """
+    groups = [
+        dataclasses.replace(group, name=f"rank {rank}") for rank, group in enumerate(plan.groups)
+    ]
+    used = set().union(*(group.cpus for group in groups))
+    loader_cpus = tuple(sorted(set(plan.loader_cpus) - used or used))
+    return dataclasses.replace(plan, forward=groups[0], backward=groups[1], loader_cpus=loader_cpus)
+
+
+def of_one_rank(way: Way, rank: int) -> Way:
+    """A way as one of its ranks has it, if it has several: on a lane over its own group."""
+    if way.ranks == 1:
+        return way
+    group = way.plan.groups[rank]
+    own = tuple(cpu for cpu in way.plan.loader_cpus if cpu in group.cpu_set)
+    plan = CorePlan("none", group, group, own or way.plan.loader_cpus)
+    return dataclasses.replace(way, plan=plan)
+
+
+def is_loading(settings: Settings) -> bool:
+    """Whether images are loaded while steps are timed, as in a run."""
+    return bool(settings.data_path) and not settings.preload
+
+
+def steps_in_round(settings: Settings) -> int:
+    """The most steps that a way is measured by in one round."""
+    return -(-settings.steps // ROUNDS) if settings.steps else MOST_STEPS
