@@ -8,8 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoint import tsa
 from figures import LEVEL, Calibration, ClassFigures, Judged, Scores, Share
+
+from split_affinity.checkpoints.state import best_epoch
+from split_affinity.reports.confusion import images_by_class, worst_pairs
+from split_affinity.text import plural
+from split_affinity.training.network import Confusion
 
 LISTED = 5  # classes or pairs in a sentence
 FEWEST_IMAGES = 3  # of a pair: one or two are chance
@@ -71,12 +75,12 @@ def weak_classes(classes: Sequence[ClassFigures], scores: Scores) -> Finding | N
     for each in known:
         top = each.recall.interval(level, "exact")[1]
         if top < scores.top1.value:
-            figures = f"{percent(each.recall.value)} of {tsa.plural(each.recall.of, 'image')}"
+            figures = f"{percent(each.recall.value)} of {plural(each.recall.of, 'image')}"
             texts.append(f"{each.name}: {figures}, at best {percent(top)}")
     if not texts:
         return None
     return Finding(
-        f"{tsa.plural(len(texts), 'class')} below the average of {percent(scores.top1.value)}",
+        f"{plural(len(texts), 'class')} below the average of {percent(scores.top1.value)}",
         f"{some(texts)}. Classes with so few images that it may be chance are not named.",
         "More, and more varied, training pictures of these classes help most; look at their worst "
         "predictions below for what they have in common.",
@@ -84,15 +88,15 @@ def weak_classes(classes: Sequence[ClassFigures], scores: Scores) -> Finding | N
 
 
 def pairs_to_augment(
-    confusion: tsa.Confusion, classes: Sequence[str], written: str | None = None
+    confusion: Confusion, classes: Sequence[str], written: str | None = None
 ) -> Finding | None:
     """The pairs that `--augment-confused` would take: those with at least half as many images as
     the worst; `written` is where confused.json is, if it was asked for.
     """
-    pairs = tsa.worst_pairs(confusion)
+    pairs = worst_pairs(confusion)
     if not pairs or pairs[0][1] < FEWEST_IMAGES:
         return None
-    totals, texts = tsa.images_by_class(confusion), []
+    totals, texts = images_by_class(confusion), []
     for (true, taken), images in pairs:
         if images >= pairs[0][1] / 2:
             share = Share(images, totals[true])
@@ -103,7 +107,7 @@ def pairs_to_augment(
     made = "" if written else "Have this report write the file (--confused confused.json), then "
     ready = f"{made}train with --augment-confused {written or 'confused.json'}"
     return Finding(
-        f"{tsa.plural(len(texts), 'pair')} of classes to augment",
+        f"{plural(len(texts), 'pair')} of classes to augment",
         f"{some(texts)}.",
         f"{ready[0].upper()}{ready[1:]}: images of these classes are then varied more strongly.",
     )
@@ -160,7 +164,7 @@ def judge_fit(
     found = rising_loss(lowest, last)
     if not found and not is_mixed:
         found = judge_accuracies(train, val, told)
-    if not found and last["epoch"] == epochs and last is tsa.best_epoch(rows):
+    if not found and last["epoch"] == epochs and last is best_epoch(rows):
         text = f"{told} The last of {epochs} epochs was the best."
         found = Finding("Perhaps not at its end", text, "Train longer (--epochs).")
     return found or Finding("Neither over- nor underfitting", f"{told} {NO_SIGN}")
@@ -192,7 +196,7 @@ def sure_mistakes(judged: Judged) -> Finding | None:
         return None
     return Finding(
         "Sure, and wrong",
-        f"{sure} of {tsa.plural(int(wrong.sum()), 'wrong answer')} came with a probability of "
+        f"{sure} of {plural(int(wrong.sum()), 'wrong answer')} came with a probability of "
         f"{SURE:.0%} or more.",
         "Look at these first: the picture may be in the wrong folder, or show two things.",
     )
@@ -205,7 +209,7 @@ def few_images(scores: Scores) -> Finding | None:
         return None
     return Finding(
         "Few validation images",
-        f"{tsa.plural(scores.top1.of, 'image')} leave top-1 between {percent(low)} and "
+        f"{plural(scores.top1.of, 'image')} leave top-1 between {percent(low)} and "
         f"{percent(high)}, more than {WIDE_POINTS} points.",
         "Smaller differences between two trainings are chance; four times as many images halve it.",
     )

@@ -8,8 +8,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from checkpoint import needed_packages, tsa
+from checkpoint import needed_packages
 from figures import Calibration
+
+from split_affinity.text import plural
 
 with needed_packages():
     from matplotlib.ticker import LogLocator, MaxNLocator
@@ -138,7 +140,7 @@ def reliability(found: Calibration) -> tuple[Chart, list[Dot]]:
     for each in found.bins:
         low, high = each.right.ends
         text = (
-            f"{tsa.plural(each.right.of, 'image')} with a confidence of {each.confidence:.1%}: "
+            f"{plural(each.right.of, 'image')} with a confidence of {each.confidence:.1%}: "
             f"{each.right.value:.1%} right"
         )
         place = x.place(100 * each.confidence), y.place(100 * each.right.value)

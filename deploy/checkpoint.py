@@ -25,7 +25,29 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime would tell its maker of
 import torch
 from torch.utils.data import Dataset, Subset
 
-import train_split_affinity as tsa
+from split_affinity.checkpoints.resume import check_classes
+from split_affinity.checkpoints.state import PLACES, State, saved_settings, settings_to_go_on
+from split_affinity.checkpoints.state import read_checkpoint as read_state
+from split_affinity.data.dataset import open_data
+from split_affinity.data.pictures import ImageData
+from split_affinity.data.samples import EpochOrder, Samples
+from split_affinity.data.transforms import same_transform, validation_transform
+from split_affinity.errors import (
+    STOP_SIGNALS,
+    RunError,
+    Stopped,
+    UserError,
+    likely_reason,
+    memory_errors,
+)
+from split_affinity.files import write_traceback
+from split_affinity.machine.plan import plan_cores
+from split_affinity.machine.topology import read_topology
+from split_affinity.models.pretrained import Preprocessing
+from split_affinity.options.settings import Settings, settings_of
+from split_affinity.options.values import whole_number
+from split_affinity.runs.predict import Trained, trained_model
+from split_affinity.terminal import lossy_output, say, warn
 
 HERE = Path(__file__).resolve().parent
 
@@ -38,17 +60,17 @@ def needed_packages() -> Iterator[None]:
     except ImportError as error:
         program, remedy = Path(sys.argv[0]).name, f"pip install -r {HERE / 'requirements.txt'}"
         print(f"{program}: error: {error}: {remedy}", file=sys.stderr)
-        sys.exit(tsa.UserError.exit_code)
+        sys.exit(UserError.exit_code)
 
 
 @contextlib.contextmanager
 def stop_signals_raised() -> Iterator[None]:
-    """Have Ctrl-C and the like raise tsa.Stopped meanwhile, so that nothing half made stays."""
+    """Have Ctrl-C and the like raise Stopped meanwhile, so that nothing half made stays."""
 
     def stop(signum: int, _: object) -> None:
-        raise tsa.Stopped(signum)
+        raise Stopped(signum)
 
-    before = {signum: signal.signal(signum, stop) for signum in tsa.STOP_SIGNALS}
+    before = {signum: signal.signal(signum, stop) for signum in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -62,20 +84,20 @@ def program(run: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
     """
 
     @functools.wraps(run)
-    @tsa.lossy_output()
+    @lossy_output()
     def main(argv: Sequence[str] | None = None) -> int:
         name = Path(sys.modules[run.__module__].__file__).name
         try:
-            with tsa.memory_errors(), stop_signals_raised():
+            with memory_errors(), stop_signals_raised():
                 run(argv)
-        except (tsa.UserError, tsa.RunError, tsa.Stopped) as error:
-            prefix = "" if isinstance(error, tsa.Stopped) else "error: "
-            tsa.say(f"{name}: {prefix}{error}", sys.stderr)
+        except (UserError, RunError, Stopped) as error:
+            prefix = "" if isinstance(error, Stopped) else "error: "
+            say(f"{name}: {prefix}{error}", sys.stderr)
             return error.exit_code
         except Exception as error:
-            reason, where = tsa.likely_reason(error), tsa.write_traceback(None, error)
-            tsa.say(f"{name}: error: {reason}; {where}", sys.stderr)
-            return tsa.RunError.exit_code
+            reason, where = likely_reason(error), write_traceback(None, error)
+            say(f"{name}: error: {reason}; {where}", sys.stderr)
+            return RunError.exit_code
         return 0
 
     return main
@@ -94,7 +116,7 @@ def common_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "-b",
         "--batch-size",
-        type=tsa.whole_number(1),
+        type=whole_number(1),
         default=32,
         metavar="N",
         help="images that go through the model together (%(default)s)",
@@ -107,8 +129,8 @@ class Checkpoint:
     """A checkpoint's saved state, and its model, ready to be used (evaluation mode, fp32)."""
 
     path: Path
-    state: tsa.State
-    trained: tsa.Trained
+    state: State
+    trained: Trained
 
     @property
     def model(self) -> torch.nn.Module:
@@ -122,18 +144,18 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint, verified. Raises tsa.BadCheckpoint."""
-    state = tsa.read_checkpoint(path)
-    return Checkpoint(path, state, tsa.trained_model(path, state, tsa.Settings()))
+    """A checkpoint, verified. Raises BadCheckpoint."""
+    state = read_state(path)
+    return Checkpoint(path, state, trained_model(path, state, Settings()))
 
 
-def settings_as_given(state: tsa.State, native: tsa.Preprocessing) -> tsa.Settings:
+def settings_as_given(state: State, native: Preprocessing) -> Settings:
     """What was asked for, as it was typed then, without what followed from how the data's own
     pictures are made ready.
     """
     asked = state.get("asked") or {}  # earlier versions did not save it
-    typed = {name: value for name, value in asked.items() if name not in tsa.PLACES}
-    settings = tsa.settings_of(tsa.saved_settings(state) | typed)
+    typed = {name: value for name, value in asked.items() if name not in PLACES}
+    settings = settings_of(saved_settings(state) | typed)
     followed = dict.fromkeys(("val_resize", "interpolation", "mean", "std"))
     derived = native.overruled(dataclasses.replace(settings, **followed))
     unasked = {name: None for name in followed if getattr(settings, name) == getattr(derived, name)}
@@ -144,27 +166,27 @@ def use_allowed_cores() -> int:
     """Have PyTorch compute with as many threads as there are cores for it: those that this process
     may use, and no more than a container's quota allows. Returns their number.
     """
-    plan = tsa.plan_cores(tsa.read_topology(), tsa.Settings(split="none"))
+    plan = plan_cores(read_topology(), Settings(split="none"))
     torch.set_num_threads(plan.forward.threads)
     return plan.forward.threads
 
 
-def open_images(checkpoint: Checkpoint, data_path: Path | None = None) -> tsa.ImageData:
+def open_images(checkpoint: Checkpoint, data_path: Path | None = None) -> ImageData:
     """The data that a checkpoint was trained on and validated with, from where they were or from
     `data_path`. Raises UserError for data that are not there, or of other classes.
     """
     path, state = checkpoint.path, checkpoint.state
-    settings = tsa.settings_to_go_on(state)
+    settings = settings_to_go_on(state)
     settings = dataclasses.replace(settings, batch_size=1, accumulate=1, augment_confused=None)
     if data_path:
         settings = dataclasses.replace(settings, data_path=data_path)
     if settings.data_path is None:
-        raise tsa.UserError(f"{path}: trained on synthetic images; --data-path DIR names real ones")
-    data = tsa.open_data(settings)
-    tsa.check_classes(path, state, data.classes)
+        raise UserError(f"{path}: trained on synthetic images; --data-path DIR names real ones")
+    data = open_data(settings)
+    check_classes(path, state, data.classes)
     if data.val is None:
         reason = "has no images to validate with"
-        raise tsa.UserError(f"--data-path {settings.data_path}: {reason}")
+        raise UserError(f"--data-path {settings.data_path}: {reason}")
     return data
 
 
@@ -197,18 +219,18 @@ def batches(
 
     Raises RunError if none can.
     """
-    transform = tsa.validation_transform(checkpoint.trained.ready)
-    samples = tsa.Samples(Numbered(pictures), 0, functools.partial(tsa.same_transform, transform))
+    transform = validation_transform(checkpoint.trained.ready)
+    samples = Samples(Numbered(pictures), 0, functools.partial(same_transform, transform))
     seen = 0
-    for keys in tsa.EpochOrder(chosen, batch_size, None):
+    for keys in EpochOrder(chosen, batch_size, None):
         loaded = samples[keys]
         for message in loaded.broken:
-            tsa.warn(f"{message}: left out")
+            warn(f"{message}: left out")
         if loaded.batch:
             seen += len(loaded.batch[0])
             yield loaded.batch
     if not seen:
-        raise tsa.RunError("none of the images can be read")
+        raise RunError("none of the images can be read")
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, str]:

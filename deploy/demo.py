@@ -10,6 +10,8 @@ from pathlib import Path
 
 import checkpoint as cp
 
+from split_affinity.text import readable
+
 with cp.needed_packages():
     from huggingface_hub import SpaceCard, SpaceCardData
     from PIL import Image
@@ -66,7 +68,7 @@ def write_space(
 
 def one_line(text: str) -> str:
     """Text without line breaks and other characters that do not show."""
-    return " ".join("".join(c if c.isprintable() else " " for c in cp.tsa.readable(text)).split())
+    return " ".join("".join(c if c.isprintable() else " " for c in readable(text)).split())
 
 
 def read_me(title: str, card: str) -> str:

@@ -22,8 +22,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import checkpoint as cp
-from checkpoint import tsa
+import checkpoint as cp  # first: it finds the package that the others import from
+
+# isort: split
+from split_affinity.data.pictures import BrokenImage, ImageData
+from split_affinity.errors import RunError, Stopped, UserError, one_line
+from split_affinity.options.values import whole_number
+from split_affinity.terminal import say
+from split_affinity.text import plural
 
 with cp.needed_packages():
     import demo
@@ -59,7 +65,7 @@ def spread(count: int, most: int) -> range:
     return range(0, count, max(1, -(-count // most)))
 
 
-def sample_images(checkpoint: cp.Checkpoint, data: tsa.ImageData, batch_size: int) -> Sample:
+def sample_images(checkpoint: cp.Checkpoint, data: ImageData, batch_size: int) -> Sample:
     """Validation images, spread evenly over all of them, and the logits of the model."""
     chosen = spread(len(data.val), COMPARED_IMAGES)
     images = torch.cat([each for each, _ in cp.batches(checkpoint, data.val, chosen, batch_size)])
@@ -76,7 +82,7 @@ def compare_logits(what: str, logits: torch.Tensor, sample: Sample) -> str:
     difference = (logits - sample.logits).abs().max().item() / scale
     count, top1 = len(logits), sample.logits.argmax(1)
     others = (logits.argmax(1) != top1).nonzero().flatten()
-    text = f"top-1 of {count - len(others)} of {tsa.plural(count, 'image')} equal, "
+    text = f"top-1 of {count - len(others)} of {plural(count, 'image')} equal, "
     text += f"largest difference {difference:.1e} of the largest logit"
     # Two classes of equal probability, to rounding, may change places.
     ties = torch.isclose(
@@ -86,7 +92,7 @@ def compare_logits(what: str, logits: torch.Tensor, sample: Sample) -> str:
         atol=1e-5 * scale,
     )
     if not difference <= LARGEST_DIFFERENCE or not ties.all():
-        raise tsa.RunError(f"{what}: {text}: not the model that was trained; nothing is kept")
+        raise RunError(f"{what}: {text}: not the model that was trained; nothing is kept")
     return text
 
 
@@ -99,7 +105,7 @@ def logits_elsewhere(kind: str, path: Path, images: torch.Tensor) -> torch.Tenso
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise tsa.RunError(f"{path.name}: cannot be loaded again: {reason}; nothing is kept")
+            raise RunError(f"{path.name}: cannot be loaded again: {reason}; nothing is kept")
         return torch.from_numpy(np.load(made))
 
 
@@ -112,13 +118,11 @@ def write_format(kind: str, checkpoint: cp.Checkpoint, folder: Path, sample: Sam
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the exporters, about their own making
             FORMATS[kind].write(checkpoint, path)
-    except tsa.Stopped:
+    except Stopped:
         raise
     except Exception as error:  # PyTorch raises many kinds
-        model, reason = checkpoint.trained.settings.model, tsa.one_line(error)
-        raise tsa.RunError(
-            f"{model} cannot be written as {kind}: {reason}; nothing is kept"
-        ) from error
+        model, reason = checkpoint.trained.settings.model, one_line(error)
+        raise RunError(f"{model} cannot be written as {kind}: {reason}; nothing is kept") from error
     return compare_logits(path.name, logits_elsewhere(kind, path, sample.images), sample)
 
 
@@ -138,7 +142,7 @@ def filled(folder: Path, flag: str) -> Iterator[Path]:
             folder.mkdir(parents=True, exist_ok=True)
             staged = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
         except OSError as error:
-            raise tsa.UserError(f"{flag} {folder}: cannot be written: {error.strerror}") from None
+            raise UserError(f"{flag} {folder}: cannot be written: {error.strerror}") from None
         try:
             yield staged
             for file in sorted(each for each in staged.rglob("*") if each.is_file()):
@@ -154,7 +158,7 @@ def filled(folder: Path, flag: str) -> Iterator[Path]:
 
 
 def calibration_images(
-    checkpoint: cp.Checkpoint, data: tsa.ImageData, count: int, batch_size: int
+    checkpoint: cp.Checkpoint, data: ImageData, count: int, batch_size: int
 ) -> Iterator[np.ndarray]:
     """Batches of training images, spread evenly over all, made ready as for validation."""
     chosen = [data.chosen[place] for place in spread(len(data.chosen), count)]
@@ -162,7 +166,7 @@ def calibration_images(
         yield images.numpy()
 
 
-def example_pictures(data: tsa.ImageData, count: int) -> list[tuple[str, Image.Image]]:
+def example_pictures(data: ImageData, count: int) -> list[tuple[str, Image.Image]]:
     """Validation pictures with the names of their classes: one of each of some classes, spread
     evenly over all, or several of each if there are fewer classes; none that cannot be read.
     """
@@ -175,7 +179,7 @@ def example_pictures(data: tsa.ImageData, count: int) -> list[tuple[str, Image.I
     for index in itertools.chain(chosen, *more):
         if index is None or len(pictures) == count:
             continue
-        with contextlib.suppress(tsa.BrokenImage):
+        with contextlib.suppress(BrokenImage):
             picture, target = data.val[index]
             pictures.append((data.classes[target], picture))
     return pictures
@@ -215,7 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--calibrate",
-        type=tsa.whole_number(1),
+        type=whole_number(1),
         default=256,
         metavar="N",
         help="training images to find the ranges of int8 with (%(default)s)",
@@ -237,30 +241,28 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     asked = build_parser().parse_args(argv)
     for flag, needs in (("--int8", asked.int8), ("--space", asked.space)):
         if needs and "onnx" not in asked.formats:
-            raise tsa.UserError(
-                f"--formats {','.join(asked.formats)}: {flag} needs onnx among them"
-            )
+            raise UserError(f"--formats {','.join(asked.formats)}: {flag} needs onnx among them")
     if asked.compiled and not asked.int8:
-        raise tsa.UserError("--compiled: there is a comparison of speeds with --int8 alone")
+        raise UserError("--compiled: there is a comparison of speeds with --int8 alone")
     if asked.space and asked.space.resolve() == asked.output_dir.resolve():
-        raise tsa.UserError(f"--space {asked.space}: has to be another folder than --output-dir")
+        raise UserError(f"--space {asked.space}: has to be another folder than --output-dir")
     return asked
 
 
 def quantised(
-    asked: argparse.Namespace, checkpoint: cp.Checkpoint, data: tsa.ImageData, folder: Path
+    asked: argparse.Namespace, checkpoint: cp.Checkpoint, data: ImageData, folder: Path
 ) -> str:
     """Write the int8 file, and say what it costs and brings."""
     source, target = folder / FORMATS["onnx"].file, folder / INT8_FILE
     images = calibration_images(checkpoint, data, asked.calibrate, asked.batch_size)
     int8.quantize(source, target, images)
-    tsa.say(f"{INT8_FILE}: calibrated; now every way to run the model is tested and timed")
+    say(f"{INT8_FILE}: calibrated; now every way to run the model is tested and timed")
     options = {"batch_size": asked.batch_size, "compiled": asked.compiled}
     return speed.compare(checkpoint, data, source, target, **options).text()
 
 
 def export(
-    asked: argparse.Namespace, checkpoint: cp.Checkpoint, data: tsa.ImageData, folder: Path
+    asked: argparse.Namespace, checkpoint: cp.Checkpoint, data: ImageData, folder: Path
 ) -> str:
     """Write all files into an empty folder, the model card last, and say so; returns the card's
     body.
@@ -268,12 +270,12 @@ def export(
     sample = sample_images(checkpoint, data, asked.batch_size)
     files = []
     for kind in asked.formats:
-        tsa.say(f"{FORMATS[kind].file}: {write_format(kind, checkpoint, folder, sample)}")
+        say(f"{FORMATS[kind].file}: {write_format(kind, checkpoint, folder, sample)}")
         files.append((folder / FORMATS[kind].file, FORMATS[kind].about))
     measured = ""
     if asked.int8:
         measured = quantised(asked, checkpoint, data, folder)
-        tsa.say(f"\n{measured}\n")
+        say(f"\n{measured}\n")
         files.append((folder / INT8_FILE, "onnxruntime, quantised to 8 bits"))
     header, card = model_card.build_card(checkpoint, data, files, measured)
     (folder / "README.md").write_text(header + card, encoding="utf-8")
@@ -295,9 +297,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             title = f"{checkpoint.trained.settings.model}: {', '.join(checkpoint.classes[:3])}"
             demo.write_space(page, folder, card, example_pictures(data, EXAMPLE_PICTURES), title)
     names = ", ".join(each.name for each in sorted(asked.output_dir.iterdir()))
-    tsa.say(f"files in {asked.output_dir}: {names}")
+    say(f"files in {asked.output_dir}: {names}")
     if page:
-        tsa.say(f"demo page in {asked.space}: python {asked.space / 'app.py'}")
+        say(f"demo page in {asked.space}: python {asked.space / 'app.py'}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from checkpoint import Checkpoint, tsa
+from checkpoint import Checkpoint
 from torch import nn
+
+from split_affinity.errors import UserError
+from split_affinity.models.own import Hybrid
 
 Shapes = dict[str, tuple[nn.Module, tuple[int, ...]]]  # layers and their outputs', by name
 Watch = Callable[[str, nn.Module, tuple, Any], None]
@@ -113,7 +116,7 @@ def asked_layer(asked: str, shapes: Shapes, model_name: str) -> MapLayer:
     if asked in shapes:
         reason = f"its output {shapes[asked][1]} is no map of several places"
     known = ", ".join(name for name, found in maps.items() if found and name and "." not in name)
-    raise tsa.UserError(f"--layer {asked}: {reason}; parts that make one: {known or 'none'}")
+    raise UserError(f"--layer {asked}: {reason}; parts that make one: {known or 'none'}")
 
 
 def find_map_layer(checkpoint: Checkpoint, asked: str | None = None) -> MapLayer:
@@ -127,12 +130,12 @@ def find_map_layer(checkpoint: Checkpoint, asked: str | None = None) -> MapLayer
     shapes = seen_shapes(model, zero_images(checkpoint))
     if asked:
         return asked_layer(asked, shapes, model_name)
-    own = "attention" if isinstance(model, tsa.Hybrid) else first_norm_of_last_block(model)
+    own = "attention" if isinstance(model, Hybrid) else first_norm_of_last_block(model)
     name = own or last_map(shapes)
     if name and (found := map_of(name, shapes[name][1])):
         return found
     size = checkpoint.trained.ready.image_size
-    raise tsa.UserError(f"{model_name} has no feature map of several places at {size} px")
+    raise UserError(f"{model_name} has no feature map of several places at {size} px")
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,7 @@ def find_linear_head(checkpoint: Checkpoint) -> LinearHead | None:
     model = checkpoint.model
     try:
         layer = find_map_layer(checkpoint)
-    except tsa.UserError:
+    except UserError:
         return None
     linears = [each for each in model.modules() if isinstance(each, nn.Linear)]
     if layer.is_tokens or not linears:

@@ -12,7 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from checkpoint import needed_packages, tsa
+from checkpoint import needed_packages
+
+from split_affinity.errors import RunError
+from split_affinity.reports.confusion import worst_pairs
+from split_affinity.training.network import Confusion
 
 with needed_packages():
     from scipy import stats
@@ -62,7 +66,7 @@ def joined(parts: Sequence[Judged]) -> Judged:
     names = [each.name for each in dataclasses.fields(Judged)]
     judged = Judged(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
     if not judged.loss.isfinite().all():
-        raise tsa.RunError("the model's answers are no finite numbers: its training diverged")
+        raise RunError("the model's answers are no finite numbers: its training diverged")
     return judged
 
 
@@ -183,19 +187,19 @@ def calibration_of(judged: Judged) -> Calibration:
     return Calibration(bins, error, judged.p_predicted.double().mean().item())
 
 
-def confusion_of(judged: Judged) -> tsa.Confusion:
+def confusion_of(judged: Judged) -> Confusion:
     """How many images of each class were taken for which."""
-    return tsa.Confusion(zip(judged.true.tolist(), judged.predicted.tolist(), strict=True))
+    return Confusion(zip(judged.true.tolist(), judged.predicted.tolist(), strict=True))
 
 
-def readable_matrix(confusion: tsa.Confusion, count: int, most: int) -> list[int]:
+def readable_matrix(confusion: Confusion, count: int, most: int) -> list[int]:
     """The classes that a matrix of at most `most` of them shows: all, or those that were confused
     in the most images, in their own order.
     """
     if count <= most:
         return list(range(count))
     wrong: Counter[int] = Counter()
-    for pair, images in tsa.worst_pairs(confusion):
+    for pair, images in worst_pairs(confusion):
         wrong.update(dict.fromkeys(pair, images))
     return sorted(index for index, _ in wrong.most_common(most))
 

@@ -16,7 +16,10 @@ import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
-from checkpoint import needed_packages, tsa
+from checkpoint import needed_packages
+
+from split_affinity.errors import RunError
+from split_affinity.files import read_text, write_whole
 
 with needed_packages():
     import numpy as np
@@ -54,7 +57,7 @@ class Calibration(CalibrationDataReader):
         """The next input of the model, None at the end. Raises RunError if there is none at all."""
         part = next(self._parts, None)
         if part is None and not self._count:
-            raise tsa.RunError("int8: there are no images to calibrate with")
+            raise RunError("int8: there are no images to calibrate with")
         self._count += 1
         return None if part is None else {IMAGES: part}
 
@@ -68,7 +71,7 @@ def saturates(flags: Collection[str]) -> bool:
 
 def cpu_flags(root: Path = Path("/")) -> set[str]:
     """The flags of the machine's CPU; none where they are unknown."""
-    found = CPU_FLAGS.search(tsa.read_text(root / "proc/cpuinfo"))
+    found = CPU_FLAGS.search(read_text(root / "proc/cpuinfo"))
     return set(found[1].split()) if found else set()
 
 
@@ -163,7 +166,7 @@ def quantize(source: Path, target: Path, calibration: Iterable[np.ndarray]) -> N
     facts = onnx.load(source).metadata_props
     onnx.helper.set_model_props(model, {each.key: each.value for each in facts})
     onnx.checker.check_model(model, full_check=True)
-    tsa.write_whole(target, model.SerializeToString())
+    write_whole(target, model.SerializeToString())
 
 
 def scopes(source: onnx.ModelProto) -> dict[str, str]:

@@ -3,7 +3,7 @@
     python deploy/loading.py pt2 exported/model.pt2 images.npy logits.npy
 
 writes the logits (n, classes) that the file has for images (n, 3, size, size) made ready. Of these
-loaders only the one of plain weights needs the training script, since those are no model.
+loaders only the one of plain weights needs the trainer, since those are no model.
 """
 
 from __future__ import annotations
@@ -41,16 +41,19 @@ def load_torchscript(path: Path) -> Run:
 
 
 def load_weights(path: Path) -> Run:
-    """Plain weights, in a model that the training script builds as the file says."""
+    """Plain weights, in a model that the trainer builds as the file says."""
+    import checkpoint  # noqa: F401  (which finds the package of the trainer)
     import safetensors
-    from checkpoint import tsa
+
+    from split_affinity.models.registry import build_model
+    from split_affinity.models.weights import versioned
 
     with safetensors.safe_open(path, framework="pt") as file:
         facts = {name: json.loads(text) for name, text in file.metadata().items()}
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     size = facts["preprocessing"]["image_size"]
-    model = tsa.build_model(facts["model"], len(facts["classes"]), size)
-    model.load_state_dict(tsa.versioned(weights, model))
+    model = build_model(facts["model"], len(facts["classes"]), size)
+    model.load_state_dict(versioned(weights, model))
     return in_torch(model.eval())
 
 

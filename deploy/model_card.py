@@ -13,9 +13,14 @@ from typing import Any
 
 import checkpoint as cp
 import jinja2
-from checkpoint import tsa
 from figures import Share
 from huggingface_hub import EvalResult, ModelCardData
+
+from split_affinity.checkpoints.state import settings_to_go_on
+from split_affinity.data.pictures import ImageData
+from split_affinity.options.recipes import recipe_defaults
+from split_affinity.options.settings import Settings, as_options
+from split_affinity.text import readable
 
 TEMPLATE = "model_card.md.jinja"
 CLASSES_TO_LIST = 100
@@ -33,7 +38,7 @@ PLACES = (
 
 def escaped(text: object) -> str:
     """Text that Markdown shows as it is: names of classes come from folders."""
-    line = html.escape(" ".join(tsa.readable(str(text)).split()), quote=False)
+    line = html.escape(" ".join(readable(str(text)).split()), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", line)
 
 
@@ -46,15 +51,15 @@ def validated(checkpoint: cp.Checkpoint) -> dict[str, Any] | None:
     return row if row and not progress["batches"] and row["val_top1"] is not None else None
 
 
-def recipe(given: tsa.Settings) -> str:
+def recipe(given: Settings) -> str:
     """The options of the training as they are typed, without the machine's own folders."""
-    defaults = tsa.Settings()
+    defaults = Settings()
     if given.recipe:
-        defaults = dataclasses.replace(defaults, **tsa.recipe_defaults(given.recipe))
+        defaults = dataclasses.replace(defaults, **recipe_defaults(given.recipe))
     public = {name: getattr(defaults, name) for name in PLACES}
     if given.init_from:
         public["init_from"] = Path(given.init_from.name)
-    return tsa.as_options(dataclasses.replace(given, **public))
+    return as_options(dataclasses.replace(given, **public))
 
 
 def header(title: str, data_name: str, row: dict[str, Any] | None) -> ModelCardData:
@@ -98,7 +103,7 @@ def template() -> jinja2.Template:
     return environment.get_template(TEMPLATE)
 
 
-def told_of_training(checkpoint: cp.Checkpoint, data: tsa.ImageData) -> dict[str, Any]:
+def told_of_training(checkpoint: cp.Checkpoint, data: ImageData) -> dict[str, Any]:
     """What the card says of how the model came about."""
     state, given = checkpoint.state, cp.settings_as_given(checkpoint.state, data.native)
     names = "torch", "torchvision"
@@ -114,14 +119,14 @@ def told_of_training(checkpoint: cp.Checkpoint, data: tsa.ImageData) -> dict[str
 
 
 def build_card(
-    checkpoint: cp.Checkpoint, data: tsa.ImageData, files: Sequence[tuple[Path, str]], speed: str
+    checkpoint: cp.Checkpoint, data: ImageData, files: Sequence[tuple[Path, str]], speed: str
 ) -> tuple[str, str]:
     """A model card's header and its body. `files` are those exported, each with what it is for;
     `speed` is what was measured of them, in Markdown, or empty.
     """
     row, images, classes = validated(checkpoint), len(data.val), checkpoint.classes
     settings = checkpoint.trained.settings
-    place = tsa.settings_to_go_on(checkpoint.state).data_path
+    place = settings_to_go_on(checkpoint.state).data_path
     data_name = settings.dataset or (place.name if place else "images")
     title = f"{settings.model} on {data_name}"
     ends = Share(round(row["val_top1"] * images / 100), images).ends if row else ()

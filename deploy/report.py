@@ -23,12 +23,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import checkpoint as cp  # first: it finds the package that the others import from
+
+# isort: split
 import advice
 import charts
-import checkpoint as cp
 import feature_maps
 import figures
-from checkpoint import tsa
+
+from split_affinity.checkpoints.state import State, best_epoch, saved_settings, versions
+from split_affinity.data.pictures import ImageData
+from split_affinity.errors import UserError
+from split_affinity.files import check_appendable, write_whole
+from split_affinity.models.pretrained import Preprocessing
+from split_affinity.options.settings import as_options
+from split_affinity.options.values import whole_number
+from split_affinity.reports.confusion import confused_json, images_by_class, worst_pairs
+from split_affinity.reports.tables import METRICS, PARTS
+from split_affinity.runs.evaluation import warn_of_known_images
+from split_affinity.terminal import say
+from split_affinity.text import format_cpu_list, option_text, plural, readable, utc_now
+from split_affinity.training.network import Confusion
 
 with cp.needed_packages():
     import heat_maps
@@ -68,7 +83,7 @@ def find_layer(
     """
     try:
         return feature_maps.find_map_layer(checkpoint, asked), ""
-    except tsa.UserError as error:
+    except UserError as error:
         if asked:
             raise
         return None, str(error)
@@ -105,7 +120,7 @@ def data_uri(picture: Image.Image) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def as_seen(image: torch.Tensor, ready: tsa.Preprocessing) -> Image.Image:
+def as_seen(image: torch.Tensor, ready: Preprocessing) -> Image.Image:
     """An image (3, size, size) that was made ready for the model, as a picture again."""
     mean, std = (torch.tensor(each)[:, None, None] for each in (ready.mean, ready.std))
     pixels = (255 * (image * std + mean)).round().clamp(0, 255).byte()
@@ -228,10 +243,10 @@ def pictures_of_classes(
 
 
 def pictures_of_pairs(
-    judged: figures.Judged, confusion: tsa.Confusion, classes: Sequence[str]
+    judged: figures.Judged, confusion: Confusion, classes: Sequence[str]
 ) -> list[OfPair]:
     """What to show of the pairs that were confused most."""
-    totals = tsa.images_by_class(confusion)
+    totals = images_by_class(confusion)
     return [
         OfPair(
             classes[true],
@@ -239,7 +254,7 @@ def pictures_of_pairs(
             figures.Share(images, totals[true]),
             figures.confused_rows(judged, true, taken, SHOWN_OF_PAIR),
         )
-        for (true, taken), images in tsa.worst_pairs(confusion)[:SHOWN_PAIRS]
+        for (true, taken), images in worst_pairs(confusion)[:SHOWN_PAIRS]
     ]
 
 
@@ -291,7 +306,7 @@ def phases_of(summary: dict[str, Any] | None, steps: Sequence[dict[str, Any]]) -
         return [
             Phase(
                 each["phase"],
-                f"{each['cores']} ({tsa.plural(each['threads'], 'thread')})",
+                f"{each['cores']} ({plural(each['threads'], 'thread')})",
                 float(each["median_ms"]),
                 float(each["share"]),
             )
@@ -306,11 +321,11 @@ def plan_lines(plan: dict[str, Any]) -> list[str]:
     """A core plan, a line for each group."""
     groups = [plan[name] for name in ("forward", "backward") if plan.get(name)]
     lines = {
-        f"{group['name']}: CPUs {tsa.format_cpu_list(group['cpus'])}, "
-        f"{tsa.plural(group['threads'], 'thread')}": None
+        f"{group['name']}: CPUs {format_cpu_list(group['cpus'])}, "
+        f"{plural(group['threads'], 'thread')}": None
         for group in groups
     }
-    loaders = f"loaders and main thread: CPUs {tsa.format_cpu_list(plan['loader_cpus'])}"
+    loaders = f"loaders and main thread: CPUs {format_cpu_list(plan['loader_cpus'])}"
     return [f"split {plan['split']}", *lines, loaders]
 
 
@@ -319,11 +334,11 @@ def recorded_run(checkpoint: cp.Checkpoint) -> Recorded | None:
     is of another model, or cannot be understood.
     """
     try:
-        run, summary, steps = read_records(checkpoint.path.parent / tsa.METRICS)
+        run, summary, steps = read_records(checkpoint.path.parent / METRICS)
         if run["settings"]["model"] != checkpoint.trained.settings.model:
             return None
         machine = run["machine"]
-        cores = tsa.plural(machine["cores"], "core")
+        cores = plural(machine["cores"], "core")
         return Recorded(
             f"{machine['cpu_model']}, {cores}, {run['host_kind']}",
             plan_lines(run["plan"]),
@@ -334,10 +349,10 @@ def recorded_run(checkpoint: cp.Checkpoint) -> Recorded | None:
         return None
 
 
-def settings_in_force(state: tsa.State) -> dict[str, str]:
+def settings_in_force(state: State) -> dict[str, str]:
     """All settings that have a value, as text."""
-    values = tsa.saved_settings(state).items()
-    return {name: tsa.option_text(value) for name, value in values if value is not None}
+    values = saved_settings(state).items()
+    return {name: option_text(value) for name, value in values if value is not None}
 
 
 def curves_of(history: advice.History, best: int | None) -> list[charts.Chart]:
@@ -346,8 +361,7 @@ def curves_of(history: advice.History, best: int | None) -> list[charts.Chart]:
 
     def series(suffix: str) -> dict[str, charts.Values]:
         return {
-            words: [row.get(f"{part}_{suffix}") for row in history]
-            for part, words in tsa.PARTS.items()
+            words: [row.get(f"{part}_{suffix}") for row in history] for part, words in PARTS.items()
         }
 
     rates = {"learning rate": [row["lr"] for row in history]}
@@ -401,7 +415,7 @@ def template() -> jinja2.Template:
     )
     environment.filters |= {
         "percent": advice.percent,
-        "plural": tsa.plural,
+        "plural": plural,
         "sha256_source": sha256_source,
     }
     return environment.get_template(TEMPLATE)
@@ -410,15 +424,15 @@ def template() -> jinja2.Template:
 def package_versions() -> dict[str, str]:
     """Versions of what this report was made with."""
     names = "captum", "torchmetrics", "scipy", "jinja2"
-    return tsa.versions() | {name: importlib.metadata.version(name) for name in names}
+    return versions() | {name: importlib.metadata.version(name) for name in names}
 
 
-def matrix_of(confusion: tsa.Confusion, classes: Sequence[str]) -> dict[str, Any]:
+def matrix_of(confusion: Confusion, classes: Sequence[str]) -> dict[str, Any]:
     """What can be read of the confusion matrix: the classes that it shows, and for each a row of
     (images, share of the class's images) by predicted class, the last cell for all others.
     """
     shown = figures.readable_matrix(confusion, len(classes), MATRIX_CLASSES)
-    totals, rows = tsa.images_by_class(confusion), []
+    totals, rows = images_by_class(confusion), []
     for true in shown:
         counts = [confusion[true, predicted] for predicted in shown]
         counts.append(totals[true] - sum(counts))
@@ -453,17 +467,17 @@ def told_of_scores(
     }
 
 
-def told_of_training(checkpoint: cp.Checkpoint, native: tsa.Preprocessing) -> dict[str, Any]:
+def told_of_training(checkpoint: cp.Checkpoint, native: Preprocessing) -> dict[str, Any]:
     """What the page says of the training."""
     state, history = checkpoint.state, checkpoint.state["progress"]["history"]
-    best = tsa.best_epoch(history)
+    best = best_epoch(history)
     return {
         "settings": checkpoint.trained.settings,
         "progress": state["progress"],
         "is_average": state["average"] is not None,
         "best": best,
         "curves": curves_of(history, best and best["epoch"]),
-        "given": tsa.as_options(cp.settings_as_given(state, native)),
+        "given": as_options(cp.settings_as_given(state, native)),
         "in_force": settings_in_force(state),
         "recorded": recorded_run(checkpoint),
         "versions": state["versions"],
@@ -471,7 +485,7 @@ def told_of_training(checkpoint: cp.Checkpoint, native: tsa.Preprocessing) -> di
     }
 
 
-def render(gallery: Gallery, data: tsa.ImageData, why_no_layer: str, asked: Any) -> str:
+def render(gallery: Gallery, data: ImageData, why_no_layer: str, asked: Any) -> str:
     """The report as HTML."""
     checkpoint, judged = gallery.checkpoint, gallery.judged
     by_class = figures.class_figures(judged, checkpoint.classes)
@@ -484,7 +498,7 @@ def render(gallery: Gallery, data: tsa.ImageData, why_no_layer: str, asked: Any)
         findings=findings_of(checkpoint, judged, by_class, asked.confused),
         why_no_layer=why_no_layer,
         small=checkpoint.trained.ready.image_size <= SMALL_PX,
-        made_at=tsa.utc_now(),
+        made_at=utc_now(),
         **told_of_scores(judged, by_class, checkpoint.classes),
         **told_of_pictures(gallery, by_class, asked),
         **told_of_training(checkpoint, data.native),
@@ -495,12 +509,12 @@ def check_place(flag: str, path: Path, checkpoint: Path) -> None:
     """Raise UserError if a file cannot be written there, or is the checkpoint; leaves no trace."""
     try:
         if path.exists() and path.samefile(checkpoint):
-            raise tsa.UserError(f"{flag} {path}: is the checkpoint")
-        tsa.check_appendable(path, path.parent)
+            raise UserError(f"{flag} {path}: is the checkpoint")
+        check_appendable(path, path.parent)
         if path.is_file() or not path.exists():
             tempfile.TemporaryFile(dir=path.resolve().parent).close()
     except OSError as error:
-        raise tsa.UserError(f"{flag} {path}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{flag} {path}: cannot be written: {error.strerror}") from None
 
 
 def check_places(asked: argparse.Namespace) -> None:
@@ -509,7 +523,7 @@ def check_places(asked: argparse.Namespace) -> None:
     if asked.confused:
         check_place("--confused", asked.confused, asked.checkpoint)
         if asked.confused.resolve() == asked.output.resolve():
-            raise tsa.UserError(f"--confused {asked.confused}: is the file of --output")
+            raise UserError(f"--confused {asked.confused}: is the file of --output")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -524,7 +538,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--per-class",
-        type=tsa.whole_number(0, PER_CLASS),
+        type=whole_number(0, PER_CLASS),
         default=1,
         metavar="N",
         help=f"best and worst predictions of each class, up to {PER_CLASS} each (%(default)s)",
@@ -547,12 +561,12 @@ def build_parser() -> argparse.ArgumentParser:
 def write_files(page: str, judged: figures.Judged, classes: Sequence[str], asked: Any) -> None:
     """Write what was asked for, and say so."""
     if asked.confused:
-        confusion, name = figures.confusion_of(judged), tsa.readable(str(asked.checkpoint))
-        tsa.write_whole(asked.confused, tsa.confused_json(confusion, classes, name))
-        tsa.say(f"{asked.confused}: the confused pairs, for --augment-confused")
-    content = tsa.readable(page).encode()
-    tsa.write_whole(asked.output, content)
-    tsa.say(f"{asked.output}: {len(content) / 2**20:.1f} MiB")
+        confusion, name = figures.confusion_of(judged), readable(str(asked.checkpoint))
+        write_whole(asked.confused, confused_json(confusion, classes, name))
+        say(f"{asked.confused}: the confused pairs, for --augment-confused")
+    content = readable(page).encode()
+    write_whole(asked.output, content)
+    say(f"{asked.output}: {len(content) / 2**20:.1f} MiB")
 
 
 @cp.program
@@ -563,14 +577,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = cp.read_checkpoint(asked.checkpoint)
     data = cp.open_images(checkpoint, asked.data_path)
     layer, why_no_layer = find_layer(checkpoint, asked.layer)
-    tsa.warn_of_known_images(checkpoint.path, checkpoint.state, data)
+    warn_of_known_images(checkpoint.path, checkpoint.state, data)
     cp.use_allowed_cores()
     checkpoint.model.to(memory_format=torch.channels_last)  # quicker, and as in training
     judged = judge_images(checkpoint, data.val, asked.batch_size)
     scores = figures.scores_of(judged, len(checkpoint.classes))
     top1, top5 = 100 * scores.top1.value, 100 * scores.top5.value
-    count = tsa.plural(len(judged), "image")
-    tsa.say(f"{count}: loss {scores.loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %")
+    count = plural(len(judged), "image")
+    say(f"{count}: loss {scores.loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %")
     page = render(Gallery(checkpoint, data.val, judged, layer), data, why_no_layer, asked)
     write_files(page, judged, checkpoint.classes, asked)
 

@@ -22,7 +22,13 @@ from typing import Any
 import checkpoint as cp
 import int8
 import torch
-from checkpoint import tsa
+
+from split_affinity.data.pictures import ImageData
+from split_affinity.errors import Stopped, one_line
+from split_affinity.machine.plan import plan_cores
+from split_affinity.machine.topology import read_topology
+from split_affinity.options.settings import Settings
+from split_affinity.text import format_cpu_list, markdown_table, plural, speed_text
 
 with cp.needed_packages():
     import numpy as np
@@ -146,7 +152,7 @@ def accuracy_table(found: Comparison) -> str:
         times = (f"{one[key]:.2f}" for key in ("latency_ms", "latency_p95_ms"))
         size = f"{way.size_bytes / 1e6:.1f}"
         rows.append((way.name, f"{found.top1(way.name):.2f} %", size, *times))
-    return tsa.markdown_table(("way", "top-1", "MB", "ms, 1 image", "p95 ms"), rows)
+    return markdown_table(("way", "top-1", "MB", "ms, 1 image", "p95 ms"), rows)
 
 
 def speed_table(found: Comparison) -> str:
@@ -156,22 +162,22 @@ def speed_table(found: Comparison) -> str:
         cells = []
         for turns in way.turns.values():
             figures = turns.figures()
-            low, high = map(tsa.speed_text, figures["images_per_s_range"])
-            speed = tsa.speed_text(figures["images_per_s"])
+            low, high = map(speed_text, figures["images_per_s_range"])
+            speed = speed_text(figures["images_per_s"])
             cells += [speed, f"{low}-{high}", f"{figures['to_eager']:.2f}"]
         rows.append((way.name, *cells))
     counts = found.ways[0].turns
     heads = itertools.chain(*((f"img/s, {count}", "range", "ratio") for count in counts))
-    return tsa.markdown_table(("way", *heads), rows)
+    return markdown_table(("way", *heads), rows)
 
 
 def sentences(found: Comparison) -> Iterator[str]:
     """What the tables do not say by themselves."""
-    rounds = tsa.plural(len(found.ways[0].turns[ONE].images_per_s), "round")
+    rounds = plural(len(found.ways[0].turns[ONE].images_per_s), "round")
     yield (
-        f"top-1 of {tsa.plural(found.images, 'validation image')}; medians of {rounds} in which "
-        f"the ways took turns, {tsa.plural(found.threads, 'thread')} each on CPUs "
-        f"{tsa.format_cpu_list(found.cpus)} ({found.cpu_model}), {ONE} or {MANY} images at "
+        f"top-1 of {plural(found.images, 'validation image')}; medians of {rounds} in which "
+        f"the ways took turns, {plural(found.threads, 'thread')} each on CPUs "
+        f"{format_cpu_list(found.cpus)} ({found.cpu_model}), {ONE} or {MANY} images at "
         f"once; ratio: to {EAGER}, within a round"
     )
     yield from found.notes
@@ -288,16 +294,16 @@ def compiled_ways(
     logging.disable(logging.WARNING)  # which the compiler has many of
     try:
         return [Way(COMPILED, weights_bytes(model), compiled_run(model, examples))], []
-    except tsa.Stopped:
+    except Stopped:
         raise
     except Exception as error:
-        reason = tsa.one_line(error)
+        reason = one_line(error)
         return [], [f"{COMPILED} is left out: {reason}"]
     finally:
         logging.disable(logging.NOTSET)
 
 
-def first_images(checkpoint: cp.Checkpoint, data: tsa.ImageData) -> torch.Tensor:
+def first_images(checkpoint: cp.Checkpoint, data: ImageData) -> torch.Tensor:
     """Validation images to time the ways with (MANY, 3, size, size); again, if there are fewer."""
     chosen = range(min(MANY, len(data.val)))
     images = torch.cat([each for each, _ in cp.batches(checkpoint, data.val, chosen, MANY)])
@@ -305,7 +311,7 @@ def first_images(checkpoint: cp.Checkpoint, data: tsa.ImageData) -> torch.Tensor
 
 
 def count_right(
-    ways: Sequence[Way], checkpoint: cp.Checkpoint, data: tsa.ImageData, batch_size: int
+    ways: Sequence[Way], checkpoint: cp.Checkpoint, data: ImageData, batch_size: int
 ) -> tuple[list[int], int]:
     """How many of the validation images each way has right, and of how many."""
     classes = torch.tensor(cp.true_classes(data.val))
@@ -366,7 +372,7 @@ def all_ways(
 
 def compare(
     checkpoint: cp.Checkpoint,
-    data: tsa.ImageData,
+    data: ImageData,
     onnx_path: Path,
     int8_path: Path | None,
     batch_size: int,
@@ -375,8 +381,8 @@ def compare(
     """Measure the ways to run a checkpoint's model, on its validation images: PyTorch, also
     `compiled` if asked for, and its ONNX files.
     """
-    threads, topology = cp.use_allowed_cores(), tsa.read_topology()
-    cpus = tsa.plan_cores(topology, tsa.Settings(split="none")).forward.cpus
+    threads, topology = cp.use_allowed_cores(), read_topology()
+    cpus = plan_cores(topology, Settings(split="none")).forward.cpus
     images, notes = first_images(checkpoint, data), []
     with kept_on(cpus):
         ways = all_ways(checkpoint, onnx_path, int8_path, threads)

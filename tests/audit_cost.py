@@ -24,7 +24,17 @@ import psutil
 import torch
 
 sys.path.insert(0, os.environ.get("AUDITED", str(Path(__file__).parents[1])))
-import train_split_affinity as tsa  # noqa: E402
+from split_affinity import ALLOWED_CPUS  # noqa: E402
+from split_affinity.lanes.lane import (
+    Lane,  # noqa: E402
+    Lanes,  # noqa: E402
+)
+from split_affinity.machine.plan import (
+    CorePlan,  # noqa: E402
+    Group,  # noqa: E402
+)
+from split_affinity.reports.summary import Tally  # noqa: E402
+from split_affinity.training.steps import StepResult  # noqa: E402
 
 
 def record_proc_stat(folder: Path, cpus: int) -> None:
@@ -44,7 +54,7 @@ def seconds(function, *args) -> float:
     return time.perf_counter() - start_s
 
 
-def audit_ms(lane: tsa.Lane, threads: int, phases: int) -> tuple[float, float]:
+def audit_ms(lane: Lane, threads: int, phases: int) -> tuple[float, float]:
     """Milliseconds of a phase beside its work and the hand-over: mean and largest tenth."""
     values = torch.zeros(threads * 2**15)  # 32,768 elements are the least for a thread of its own
     costs_s = []
@@ -62,14 +72,14 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def run_bytes(lanes: tsa.Lanes, steps: int, micro_batches: int) -> int:
+def run_bytes(lanes: Lanes, steps: int, micro_batches: int) -> int:
     """Bytes that the figures of a run take, from the process's resident size."""
-    tally = tsa.Tally(lanes.plan)
+    tally = Tally(lanes.plan)
     before = resident_bytes()
     for step in range(1, steps + 1):
         for phase in (*["forward", "backward"] * micro_batches, "update", "refresh"):
             lanes.forward.run(phase, int)
-        tally.add(tsa.StepResult(step, 1.0, 1, 1.0, lanes.take_records()))
+        tally.add(StepResult(step, 1.0, 1, 1.0, lanes.take_records()))
     assert tally.summary().steps == steps
     return resident_bytes() - before
 
@@ -81,10 +91,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     parser.add_argument("--micro-batches", type=int, default=8, help="of a step (default: 8)")
     given = parser.parse_args()
-    own_cpus = tuple(sorted(tsa.ALLOWED_CPUS))
-    group = tsa.Group("all", own_cpus, given.threads)
-    plan = tsa.CorePlan("none", group, group, own_cpus)
-    with tempfile.TemporaryDirectory() as folder, tsa.Lanes(plan, range(given.cpus)) as lanes:
+    own_cpus = tuple(sorted(ALLOWED_CPUS))
+    group = Group("all", own_cpus, given.threads)
+    plan = CorePlan("none", group, group, own_cpus)
+    with tempfile.TemporaryDirectory() as folder, Lanes(plan, range(given.cpus)) as lanes:
         record_proc_stat(Path(folder), given.cpus)
         psutil.PROCFS_PATH = folder
         audit_ms(lanes.forward, given.threads, 10)

@@ -16,7 +16,20 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import train_split_affinity as tsa  # noqa: E402
+from split_affinity import ALLOWED_CPUS  # noqa: E402
+from split_affinity.data.loader import Batches  # noqa: E402
+from split_affinity.data.samples import Loaded  # noqa: E402
+from split_affinity.lanes.lane import Lanes  # noqa: E402
+from split_affinity.machine.plan import (
+    CorePlan,  # noqa: E402
+    Group,  # noqa: E402
+    PhaseTimes,  # noqa: E402
+)
+from split_affinity.training.network import Scores  # noqa: E402
+from split_affinity.training.schedules import (
+    SCHEDULES,  # noqa: E402
+    step_bound_s,  # noqa: E402
+)
 
 # Milliseconds of forward, backward, update and refresh: in turn each lane is the slower one.
 TIMES_MS = ((100, 50, 30, 5), (50, 100, 30, 5), (50, 50, 30, 5))
@@ -27,7 +40,7 @@ class Stub:
 
     end = None
 
-    def __init__(self, times: tsa.PhaseTimes, accumulate: int):
+    def __init__(self, times: PhaseTimes, accumulate: int):
         self.network, self.times, self.accumulate = self, times, accumulate
 
     def forward(self, batch, weights=None):
@@ -36,7 +49,7 @@ class Stub:
 
     def backward(self, output):
         time.sleep(self.times.backward_s)
-        return tsa.Scores(0.0, 1, 0, 0)
+        return Scores(0.0, 1, 0, 0)
 
     def update(self, *args):
         time.sleep(self.times.update_s)
@@ -48,11 +61,11 @@ class Stub:
         time.sleep(self.times.refresh_s)
 
 
-def step_s(lanes: tsa.Lanes, schedule: str, stub: Stub, steps: int) -> float:
+def step_s(lanes: Lanes, schedule: str, stub: Stub, steps: int) -> float:
     """Mean seconds of a step, but for the first and the last, which fill and drain a pipeline."""
     batch = torch.zeros(1), torch.zeros(1)
-    batches = tsa.Batches([tsa.Loaded(batch)], stub.accumulate * (steps + 2))
-    ends_s = [time.perf_counter() for _ in tsa.SCHEDULES[schedule](lanes, stub, batches)]
+    batches = Batches([Loaded(batch)], stub.accumulate * (steps + 2))
+    ends_s = [time.perf_counter() for _ in SCHEDULES[schedule](lanes, stub, batches)]
     return (ends_s[-2] - ends_s[0]) / steps
 
 
@@ -61,15 +74,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=20, help="steps of each line (default: 20)")
     given = parser.parse_args()
-    cpus = sorted(tsa.ALLOWED_CPUS)
-    groups = tsa.Group("forward", (cpus[0],), 1), tsa.Group("backward", (cpus[-1],), 1)
+    cpus = sorted(ALLOWED_CPUS)
+    groups = Group("forward", (cpus[0],), 1), Group("backward", (cpus[-1],), 1)
     print("forward/backward/update/refresh ms, micro-batches: step, bound, of bound")
-    with tsa.Lanes(tsa.CorePlan("even", *groups, groups[0].cpus), ()) as lanes:
-        for schedule in tsa.SCHEDULES:
+    with Lanes(CorePlan("even", *groups, groups[0].cpus), ()) as lanes:
+        for schedule in SCHEDULES:
             for times_ms in TIMES_MS:
-                times = tsa.PhaseTimes(*(time_ms / 1e3 for time_ms in times_ms))
+                times = PhaseTimes(*(time_ms / 1e3 for time_ms in times_ms))
                 for accumulate in (1, 2, 4):
-                    bound_s = tsa.step_bound_s(schedule, times, accumulate)
+                    bound_s = step_bound_s(schedule, times, accumulate)
                     took_s = step_s(lanes, schedule, Stub(times, accumulate), given.steps)
                     print(
                         f"{schedule:10} {'/'.join(map(str, times_ms)):13} {accumulate}: "

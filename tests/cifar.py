@@ -91,11 +91,11 @@ def main(folder: Path, arguments: Sequence[str]) -> int:
     if not arguments:
         return 0
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    import train_split_affinity as tsa
+    from train_split_affinity import main as run
 
     for name, value in checksums(root).items():
         setattr(CIFAR10, name, value)
-    return tsa.main([*arguments, "--data-path", str(folder)])
+    return run([*arguments, "--data-path", str(folder)])
 
 
 if __name__ == "__main__":

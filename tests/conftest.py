@@ -15,9 +15,12 @@ import torchvision
 from photos import make_photos
 from torch import nn
 
-import train_split_affinity as tsa
+from split_affinity import ALLOWED_CPUS, process_cpus
+from split_affinity.data.samples import Loaded
+from split_affinity.machine.plan import CorePlan, Group
+from split_affinity.models.registry import WITH_HEADS
 
-TWO_CPUS = len(tsa.ALLOWED_CPUS) >= 2
+TWO_CPUS = len(ALLOWED_CPUS) >= 2
 needs_two_cpus = pytest.mark.skipif(not TWO_CPUS, reason="needs two logical CPUs")
 
 # Examples have no time limit: the machine may be busy. `--hypothesis-profile thorough` tries more.
@@ -54,9 +57,9 @@ def scalars_in(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def as_loaded(batches: list) -> list[tsa.Loaded]:
+def as_loaded(batches: list) -> list[Loaded]:
     """Batches in the form in which a loader gives them."""
-    return [tsa.Loaded(batch) for batch in batches]
+    return [Loaded(batch) for batch in batches]
 
 
 def small_model(num_classes: int, image_size: int) -> nn.Module:
@@ -79,23 +82,23 @@ def read_metrics(folder: Path, kind: str | None = None) -> list[dict]:
 
 
 @pytest.fixture
-def two_groups() -> tuple[tsa.Group, tsa.Group]:
+def two_groups() -> tuple[Group, Group]:
     """Two lanes' groups on two different CPUs, each with two threads, to have a team to place."""
-    first, second = sorted(tsa.ALLOWED_CPUS)[:2]
-    return tsa.Group("forward", (first,), 2), tsa.Group("backward", (second,), 2)
+    first, second = sorted(ALLOWED_CPUS)[:2]
+    return Group("forward", (first,), 2), Group("backward", (second,), 2)
 
 
 @pytest.fixture
-def split_plan(two_groups) -> tsa.CorePlan:
+def split_plan(two_groups) -> CorePlan:
     """A core plan of those groups."""
-    return tsa.CorePlan("even", *two_groups, two_groups[0].cpus)
+    return CorePlan("even", *two_groups, two_groups[0].cpus)
 
 
 @pytest.fixture
-def one_lane_plan() -> tsa.CorePlan:
+def one_lane_plan() -> CorePlan:
     """A core plan without a split, of two threads over all CPUs."""
-    group = tsa.Group("all", tuple(sorted(tsa.ALLOWED_CPUS)), 2)
-    return tsa.CorePlan("none", group, group, group.cpus)
+    group = Group("all", tuple(sorted(ALLOWED_CPUS)), 2)
+    return CorePlan("none", group, group, group.cpus)
 
 
 @pytest.fixture
@@ -124,7 +127,7 @@ def photos_with_val(photos, tmp_path_factory) -> Path:
 
 def torchvision_model(name: str) -> nn.Module:
     """A classifier with random weights, with all that torchvision's own weights have."""
-    whole = {"aux_logits": True, "init_weights": False} if name in tsa.WITH_HEADS else {}
+    whole = {"aux_logits": True, "init_weights": False} if name in WITH_HEADS else {}
     model = torchvision.models.get_model(name, **whole)
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -168,6 +171,6 @@ def imagenet_photos(photos_with_val, tmp_path):
 @pytest.fixture(autouse=True)
 def untouched_process():
     """No test may change the mask or the thread count of the thread that runs the tests."""
-    before = tsa.process_cpus(), torch.get_num_threads()
+    before = process_cpus(), torch.get_num_threads()
     yield
-    assert (tsa.process_cpus(), torch.get_num_threads()) == before
+    assert (process_cpus(), torch.get_num_threads()) == before

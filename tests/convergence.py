@@ -21,7 +21,12 @@ from pathlib import Path
 from digits import make_digits
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import train_split_affinity as tsa  # noqa: E402
+import train_split_affinity as script  # noqa: E402
+from split_affinity.machine.description import describe_topology  # noqa: E402
+from split_affinity.machine.topology import read_topology  # noqa: E402
+from split_affinity.reports.tables import METRICS  # noqa: E402
+from split_affinity.text import markdown_table  # noqa: E402
+from split_affinity.training.schedules import SCHEDULES  # noqa: E402
 
 SEEDS = (0, 1, 2)
 OPTIONS = """--model resnet18 --image-size 32 --hflip 0 --min-scale 0.6
@@ -43,25 +48,25 @@ def accuracy(data: Path, schedule: str, seed: int) -> float:
         ]
         arguments += ["--output-dir", folder, "--log-file", f"{folder}/logs.md"]
         with contextlib.redirect_stdout(io.StringIO()):
-            code = tsa.main(arguments)
+            code = script.main(arguments)
         if code:
             raise SystemExit(code)
-        lines = map(json.loads, Path(folder, tsa.METRICS).read_text().splitlines())
+        lines = map(json.loads, Path(folder, METRICS).read_text().splitlines())
         return [line["val_top1"] for line in lines if line["type"] == "epoch"][-1]
 
 
 def main(data: Path) -> None:
     """Train with every schedule and seed; print the table."""
-    print(f"{' '.join(OPTIONS)}; {tsa.describe_topology(tsa.read_topology())}")
+    print(f"{' '.join(OPTIONS)}; {describe_topology(read_topology())}")
     rows = []
-    for schedule in tsa.SCHEDULES:
+    for schedule in SCHEDULES:
         results = []
         for seed in SEEDS:
             results.append(accuracy(data, schedule, seed))
             print(f"{schedule}, seed {seed}: {results[-1]:.2f} %", flush=True)
         mean = f"{statistics.fmean(results):.2f} %"
         rows.append([schedule, *(f"{result:.2f} %" for result in results), mean])
-    print(tsa.markdown_table(["schedule", *(f"seed {seed}" for seed in SEEDS), "mean"], rows))
+    print(markdown_table(["schedule", *(f"seed {seed}" for seed in SEEDS), "mean"], rows))
 
 
 if __name__ == "__main__":

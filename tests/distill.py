@@ -22,7 +22,12 @@ from pathlib import Path
 from digits import make_digits
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import train_split_affinity as tsa  # noqa: E402
+import train_split_affinity as script  # noqa: E402
+from split_affinity.checkpoints.folder import BEST  # noqa: E402
+from split_affinity.machine.description import describe_topology  # noqa: E402
+from split_affinity.machine.topology import read_topology  # noqa: E402
+from split_affinity.reports.tables import METRICS  # noqa: E402
+from split_affinity.text import markdown_table  # noqa: E402
 
 SEEDS = (0, 1, 2)
 COMMON = """--image-size 32 --hflip 0 --min-scale 0.6 --lr-scheduler cosine --lr-warmup-epochs 1
@@ -43,21 +48,21 @@ def trained(folder: Path, *options: object) -> float:
         folder.with_name(f"{folder.name}.md"),
     ]
     with contextlib.redirect_stdout(io.StringIO()):
-        code = tsa.main([str(argument) for argument in arguments])
+        code = script.main([str(argument) for argument in arguments])
     if code:
         raise SystemExit(code)
-    lines = map(json.loads, (folder / tsa.METRICS).read_text().splitlines())
+    lines = map(json.loads, (folder / METRICS).read_text().splitlines())
     return [line["val_top1"] for line in lines if line["type"] == "epoch"][-1]
 
 
 def main(data: Path, work: Path) -> None:
     """Train the teacher, then every student; print the table."""
-    print(f"student: {' '.join([*STUDENT, *COMMON])}; {tsa.describe_topology(tsa.read_topology())}")
+    print(f"student: {' '.join([*STUDENT, *COMMON])}; {describe_topology(read_topology())}")
     best = trained(work / "teacher", "--data-path", data, *TEACHER)
     print(f"teacher: {best:.2f} %", flush=True)
     rows = []
     for share in SHARES:
-        taught = ["--teacher", "resnet18", "--teacher-weights", work / "teacher" / tsa.BEST]
+        taught = ["--teacher", "resnet18", "--teacher-weights", work / "teacher" / BEST]
         taught += ["--teacher-share", share]
         results = []
         for seed in SEEDS:
@@ -67,7 +72,7 @@ def main(data: Path, work: Path) -> None:
         mean = f"{statistics.fmean(results):.2f} %"
         rows.append([f"{share:g}", *(f"{result:.2f} %" for result in results), mean])
     header = ["the teacher's share", *(f"seed {seed}" for seed in SEEDS), "mean"]
-    print(tsa.markdown_table(header, rows))
+    print(markdown_table(header, rows))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,13 @@ import torch
 from digits import make_digits
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import train_split_affinity as tsa  # noqa: E402
+import train_split_affinity as script  # noqa: E402
+from split_affinity.checkpoints.folder import LAST  # noqa: E402
+from split_affinity.checkpoints.state import read_checkpoint  # noqa: E402
+from split_affinity.machine.description import describe_topology  # noqa: E402
+from split_affinity.machine.topology import read_topology  # noqa: E402
+from split_affinity.reports.tables import METRICS  # noqa: E402
+from split_affinity.text import markdown_table  # noqa: E402
 
 SEEDS = (0, 1, 2)
 IMAGES = 20  # of a class, to train on the digits 5 to 9
@@ -57,10 +63,10 @@ def accuracy(data: Path, output: Path, options: list[str]) -> float:
     """Percent of the validation images that a model is right about after its last epoch."""
     arguments = [*OPTIONS, *options, "--data-path", str(data), "--output-dir", str(output)]
     with contextlib.redirect_stdout(io.StringIO()):
-        code = tsa.main([*arguments, "--log-file", str(output.with_suffix(".md"))])
+        code = script.main([*arguments, "--log-file", str(output.with_suffix(".md"))])
     if code:
         raise SystemExit(code)
-    lines = map(json.loads, Path(output, tsa.METRICS).read_text().splitlines())
+    lines = map(json.loads, Path(output, METRICS).read_text().splitlines())
     return [line["val_top1"] for line in lines if line["type"] == "epoch"][-1]
 
 
@@ -69,13 +75,13 @@ def first_weights(data: Path, folder: Path) -> Path:
     top1 = accuracy(data, folder / "first", ["--epochs", str(FIRST)])
     print(f"digits 0 to 4: {top1:.2f} %", flush=True)
     path = folder / "first.pth"
-    torch.save(tsa.read_checkpoint(folder / "first" / tsa.LAST)["model"], path)
+    torch.save(read_checkpoint(folder / "first" / LAST)["model"], path)
     return path
 
 
 def main(root: Path) -> None:
     """Train the first model, then in every way with every seed; print the table."""
-    print(f"{' '.join(OPTIONS)}; {tsa.describe_topology(tsa.read_topology())}")
+    print(f"{' '.join(OPTIONS)}; {describe_topology(read_topology())}")
     digits = make_digits(root / "digits")
     few = choose_digits(digits, root / "5 to 9", "56789", IMAGES)
     with tempfile.TemporaryDirectory() as name:
@@ -92,7 +98,7 @@ def main(root: Path) -> None:
             rows.append([way, str(epochs), *(f"{result:.1f} %" for result in results), mean])
             print(" | ".join(rows[-1]), flush=True)
     seeds = (f"seed {seed}" for seed in SEEDS)
-    print(tsa.markdown_table(["validation top-1", "epochs", *seeds, "mean"], rows))
+    print(markdown_table(["validation top-1", "epochs", *seeds, "mean"], rows))
 
 
 if __name__ == "__main__":

@@ -16,32 +16,47 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import train_split_affinity as tsa  # noqa: E402
+from split_affinity.compare.loops import Order  # noqa: E402
+from split_affinity.compare.rounds import start_ways  # noqa: E402
+from split_affinity.compare.ways import (
+    Way,  # noqa: E402
+    all_ways,  # noqa: E402
+)
+from split_affinity.machine.description import describe_topology  # noqa: E402
+from split_affinity.machine.topology import (
+    Topology,  # noqa: E402
+    read_topology,  # noqa: E402
+)
+from split_affinity.options.command_line import parse_arguments  # noqa: E402
+from split_affinity.reports.tables import describe_run  # noqa: E402
+from split_affinity.runs.measurement import measured_settings  # noqa: E402
+from split_affinity.text import markdown_table  # noqa: E402
+from split_affinity.training.steps import StopRequest  # noqa: E402
 
 ROUNDS = 5
 LABELS = {None: "", "body": ", body frozen"}
 
 
-def ways_to_train(options: list[str], topology: tsa.Topology) -> list[tsa.Way]:
+def ways_to_train(options: list[str], topology: Topology) -> list[Way]:
     """The lanes' ways of `compare`, each without and with a frozen body."""
     ways = []
     for freeze, label in LABELS.items():
-        _, asked = tsa.parse_arguments(["compare", *options])
-        settings = tsa.measured_settings(dataclasses.replace(asked, freeze=freeze), topology)
-        found = (way for way in tsa.all_ways(settings, topology) if not way.plain)
+        _, asked = parse_arguments(["compare", *options])
+        settings = measured_settings(dataclasses.replace(asked, freeze=freeze), topology)
+        found = (way for way in all_ways(settings, topology) if not way.plain)
         ways += [dataclasses.replace(way, name=way.name + label) for way in found]
     return ways
 
 
-def measure(ways: list[tsa.Way], topology: tsa.Topology) -> dict[str, list[float]]:
+def measure(ways: list[Way], topology: Topology) -> dict[str, list[float]]:
     """Images/s of a whole step of each way in each round, after one to warm up."""
     speeds: dict[str, list[float]] = {way.name: [] for way in ways}
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(tsa.StopRequest())
-        running = tsa.start_ways(stack, stop, ways, topology.online)
+        stop = stack.enter_context(StopRequest())
+        running = start_ways(stack, stop, ways, topology.online)
         for number in range(ROUNDS + 1):
             for way in ways:
-                order = tsa.Order(number, way.settings.accumulate, 1, keep_memory=False)
+                order = Order(number, way.settings.accumulate, 1, keep_memory=False)
                 result = running[way.name].send(order)
                 if number:
                     speeds[way.name].append(result.images_per_s)
@@ -54,9 +69,9 @@ def main(options: list[str]) -> None:
     if "--help" in options:
         print(__doc__)
         raise SystemExit(0)
-    topology = tsa.read_topology()
+    topology = read_topology()
     ways = ways_to_train(options, topology)
-    print(f"{tsa.describe_run(ways[0].settings)}; {tsa.describe_topology(topology)}")
+    print(f"{describe_run(ways[0].settings)}; {describe_topology(topology)}")
     speeds = measure(ways, topology)
     rows = []
     for name in (way.name for way in ways if not way.settings.freeze):
@@ -65,7 +80,7 @@ def main(options: list[str]) -> None:
         medians = [f"{statistics.median(each):.2f}" for each in (whole, frozen, ratios)]
         rows.append([name, *medians, f"{min(ratios):.2f} to {max(ratios):.2f}"])
     header = ["way", "nothing frozen", "body frozen", "ratio", f"in {ROUNDS} rounds"]
-    print(tsa.markdown_table(header, rows))
+    print(markdown_table(header, rows))
 
 
 if __name__ == "__main__":

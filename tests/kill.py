@@ -224,9 +224,11 @@ def refused_memory(job: Job, steps: int, delay_s: float, draw: random.Random) ->
 def run_refusing(phase: str, call: str, *options: str) -> int:
     """The program, but that a call of a phase, counted from 1, asks for more than any memory."""
     sys.path.insert(0, str(SCRIPT.parent))
-    import train_split_affinity as tsa
+    from split_affinity.training.network import Network
+    from split_affinity.training.update import Work
+    from train_split_affinity import main as run
 
-    kind = tsa.Work if hasattr(tsa.Work, phase) else tsa.Network
+    kind = Work if hasattr(Work, phase) else Network
     real, count = getattr(kind, phase), itertools.count(1)
 
     def refused(*args: Any) -> Any:
@@ -235,7 +237,7 @@ def run_refusing(phase: str, call: str, *options: str) -> int:
         return real(*args)
 
     setattr(kind, phase, refused)
-    return tsa.main(options)
+    return run(options)
 
 
 FAULTS = (killed_loader, broken_pictures, full_disk, no_memory, refused_memory)

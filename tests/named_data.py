@@ -21,7 +21,7 @@ from cifar import make_cifar
 from PIL import Image
 from scipy.io import savemat
 
-import train_split_affinity as tsa
+from split_affinity.options.data_sets import NAMED_DATA
 
 Colour = tuple[int, int, int]
 Part = Sequence[tuple[int, Colour]]  # class index and colour of each picture
@@ -261,8 +261,8 @@ def accept(monkeypatch: Any, name: str, root: Path, images: tuple[int, int]) -> 
     """
     known = {md5(path) for path in root.rglob("*") if path.is_file()}
     monkeypatch.setattr(sets.utils, "check_md5", lambda path, _: md5(Path(path)) in known)
-    told = dataclasses.replace(tsa.NAMED_DATA[name], train=images[0], val=images[1])
-    monkeypatch.setitem(tsa.NAMED_DATA, name, told)
+    told = dataclasses.replace(NAMED_DATA[name], train=images[0], val=images[1])
+    monkeypatch.setitem(NAMED_DATA, name, told)
     return root
 
 

@@ -28,7 +28,19 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import train_split_affinity as tsa  # noqa: E402
+from split_affinity.checkpoints.state import versions  # noqa: E402
+from split_affinity.lanes.lane import tune_allocator  # noqa: E402
+from split_affinity.machine.description import describe_topology  # noqa: E402
+from split_affinity.machine.plan import plan_cores  # noqa: E402
+from split_affinity.machine.topology import read_topology  # noqa: E402
+from split_affinity.options.settings import Settings  # noqa: E402
+from split_affinity.reports.tables import describe_run  # noqa: E402
+from split_affinity.runs.find_lr import endless_steps  # noqa: E402
+from split_affinity.runs.measurement import Elsewhere  # noqa: E402
+from split_affinity.runs.setup import (
+    choose_precision,  # noqa: E402
+    prepared,  # noqa: E402
+)
 
 Turns = Generator["float | str | None", int, None]  # takes steps to make, gives images/s
 
@@ -56,23 +68,23 @@ def profiled(operators: bool) -> contextlib.AbstractContextManager:
     return profile if operators else contextlib.nullcontext()
 
 
-def our_turns(settings: tsa.Settings, operators: bool) -> Turns:
+def our_turns(settings: Settings, operators: bool) -> Turns:
     """The script: one lane over all cores, its own loaders, the learning rate as it is."""
-    topology = tsa.read_topology()
-    plan = tsa.plan_cores(topology, settings)
-    with tsa.prepared(settings, topology, plan) as run:
-        steps = tsa.endless_steps(run)
+    topology = read_topology()
+    plan = plan_cores(topology, settings)
+    with prepared(settings, topology, plan) as run:
+        steps = endless_steps(run)
         yield from measured_turns(lambda: next(steps).images, operators)
 
 
-def timm_turns(settings: tsa.Settings, operators: bool, tuned: bool = False) -> Turns:
+def timm_turns(settings: Settings, operators: bool, tuned: bool = False) -> Turns:
     """timm's parts, put together as in the training loop of its train.py."""
     from timm import create_model
     from timm.data import create_dataset, create_loader, resolve_data_config
     from timm.optim import create_optimizer_v2
 
     if tuned:
-        tsa.tune_allocator()
+        tune_allocator()
     size, device = settings.image_size, torch.device("cpu")
     dataset = create_dataset("", root=str(settings.data_path), split="train", is_training=True)
     model = create_model(settings.model, num_classes=len(dataset.reader.class_to_idx))
@@ -115,7 +127,7 @@ TUNED = "timm, tuned malloc"
 WAYS = {"none": our_turns, "timm": timm_turns, TUNED: partial(timm_turns, tuned=True)}
 
 
-def compare(turns: dict[str, tsa.Elsewhere], rounds: int, steps: int) -> None:
+def compare(turns: dict[str, Elsewhere], rounds: int, steps: int) -> None:
     """Take turns, and print speeds and ratios; the first round warms up."""
     ratios: dict[str, list[float]] = {"timm": [], TUNED: []}
     for number in range(rounds + 1):
@@ -142,8 +154,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="measured steps of each turn")
     parser.add_argument("--operators", action="store_true", help="profile one round instead")
     given = parser.parse_args()
-    topology = tsa.read_topology()
-    settings = tsa.Settings(
+    topology = read_topology()
+    settings = Settings(
         model=given.model,
         data_path=given.folder,
         batch_size=given.batch_size,
@@ -152,13 +164,13 @@ def main() -> None:
         split="none",
         lr=0.001,
     )
-    settings = dataclasses.replace(settings, precision=tsa.choose_precision(settings, topology)[0])
-    print(f"{tsa.describe_topology(topology)}; {tsa.describe_run(settings)}")
-    print(", ".join(f"{name} {version}" for name, version in tsa.versions().items()))
+    settings = dataclasses.replace(settings, precision=choose_precision(settings, topology)[0])
+    print(f"{describe_topology(topology)}; {describe_run(settings)}")
+    print(", ".join(f"{name} {version}" for name, version in versions().items()))
     with contextlib.ExitStack() as stack:
         turns = {}
         for name, function in WAYS.items():
-            process = tsa.Elsewhere(lambda: None, function, settings, given.operators)
+            process = Elsewhere(lambda: None, function, settings, given.operators)
             turns[name] = stack.enter_context(contextlib.closing(process))
             next(process)
         if given.operators:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import train_split_affinity as tsa
-from train_split_affinity import CorePlan, Group, PhaseRecord, StepResult
+from split_affinity.lanes.audit import PhaseRecord
+from split_affinity.machine.plan import CorePlan, Group
+from split_affinity.reports.summary import Tally
+from split_affinity.training.steps import StepResult
 
 PLAN = CorePlan("even", Group("forward", (0,), 1), Group("backward", (1, 2), 2), (0,))
 
@@ -36,7 +38,7 @@ def step(number, forward_s=0.1, backward_s=0.2, update_s=0.05, step_s=0.4, **use
 
 
 def summarise(steps, plan=PLAN):
-    tally = tsa.Tally(plan)
+    tally = Tally(plan)
     for result in steps:
         tally.add(result)
     return tally.summary()

@@ -25,33 +25,57 @@ import torch
 from torch import distributed
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import train_split_affinity as tsa  # noqa: E402
+from split_affinity import ALLOWED_CPUS  # noqa: E402
+from split_affinity.data.loader import Batches  # noqa: E402
+from split_affinity.data.samples import Loaded  # noqa: E402
+from split_affinity.lanes.lane import (
+    Lanes,  # noqa: E402
+    coordinating,  # noqa: E402
+    tune_allocator,  # noqa: E402
+)
+from split_affinity.machine.plan import (
+    CorePlan,  # noqa: E402
+    Group,  # noqa: E402
+)
+from split_affinity.machine.topology import read_topology  # noqa: E402
+from split_affinity.options.settings import Settings  # noqa: E402
+from split_affinity.ranks.ranks import SeveralRanks  # noqa: E402
+from split_affinity.runs.measurement import (
+    Elsewhere,  # noqa: E402
+    send_to_all,  # noqa: E402
+)
+from split_affinity.runs.setup import (
+    build_work,  # noqa: E402
+    choose_precision,  # noqa: E402
+)
+from split_affinity.training.steps import run_schedule  # noqa: E402
+from split_affinity.training.update import Work  # noqa: E402
 
 MICRO_BATCHES = 4
 
 
-def rank_of(settings: tsa.Settings, rank: int, store: str, steps: int) -> Iterator[dict]:
+def rank_of(settings: Settings, rank: int, store: str, steps: int) -> Iterator[dict]:
     """A rank: how many bytes travel, the seconds of the sums alone, and the steps."""
-    tsa.tune_allocator()
-    cpu = sorted(tsa.ALLOWED_CPUS)[rank]
-    group = tsa.Group("all", (cpu,), 1)
-    plan = tsa.CorePlan("none", group, group, (cpu,))
-    ranks = tsa.SeveralRanks(rank, 2, distributed.FileStore(store, 2), 300.0)
+    tune_allocator()
+    cpu = sorted(ALLOWED_CPUS)[rank]
+    group = Group("all", (cpu,), 1)
+    plan = CorePlan("none", group, group, (cpu,))
+    ranks = SeveralRanks(rank, 2, distributed.FileStore(store, 2), 300.0)
     size = (settings.batch_size, 3, settings.image_size, settings.image_size)
     batch = torch.randn(size), torch.randint(settings.num_classes, size[:1])
-    loaded = [tsa.Loaded(batch)]
-    with tsa.coordinating(settings, plan), tsa.Lanes(plan, ()) as lanes:
-        work = tsa.build_work(settings, lanes, ranks=ranks)
+    loaded = [Loaded(batch)]
+    with coordinating(settings, plan), Lanes(plan, ()) as lanes:
+        work = build_work(settings, lanes, ranks=ranks)
         lanes.backward.adopt(ranks.start)
         count = MICRO_BATCHES * (steps + 1)
-        stream = tsa.Batches(loaded, count)
-        made = list(tsa.run_schedule(settings, lanes, work, stream))[1:]
+        stream = Batches(loaded, count)
+        made = list(run_schedule(settings, lanes, work, stream))[1:]
         alone_s = [lanes.backward.call(sum_alone, work) for _ in range(steps + 5)][5:]
         yield {"bytes": work.reducer.size_bytes, "alone_s": alone_s, "steps": made}
         ranks.close(together=True)
 
 
-def sum_alone(work: tsa.Work) -> float:
+def sum_alone(work: Work) -> float:
     """Seconds of the sums of all gradients, begun by all ranks at once."""
     work.ranks.gather([0.0])
     start_s = time.perf_counter()
@@ -89,8 +113,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8)
     asked = parser.parse_args()
-    precision = tsa.choose_precision(tsa.Settings(), tsa.read_topology())[0]
-    settings = tsa.Settings(
+    precision = choose_precision(Settings(), read_topology())[0]
+    settings = Settings(
         model=asked.model,
         image_size=asked.image_size,
         batch_size=asked.batch_size,
@@ -105,12 +129,12 @@ def main() -> None:
         processes = [
             stack.enter_context(
                 contextlib.closing(
-                    tsa.Elsewhere(lambda: None, rank_of, settings, rank, store, asked.steps)
+                    Elsewhere(lambda: None, rank_of, settings, rank, store, asked.steps)
                 )
             )
             for rank in range(2)
         ]
-        print("\n".join(describe(tsa.send_to_all(processes, None))))
+        print("\n".join(describe(send_to_all(processes, None))))
 
 
 if __name__ == "__main__":

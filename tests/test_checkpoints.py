@@ -41,8 +41,47 @@ from kill import differing
 from patching import set_everywhere
 from torch import nn
 
-import train_split_affinity as tsa
-from train_split_affinity import Checkpoints, Mirror, Progress, Settings
+import train_split_affinity as script
+from split_affinity.checkpoints.folder import Checkpoints, Mirror
+from split_affinity.checkpoints.resume import check_resumable, defaults_to_go_on, saved_defaults
+from split_affinity.checkpoints.state import (
+    CHECKPOINT_FORMAT,
+    SEAL_BYTES,
+    BadCheckpoint,
+    Progress,
+    asked_again,
+    make_state,
+    preprocessing_of,
+    read_checkpoint,
+    restore_state,
+    saved_settings,
+    seal,
+    settings_to_go_on,
+    versions,
+)
+from split_affinity.data.dataset import describe_images, open_data
+from split_affinity.data.loader import Batches
+from split_affinity.data.named import CIFAR10, CIFAR10_MEAN, CIFAR10_STD
+from split_affinity.errors import RunError, Stopped, UserError
+from split_affinity.files import LOCK, append_text, lock_folder, read_text, write_whole
+from split_affinity.machine.plan import plan_cores
+from split_affinity.machine.topology import read_topology
+from split_affinity.models.own import SmallResNet
+from split_affinity.models.pretrained import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, Pretrained
+from split_affinity.models.registry import OWN_MODELS
+from split_affinity.models.weights import take_weights
+from split_affinity.options.recipes import RECIPES
+from split_affinity.options.settings import Settings, plain_settings
+from split_affinity.reports.log import LogSection
+from split_affinity.reports.run_report import RunReport
+from split_affinity.reports.timeline import new_figure, save_figure
+from split_affinity.runs import evaluation
+from split_affinity.runs.starting_weights import build_teacher, read_weights
+from split_affinity.training.network import Network
+from split_affinity.training.schedules import SCHEDULES
+from split_affinity.training.steps import StopRequest
+from split_affinity.training.update import MovingAverage, Work
+from train_split_affinity import main
 
 OVERLAP = {"schedule": "overlap", "accumulate": 2, "batch_size": 2}
 DELAYED = {"schedule": "delayed"}
@@ -53,7 +92,7 @@ DELAYED_2 = {"schedule": "delayed", "accumulate": 2, "batch_size": 2}
 def small_runs():
     """`--model small`, and no pictures: drawing them takes longer than the runs of these tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tsa.OWN_MODELS, "small", small_model)
+        patch.setitem(OWN_MODELS, "small", small_model)
         for name in ("draw_timelines", "draw_curves", "draw_gradients"):
             set_everywhere(patch, name, lambda *args: None)
         yield
@@ -93,8 +132,8 @@ def train(pictures):
             }
             | settings
         )
-        topology = tsa.read_topology()
-        return tsa.train(chosen, topology, tsa.plan_cores(topology, chosen))
+        topology = read_topology()
+        return script.train(chosen, topology, plan_cores(topology, chosen))
 
     return run
 
@@ -110,7 +149,7 @@ def arguments(pictures):
 def trained(arguments, tmp_path_factory):
     """The output folder of a finished run of two epochs."""
     folder = tmp_path_factory.mktemp("trained") / "out"
-    assert tsa.main([*arguments, *output(folder)]) == 0
+    assert main([*arguments, *output(folder)]) == 0
     return folder
 
 
@@ -126,7 +165,7 @@ def output(folder):
 
 def interrupt(monkeypatch, method, calls, signum=signal.SIGTERM):
     """Signal this process in those calls of a method, counted from 1 over all runs."""
-    kinds = tsa.Network, tsa.Work, tsa.RunReport
+    kinds = Network, Work, RunReport
     kind = next(kind for kind in kinds if hasattr(kind, method))
     real, count = getattr(kind, method), itertools.count(1)
 
@@ -152,7 +191,7 @@ def kinds(value):
 
 
 def state_of(folder, name="last.pt"):
-    return tsa.read_checkpoint(folder / name)
+    return read_checkpoint(folder / name)
 
 
 def step_of(folder, name="last.pt"):
@@ -184,7 +223,7 @@ def test_stopped_after_each_step(in_tmp, monkeypatch, train, settings):
     train(in_tmp / "whole", **settings)
     interrupt(monkeypatch, "update", range(1, 6))
     for run in range(5):
-        with pytest.raises(tsa.Stopped):
+        with pytest.raises(Stopped):
             train(in_tmp / "parts", resume=Path("auto"), workers=run % 2, **settings)
         assert step_of(in_tmp / "parts") == run + 1
     train(in_tmp / "parts", resume=Path("auto"), **settings)
@@ -203,7 +242,7 @@ def test_the_decay_of_a_moving_average_goes_on_where_it_was(
     train(in_tmp / "whole", model_ema_decay=decay, **settings)
     interrupt(monkeypatch, "update", [2, 4])
     for _ in range(2):
-        with pytest.raises(tsa.Stopped):
+        with pytest.raises(Stopped):
             train(in_tmp / "parts", resume=Path("auto"), model_ema_decay=decay, **settings)
     train(in_tmp / "parts", resume=Path("auto"), model_ema_decay=decay, **settings)
     assert_same_result(in_tmp / "parts", in_tmp / "whole")
@@ -213,7 +252,7 @@ def test_stopped_after_the_very_last_step(in_tmp, monkeypatch, train):
     """The last validation is still to come."""
     train(in_tmp / "whole")
     interrupt(monkeypatch, "update", [6])
-    with pytest.raises(tsa.Stopped):
+    with pytest.raises(Stopped):
         train(in_tmp / "parts")
     train(in_tmp / "parts", resume=Path("auto"))
     assert_same_result(in_tmp / "parts", in_tmp / "whole")
@@ -227,7 +266,7 @@ def test_stopped_after_the_very_last_step(in_tmp, monkeypatch, train):
 def test_stopped_around_a_validation(in_tmp, monkeypatch, train, settings, method, epochs):
     train(in_tmp / "whole", **settings)
     interrupt(monkeypatch, method, [1])
-    with pytest.raises(tsa.Stopped):
+    with pytest.raises(Stopped):
         train(in_tmp / "parts", **settings)
     progress = state_of(in_tmp / "parts")["progress"]
     assert (progress["step"], progress["epoch"]) == (3, epochs)
@@ -244,7 +283,7 @@ def test_models_of_torchvision(in_tmp, monkeypatch, train, model, settings):
     settings = settings | {"model": model, "epochs": 1, "lr_warmup_epochs": 0, "model_ema": False}
     train(in_tmp / "whole", **settings)
     interrupt(monkeypatch, "update", [2])
-    with pytest.raises(tsa.Stopped):
+    with pytest.raises(Stopped):
         train(in_tmp / "parts", **settings)
     train(in_tmp / "parts", resume=Path("auto"), **settings)
     assert_same_result(in_tmp / "parts", in_tmp / "whole")
@@ -256,8 +295,8 @@ FROZEN = {"model": "blocks", "freeze": "stem,stage1", "freeze_epochs": 1, "stoch
 @pytest.fixture
 def blocks(monkeypatch):
     """`--model blocks`: a ResNet of three blocks."""
-    make = functools.partial(tsa.SmallResNet, blocks=1)
-    monkeypatch.setitem(tsa.OWN_MODELS, "blocks", lambda num_classes, image_size: make(num_classes))
+    make = functools.partial(SmallResNet, blocks=1)
+    monkeypatch.setitem(OWN_MODELS, "blocks", lambda num_classes, image_size: make(num_classes))
 
 
 @needs_two_cpus
@@ -276,7 +315,7 @@ def test_stopped_before_at_and_after_a_thaw(
     interrupt(monkeypatch, "update", [1, 3, 4])
     interrupt(monkeypatch, "epoch", [1])
     for step in (1, 3, 3, 4):
-        with pytest.raises(tsa.Stopped):
+        with pytest.raises(Stopped):
             train(in_tmp / "parts", resume=Path("auto"), **settings)
         assert step_of(in_tmp / "parts") == step
         held = state_of(in_tmp / "parts")["optimizer"]["state"]
@@ -291,12 +330,12 @@ def test_frozen_from_beginning_to_end(in_tmp, monkeypatch, train, blocks, opt):
     train(in_tmp / "whole", **settings)
     interrupt(monkeypatch, "update", [2, 4])
     for _ in range(2):
-        with pytest.raises(tsa.Stopped):
+        with pytest.raises(Stopped):
             train(in_tmp / "parts", resume=Path("auto"), **settings)
     train(in_tmp / "parts", resume=Path("auto"), **settings)
     assert_same_result(in_tmp / "parts", in_tmp / "whole")
     torch.manual_seed(0)
-    begun = tsa.SmallResNet(2, blocks=1).state_dict()
+    begun = SmallResNet(2, blocks=1).state_dict()
     for part in ("model", "average"):
         values = state_of(in_tmp / "parts")[part]
         for name, value in begun.items():
@@ -318,7 +357,7 @@ def test_what_is_frozen_may_change_when_a_run_is_resumed(
     in_tmp, monkeypatch, train, blocks, capsys, schedule, first, then
 ):
     interrupt(monkeypatch, "update", [2])
-    with pytest.raises(tsa.Stopped):
+    with pytest.raises(Stopped):
         train(in_tmp / "out", model="blocks", **schedule, **first)
     before = state_of(in_tmp / "out")["model"]
     train(in_tmp / "out", model="blocks", resume=Path("auto"), **schedule, **then)
@@ -352,7 +391,7 @@ def test_optimizers_and_courses_of_the_rate(in_tmp, monkeypatch, train, settings
     train(in_tmp / "whole", **settings)
     interrupt(monkeypatch, "update", [2, 4])
     for _ in range(2):
-        with pytest.raises(tsa.Stopped):
+        with pytest.raises(Stopped):
             train(in_tmp / "parts", resume=Path("auto"), **settings)
     train(in_tmp / "parts", resume=Path("auto"), **settings)
     assert_same_result(in_tmp / "parts", in_tmp / "whole")
@@ -364,10 +403,10 @@ def test_optimizers_and_courses_of_the_rate(in_tmp, monkeypatch, train, settings
 @needs_two_cpus
 def test_what_delayed_has_begun_is_forgotten_by_another_schedule(in_tmp, monkeypatch, train):
     interrupt(monkeypatch, "update", [1, 2])
-    with pytest.raises(tsa.Stopped):
+    with pytest.raises(Stopped):
         train(in_tmp / "out", schedule="delayed")
     assert state_of(in_tmp / "out")["ahead"] is not None
-    with pytest.raises(tsa.Stopped):
+    with pytest.raises(Stopped):
         train(in_tmp / "out", schedule="sequential", resume=Path("auto"))
     assert state_of(in_tmp / "out")["ahead"] is None
 
@@ -397,14 +436,14 @@ NO_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 
 @pytest.mark.parametrize(
     ("owner", "name", "share", "step"),
     [
-        (tsa.Network, "forward", 0.5, 2),
-        (tsa.Network, "backward", 0.5, 2),
-        (tsa.Network, "backward", 1, 5),
-        (tsa.Work, "update", 1, 4),
+        (Network, "forward", 0.5, 2),
+        (Network, "backward", 0.5, 2),
+        (Network, "backward", 1, 5),
+        (Work, "update", 1, 4),
         (nn.utils, "clip_grad_norm_", 1, 1),
-        (tsa.Network, "step_end", 1, 2),
-        (tsa.Work, "evaluate", 1, 3),
-        (tsa.Batches, "__next__", 0.5, 3),
+        (Network, "step_end", 1, 2),
+        (Work, "evaluate", 1, 3),
+        (Batches, "__next__", 0.5, 3),
     ],
 )
 def test_what_an_error_interrupts_is_saved_as_it_was_between_two_steps(
@@ -431,7 +470,7 @@ def test_an_update_that_is_broken_off_is_not_saved(in_tmp, monkeypatch, capsys, 
     """Nobody can tell which weights are old and which are new."""
     train(in_tmp / "whole")
     with monkeypatch.context() as patch:
-        fail_at(patch, tsa.MovingAverage, "update", 5, MemoryError())
+        fail_at(patch, MovingAverage, "update", 5, MemoryError())
         with pytest.raises(MemoryError):
             train(in_tmp / "parts", save_steps=3)
     reason = "last.pt: not saved: an error broke off the update of the weights; earlier checkpoints"
@@ -443,7 +482,7 @@ def test_an_update_that_is_broken_off_is_not_saved(in_tmp, monkeypatch, capsys, 
 
 def test_an_error_in_the_first_step_leaves_no_checkpoint(in_tmp, monkeypatch, train):
     """A new run is the same."""
-    fail_at(monkeypatch, tsa.Network, "backward", 1, NO_MEMORY)
+    fail_at(monkeypatch, Network, "backward", 1, NO_MEMORY)
     with pytest.raises(RuntimeError, match="can't allocate"):
         train(in_tmp / "out")
     assert not list((in_tmp / "out").glob("*.pt*"))
@@ -455,10 +494,10 @@ def test_an_error_right_after_a_run_was_resumed(in_tmp, monkeypatch, train, sett
     """In a step of which nothing has been updated yet, in another folder."""
     train(in_tmp / "whole", **settings)
     interrupt(monkeypatch, "update", [2])
-    with pytest.raises(tsa.Stopped):
+    with pytest.raises(Stopped):
         train(in_tmp / "first", **settings)
     with monkeypatch.context() as patch:
-        fail_at(patch, tsa.Network, "backward", 1, NO_MEMORY)
+        fail_at(patch, Network, "backward", 1, NO_MEMORY)
         with pytest.raises(RuntimeError, match="can't allocate"):
             train(in_tmp / "parts", resume=in_tmp / "first/last.pt", **settings)
     assert differences(state_of(in_tmp / "parts"), state_of(in_tmp / "first")) == []
@@ -478,7 +517,7 @@ def test_a_broken_image_costs_no_step(in_tmp, train, pictures, tmp_path, setting
     asked = settings | {"workers": workers}
     train(in_tmp / "allowed", data_path=broken, max_bad_images=1, **asked)
     for name in ("goes on", "repaired"):
-        with pytest.raises(tsa.RunError, match=f"broken image {path}"):
+        with pytest.raises(RunError, match=f"broken image {path}"):
             train(in_tmp / name, data_path=broken, **asked)
     again = asked | {"resume": Path("auto"), "data_path": broken}
     train(in_tmp / "goes on", max_bad_images=1, **again)
@@ -490,7 +529,7 @@ def test_a_broken_image_costs_no_step(in_tmp, train, pictures, tmp_path, setting
 
 
 def test_a_run_that_diverged_is_not_saved(in_tmp, train):
-    with pytest.raises(tsa.RunError, match="try a lower --lr"):
+    with pytest.raises(RunError, match="try a lower --lr"):
         train(in_tmp / "out", lr=1e30, lr_warmup_epochs=0, clip_grad_norm=0.0)
     assert not list((in_tmp / "out").glob("*.pt*"))
 
@@ -517,28 +556,28 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(
     in_tmp, monkeypatch, capsys, arguments, signum, code
 ):
     interrupt(monkeypatch, "backward", [2], signum)
-    assert tsa.main([*arguments, *output(in_tmp / "out")]) == code
+    assert main([*arguments, *output(in_tmp / "out")]) == code
     assert capsys.readouterr().err.endswith(f"train_split_affinity.py: stopped by {signum.name}\n")
     assert step_of(in_tmp / "out") == 2
-    assert tsa.main([*arguments, *output(in_tmp / "out"), "--resume", "auto"]) == 0
+    assert main([*arguments, *output(in_tmp / "out"), "--resume", "auto"]) == 0
     resumed = f"resumed from {in_tmp / 'out/last.pt'}, after step 2\n"
     assert resumed in capsys.readouterr().out
     assert step_of(in_tmp / "out") == 6
 
 
 def test_a_second_signal_would_end_the_process_at_once():
-    with tsa.StopRequest() as stop:
+    with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             assert signal.getsignal(signum) == signal.SIG_DFL
-        with pytest.raises(tsa.Stopped, match="SIGTERM"):
+        with pytest.raises(Stopped, match="SIGTERM"):
             stop.check()
 
 
 def test_a_hangup_stays_ignored_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with tsa.StopRequest() as stop:
+        with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             stop.check()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -549,9 +588,9 @@ def test_a_hangup_stays_ignored_under_nohup():
 def test_killed_outright(in_tmp):
     """The line of a step is printed right before its save."""
     options = [*TINY, "--steps", "4", "--save-steps", "1", "--print-freq", "1"]
-    assert tsa.main([*options, *output(in_tmp / "whole")]) == 0
+    assert main([*options, *output(in_tmp / "whole")]) == 0
     with subprocess.Popen(
-        [sys.executable, tsa.__file__, *options, *output(in_tmp / "out")],
+        [sys.executable, script.__file__, *options, *output(in_tmp / "out")],
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
@@ -560,7 +599,7 @@ def test_killed_outright(in_tmp):
                 process.kill()
                 break
     assert process.returncode == -signal.SIGKILL
-    assert tsa.main([*options, *output(in_tmp / "out"), "--resume", "auto"]) == 0
+    assert main([*options, *output(in_tmp / "out"), "--resume", "auto"]) == 0
     assert differences(state_of(in_tmp / "out"), state_of(in_tmp / "whole")) == []
 
 
@@ -600,8 +639,8 @@ def kill_at(patch, operation):
 
 
 def work_on(model):
-    network = tsa.Network(model, nn.CrossEntropyLoss())
-    return tsa.Work(network, torch.optim.SGD(model.parameters(), 0.1))
+    network = Network(model, nn.CrossEntropyLoss())
+    return Work(network, torch.optim.SGD(model.parameters(), 0.1))
 
 
 def tiny_work():
@@ -648,7 +687,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path):
     seen = set()
     for folder in at_each_operation(tmp_path, prepare, save):
         for path in folder.glob("*.pt"):
-            tsa.read_checkpoint(path)
+            read_checkpoint(path)
         warnings = []
         checkpoints = Checkpoints(Settings(output_dir=folder, keep_best=2), warnings.append)
         path, state = checkpoints.newest_good()
@@ -687,7 +726,7 @@ def test_names_that_a_kill_kept_from_being_given(in_tmp, monkeypatch, train):
             train(in_tmp / "out", save_freq=1)
     assert [path.name for path in (in_tmp / "out").glob("*.pt")] == ["last.pt"]
     interrupt(monkeypatch, "update", [1])
-    with pytest.raises(tsa.Stopped):
+    with pytest.raises(Stopped):
         train(in_tmp / "out", save_freq=1, resume=Path("auto"))
     for name in ("best.pt", "best-0001.pt", "epoch-0001.pt"):
         assert step_of(in_tmp / "out", name) == 3
@@ -719,7 +758,7 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path):
 
 def patch_from_epoch_2(monkeypatch, patch, owner, error):
     """Have a function fail once the second epoch is finished: `patch` puts another in its place."""
-    finish_epoch = tsa.finish_epoch
+    finish_epoch = evaluation.finish_epoch
 
     def finish(run, progress, report):
         finish_epoch(run, progress, report)
@@ -742,7 +781,7 @@ def test_a_disk_that_fails_while_the_run_goes_on(
     error = OSError(number, os.strerror(number))
     owner = os if broken == "fsync" else torch, broken
     patch_from_epoch_2(monkeypatch, monkeypatch.setattr, owner, error)
-    assert tsa.main([*arguments, *output(in_tmp / "out")]) == 0
+    assert main([*arguments, *output(in_tmp / "out")]) == 0
     captured = capsys.readouterr()
     assert f"last.pt: not saved: {reason}; earlier checkpoints are untouched" in captured.err
     assert "finished after 6 of 6 steps" in captured.out
@@ -755,7 +794,7 @@ def test_a_name_that_cannot_be_given_is_told(in_tmp, monkeypatch, capsys, argume
     patch = functools.partial(set_everywhere, monkeypatch)
     patch_from_epoch_2(monkeypatch, patch, ["link_file"], error)
     options = [*arguments, *output(in_tmp / "out"), "--keep-best", "2"]
-    assert tsa.main(options) == 0
+    assert main(options) == 0
     told = capsys.readouterr().err
     assert step_of(in_tmp / "out") == 6
     assert "best-0002.pt" in told
@@ -810,11 +849,11 @@ def test_a_disk_that_fills_up(small_disk, capsys):
     """There is room for three checkpoints of 5.8 MB, and from step 5 on for two."""
     options = [*TINY, "--save-steps", "1", "--log-file", str(small_disk.parent / "logs.md")]
     options += ["--output-dir", str(small_disk / "out")]
-    assert tsa.main([*options, "--steps", "4"]) == 0
+    assert main([*options, "--steps", "4"]) == 0
     assert capsys.readouterr().err == ""
     (small_disk / "filler").write_bytes(bytes(8_000_000))
     options += ["--steps", "8", "--resume", "auto"]
-    assert tsa.main(options) == 0
+    assert main(options) == 0
     captured = capsys.readouterr()
     assert captured.err.count("last.pt: not saved: ") == 5, "after each step, and in the end"
     assert captured.err.count("; earlier checkpoints are untouched\n") == 5
@@ -822,7 +861,7 @@ def test_a_disk_that_fills_up(small_disk, capsys):
     assert step_of(small_disk / "out") == 4
     assert step_of(small_disk / "out", "previous.pt") == 3
     (small_disk / "filler").unlink()
-    assert tsa.main(options) == 0
+    assert main(options) == 0
     assert step_of(small_disk / "out") == 8
 
 
@@ -842,7 +881,7 @@ def test_a_disk_that_takes_nothing_at_all(small_disk, monkeypatch, capsys, argum
     folder = small_disk / "out"
     options = [*arguments, "--output-dir", str(folder), "--save-steps", "1"]
     options += ["--log-file", str(small_disk.parent / "logs.md")]
-    update, steps = tsa.Work.update, itertools.count(1)
+    update, steps = Work.update, itertools.count(1)
 
     def spoil(self, *args):
         if next(steps) == 3:
@@ -853,8 +892,8 @@ def test_a_disk_that_takes_nothing_at_all(small_disk, monkeypatch, capsys, argum
                     subprocess.run(["mount", *kind, str(folder)], check=True)
         update(self, *args)
 
-    monkeypatch.setattr(tsa.Work, "update", spoil)
-    tsa.main(options)
+    monkeypatch.setattr(Work, "update", spoil)
+    main(options)
     if trouble == "read-only":
         subprocess.run(["umount", str(folder)], check=True)
     reason = "No space left" if trouble == "full" else "Read-only file system"
@@ -863,15 +902,15 @@ def test_a_disk_that_takes_nothing_at_all(small_disk, monkeypatch, capsys, argum
 
 
 def picture(path):
-    figure = tsa.new_figure(4, 4)
+    figure = new_figure(4, 4)
     figure.subplots().plot(range(9))
-    tsa.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 WRITERS = {
     "whole.png": picture,
-    "whole.json": lambda path: tsa.write_whole(path, "text" * 3000),
-    "appended.md": lambda path: tsa.append_text(path, "text" * 3000, "header"),
+    "whole.json": lambda path: write_whole(path, "text" * 3000),
+    "appended.md": lambda path: append_text(path, "text" * 3000, "header"),
 }
 
 
@@ -883,7 +922,7 @@ def test_a_full_disk_has_whole_files_or_none(small_disk, name):
     earlier.write_text("earlier")
     fill(small_disk)
     for path in (small_disk / name, earlier):
-        with pytest.raises(tsa.RunError, match=f"{path}: cannot be written: No space left"):
+        with pytest.raises(RunError, match=f"{path}: cannot be written: No space left"):
             WRITERS[name](path)
     assert earlier.read_text() == "earlier"
     left = {path.name: path.stat().st_size for path in small_disk.iterdir()}
@@ -897,12 +936,12 @@ def test_a_full_disk_has_whole_files_or_none(small_disk, name):
 
 def test_a_full_disk_leaves_the_log_as_it_was(small_disk):
     path = small_disk / "logs.md"
-    log = tsa.LogSection(path, "\n## heading\n\n", True)
+    log = LogSection(path, "\n## heading\n\n", True)
     log.begin()
     log.add_epoch("epoch: 1")
     before = path.read_text()
     fill(small_disk)
-    with pytest.raises(tsa.RunError, match=f"{path}: cannot be written: No space left"):
+    with pytest.raises(RunError, match=f"{path}: cannot be written: No space left"):
         log.add_epoch("x" * 9000)
     assert path.read_text() == before
     (small_disk / "filler").unlink()
@@ -912,14 +951,14 @@ def test_a_full_disk_leaves_the_log_as_it_was(small_disk):
 
 
 def test_the_report_of_a_run_on_a_full_disk(small_disk, monkeypatch, capsys):
-    folder, finish = small_disk / "out", tsa.RunReport.finish
+    folder, finish = small_disk / "out", RunReport.finish
     folder.mkdir()
     for name in ("timeline.png", "trace.json"):
         (folder / name).write_text("earlier")
-    monkeypatch.setattr(tsa.RunReport, "finish", lambda *args: (fill(small_disk), finish(*args)))
+    monkeypatch.setattr(RunReport, "finish", lambda *args: (fill(small_disk), finish(*args)))
     set_everywhere(monkeypatch, "draw_timelines", lambda path, *_: picture(path))
     options = ["--log-file", str(small_disk.parent / "logs.md"), "--output-dir", str(folder)]
-    assert tsa.main([*TINY, "--steps", "8", *options]) == 0
+    assert main([*TINY, "--steps", "8", *options]) == 0
     error = capsys.readouterr().err
     for name in ("timeline.png", "trace.json"):
         assert f"warning: {folder / name}: cannot be written: No space left on device\n" in error
@@ -933,14 +972,14 @@ def test_a_link_stays_a_link(tmp_path):
     link, file = tmp_path / "c.json", tmp_path / "elsewhere/file"
     link.symlink_to("elsewhere/file")
     for text in ("new", "newer"):
-        tsa.write_whole(link, text)
+        write_whole(link, text)
         assert (link.is_symlink(), file.read_text()) == (True, text)
     assert [path.name for path in file.parent.iterdir()] == ["file"]
 
 
 def test_a_pipe_is_written_to():
     reading, writing = os.pipe()
-    tsa.write_whole(Path(f"/dev/fd/{writing}"), "text\n")
+    write_whole(Path(f"/dev/fd/{writing}"), "text\n")
     assert os.read(reading, 100) == b"text\n"
     os.close(reading)
     os.close(writing)
@@ -963,7 +1002,7 @@ def plain_zip(good):
 
 
 def sealed(content):
-    return content + tsa.seal(hashlib.sha256(content))
+    return content + seal(hashlib.sha256(content))
 
 
 def changed_state(good, change):
@@ -1012,18 +1051,16 @@ DAMAGES = {
     "a bit of a weight": bit_of_a_weight,
     "a bit of the archive's directory": folder_for_a_weight,
     "a bit of the seal": lambda good: flipped(good, len(good) - 10, 0),
-    "no seal": lambda good: good[: -tsa.SEAL_BYTES],
+    "no seal": lambda good: good[:-SEAL_BYTES],
     "a seal alone": lambda good: sealed(b""),
     "weights alone": lambda good: saved_by_torch(nn.Linear(2, 2).state_dict()),
     "sealed weights": lambda good: sealed(saved_by_torch(nn.Linear(2, 2).state_dict())),
     "a tensor": lambda good: sealed(saved_by_torch(torch.zeros(3))),
     "a whole model": lambda good: sealed(saved_by_torch(nn.Linear(2, 2))),
-    "a class": lambda good: sealed(
-        saved_by_torch({"format": tsa.CHECKPOINT_FORMAT, "path": Path()})
-    ),
+    "a class": lambda good: sealed(saved_by_torch({"format": CHECKPOINT_FORMAT, "path": Path()})),
     "a zip file": plain_zip,
     "a sealed zip file": lambda good: sealed(plain_zip(good)),
-    "a pickle": lambda good: sealed(pickle.dumps({"format": tsa.CHECKPOINT_FORMAT}, 2)),
+    "a pickle": lambda good: sealed(pickle.dumps({"format": CHECKPOINT_FORMAT}, 2)),
     "another format": lambda good: sealed(saved_by_torch({"format": "train_split_affinity 2"})),
     "a missing key": lambda good: changed_state(good, lambda state: state.pop("optimizer")),
     "an unknown key": lambda good: changed_state(good, lambda state: state.update(later=1)),
@@ -1047,8 +1084,8 @@ def test_damaged_files(copied, damage):
     content = damage(bad.read_bytes())
     bad.unlink()  # best.pt may be the same file
     bad.write_bytes(content)
-    with pytest.raises(tsa.BadCheckpoint, match=f"^{bad}: .") as caught:
-        tsa.read_checkpoint(bad)
+    with pytest.raises(BadCheckpoint, match=f"^{bad}: .") as caught:
+        read_checkpoint(bad)
     assert "\n" not in str(caught.value)
     warnings = []
     path, state = Checkpoints(Settings(output_dir=copied), warnings.append).newest_good()
@@ -1063,8 +1100,8 @@ def test_a_file_with_a_class_runs_none_of_its_code(tmp_path):
             return Path.touch, (tmp_path / "exploded",)
 
     (tmp_path / "last.pt").write_bytes(sealed(saved_by_torch(Bomb())))
-    with pytest.raises(tsa.BadCheckpoint, match="plain data: .*getattr, which is not run$"):
-        tsa.read_checkpoint(tmp_path / "last.pt")
+    with pytest.raises(BadCheckpoint, match="plain data: .*getattr, which is not run$"):
+        read_checkpoint(tmp_path / "last.pt")
     assert not (tmp_path / "exploded").exists()
 
 
@@ -1094,7 +1131,7 @@ def test_what_is_wrong_with_a_state(copied, capsys, arguments, change, fault):
     content = changed_state(path.read_bytes(), change)
     path.unlink()
     path.write_bytes(content)
-    assert tsa.main([*arguments, *output(copied), "--resume", str(path)]) == 2
+    assert main([*arguments, *output(copied), "--resume", str(path)]) == 2
     assert capsys.readouterr().err == f"train_split_affinity.py: error: {path}: {fault}\n"
 
 
@@ -1105,15 +1142,15 @@ def test_a_state_that_fits_no_optimizer_is_one_line(copied, capsys, arguments):
     )
     path.unlink()
     path.write_bytes(content)
-    assert tsa.main([*arguments, *output(copied), "--resume", str(path)]) == 2
+    assert main([*arguments, *output(copied), "--resume", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"train_split_affinity.py: error: {path} does not fit --model small")
     assert error.count("\n") == 1
 
 
 def test_a_state_that_memory_cannot_hold_does_not_misfit(copied, capsys, arguments, monkeypatch):
-    fail_at(monkeypatch, tsa.Network, "step_end", 1, NO_MEMORY)
-    assert tsa.main([*arguments, *output(copied), "--resume", "auto"]) == 2
+    fail_at(monkeypatch, Network, "step_end", 1, NO_MEMORY)
+    assert main([*arguments, *output(copied), "--resume", "auto"]) == 2
     assert "error: not enough memory: can't allocate memory: " in capsys.readouterr().err
 
 
@@ -1122,8 +1159,8 @@ def test_checkpoints_from_before_the_data_was_saved(copied, arguments, trained):
     content = changed_state(path.read_bytes(), lambda state: state.pop("data"))
     path.unlink()
     path.write_bytes(content)
-    assert tsa.main([*arguments, *output(copied), "--resume", "auto"]) == 0
-    assert tsa.main([*arguments, "--test-only", "--resume", str(path)]) == 0
+    assert main([*arguments, *output(copied), "--resume", "auto"]) == 0
+    assert main([*arguments, "--test-only", "--resume", str(path)]) == 0
 
 
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 7))
@@ -1132,8 +1169,8 @@ def test_a_flipped_bit_is_found(trained, part, bit):
     good = (trained / "previous.pt").read_bytes()
     path = trained.parent / "flipped.pt"
     path.write_bytes(flipped(good, int(part * len(good)), bit))
-    with pytest.raises(tsa.BadCheckpoint, match=f"^{path}: damaged") as caught:
-        tsa.read_checkpoint(path)
+    with pytest.raises(BadCheckpoint, match=f"^{path}: damaged") as caught:
+        read_checkpoint(path)
     assert "\n" not in str(caught.value)
 
 
@@ -1148,7 +1185,7 @@ def test_resuming_a_bad_file_is_an_error(copied, capsys, arguments, name):
     path = copied / name
     (copied / "last.pt").write_bytes(b"damaged")
     before = contents(copied)
-    assert tsa.main([*arguments, *output(copied), "--resume", str(path)]) == 2
+    assert main([*arguments, *output(copied), "--resume", str(path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"train_split_affinity.py: error: {path}: ")
     assert error.count("\n") == 1
@@ -1164,7 +1201,7 @@ def test_auto_names_the_damaged_one_and_goes_on_from_the_one_before(
 ):
     (copied / "last.pt").unlink()
     (copied / "last.pt").write_bytes(b"damaged")
-    assert tsa.main([*arguments, *output(copied), "--resume", "auto"]) == 0
+    assert main([*arguments, *output(copied), "--resume", "auto"]) == 0
     captured = capsys.readouterr()
     assert captured.err.startswith(f"warning: {copied / 'last.pt'}: damaged, or no checkpoint")
     assert captured.err.count("\n") == 1
@@ -1194,7 +1231,7 @@ def test_auto_with_nothing_good_left(copied, capsys, arguments):
     for path in copied.glob("*.pt"):
         path.write_bytes(b"damaged")
     before = contents(copied)
-    assert tsa.main([*arguments, *output(copied), "--resume", "auto"]) == 2
+    assert main([*arguments, *output(copied), "--resume", "auto"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("train_split_affinity.py: error: --resume auto: no good checkpoint; ")
     assert str(copied) in error
@@ -1213,11 +1250,11 @@ def test_auto_without_checkpoints_begins_anew(tmp_path, exists):
 # Settings of a resumed run
 
 BASE = Settings(output_dir=Path("out"), epochs=3, lr=0.1, accumulate=2)
-SAVED = {"settings": tsa.plain_settings(BASE), "versions": tsa.versions()}
+SAVED = {"settings": plain_settings(BASE), "versions": versions()}
 
 
 def changed(**settings):
-    return tsa.check_resumable(Path("last.pt"), SAVED, dataclasses.replace(BASE, **settings))
+    return check_resumable(Path("last.pt"), SAVED, dataclasses.replace(BASE, **settings))
 
 
 @pytest.mark.parametrize(
@@ -1253,7 +1290,7 @@ def test_settings_that_may_change(settings):
     ],
 )
 def test_settings_that_must_not_change(settings, message):
-    with pytest.raises(tsa.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         changed(**settings)
     assert str(caught.value) == f"{message}; --init-from takes its weights alone"
 
@@ -1285,37 +1322,37 @@ def test_settings_that_change_the_numbers_are_listed(settings, listed):
 def test_a_setting_that_an_older_checkpoint_does_not_know_had_its_default(name, other, listed):
     settings = {key: value for key, value in SAVED["settings"].items() if key != name}
     older = SAVED | {"settings": settings}
-    assert tsa.check_resumable(Path("last.pt"), older, BASE) == []
+    assert check_resumable(Path("last.pt"), older, BASE) == []
     newer = dataclasses.replace(BASE, **{name: other})
     if name == "opt":
-        with pytest.raises(tsa.UserError, match=listed):
-            tsa.check_resumable(Path("last.pt"), older, newer)
+        with pytest.raises(UserError, match=listed):
+            check_resumable(Path("last.pt"), older, newer)
     else:
-        assert tsa.check_resumable(Path("last.pt"), older, newer) == [listed]
+        assert check_resumable(Path("last.pt"), older, newer) == [listed]
 
 
 def test_what_an_older_checkpoint_does_not_know_is_no_other_rate():
     """Else the course of the learning rate would be made anew."""
     older = {"settings": {key: value for key, value in SAVED["settings"].items() if key != "fused"}}
-    assert tsa.saved_settings(older) == SAVED["settings"]
-    assert tsa.saved_settings({"settings": {"fused": False, "lr": 3.0}})["fused"] is False
+    assert saved_settings(older) == SAVED["settings"]
+    assert saved_settings({"settings": {"fused": False, "lr": 3.0}})["fused"] is False
 
 
 def test_another_torch_is_listed():
     saved = SAVED | {"versions": SAVED["versions"] | {"torch": "1.0", "python": "3.8"}}
-    now = tsa.versions()["torch"]
-    assert tsa.check_resumable(Path("last.pt"), saved, BASE) == [f"torch 1.0 -> {now}"]
+    now = versions()["torch"]
+    assert check_resumable(Path("last.pt"), saved, BASE) == [f"torch 1.0 -> {now}"]
 
 
 def test_changes_are_told(copied, capsys, arguments):
-    assert tsa.main([*arguments, *output(copied), "--resume", "auto", "--seed", "1"]) == 0
+    assert main([*arguments, *output(copied), "--resume", "auto", "--seed", "1"]) == 0
     told = "numbers can differ from those of an unbroken run: --seed 0 -> 1\n"
     assert told in capsys.readouterr().out
 
 
 def test_a_change_that_makes_no_sense_ends_in_one_line(copied, capsys, arguments):
     before = contents(copied)
-    assert tsa.main([*arguments, *output(copied), "--resume", "auto", "--opt", "adam"]) == 2
+    assert main([*arguments, *output(copied), "--resume", "auto", "--opt", "adam"]) == 2
     path = copied / "last.pt"
     assert capsys.readouterr().err == (
         f"train_split_affinity.py: error: --opt adam: {path} has sgd; --init-from takes its "
@@ -1329,7 +1366,7 @@ def test_other_data_is_an_error(copied, capsys, arguments, pictures, tmp_path):
     for picture in list((fewer / "train/temple").iterdir())[:4]:
         picture.unlink()
     options = [*arguments, *output(copied), "--data-path", str(fewer), "--resume", "auto"]
-    assert tsa.main(options) == 2
+    assert main(options) == 2
     assert capsys.readouterr().err == (
         f"train_split_affinity.py: error: {copied / 'last.pt'}: made with 3 batches an epoch, "
         "not 2\n"
@@ -1350,7 +1387,7 @@ def test_other_classes_are_an_error(copied, capsys, arguments, renamed, options)
     path = copied / "last.pt"
     asked = [*arguments, *output(copied), "--data-path", str(renamed), "--resume", str(path)]
     before = contents(copied)
-    assert tsa.main([*asked, *options]) == 2
+    assert main([*asked, *options]) == 2
     assert capsys.readouterr().err == (
         f"train_split_affinity.py: error: {path}: its class 0 is flower, not temple as in "
         "--data-path\n"
@@ -1371,7 +1408,7 @@ def test_other_classes_are_an_error(copied, capsys, arguments, renamed, options)
 def test_other_classes_that_are_augmented_more_strongly_are_listed(before, now, listed):
     data = {"classes": ["a", "b"], "images": 4, "fingerprint": "x"}
     saved = SAVED | {"data": data | before}
-    found = tsa.check_resumable(Path("last.pt"), saved, BASE, data | {"confused": now})
+    found = check_resumable(Path("last.pt"), saved, BASE, data | {"confused": now})
     assert found == listed
 
 
@@ -1387,7 +1424,7 @@ def test_other_images_are_listed(copied, capsys, arguments, pictures, tmp_path, 
     elif change == "renamed":
         some.rename(folder / "train/flower/0001a.jpg")
     options = [*arguments, *output(copied), "--data-path", str(folder), "--resume", "auto"]
-    assert tsa.main(options) == 0
+    assert main(options) == 0
     count = 13 if change == "added" else 12
     told = f"unbroken run: images to train on (names or sizes) 12 -> {count}\n"
     assert (told in capsys.readouterr().out) == (change != "none")
@@ -1396,14 +1433,14 @@ def test_other_images_are_listed(copied, capsys, arguments, pictures, tmp_path, 
 def test_the_images_of_a_subset_alone_count(pictures, tmp_path):
     settings = Settings(data_path=pictures, batch_size=2, subset=0.5)
     folder = shutil.copytree(pictures, tmp_path / "copy")
-    data = tsa.open_data(settings)
-    before = tsa.describe_images(data)
+    data = open_data(settings)
+    before = describe_images(data)
     assert (before["classes"], before["images"]) == (["flower", "temple"], 6)
     for index, (path, _) in enumerate(data.train.samples):
         other = folder / Path(path).relative_to(pictures)
         other.write_bytes(other.read_bytes() + b"\0")
-        copy = tsa.open_data(dataclasses.replace(settings, data_path=folder))
-        assert (tsa.describe_images(copy) == before) == (index not in data.chosen)
+        copy = open_data(dataclasses.replace(settings, data_path=folder))
+        assert (describe_images(copy) == before) == (index not in data.chosen)
         other.write_bytes(other.read_bytes()[:-1])
 
 
@@ -1467,7 +1504,7 @@ def test_fewer_epochs_than_there_were(in_tmp, capsys, train, scheduler):
 
 def test_a_finished_run_writes_no_checkpoint(copied, arguments):
     before = {path.name: path.stat().st_mtime_ns for path in copied.glob("*.pt")}
-    assert tsa.main([*arguments, *output(copied), "--resume", "auto"]) == 0
+    assert main([*arguments, *output(copied), "--resume", "auto"]) == 0
     assert {path.name: path.stat().st_mtime_ns for path in copied.glob("*.pt")} == before
 
 
@@ -1487,7 +1524,7 @@ UNLIKE_DEFAULTS = {
 def run_at(folder, monkeypatch, *arguments):
     """The program as from another working directory."""
     monkeypatch.chdir(folder)
-    return tsa.main([*map(str, arguments)])
+    return main([*map(str, arguments)])
 
 
 @needs_two_cpus
@@ -1500,9 +1537,9 @@ def test_a_checkpoint_goes_on_without_any_other_option(in_tmp, monkeypatch, caps
     if name == "growing":
         options = options[2:]
     options = [*options, *UNLIKE_DEFAULTS[name].split(), "--model", "small", "--output-dir"]
-    assert tsa.main([*options, "whole"]) == 0
+    assert main([*options, "whole"]) == 0
     interrupt(monkeypatch, "update", [2, 4])
-    assert tsa.main([*options, "parts"]) == 128 + signal.SIGTERM
+    assert main([*options, "parts"]) == 128 + signal.SIGTERM
     assert run_at("else", monkeypatch, "--resume", "../parts/last.pt") == 128 + signal.SIGTERM
     assert step_of(in_tmp / "parts") == 4
     capsys.readouterr()
@@ -1529,7 +1566,7 @@ def project(in_tmp, pictures, monkeypatch):
 
 def test_a_checkpoint_is_tested_without_any_other_option(project, capsys):
     capsys.readouterr()
-    assert tsa.main(["--test-only", "--resume", "project/out/best.pt"]) == 0
+    assert main(["--test-only", "--resume", "project/out/best.pt"]) == 0
     (row,) = state_of(project / "out")["progress"]["history"]
     figures = f"12 images: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %"
     assert figures in capsys.readouterr().out
@@ -1539,7 +1576,7 @@ def test_a_checkpoint_is_tested_without_any_other_option(project, capsys):
 
 def test_a_run_goes_on_where_its_folder_is_now(project, in_tmp, capsys):
     (project / "out").rename(in_tmp / "moved")
-    assert tsa.main(["--resume", "moved/last.pt", "--epochs", "2"]) == 0
+    assert main(["--resume", "moved/last.pt", "--epochs", "2"]) == 0
     assert step_of(in_tmp / "moved") == 6
     assert not (project / "out").exists()
     assert (project / "logs.md").read_text().count("\n## ") == 2
@@ -1557,14 +1594,14 @@ def test_data_that_were_moved(project, in_tmp, capsys, options):
     (project / "data").rename(in_tmp / "elsewhere")
     before = contents(project / "out")
     asked = ["--resume", "project/out/last.pt", *options]
-    assert tsa.main(asked) == 2
+    assert main(asked) == 2
     captured = capsys.readouterr()
     assert captured.err == (
         "train_split_affinity.py: error: project/out/last.pt: its images are no longer in "
         f"{project / 'data'}: say by --data-path where they are\n"
     )
     assert contents(project / "out") == before
-    assert tsa.main([*asked, "--data-path", "elsewhere"]) == 0
+    assert main([*asked, "--data-path", "elsewhere"]) == 0
     assert "numbers can differ" not in capsys.readouterr().out
 
 
@@ -1572,7 +1609,7 @@ def test_a_data_path_that_is_not_utf_8(in_tmp, pictures, monkeypatch):
     name = os.fsdecode(b"caf\xe9")
     shutil.copytree(pictures, name)
     options = "--model small --image-size 32 -b 4 -j 0 --steps 1 --output-dir out --data-path"
-    assert tsa.main([*options.split(), name]) == 0
+    assert main([*options.split(), name]) == 0
     Path("else").mkdir()
     assert run_at("else", monkeypatch, "--resume", "../out/last.pt", "--steps", "2") == 0
     assert step_of(in_tmp / "out") == 2
@@ -1584,7 +1621,7 @@ def test_a_checkpoint_holds_what_it_takes_to_use_it(trained, pictures):
     in_force = state["settings"]
     assert (in_force["model"], in_force["num_classes"], in_force["image_size"]) == ("small", 2, 32)
     assert (in_force["val_resize"], in_force["interpolation"]) == (37, "bilinear")
-    assert (in_force["mean"], in_force["std"]) == (tsa.IMAGENET_MEAN, tsa.IMAGENET_STD)
+    assert (in_force["mean"], in_force["std"]) == (IMAGENET_MEAN, IMAGENET_STD)
     assert state["asked"] == {
         "num_classes": None,
         "lr_warmup_epochs": None,
@@ -1603,7 +1640,7 @@ def test_what_was_asked_for_is_taken_again(in_tmp):
     ready = {"image_size": 64, "val_resize": 73, "mean": (0.1, 0.2, 0.3)}
     found = {"precision": "fp32", "loader_cores": (0,), "tuned_malloc": False, "lr": 0.1}
     in_force = dataclasses.replace(asked, **ready, **found)
-    again = tsa.asked_again(asked, in_force)
+    again = asked_again(asked, in_force)
     assert again == {
         "data_path": str(in_tmp / "data"),
         "teacher_weights": str(in_tmp / "teacher.pt"),
@@ -1613,12 +1650,12 @@ def test_what_was_asked_for_is_taken_again(in_tmp):
         "tuned_malloc": True,
         "lr": None,
     }
-    state = {"settings": tsa.plain_settings(in_force), "asked": again}
-    taken = tsa.settings_to_go_on(state)
+    state = {"settings": plain_settings(in_force), "asked": again}
+    taken = settings_to_go_on(state)
     paths = {"data_path": in_tmp / "data", "log_file": in_tmp / "logs.md"}
     paths["teacher_weights"] = str(in_tmp / "teacher.pt")
     assert taken == dataclasses.replace(asked, **ready, **paths)
-    assert tsa.asked_again(taken, dataclasses.replace(taken, **found)) == {
+    assert asked_again(taken, dataclasses.replace(taken, **found)) == {
         "precision": "auto",
         "loader_cores": None,
         "tuned_malloc": True,
@@ -1641,13 +1678,13 @@ def test_a_run_does_not_begin_as_the_saved_one_began():
         "json": Path("j"),
     }
     settings = Settings(model="resnet18", recipe="digits", **begun)
-    taken = tsa.settings_to_go_on({"settings": tsa.plain_settings(settings), "asked": {}})
+    taken = settings_to_go_on({"settings": plain_settings(settings), "asked": {}})
     assert taken == Settings(model="resnet18", recipe="digits")
 
 
 def test_the_settings_of_an_earlier_version():
     """What a machine decides is decided anew, since it is not known what was asked for."""
-    assert tsa.settings_to_go_on(tsa.read_checkpoint(EARLIER / "delayed.pt")) == Settings(
+    assert settings_to_go_on(read_checkpoint(EARLIER / "delayed.pt")) == Settings(
         model="small",
         num_classes=3,
         image_size=32,
@@ -1676,16 +1713,16 @@ NO_FILES = hashlib.sha256().hexdigest()
 @pytest.mark.parametrize(
     ("settings", "data", "ready"),
     [
-        ({"image_size": 32}, (CIFAR10_CLASSES, NO_FILES), tsa.CIFAR10),
+        ({"image_size": 32}, (CIFAR10_CLASSES, NO_FILES), CIFAR10),
         (
             {"image_size": 64},
             (CIFAR10_CLASSES, NO_FILES),
-            tsa.Preprocessing(64, 64, "bilinear", tsa.CIFAR10_MEAN, tsa.CIFAR10_STD),
+            Preprocessing(64, 64, "bilinear", CIFAR10_MEAN, CIFAR10_STD),
         ),
-        ({"image_size": 32}, (CIFAR10_CLASSES, "ab12"), tsa.Preprocessing(32, 37)),
-        ({"image_size": 224}, (["cat", "dog"], "ab12"), tsa.Preprocessing()),
-        ({"image_size": 32}, (["0", "1"], NO_FILES), tsa.Preprocessing(32, 37)),
-        ({"image_size": 32}, None, tsa.Preprocessing(32, 37)),
+        ({"image_size": 32}, (CIFAR10_CLASSES, "ab12"), Preprocessing(32, 37)),
+        ({"image_size": 224}, (["cat", "dog"], "ab12"), Preprocessing()),
+        ({"image_size": 32}, (["0", "1"], NO_FILES), Preprocessing(32, 37)),
+        ({"image_size": 32}, None, Preprocessing(32, 37)),
         (
             {
                 "image_size": 96,
@@ -1695,21 +1732,21 @@ NO_FILES = hashlib.sha256().hexdigest()
                 "std": (0.4, 0.5, 0.6),
             },
             (CIFAR10_CLASSES, NO_FILES),
-            tsa.Preprocessing(96, 100, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+            Preprocessing(96, 100, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
         ),
     ],
     ids=["CIFAR-10", "larger", "a folder of it", "folder", "synthetic", "unknown", "saved"],
 )
 def test_how_pictures_were_made_ready(settings, data, ready):
     state = {"settings": settings, "data": data and {"classes": data[0], "fingerprint": data[1]}}
-    assert tsa.preprocessing_of(state) == ready
+    assert preprocessing_of(state) == ready
 
 
 def test_the_classes_of_cifar10_in_a_checkpoint(in_tmp, monkeypatch):
     """In files of versions that saved nothing else that tells them from a folder's."""
     folder = accept(monkeypatch, make_cifar_digits(in_tmp / "c", 15))
-    data = tsa.describe_images(tsa.open_data(Settings(data_path=folder, batch_size=2)))
-    assert tsa.preprocessing_of({"settings": {}, "data": data}) == tsa.CIFAR10
+    data = describe_images(open_data(Settings(data_path=folder, batch_size=2)))
+    assert preprocessing_of({"settings": {}, "data": data}) == CIFAR10
 
 
 RUN = Settings(
@@ -1743,7 +1780,7 @@ RUN = Settings(
         (
             {"recipe": "digits", "epochs": 5},
             {
-                **tsa.RECIPES["digits"],
+                **RECIPES["digits"],
                 "recipe": "digits",
                 "epochs": 5,
                 "steps": None,
@@ -1757,22 +1794,22 @@ RUN = Settings(
 )
 def test_options_in_place_of_others_that_a_saved_run_has(typed, changes):
     """Another size is made ready in proportion."""
-    state = {"settings": tsa.plain_settings(RUN), "asked": {}}
-    defaults = tsa.defaults_to_go_on(Path("out/last.pt"), state, typed)
-    expected = vars(RUN) | {"output_dir": Path("out"), "std": tsa.IMAGENET_STD}
+    state = {"settings": plain_settings(RUN), "asked": {}}
+    defaults = defaults_to_go_on(Path("out/last.pt"), state, typed)
+    expected = vars(RUN) | {"output_dir": Path("out"), "std": IMAGENET_STD}
     expected |= {"interpolation": "bilinear"} | changes
     assert defaults == expected
 
 
 def test_a_log_whose_folder_is_gone_is_begun_here():
     settings = dataclasses.replace(RUN, log_file=Path("/nowhere/at/all.md"))
-    state = {"settings": tsa.plain_settings(settings), "asked": {}}
-    assert tsa.defaults_to_go_on(Path("a.pt"), state, {})["log_file"] == Path("logs.md")
+    state = {"settings": plain_settings(settings), "asked": {}}
+    assert defaults_to_go_on(Path("a.pt"), state, {})["log_file"] == Path("logs.md")
 
 
 def test_no_team_of_threads_reads_the_settings(trained, monkeypatch):
     """Loaders are forked later, and a child of a process that has one could wait for ever."""
-    read, threads = tsa.read_checkpoint, []
+    read, threads = read_checkpoint, []
 
     def counting(path):
         threads.append(torch.get_num_threads())
@@ -1784,15 +1821,15 @@ def test_no_team_of_threads_reads_the_settings(trained, monkeypatch):
         {"resume": trained / "last.pt"},
         {"resume": Path("auto"), "output_dir": trained},
     ):
-        assert tsa.saved_defaults("train", Settings(**resumed), resumed)["model"] == "small"
-    with pytest.raises(tsa.BadCheckpoint):
-        tsa.saved_defaults("train", Settings(resume=trained / "no.pt"), {})
+        assert saved_defaults("train", Settings(**resumed), resumed)["model"] == "small"
+    with pytest.raises(BadCheckpoint):
+        saved_defaults("train", Settings(resume=trained / "no.pt"), {})
     assert threads == [1, 1, 1]
     assert torch.get_num_threads() == before
 
 
 def test_auto_brings_the_settings_of_the_run_that_it_finds(copied, capsys):
-    assert tsa.main(["--resume", "auto", *output(copied), "--epochs", "3"]) == 0
+    assert main(["--resume", "auto", *output(copied), "--epochs", "3"]) == 0
     assert step_of(copied) == 9
     told = "numbers can differ from those of an unbroken run: --epochs 2 -> 3\n"
     assert told in capsys.readouterr().out
@@ -1803,11 +1840,11 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_alone(in_tmp, monkeypatch, c
     set_everywhere(monkeypatch, "SyntheticImages", EarlierImages)
     shutil.copy(EARLIER / "sequential.pt", "last.pt")
     threads = ["--forward-threads", "1", "--backward-threads", "1", "--precision", "fp32"]
-    assert tsa.main(["--resume", "last.pt", *threads]) == 0
+    assert main(["--resume", "last.pt", *threads]) == 0
     told = capsys.readouterr().out.partition("numbers can differ from those of an unbroken run: ")
     assert "--" not in told[2].partition("\n")[0], "of other versions alone"
     ours, theirs = (
-        tsa.read_checkpoint(path) for path in (Path("last.pt"), EARLIER / "sequential-end.pt")
+        read_checkpoint(path) for path in (Path("last.pt"), EARLIER / "sequential-end.pt")
     )
     assert ours["progress"]["step"] == theirs["progress"]["step"] == 20
     for name, value in theirs["model"].items():
@@ -1821,11 +1858,11 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_alone(in_tmp, monkeypatch, c
 def test_init_from_takes_the_averaged_weights_that_fit(trained, classes):
     model = small_model(classes, 32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    saved = tsa.read_weights(trained / "last.pt")
+    saved = read_weights(trained / "last.pt")
     assert (saved.classes, saved.part) == (("flower", "temple"), "moving average")
     assert saved.settings["model"] == "small"
     some = "7 of 9 tensors; new: 6.weight (5, 16), 6.bias (5)"
-    assert tsa.take_weights(model, saved.weights) == (some if classes == 5 else "all 9 tensors")
+    assert take_weights(model, saved.weights) == (some if classes == 5 else "all 9 tensors")
     average = state_of(trained)["average"]
     for name, value in model.state_dict().items():
         kept = classes == 5 and name.startswith("6.")
@@ -1835,16 +1872,16 @@ def test_init_from_takes_the_averaged_weights_that_fit(trained, classes):
 def test_init_from_without_an_average_takes_the_weights(in_tmp, train):
     train(in_tmp / "out", epochs=1, lr_warmup_epochs=0, model_ema=False)
     model = small_model(2, 32)
-    saved = tsa.read_weights(in_tmp / "out/last.pt")
+    saved = read_weights(in_tmp / "out/last.pt")
     assert saved.part == ""
-    assert tsa.take_weights(model, saved.weights) == "all 9 tensors"
+    assert take_weights(model, saved.weights) == "all 9 tensors"
     for name, value in state_of(in_tmp / "out")["model"].items():
         assert torch.equal(model.state_dict()[name], value), name
 
 
 def test_only_some_of_many_new_layers_are_named(trained):
     model = nn.Sequential(*small_model(2, 32), *(nn.Linear(2, 3) for _ in range(3)))
-    note = tsa.take_weights(model, tsa.read_weights(trained / "last.pt").weights)
+    note = take_weights(model, read_weights(trained / "last.pt").weights)
     new = "7.weight (3, 2), 7.bias (3), 8.weight (3, 2), 8.bias (3) and 2 more"
     assert note == f"9 of 15 tensors; new: {new}"
 
@@ -1852,13 +1889,13 @@ def test_only_some_of_many_new_layers_are_named(trained):
 def test_a_run_says_which_layers_are_new(trained, in_tmp, arguments, capsys):
     options = [*arguments, "--init-from", str(trained / "last.pt"), "--resume", "auto"]
     options += output(in_tmp / "out")
-    assert tsa.main([*options, "--num-classes", "5", "--steps", "3"]) == 0
+    assert main([*options, "--num-classes", "5", "--steps", "3"]) == 0
     note = f"weights from {trained / 'last.pt'} (moving average): "
     some = f"{note}7 of 9 tensors; new: 6.weight (5, 16), 6.bias (5)\n"
     assert capsys.readouterr().out.count(some) == 1
-    assert tsa.main([*options, "--num-classes", "5"]) == 0
+    assert main([*options, "--num-classes", "5"]) == 0
     assert note not in capsys.readouterr().out, "nothing is taken by a run that goes on"
-    assert tsa.main([*options, *output(in_tmp / "other"), "--steps", "1"]) == 0
+    assert main([*options, *output(in_tmp / "other"), "--steps", "1"]) == 0
     assert capsys.readouterr().out.count(f"{note}all 9 tensors\n") == 1
 
 
@@ -1869,7 +1906,7 @@ def test_init_from_for_other_classes_leaves_the_classifier_new(
     path = trained / "last.pt"
     options = [*arguments, "--data-path", str(renamed), "--epochs", "1", "--lr", "0"]
     options += ["--no-model-ema", "--init-from", str(path), *output(in_tmp / "out")]
-    assert tsa.main(options) == 0
+    assert main(options) == 0
     some = "7 of 9 tensors; new: 6.weight (2, 16), 6.bias (2); it knows other classes\n"
     assert f"weights from {path} (moving average): {some}" in capsys.readouterr().out
     average, model = state_of(trained)["average"], state_of(in_tmp / "out")["model"]
@@ -1880,7 +1917,7 @@ def test_init_from_for_other_classes_leaves_the_classifier_new(
 def test_init_from_begins_a_new_run(trained, in_tmp, arguments):
     options = [*arguments, "--num-classes", "5", "--epochs", "1", "--lr", "0", "--no-model-ema"]
     options += ["--init-from", str(trained / "last.pt"), *output(in_tmp / "out")]
-    assert tsa.main(options) == 0
+    assert main(options) == 0
     state = state_of(in_tmp / "out")
     assert state["progress"]["step"] == 3
     assert len(state["progress"]["history"]) == 1
@@ -1905,7 +1942,7 @@ def test_init_from_begins_a_new_run(trained, in_tmp, arguments):
 def test_init_from_what_does_not_fit(trained, in_tmp, capsys, arguments, model, name, message):
     path = trained / name
     options = [*arguments, "--model", model, "--init-from", str(path), *output(in_tmp / "out")]
-    assert tsa.main(options) == 2
+    assert main(options) == 2
     error = f"train_split_affinity.py: error: {message.format(path)}\n"
     assert capsys.readouterr().err == error
     assert not list(in_tmp.iterdir())
@@ -1961,10 +1998,10 @@ FILES = {
 def test_state_dicts_of_other_programs(content, part, old_format, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(content, path, _use_new_zipfile_serialization=not old_format)
-    saved = tsa.read_weights(path)
+    saved = read_weights(path)
     assert (saved.classes, saved.settings, saved.part) == (None, {}, part)
     model = small_model(2, 32)
-    taken = tsa.take_weights(model, saved.weights)
+    taken = take_weights(model, saved.weights)
     assert taken == "all 9 tensors" + ("; left over: n_averaged ()" if part == "model_ema" else "")
     for name, value in small_weights().items():
         assert torch.equal(model.state_dict()[name], value), name
@@ -1973,7 +2010,7 @@ def test_state_dicts_of_other_programs(content, part, old_format, tmp_path):
 def test_safetensors(tmp_path):
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(prefixed("module."), path)
-    saved = tsa.read_weights(path)
+    saved = read_weights(path)
     assert (saved.classes, saved.settings, saved.part) == (None, {}, "")
     assert saved.weights.keys() == small_weights().keys()
     for name, value in small_weights().items():
@@ -1983,8 +2020,8 @@ def test_safetensors(tmp_path):
 def test_safetensors_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     path = tmp_path / "weights.safetensors"
-    with pytest.raises(tsa.UserError) as caught:
-        tsa.read_weights(path)
+    with pytest.raises(UserError) as caught:
+        read_weights(path)
     reason = "the package safetensors is needed: pip install safetensors"
     assert str(caught.value) == f"--init-from {path}: {reason}"
 
@@ -2070,7 +2107,7 @@ def test_weights_of_no_use_are_one_line(
     path = tmp_path / name
     write_bad(kind, path, trained)
     before = sorted(tmp_path.iterdir())
-    assert tsa.main([*arguments, "--init-from", str(path), *output(in_tmp / "out")]) == 2
+    assert main([*arguments, "--init-from", str(path), *output(in_tmp / "out")]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"train_split_affinity.py: error: --init-from {path}")
     assert message in error
@@ -2084,7 +2121,7 @@ def test_a_run_says_what_it_took_from_a_state_dict(in_tmp, arguments, capsys, cl
     """The classifier too, if it fits: a state dict does not name its classes."""
     torch.save({"model": small_model(classes, 32).state_dict()}, "w.pth")
     options = [*arguments, "--init-from", "w.pth", "--lr", "0", "--no-model-ema", "--steps", "1"]
-    assert tsa.main([*options, *output(in_tmp / "out")]) == 0
+    assert main([*options, *output(in_tmp / "out")]) == 0
     note = "all 9 tensors; its classes, which it does not name, are taken to be those of the data"
     if classes == 3:
         note = "7 of 9 tensors; new: 6.weight (2, 16), 6.bias (2)"
@@ -2109,7 +2146,7 @@ def test_a_run_with_a_teacher_goes_on_exactly(in_tmp, monkeypatch, train, traine
     train(in_tmp / "whole", **settings)
     interrupt(monkeypatch, "update", [2, 4])
     for _ in range(2):
-        with pytest.raises(tsa.Stopped):
+        with pytest.raises(Stopped):
             train(in_tmp / "parts", resume=Path("auto"), **settings)
     train(in_tmp / "parts", resume=Path("auto"), **settings)
     assert_same_result(in_tmp / "parts", in_tmp / "whole")
@@ -2135,12 +2172,12 @@ def test_a_teacher_changes_what_is_learnt_but_not_how_it_begins(in_tmp, train, t
 def test_a_run_says_who_teaches_it(trained, in_tmp, arguments, capsys):
     path = trained / "last.pt"
     options = [*arguments, "--teacher-weights", str(path), "--steps", "1", *output(in_tmp / "out")]
-    assert tsa.main(options) == 0
+    assert main(options) == 0
     told = f"taught by small, weights {path}: 0.5 of the target\n"
     assert told in capsys.readouterr().out
     in_force = f"teacher small, teacher_weights {path}, teacher_share 0.5"
     assert in_force in (in_tmp / "logs.md").read_text()
-    assert tsa.main([*options, "--resume", "auto", "--teacher-share", "0.2", "--steps", "2"]) == 0
+    assert main([*options, "--resume", "auto", "--teacher-share", "0.2", "--steps", "2"]) == 0
     printed = capsys.readouterr().out
     assert told.replace("0.5", "0.2") in printed
     assert "--teacher-share 0.5 -> 0.2" in printed
@@ -2149,40 +2186,40 @@ def test_a_run_says_who_teaches_it(trained, in_tmp, arguments, capsys):
 def test_a_teacher_that_is_gone_is_one_line(trained, in_tmp, arguments, capsys):
     path = shutil.copy(trained / "last.pt", in_tmp / "teacher.pt")
     options = [*arguments, "--teacher-weights", str(path), *output(in_tmp / "out")]
-    assert tsa.main([*options, "--steps", "1"]) == 0
+    assert main([*options, "--steps", "1"]) == 0
     (in_tmp / "teacher.pt").unlink()
-    assert tsa.main([*options, "--resume", "auto"]) == 2
+    assert main([*options, "--resume", "auto"]) == 2
     message = f"--teacher-weights {path}: cannot be read: No such file or directory"
     assert capsys.readouterr().err == f"train_split_affinity.py: error: {message}\n"
     evaluated = ["--test-only", "--resume", str(in_tmp / "out/last.pt")]
-    assert tsa.main([*options, *evaluated]) == 0, "which needs no teacher"
+    assert main([*options, *evaluated]) == 0, "which needs no teacher"
 
 
 def test_a_teacher_of_torchvision_by_name(monkeypatch, one_lane_plan):
     """Whose classes have other names, and images another mean."""
     source, asked = small_model(3, 32), []
-    names, native = ("tench", "goldfish", "shark"), tsa.Preprocessing(mean=(0.5, 0.5, 0.5))
+    names, native = ("tench", "goldfish", "shark"), Preprocessing(mean=(0.5, 0.5, 0.5))
 
     def find(*about):
         asked.append(about)
-        return tsa.Pretrained(names, native, source.state_dict)
+        return Pretrained(names, native, source.state_dict)
 
     set_everywhere(monkeypatch, "find_weights", find)
     settings = Settings(
         num_classes=3, image_size=32, teacher="small", teacher_weights="DEFAULT", teacher_share=0.3
     )
-    settings = dataclasses.replace(settings, mean=tsa.IMAGENET_MEAN, std=tsa.IMAGENET_STD)
-    teacher = tsa.build_teacher(settings, ("n01440764", "n01443537", "n01484850"))
+    settings = dataclasses.replace(settings, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    teacher = build_teacher(settings, ("n01440764", "n01443537", "n01484850"))
     assert asked == [("small", "DEFAULT", "--teacher-weights")]
     assert (teacher.share, teacher.model.training) == (0.3, False)
     assert not any(weight.requires_grad for weight in teacher.model.parameters())
     for name, value in source.state_dict().items():
         assert torch.equal(teacher.model.state_dict()[name], value), name
-    expected = (torch.tensor(tsa.IMAGENET_MEAN) - 0.5) / torch.tensor(tsa.IMAGENET_STD)
+    expected = (torch.tensor(IMAGENET_MEAN) - 0.5) / torch.tensor(IMAGENET_STD)
     assert teacher.scale.flatten().tolist() == pytest.approx([1, 1, 1])
     assert teacher.shift.flatten().tolist() == pytest.approx(expected.tolist())
-    with pytest.raises(tsa.UserError, match="DEFAULT: its class 0 is tench, not goldfish as in"):
-        tsa.build_teacher(settings, ("goldfish", "shark", "tench"))
+    with pytest.raises(UserError, match="DEFAULT: its class 0 is tench, not goldfish as in"):
+        build_teacher(settings, ("goldfish", "shark", "tench"))
 
 
 def write_teacher(kind, trained):
@@ -2240,7 +2277,7 @@ def test_a_teacher_that_cannot_teach(kind, options, message, trained, in_tmp, ar
     path = write_teacher(kind, trained)
     before = sorted(in_tmp.iterdir())
     options = [*options, "--teacher-weights", path, *output(in_tmp / "out")]
-    assert tsa.main([*arguments, *options]) == 2
+    assert main([*arguments, *options]) == 2
     error = f"train_split_affinity.py: error: {message.format(path)}\n"
     assert capsys.readouterr().err == error
     assert sorted(in_tmp.iterdir()) == before, "nothing run, nothing written"
@@ -2250,7 +2287,7 @@ def test_a_teacher_of_other_classes(trained, in_tmp, arguments, renamed, capsys)
     """As many of them, under other names."""
     path = trained / "last.pt"
     options = [*arguments, "--data-path", str(renamed), "--teacher-weights", str(path)]
-    assert tsa.main([*options, *output(in_tmp / "out")]) == 2
+    assert main([*options, *output(in_tmp / "out")]) == 2
     assert capsys.readouterr().err == (
         f"train_split_affinity.py: error: --teacher-weights {path}: its class 0 is flower, not "
         "temple as in --data-path\n"
@@ -2263,7 +2300,7 @@ def test_a_teacher_of_other_classes(trained, in_tmp, arguments, renamed, capsys)
 
 def test_test_only_gives_the_figures_of_the_epoch(trained, in_tmp, capsys, arguments):
     options = [*arguments, "--test-only", "--resume", str(trained / "last.pt")]
-    assert tsa.main([*options, *output(in_tmp / "out")]) == 0
+    assert main([*options, *output(in_tmp / "out")]) == 0
     printed = capsys.readouterr().out
     row = state_of(trained)["progress"]["history"][-1]
     assert f"{trained / 'last.pt'}: epoch 2, step 6\n" in printed
@@ -2302,16 +2339,16 @@ def test_test_only_gives_the_figures_of_the_epoch(trained, in_tmp, capsys, argum
 )
 def test_test_only_of_another_model(trained, capsys, arguments, changes, message):
     path = trained / "last.pt"
-    assert tsa.main([*arguments, "--test-only", "--resume", str(path), *changes]) == 2
+    assert main([*arguments, "--test-only", "--resume", str(path), *changes]) == 2
     error = f"train_split_affinity.py: error: {message.format(path)}\n"
     assert capsys.readouterr().err == error
 
 
 def test_test_only_without_a_checkpoint(in_tmp, capsys, arguments):
     options = [*arguments, "--test-only", *output(in_tmp / "out")]
-    assert tsa.main([*options, "--resume", "auto"]) == 2
+    assert main([*options, "--resume", "auto"]) == 2
     assert f"--test-only: no checkpoint in {in_tmp / 'out'}" in capsys.readouterr().err
-    assert tsa.main([*options, "--resume", "nowhere.pt"]) == 2
+    assert main([*options, "--resume", "nowhere.pt"]) == 2
     assert "error: nowhere.pt: no such checkpoint" in capsys.readouterr().err
     assert not list(in_tmp.iterdir())
 
@@ -2490,7 +2527,7 @@ def test_uploads_that_fail_are_told_in_one_line_and_the_run_goes_on(
 ):
     uploads(*[ConnectionError("no such\nhost")] * 99)
     options = [*arguments, *output(in_tmp / "out"), "--epochs", "1", "--mirror", far]
-    assert tsa.main(options) == 0
+    assert main(options) == 0
     captured = capsys.readouterr()
     assert sorted(captured.err.splitlines()) == [
         f"warning: mirror: {name} not copied in 3 attempts: no such"
@@ -2597,7 +2634,7 @@ def test_an_upload_that_hangs_does_not_hold_the_run_up(hanging_store, tmp_path, 
     [("nope://bucket/run", "Protocol not known: nope"), ("memory://x::nope://y", "nope")],
 )
 def test_an_unknown_address_is_an_error(in_tmp, capsys, arguments, url, reason):
-    assert tsa.main([*arguments, *output(in_tmp / "out"), "--mirror", url]) == 2
+    assert main([*arguments, *output(in_tmp / "out"), "--mirror", url]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"train_split_affinity.py: error: --mirror {url}: ")
     assert reason in error
@@ -2615,13 +2652,13 @@ def test_a_folder_belongs_to_one_process(tmp_path):
     assert not folder.exists(), "nothing is made before the run is known to begin"
     first.hold(make=True)
     for _ in range(2):
-        with pytest.raises(tsa.UserError) as caught:
+        with pytest.raises(UserError) as caught:
             second.hold(make=True)
         assert str(caught.value).startswith(
             f"--output-dir {folder}: process {os.getpid()} on {platform.node()} is training there"
         )
     second.close()
-    with pytest.raises(tsa.UserError):
+    with pytest.raises(UserError):
         second.hold()
     first.close()
     assert not list(folder.iterdir())
@@ -2631,20 +2668,20 @@ def test_a_folder_belongs_to_one_process(tmp_path):
 
 def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
     """The one that had it ends between our opening the file and our locking it."""
-    first = tsa.lock_folder(tmp_path)
+    first = lock_folder(tmp_path)
     flock, calls = fcntl.flock, itertools.count(1)
 
     def late(file, operation):
         if next(calls) == 1:
-            (tmp_path / tsa.LOCK).unlink()
+            (tmp_path / LOCK).unlink()
             first.close()
         flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with tsa.lock_folder(tmp_path):
+    with lock_folder(tmp_path):
         assert next(calls) == 3
-        with pytest.raises(tsa.UserError):
-            tsa.lock_folder(tmp_path)
+        with pytest.raises(UserError):
+            lock_folder(tmp_path)
 
 
 def test_a_file_system_without_locks_is_told(in_tmp, monkeypatch, capsys, arguments):
@@ -2655,7 +2692,7 @@ def test_a_file_system_without_locks_is_told(in_tmp, monkeypatch, capsys, argume
             raise error
 
     monkeypatch.setattr(fcntl, "flock", no_lock)
-    assert tsa.main([*arguments, "--epochs", "1", *output(in_tmp / "out")]) == 0
+    assert main([*arguments, "--epochs", "1", *output(in_tmp / "out")]) == 0
     assert capsys.readouterr().err == (
         f"warning: {in_tmp / 'out'} cannot be locked (No locks available): see to it that no "
         "other run is started there\n"
@@ -2671,11 +2708,11 @@ def test_a_second_run_is_refused_until_the_first_one_is_killed(
     options = [*TINY, "-j", workers, "--data-path", str(photos), *output(in_tmp / "out")]
     options += ["--save-steps", "1", "--print-freq", "1", "--resume", "auto", "--steps"]
     with subprocess.Popen(
-        [sys.executable, tsa.__file__, *options, "100000"], stdout=subprocess.PIPE, text=True
+        [sys.executable, script.__file__, *options, "100000"], stdout=subprocess.PIPE, text=True
     ) as process:
         next(line for line in process.stdout if line.startswith("step 2/"))
         before = (in_tmp / "out/metrics.jsonl").read_text()
-        assert tsa.main([*options, "4"]) == 2
+        assert main([*options, "4"]) == 2
         error = capsys.readouterr().err
         assert error == (
             f"train_split_affinity.py: error: --output-dir {in_tmp / 'out'}: process {process.pid} "
@@ -2685,7 +2722,7 @@ def test_a_second_run_is_refused_until_the_first_one_is_killed(
         process.wait()
         assert (in_tmp / "out/metrics.jsonl").read_text().startswith(before)
         _, state = Checkpoints(Settings(output_dir=in_tmp / "out"), pytest.fail).newest_good()
-        assert tsa.main([*options, str(state["progress"]["step"] + 1)]) == 0
+        assert main([*options, str(state["progress"]["step"] + 1)]) == 0
 
 
 # New runs
@@ -2701,7 +2738,7 @@ def test_going_on_elsewhere_does_not_take_the_place_of_another_run(
     shutil.copy(trained / "last.pt", copied / left)
     before = contents(copied)
     resumed = str(trained / "previous.pt")
-    assert tsa.main([*arguments, *output(copied), "--resume", resumed]) == 2
+    assert main([*arguments, *output(copied), "--resume", resumed]) == 2
     assert capsys.readouterr().err == (
         f"train_split_affinity.py: error: --resume {resumed}: --output-dir {copied} has the "
         "checkpoints of another run: go on with that by --resume auto, or choose another folder\n"
@@ -2711,13 +2748,13 @@ def test_going_on_elsewhere_does_not_take_the_place_of_another_run(
 
 def test_going_on_in_a_folder_of_its_own(trained, in_tmp, arguments):
     resumed = str(trained / "previous.pt")
-    assert tsa.main([*arguments, *output(in_tmp / "new"), "--resume", resumed]) == 0
+    assert main([*arguments, *output(in_tmp / "new"), "--resume", resumed]) == 0
     assert differences(state_of(in_tmp / "new"), state_of(trained)) == []
 
 
 def test_a_new_run_does_not_take_the_place_of_an_earlier_one(copied, arguments, capsys):
     before = {path.name: path.read_bytes() for path in copied.iterdir()}
-    assert tsa.main([*arguments, *output(copied)]) == 2
+    assert main([*arguments, *output(copied)]) == 2
     assert capsys.readouterr().err == (
         f"train_split_affinity.py: error: --output-dir {copied} has the checkpoints of an earlier "
         "run: go on with it by --resume auto, or choose another folder\n"
@@ -2727,17 +2764,15 @@ def test_a_new_run_does_not_take_the_place_of_an_earlier_one(copied, arguments, 
 
 def test_one_command_starts_from_weights_and_goes_on_after_a_kill(trained, in_tmp, arguments):
     options = ["--init-from", str(trained / "last.pt"), "--resume", "auto", *output(in_tmp / "out")]
-    assert tsa.main([*arguments, *options, "--steps", "3"]) == 0
-    assert tsa.main([*arguments, *options]) == 0
+    assert main([*arguments, *options, "--steps", "3"]) == 0
+    assert main([*arguments, *options]) == 0
     assert step_of(in_tmp / "out") == 6
 
 
 def test_a_recipe_that_needs_weights_does_not_start_without(in_tmp, arguments, capsys):
     recipe = ["--recipe", "imagenet-full", "--resume", "auto", *output(in_tmp / "out")]
     assert (
-        tsa.main(
-            [*arguments, *recipe, *"--accumulate 1 --drop-path 0 --lr-warmup-epochs 0".split()]
-        )
+        main([*arguments, *recipe, *"--accumulate 1 --drop-path 0 --lr-warmup-epochs 0".split()])
         == 2
     )
     text = f"starts from trained weights, and {in_tmp / 'out'} has none: give --init-from PATH"
@@ -2761,7 +2796,7 @@ EARLIER_CPU = "199a5eaa6c75fd7b"
 
 def kind_of_cpu():
     """A digest of what kernels may be chosen by: kind of CPU, cache, instructions."""
-    first = tsa.read_text(Path("/proc/cpuinfo")).split("\n\n")[0]
+    first = read_text(Path("/proc/cpuinfo")).split("\n\n")[0]
     names = "cpu family", "model\t", "stepping", "cache size", "flags"
     lines = [line for line in first.splitlines() if line.startswith(names)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
@@ -2785,15 +2820,15 @@ def go_on_from_earlier(monkeypatch):
 
 def resume_earlier(schedule):
     options = ["--resume", str(EARLIER / f"{schedule}.pt"), "--output-dir", "out"]
-    assert tsa.main([*EARLIER_OPTIONS, schedule, *options]) == 0
-    return tsa.read_checkpoint(Path("out/last.pt"))
+    assert main([*EARLIER_OPTIONS, schedule, *options]) == 0
+    return read_checkpoint(Path("out/last.pt"))
 
 
 @needs_two_cpus
-@pytest.mark.parametrize("schedule", list(tsa.SCHEDULES))
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_a_checkpoint_of_an_earlier_version_goes_on(schedule, in_tmp, go_on_from_earlier):
     """To the same numbers: to the bit with the kind of CPU and the versions that computed them."""
-    ours, theirs = go_on_from_earlier(schedule), tsa.read_checkpoint(EARLIER / f"{schedule}-end.pt")
+    ours, theirs = go_on_from_earlier(schedule), read_checkpoint(EARLIER / f"{schedule}-end.pt")
     assert ours["progress"]["step"] == theirs["progress"]["step"] == 20
     for part in ("model", "average"):
         for name, value in theirs[part].items():
@@ -2807,15 +2842,15 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(schedule, in_tmp, go_on_from
 
 
 @needs_two_cpus
-@pytest.mark.parametrize("schedule", list(tsa.SCHEDULES))
+@pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_a_checkpoint_of_an_earlier_version_is_restored_to_the_bit(
     schedule, in_tmp, monkeypatch, go_on_from_earlier
 ):
-    states, restore = [], tsa.restore_state
+    states, restore = [], restore_state
 
     def restored(state, work, settings):
         progress = restore(state, work, settings)
-        made = tsa.make_state(settings, work, progress, state["data"])
+        made = make_state(settings, work, progress, state["data"])
         states.append(copy.deepcopy([state, made]))
         return progress
 

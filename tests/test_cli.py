@@ -25,15 +25,40 @@ from patching import set_everywhere
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-import train_split_affinity as tsa
+import train_split_affinity as script
+from split_affinity import ALLOWED_CPUS, __version__
+from split_affinity.checkpoints.state import read_checkpoint
+from split_affinity.checkpoints.state import versions as all_versions
+from split_affinity.data.classes import wordnet_ids
+from split_affinity.errors import UserError
+from split_affinity.machine.description import read_machine
+from split_affinity.machine.plan import plan_cores, usable_cores
+from split_affinity.machine.topology import read_topology
+from split_affinity.models.own import Hybrid
+from split_affinity.models.registry import (
+    OWN_MODELS,
+    build_model,
+    classifier_names,
+    parameter_count,
+)
+from split_affinity.options.command_line import installed_version, parse_arguments
+from split_affinity.options.settings import Settings
+from split_affinity.reports.confusion import CONFUSED, PAIRS
+from split_affinity.reports.plots import RangeTest
+from split_affinity.reports.tables import epoch_line
+from split_affinity.reports.tensorboard import check_tensorboard
+from split_affinity.runs.starting_weights import starting_model
+from split_affinity.text import format_cpu_list
+from split_affinity.training.network import Network
+from train_split_affinity import main, train
 
 try:
     import tomllib
 except ImportError:  # Python 3.10, where pytest brings it
     import tomli as tomllib
 
-SCRIPT = Path(tsa.__file__)
-ANY = str(min(tsa.ALLOWED_CPUS))
+SCRIPT = Path(script.__file__)
+ANY = str(min(ALLOWED_CPUS))
 
 
 def run_script(*arguments, **environment):
@@ -79,7 +104,7 @@ def test_a_launcher_s_number_of_threads_is_not_the_lanes(in_tmp):
     """torchrun sets OMP_NUM_THREADS=1."""
     done = run_script(*TINY, "--steps", "1", "--split", "none", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    assert f"all       cores {tsa.format_cpu_list(tsa.ALLOWED_CPUS)}, 2 threads" in done.stdout
+    assert f"all       cores {format_cpu_list(ALLOWED_CPUS)}, 2 threads" in done.stdout
 
 
 def run_in_shell(redirection, *arguments, **environment):
@@ -110,7 +135,7 @@ def test_output_that_cannot_be_written_does_not_end_a_run(in_tmp, redirection):
     lines = read_metrics(Path("out"))
     assert [line["type"] for line in lines] == ["run", "step", "step", "step", "summary"]
     for name, step in (("last.pt", 3), ("previous.pt", 2)):
-        assert tsa.read_checkpoint(Path("out", name))["progress"]["step"] == step
+        assert read_checkpoint(Path("out", name))["progress"]["step"] == step
     names = {"last.pt", "previous.pt", "metrics.jsonl", "timeline.png", "trace.json"}
     assert {path.name for path in Path("out").iterdir()} == names
 
@@ -121,7 +146,7 @@ def test_a_plan_that_nobody_takes(in_tmp):
 
 
 def test_plan_prints_and_writes_nothing(in_tmp, capsys):
-    assert tsa.main(["plan", "--split", "even"]) == 0
+    assert main(["plan", "--split", "even"]) == 0
     printed = capsys.readouterr().out
     assert "F forward, B backward" in printed
     assert "loader    cores" in printed
@@ -134,7 +159,7 @@ def test_plan_prints_and_writes_nothing(in_tmp, capsys):
 
 def test_plan_says_what_it_takes_for_data_that_is_not_there_yet(in_tmp, capsys):
     options = ["--model", "resnet56", "--num-classes", "7", "--data-path", "later"]
-    assert tsa.main(["plan", *options]) == 0
+    assert main(["plan", *options]) == 0
     note, model = capsys.readouterr().out.splitlines()[-2:]
     assert note == "note: later does not exist yet: 7 classes, 224 px taken instead"
     assert "for 7 classes" in model
@@ -145,10 +170,10 @@ def test_plan_for_a_server_from_any_computer(in_tmp, capsys, monkeypatch):
     machines.write_machine(in_tmp / "server", machines.SIXTEEN_CORES)
     monkeypatch.delattr(os, "sched_setaffinity")
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert tsa.main(["plan", "--machine", "server", "--record", "server.json", *TINY]) == 0
+    assert main(["plan", "--machine", "server", "--record", "server.json", *TINY]) == 0
     first = capsys.readouterr().out.splitlines()
     assert first.pop() == "machine recorded in server.json"
-    assert tsa.main(["plan", "--machine", "server.json", *TINY]) == 0
+    assert main(["plan", "--machine", "server.json", *TINY]) == 0
     assert capsys.readouterr().out.splitlines() == first
     assert first[0].startswith("Example CPU @ 3.0GHz: 1 socket, 16 cores, 32 hardware threads; ")
     assert "forward   cores 0-7,16-23, 8 threads: forward pass" in first
@@ -156,8 +181,8 @@ def test_plan_for_a_server_from_any_computer(in_tmp, capsys, monkeypatch):
 
 
 def test_the_machine_of_this_computer_is_recorded(in_tmp):
-    assert tsa.main(["plan", "--record", "here.json", *TINY]) == 0
-    assert tsa.read_machine(in_tmp / "here.json") == tsa.read_topology()
+    assert main(["plan", "--record", "here.json", *TINY]) == 0
+    assert read_machine(in_tmp / "here.json") == read_topology()
     assert platform.node() not in (in_tmp / "here.json").read_text()
     assert [path.name for path in in_tmp.iterdir()] == ["here.json"]
 
@@ -165,16 +190,16 @@ def test_the_machine_of_this_computer_is_recorded(in_tmp):
 def test_core_lists_are_those_of_the_machine_planned_for(in_tmp, capsys):
     machines.write_machine(in_tmp / "server", machines.SIXTEEN_CORES)
     options = ["plan", "--machine", "server", *TINY, "--forward-cores", "30-31"]
-    assert tsa.main([*options, "--backward-cores", "14-15"]) == 0
+    assert main([*options, "--backward-cores", "14-15"]) == 0
     assert "forward   cores 30-31, 2 threads: forward pass" in capsys.readouterr().out
-    assert tsa.main([*options, "--backward-cores", "32"]) == 2
+    assert main([*options, "--backward-cores", "32"]) == 2
     message = "--backward-cores 32: CPU 32 is not in this machine (allowed: 0-31)\n"
     assert capsys.readouterr().err.endswith(message)
 
 
 def test_plan_of_another_model(in_tmp, capsys):
     arguments = "--model resnet56 --num-classes 10 --image-size 32".split()
-    assert tsa.main(["plan", *arguments]) == 0
+    assert main(["plan", *arguments]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         "model resnet56: 853,018 parameters for 10 classes, 3.3 MiB; "
         "an image of 32 px takes 0.25 GFLOP forward, 0.50 backward"
@@ -185,7 +210,7 @@ def test_plan_shows_the_teacher(in_tmp, capsys):
     arguments = "--model resnet56 --num-classes 10 --image-size 32".split()
     arguments += "--teacher resnet18 --teacher-weights later.pth".split()
     torch.save({"conv1.weight": torch.zeros(1)}, "later.pth")
-    assert tsa.main(["plan", *arguments]) == 0
+    assert main(["plan", *arguments]) == 0
     model, teacher = capsys.readouterr().out.splitlines()[-2:]
     assert model.startswith("model resnet56: 853,018 parameters for 10 classes")
     assert teacher == "teacher resnet18: 42.7 MiB; an image takes 0.07 GFLOP more forward"
@@ -214,7 +239,7 @@ def test_plan_shows_the_teacher(in_tmp, capsys):
     ],
 )
 def test_plan_of_a_model_with_a_frozen_body(in_tmp, capsys, arguments, work, frozen):
-    assert tsa.main(["plan", "--model", "resnet18", "--freeze", "body", *arguments]) == 0
+    assert main(["plan", "--model", "resnet18", "--freeze", "body", *arguments]) == 0
     *_, model, last = capsys.readouterr().out.splitlines()
     assert model.endswith(f"an image of 224 px takes {work}")
     assert last == frozen
@@ -231,16 +256,16 @@ def test_plan_of_a_model_with_a_frozen_body(in_tmp, capsys, arguments, work, fro
 )
 def test_plan_counts_for_the_image_size_of_the_validation(in_tmp, capsys, arguments, size):
     place = ["--data-path", "data"] if "--recipe" in arguments else []
-    assert tsa.main(["plan", "--model", "squeezenet1_1", *arguments, *place]) == 0
+    assert main(["plan", "--model", "squeezenet1_1", *arguments, *place]) == 0
     assert f"an image of {size} px takes" in capsys.readouterr().out
 
 
 def test_a_run_over_epochs(in_tmp, photos_with_val, capsys):
     place = ["--data-path", str(photos_with_val), "--output-dir", "out"]
-    assert tsa.main([*TINY, *place, "--epochs", "2", "--print-freq", "1"]) == 0
+    assert main([*TINY, *place, "--epochs", "2", "--print-freq", "1"]) == 0
     captured = capsys.readouterr()
     for epoch, row in enumerate(read_metrics(Path("out"), "epoch"), start=1):
-        line = tsa.epoch_line(row)
+        line = epoch_line(row)
         assert line.startswith(f"epoch: {epoch}  train_loss: ")
         assert f"\n{line}\n" in captured.out
         assert f"\n{line}\n" in Path("logs.md").read_text()
@@ -283,10 +308,10 @@ def test_tensorboard_is_needed_to_train_alone(monkeypatch):
         raise TypeError("Descriptors cannot be created directly.\nIf this call came from ...")
 
     set_everywhere(monkeypatch, "event_record", fail)
-    tsa.check_tensorboard(tsa.Settings())
-    tsa.check_tensorboard(tsa.Settings(tensorboard=True, test_only=True))
-    with pytest.raises(tsa.UserError, match=r"tensorboard \(Descriptors cannot be .* directly.\)$"):
-        tsa.check_tensorboard(tsa.Settings(tensorboard=True))
+    check_tensorboard(Settings())
+    check_tensorboard(Settings(tensorboard=True, test_only=True))
+    with pytest.raises(UserError, match=r"tensorboard \(Descriptors cannot be .* directly.\)$"):
+        check_tensorboard(Settings(tensorboard=True))
 
 
 @pytest.fixture
@@ -334,7 +359,7 @@ def assert_odd_files(folder):
 @pytest.mark.filterwarnings("ignore:Glyph 20013")
 def test_names_that_are_not_utf_8(in_tmp, odd_names, capsys):
     for more in ODD_RUNS:
-        assert tsa.main([*odd_arguments(odd_names), *more]) == 0
+        assert main([*odd_arguments(odd_names), *more]) == 0
     captured = capsys.readouterr()
     assert "resumed from caf\\xe9 ü/last.pt, after step " in captured.out
     assert "| caf\\xe9 |" in captured.out
@@ -344,8 +369,8 @@ def test_names_that_are_not_utf_8(in_tmp, odd_names, capsys):
 
 
 def test_a_locale_that_has_only_ascii(in_tmp, odd_names):
-    code = "import json, sys; import train_split_affinity as tsa; "
-    code += "sys.exit(any(tsa.main(sys.argv[2:] + more) for more in json.loads(sys.argv[1])))"
+    code = "import json, sys; from train_split_affinity import main; "
+    code += "sys.exit(any(main(sys.argv[2:] + more) for more in json.loads(sys.argv[1])))"
     done = subprocess.run(
         [sys.executable, "-c", code, json.dumps(ODD_RUNS), *odd_arguments(odd_names)],
         capture_output=True,
@@ -363,7 +388,7 @@ def test_a_locale_that_has_only_ascii(in_tmp, odd_names):
 
 
 def test_a_run_over_epochs_says_that_nothing_is_saved(in_tmp, photos_with_val, capsys):
-    assert tsa.main([*TINY, "--data-path", str(photos_with_val), "--epochs", "1"]) == 0
+    assert main([*TINY, "--data-path", str(photos_with_val), "--epochs", "1"]) == 0
     assert "warning: nothing will be saved without --output-dir\n" in capsys.readouterr().err
     assert "- warning: nothing will be saved without" in Path("logs.md").read_text()
     assert [path.name for path in in_tmp.iterdir()] == ["logs.md"]
@@ -373,10 +398,10 @@ def test_find_lr(in_tmp, photos, capsys, monkeypatch):
     set_everywhere(
         monkeypatch,
         "judge_rates",
-        lambda rates, losses: tsa.RangeTest(tuple(rates), tuple(losses), 0.0123),
+        lambda rates, losses: RangeTest(tuple(rates), tuple(losses), 0.0123),
     )
     arguments = [*TINY, "--data-path", str(photos), "--steps", "12"]
-    assert tsa.main(["find-lr", *arguments, "--output-dir", "out"]) == 0
+    assert main(["find-lr", *arguments, "--output-dir", "out"]) == 0
     printed = capsys.readouterr().out
     assert "F forward, B backward" in printed
     assert re.search(r"^lr 1\.00e-06: loss \d\.\d{4}, smoothed \d\.\d{4}$", printed, re.MULTILINE)
@@ -388,23 +413,23 @@ def test_find_lr(in_tmp, photos, capsys, monkeypatch):
 
 def test_find_lr_suggests_nothing_rather_than_guess(in_tmp, photos, capsys):
     arguments = ["find-lr", *TINY, "--data-path", str(photos), "--steps", "2"]
-    assert tsa.main(arguments) == 0
+    assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "suggestion: --lr " not in printed
     *_, last = printed.splitlines()
     assert last == ("no suggestion: the loss did not fall clearly before it rose; try more --steps")
     assert not list(in_tmp.iterdir()), "nor is anything written without a folder"
-    assert tsa.main([*arguments, "--output-dir", "out"]) == 0
+    assert main([*arguments, "--output-dir", "out"]) == 0
     assert Image.open("out/lr.png").width > 500
 
 
 def test_test_only(in_tmp, photos_with_val, capsys):
     arguments = [*TINY, "--data-path", str(photos_with_val), "--output-dir", "out"]
-    assert tsa.main([*arguments, "--epochs", "1"]) == 0
+    assert main([*arguments, "--epochs", "1"]) == 0
     (row,) = read_metrics(Path("out"), "epoch")
     before = {path: path.stat().st_mtime_ns for path in in_tmp.rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert tsa.main([*arguments, "--test-only", "--resume", "auto"]) == 0
+    assert main([*arguments, "--test-only", "--resume", "auto"]) == 0
     captured = capsys.readouterr()
     assert "out/last.pt: epoch 1, step 6\n" in captured.out
     assert f"12 images: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %" in captured.out
@@ -423,11 +448,11 @@ def test_test_only(in_tmp, photos_with_val, capsys):
 def test_test_only_tells_of_broken_images(in_tmp, photos_with_val, tmp_path, capsys):
     data = shutil.copytree(photos_with_val, tmp_path / "data")
     arguments = [*TINY, "--data-path", str(data), "--output-dir", "out"]
-    assert tsa.main([*arguments, "--steps", "1"]) == 0
+    assert main([*arguments, "--steps", "1"]) == 0
     broken = data / "val/flower/0001.jpg"
     broken.write_bytes(b"no picture")
     options = ["--test-only", "--resume", "auto", "--max-bad-images", "1"]
-    assert tsa.main([*arguments, *options]) == 0
+    assert main([*arguments, *options]) == 0
     captured = capsys.readouterr()
     assert "\n11 images: loss " in captured.out
     assert "no confusion matrix" not in captured.out
@@ -436,16 +461,16 @@ def test_test_only_tells_of_broken_images(in_tmp, photos_with_val, tmp_path, cap
 
 def test_test_only_says_that_no_matrix_is_drawn_without_a_folder(in_tmp, photos_with_val, capsys):
     arguments = [*TINY, "--data-path", str(photos_with_val)]
-    assert tsa.main([*arguments, "--steps", "1", "--output-dir", "out"]) == 0
+    assert main([*arguments, "--steps", "1", "--output-dir", "out"]) == 0
     before = sorted(in_tmp.rglob("*"))
     resumed = ["--test-only", "--resume", "out/last.pt"]
-    _, settings = tsa.parse_arguments([*arguments, *resumed])
-    topology = tsa.read_topology()
-    tsa.train(settings, topology, tsa.plan_cores(topology, settings))
+    _, settings = parse_arguments([*arguments, *resumed])
+    topology = read_topology()
+    train(settings, topology, plan_cores(topology, settings))
     note = "\nnote: no confusion matrix is drawn without --output-dir\n"
     assert capsys.readouterr().out.endswith(note)
     assert sorted(in_tmp.rglob("*")) == before
-    assert tsa.main([*arguments, *resumed]) == 0
+    assert main([*arguments, *resumed]) == 0
     assert note not in capsys.readouterr().out, "as the saved run had a folder"
     assert {path.name for path in in_tmp.rglob("*")} >= {"confusion.csv", "confusion.png"}
 
@@ -453,13 +478,13 @@ def test_test_only_says_that_no_matrix_is_drawn_without_a_folder(in_tmp, photos_
 @pytest.mark.parametrize("options", [["--test-only"], ["--epochs", "2"]])
 def test_a_checkpoint_for_another_image_size(in_tmp, photos_with_val, capsys, monkeypatch, options):
     """Positions of a transformer are made for one size."""
-    tiny = functools.partial(tsa.Hybrid, channels=(8, 16, 24, 32), width=32, blocks=1)
-    monkeypatch.setitem(tsa.OWN_MODELS, "hybrid", tiny)
+    tiny = functools.partial(Hybrid, channels=(8, 16, 24, 32), width=32, blocks=1)
+    monkeypatch.setitem(OWN_MODELS, "hybrid", tiny)
     arguments = ["--model", "hybrid", "-b", "4", "-j", "0", "--epochs", "1"]
     arguments += ["--data-path", str(photos_with_val), "--output-dir", "out"]
-    assert tsa.main([*arguments, "--image-size", "32"]) == 0
+    assert main([*arguments, "--image-size", "32"]) == 0
     capsys.readouterr()
-    assert tsa.main([*arguments, "--image-size", "64", "--resume", "auto", *options]) == 2
+    assert main([*arguments, "--image-size", "64", "--resume", "auto", *options]) == 2
     error = capsys.readouterr().err
     assert "--image-size 64" in error
     assert error.count("\n") == 1
@@ -467,8 +492,8 @@ def test_a_checkpoint_for_another_image_size(in_tmp, photos_with_val, capsys, mo
 
 def test_test_only_needs_validation_images(in_tmp, photos, capsys):
     arguments = [*TINY, "--data-path", str(photos), "--output-dir", "out"]
-    assert tsa.main([*arguments, "--steps", "1"]) == 0
-    assert tsa.main([*arguments, "--test-only", "--resume", "auto"]) == 2
+    assert main([*arguments, "--steps", "1"]) == 0
+    assert main([*arguments, "--test-only", "--resume", "auto"]) == 2
     assert capsys.readouterr().err == (
         "train_split_affinity.py: error: --test-only needs validation images "
         "(DIR/val/<class>/*.jpg, or --val-share)\n"
@@ -483,7 +508,7 @@ def test_a_run_that_starts_with_weights_by_name(in_tmp, photos_with_val, torch_c
     saved = torch.load(torch_cache("squeezenet1_1"))
     options = ["--data-path", str(photos_with_val), "-b", "4", "-j", "0", "--image-size", "32"]
     options += ["--output-dir", "out", "--epochs", "1", "--lr", "0"]
-    assert tsa.main([*WEIGHTS, *options]) == 0
+    assert main([*WEIGHTS, *options]) == 0
     captured = capsys.readouterr()
     assert (
         "SqueezeNet1_1_Weights.IMAGENET1K_V1: 50 of 52 tensors; new: classifier.1." in captured.out
@@ -495,7 +520,7 @@ def test_a_run_that_starts_with_weights_by_name(in_tmp, photos_with_val, torch_c
     assert state["settings"]["weights"] == "DEFAULT"
     # The run goes on where it stands, not from its weights.
     options += ["--weights", "DEFAULT", "--resume", "auto", "--epochs", "2"]
-    assert tsa.main([*TINY[:2], "--precision", "fp32", *options]) == 0
+    assert main([*TINY[:2], "--precision", "fp32", *options]) == 0
     captured = capsys.readouterr()
     assert "resumed from out/last.pt, after step 3" in captured.out
     assert "tensors; new" not in captured.out
@@ -506,7 +531,7 @@ def test_weights_by_name_decide_how_pictures_are_made_ready(in_tmp, photos, torc
     torch_cache("mobilenet_v3_small")
     options = ["--model", "mobilenet_v3_small", "--weights", "DEFAULT", "--data-path", str(photos)]
     options += ["-b", "2", "-j", "0", "--steps", "1", "--output-dir", "out"]
-    assert tsa.main([*options, "--image-size", "112", "--std", "0.5,0.5,0.5"]) == 0
+    assert main([*options, "--image-size", "112", "--std", "0.5,0.5,0.5"]) == 0
     settings = torch.load("out/last.pt", weights_only=True)["settings"]
     assert [settings[name] for name in ("image_size", "val_resize", "mean", "std")] == [
         *(112, 128, (0.485, 0.456, 0.406), (0.5, 0.5, 0.5))
@@ -515,14 +540,12 @@ def test_weights_by_name_decide_how_pictures_are_made_ready(in_tmp, photos, torc
 
 def test_a_folder_of_all_classes_keeps_the_classifier(torch_cache):
     saved = torch.load(torch_cache("squeezenet1_1"))
-    settings = tsa.Settings(
-        model="squeezenet1_1", weights="DEFAULT", num_classes=1000, image_size=64
-    )
-    model, note = tsa.starting_model(settings, tsa.wordnet_ids())
+    settings = Settings(model="squeezenet1_1", weights="DEFAULT", num_classes=1000, image_size=64)
+    model, note = starting_model(settings, wordnet_ids())
     assert note == "weights from SqueezeNet1_1_Weights.IMAGENET1K_V1: all 52 tensors"
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
-    for classes in (tuple(reversed(tsa.wordnet_ids())), tuple(map(str, range(1000)))):
-        model, note = tsa.starting_model(settings, classes)
+    for classes in (tuple(reversed(wordnet_ids())), tuple(map(str, range(1000)))):
+        model, note = starting_model(settings, classes)
         assert note.startswith(
             "weights from SqueezeNet1_1_Weights.IMAGENET1K_V1: 50 of 52 tensors; new: "
         )
@@ -550,13 +573,13 @@ def test_weights_by_name_are_tested_without_any_training(
         for count in (1, 5)
     )
     options = ["--test-only", "--data-path", str(imagenet_photos), "-b", "4", "-j", "0"]
-    assert tsa.main([*WEIGHTS, *options, "--output-dir", "out"]) == 0
+    assert main([*WEIGHTS, *options, "--output-dir", "out"]) == 0
     printed = capsys.readouterr().out
     assert "SqueezeNet1_1_Weights.IMAGENET1K_V1: all 52 tensors\n" in printed
     assert f"12 images: loss {loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %" in printed
     for name in ("toilet tissue", "tench"):
         assert re.search(rf"^\| {name} +\| .*\| +6 \|$", printed, re.MULTILINE)
-    assert sorted(path.name for path in Path("out").iterdir()) == [tsa.CONFUSED, tsa.PAIRS]
+    assert sorted(path.name for path in Path("out").iterdir()) == [CONFUSED, PAIRS]
 
 
 def test_a_run_that_goes_on_needs_no_more_the_weights_that_it_began_with(
@@ -564,17 +587,17 @@ def test_a_run_that_goes_on_needs_no_more_the_weights_that_it_began_with(
 ):
     path = torch_cache("squeezenet1_1")
     options = [*TINY, "--weights", "DEFAULT", "--output-dir", "out", "--resume", "auto"]
-    assert tsa.main([*options, "--steps", "1"]) == 0
+    assert main([*options, "--steps", "1"]) == 0
     assert "weights from SqueezeNet1_1_Weights" in capsys.readouterr().out
     path.unlink()
-    assert tsa.main([*options, "--steps", "2"]) == 0
+    assert main([*options, "--steps", "2"]) == 0
     printed = capsys.readouterr().out
     assert "resumed from out/last.pt, after step 1" in printed
     assert "weights from" not in printed
 
 
 def test_plan_says_what_weights_are_for_and_fetches_nothing(in_tmp, torch_cache, capsys):
-    assert tsa.main(["plan", "--model", "efficientnet_b1", "--weights", "DEFAULT"]) == 0
+    assert main(["plan", "--model", "efficientnet_b1", "--weights", "DEFAULT"]) == 0
     printed = capsys.readouterr().out
     assert (
         "\nweights   EfficientNet_B1_Weights.IMAGENET1K_V2: 1000 classes, 240 px of pictures "
@@ -770,7 +793,7 @@ BAD_INPUT = [
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
 def test_bad_input_is_one_line(in_tmp, capsys, torch_cache, arguments, message):
-    assert tsa.main(arguments) == 2
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("train_split_affinity.py: error: ")
     assert message in error
@@ -788,15 +811,15 @@ def test_bad_input_as_a_process(in_tmp):
 def test_without_thread_affinity_only_split_none_works(in_tmp, capsys, monkeypatch):
     monkeypatch.delattr(os, "sched_setaffinity")
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert tsa.main([*TINY, "--steps", "1"]) == 2
+    assert main([*TINY, "--steps", "1"]) == 2
     assert "--split even: Linux cannot keep threads on cores" in capsys.readouterr().err
-    assert tsa.main([*TINY, "--steps", "1", "--split", "none"]) == 0
+    assert main([*TINY, "--steps", "1", "--split", "none"]) == 0
     assert "finished after 1 of 1 step" in capsys.readouterr().out
 
 
 def test_a_non_finite_loss_is_exit_code_1(in_tmp, capsys):
     arguments = [*TINY, "--steps", "9", "--lr", "1e30", "--split", "none", "--momentum", "0"]
-    assert tsa.main(arguments) == 1
+    assert main(arguments) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("train_split_affinity.py: error: step ")
     assert "the loss is" in captured.err
@@ -850,11 +873,11 @@ def test_an_error_that_nobody_foresaw(in_tmp, tmp_path, monkeypatch, capsys, err
             raise error
         return backward(self, output)
 
-    backward, calls = tsa.Network.backward, itertools.count(1)
-    monkeypatch.setattr(tsa.Network, "backward", fail)
+    backward, calls = Network.backward, itertools.count(1)
+    monkeypatch.setattr(Network, "backward", fail)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     options = ["--output-dir", "out"] if folder else []
-    assert tsa.main([*TINY, "--steps", "5", *options]) == 1
+    assert main([*TINY, "--steps", "5", *options]) == 1
     captured = capsys.readouterr()
     file = Path("out/traceback.txt") if folder else tmp_path / "traceback.txt"
     assert captured.err == (f"train_split_affinity.py: error: {reason}; traceback in {file}\n")
@@ -870,7 +893,7 @@ def test_an_error_that_nobody_foresaw(in_tmp, tmp_path, monkeypatch, capsys, err
 def test_a_traceback_that_cannot_be_written_is_shown(in_tmp, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", "/proc/nowhere")
     set_everywhere(monkeypatch, "read_topology", lambda: [][0])
-    assert tsa.main(TINY) == 1
+    assert main(TINY) == 1
     error = capsys.readouterr().err
     assert "error: an error that was not foreseen: IndexError: list index out of range" in error
     assert "Traceback (most recent call last):\n" in error
@@ -881,7 +904,7 @@ def test_an_interrupt_before_the_run_has_begun(in_tmp, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     set_everywhere(monkeypatch, "open_data", interrupted)
-    assert tsa.main(TINY) == 130
+    assert main(TINY) == 130
     assert capsys.readouterr().err == "train_split_affinity.py: stopped by SIGINT\n"
 
 
@@ -896,7 +919,7 @@ def test_openmp_binding_variables_are_dropped(in_tmp):
         assert f"warning: {name}={value} is ignored" in done.stderr
     run, *_, summary = read_metrics(Path("out"))
     cpus = run["plan"]["forward"]["cpus"] + run["plan"]["backward"]["cpus"]
-    assert sorted(cpus) == sorted(tsa.ALLOWED_CPUS)
+    assert sorted(cpus) == sorted(ALLOWED_CPUS)
     assert summary["stray_s"] == 0
 
 
@@ -919,14 +942,14 @@ def test_a_lane_uses_the_threads_that_openmp_gives(in_tmp):
 def test_torchrun_s_thread_count_is_overruled(in_tmp):
     done = run_script(*TINY, "--steps", "1", "--split", "none", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    threads = len(tsa.usable_cores(tsa.read_topology()))
+    threads = len(usable_cores(read_topology()))
     assert f"{threads} thread" in done.stdout
     assert "warning" not in done.stderr
 
 
 @pytest.mark.skipif(not TWO_CPUS, reason="needs two logical CPUs to take one away")
 def test_one_allowed_cpu(in_tmp):
-    cpu = min(tsa.ALLOWED_CPUS)
+    cpu = min(ALLOWED_CPUS)
     done = subprocess.run(
         [sys.executable, SCRIPT, *TINY, "--steps", "2"],
         capture_output=True,
@@ -982,7 +1005,7 @@ def without_torch(tmp_path):
         ),
         ("find-lr --help", "usage: train_split_affinity.py find-lr [options]", "--steps 200\n"),
         ("compare --steps 3 -h", "usage: train_split_affinity.py compare ", " compare.json\n"),
-        ("--version", f"train_split_affinity.py {tsa.__version__}, Python 3.", "\n"),
+        ("--version", f"train_split_affinity.py {__version__}, Python 3.", "\n"),
         ("plan --list-data-sets", "image folder\n  what     your own pictures", "--num-classes\n"),
     ],
 )
@@ -1026,9 +1049,9 @@ def test_help_that_nobody_reads(in_tmp, argument, code, redirection):
 
 def test_version_names_what_is_installed(capsys):
     with pytest.raises(SystemExit) as ended:
-        tsa.main(["plan", "--version"])
+        main(["plan", "--version"])
     assert ended.value.code == 0
-    versions = tsa.versions()
+    versions = all_versions()
     printed = capsys.readouterr().out
     assert f"Python {versions['python']}, " in printed
     for name in ("torch", "torchvision"):
@@ -1036,11 +1059,11 @@ def test_version_names_what_is_installed(capsys):
 
 
 def test_the_list_of_models(in_tmp, capsys):
-    assert tsa.main(["--list-models"]) == 0
+    assert main(["--list-models"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "model                       parameters"
-    assert [line.split()[0] for line in lines[1:]] == [*tsa.classifier_names(), "timm/NAME"]
-    assert lines[-1].endswith(f" those of timm {tsa.installed_version('timm')}")
+    assert [line.split()[0] for line in lines[1:]] == [*classifier_names(), "timm/NAME"]
+    assert lines[-1].endswith(f" those of timm {installed_version('timm')}")
     for line in (
         "resnet56                       917,368",
         "resnet50                    25,557,032",
@@ -1054,8 +1077,8 @@ def test_the_list_of_models(in_tmp, capsys):
 @pytest.mark.parametrize("name", ["alexnet", "googlenet", "inception_v3", "vit_b_16", "resnet56"])
 def test_the_list_of_models_has_the_parameters_that_are_built(name):
     with torch.device("meta"):
-        model = tsa.build_model(name, 1000, 224)
-    assert tsa.parameter_count(name) == sum(weight.numel() for weight in model.parameters())
+        model = build_model(name, 1000, 224)
+    assert parameter_count(name) == sum(weight.numel() for weight in model.parameters())
 
 
 PROGRAMS = {"digits": 1797, "photos": 6, "cifar": 7}
@@ -1134,7 +1157,7 @@ def test_the_bare_file_says_what_it_needs():
     target = tomllib.loads(SCRIPT.with_name("pyproject.toml").read_text())["tool"]["ruff"]
     assert target["target-version"] == f"py{least.replace('.', '')}"
     assert text.startswith("#!/usr/bin/env python3\n# /// script\n")
-    assert ast.get_docstring(ast.parse(text)) == tsa.__doc__.rstrip(), "which still stands first"
+    assert ast.get_docstring(ast.parse(text)) == script.__doc__.rstrip(), "which still stands first"
 
 
 def test_the_bare_file_asks_for_the_build_of_pytorch_that_the_readme_names():

@@ -40,10 +40,52 @@ from scipy.special import betainc
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-import train_split_affinity as tsa
-from train_split_affinity import Settings
+from split_affinity import ALLOWED_CPUS, process_cpus
+from split_affinity.data import named
+from split_affinity.data.classes import (
+    confused_classes,
+    match_classes,
+    with_known_classes,
+    wordnet_ids,
+)
+from split_affinity.data.dataset import (
+    choose_images,
+    describe_data,
+    describe_images,
+    open_data,
+    with_validation,
+)
+from split_affinity.data.image_folder import folder_data
+from split_affinity.data.loader import (
+    BadImages,
+    Batches,
+    Feed,
+    LoaderDied,
+    check_open_files,
+    training_feed,
+    validation_feed,
+)
+from split_affinity.data.named import SYNTHETIC_PATTERNS
+from split_affinity.data.pictures import ImageData, load_image, to_rgb
+from split_affinity.data.samples import EpochOrder, Samples, shared
+from split_affinity.data.transforms import (
+    image_size_in,
+    mixing_transform,
+    training_transform,
+    validation_transform,
+)
+from split_affinity.errors import RunError, UserError
+from split_affinity.machine.topology import read_topology
+from split_affinity.models.pretrained import Preprocessing, imagenet_classes
+from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.settings import Settings
+from split_affinity.options.values import MIXING
+from split_affinity.reports.confusion import confused_json
+from split_affinity.runs.setup import settings_in_force
+from split_affinity.training.network import Confusion
+from train_split_affinity import main
 
-ALL_CPUS = tuple(sorted(tsa.ALLOWED_CPUS))
+ALL_CPUS = tuple(sorted(ALLOWED_CPUS))
 ALL_WORKERS = pytest.mark.parametrize("workers", [0, 1, 2])
 
 
@@ -54,8 +96,8 @@ def small(**settings):
 
 def load(data, settings, epoch=1, start=0, stop=None):
     """Training batches, as a run gets them."""
-    with contextlib.closing(tsa.training_feed(data, settings, ALL_CPUS)) as feed:
-        bad = tsa.BadImages(settings.max_bad_images)
+    with contextlib.closing(training_feed(data, settings, ALL_CPUS)) as feed:
+        bad = BadImages(settings.max_bad_images)
         return list(feed.batches(bad, epoch, start, stop))
 
 
@@ -75,7 +117,7 @@ def with_val(photos, tmp_path):
 
 
 def test_synthetic_images():
-    data = tsa.open_data(small(num_classes=5))
+    data = open_data(small(num_classes=5))
     assert (data.kind, data.val, len(data.train)) == ("synthetic", None, 1280)
     assert data.classes == ("0", "1", "2", "3", "4")
     images, targets = load(data, small(num_classes=5), stop=1)[0]
@@ -86,12 +128,12 @@ def test_synthetic_images():
 
 
 def test_synthetic_images_fill_at_least_one_step():
-    assert len(tsa.open_data(small(batch_size=700, accumulate=3)).train) == 2100
+    assert len(open_data(small(batch_size=700, accumulate=3)).train) == 2100
 
 
 def test_synthetic_images_depend_on_the_seed():
     first, again, other = (
-        load(tsa.open_data(small(seed=seed)), small(seed=seed), stop=1)[0][0] for seed in (1, 1, 2)
+        load(open_data(small(seed=seed)), small(seed=seed), stop=1)[0][0] for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -104,8 +146,8 @@ def squares(data, index):
 
 
 def test_synthetic_pictures_of_a_class_share_a_pattern_and_no_noise():
-    data = tsa.open_data(small(num_classes=1000, image_size=224))
-    for index in range(tsa.SYNTHETIC_PATTERNS):
+    data = open_data(small(num_classes=1000, image_size=224))
+    for index in range(SYNTHETIC_PATTERNS):
         assert (squares(data, index) - squares(data, index + 10)).abs().max() < 3
         assert (squares(data, index) - squares(data, index + 11)).abs().max() > 30
         first, other = (np.asarray(data.train[each][0], int) for each in (index, index + 10))
@@ -117,7 +159,7 @@ def test_synthetic_pictures_of_a_class_share_a_pattern_and_no_noise():
     [(1000, [*range(10), *range(3)]), (3, [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2, 0])],
 )
 def test_synthetic_pictures_are_of_the_first_ten_classes(classes, targets):
-    data = tsa.open_data(small(num_classes=classes))
+    data = open_data(small(num_classes=classes))
     assert len(data.classes) == classes
     assert [data.train[index][1] for index in range(13)] == targets
 
@@ -126,18 +168,18 @@ def test_a_synthetic_picture_depends_on_seed_and_index_alone():
     pictures = []
     for settings in (small(), small(batch_size=2000)):
         torch.manual_seed(settings.batch_size)
-        pictures.append(tsa.open_data(settings).train[1234][0])
+        pictures.append(open_data(settings).train[1234][0])
     assert pictures[0].size == (32, 32) and pictures[0].mode == "RGB"
     assert pictures[0] == pictures[1]
-    assert pictures[0] != tsa.open_data(small(seed=1)).train[1234][0]
+    assert pictures[0] != open_data(small(seed=1)).train[1234][0]
 
 
 @ALL_WORKERS
 def test_synthetic_images_are_the_same_with_any_loaders(workers):
     settings = small(num_classes=1000, workers=workers)
-    expected = load(tsa.open_data(settings), small(num_classes=1000), stop=3)
-    with contextlib.closing(tsa.training_feed(tsa.open_data(settings), settings, ALL_CPUS)) as feed:
-        assert_same_batches(list(feed.batches(tsa.BadImages(), stop=3)), expected)
+    expected = load(open_data(settings), small(num_classes=1000), stop=3)
+    with contextlib.closing(training_feed(open_data(settings), settings, ALL_CPUS)) as feed:
+        assert_same_batches(list(feed.batches(BadImages(), stop=3)), expected)
 
 
 @pytest.mark.parametrize(
@@ -145,14 +187,14 @@ def test_synthetic_images_are_the_same_with_any_loaders(workers):
     [(None, "10 of 1000 classes"), (10, "10 classes"), (4, "4 classes")],
 )
 def test_what_is_said_of_synthetic_images(classes, said):
-    (line,) = tsa.describe_data(tsa.open_data(small(num_classes=classes)))
+    (line,) = describe_data(open_data(small(num_classes=classes)))
     assert line == f"data      synthetic: 1280 images of {said}, a noisy pattern for each"
     assert len(line) <= 80
 
 
 @pytest.mark.parametrize("below", ["", "train"])
 def test_an_image_folder_with_or_without_train(photos, below):
-    data = tsa.open_data(small(data_path=photos / below))
+    data = open_data(small(data_path=photos / below))
     assert (data.kind, data.val, len(data.train)) == ("folder", None, 12)
     assert data.classes == ("flower", "temple")
     images, targets = load(data, small(), stop=1)[0]
@@ -162,17 +204,17 @@ def test_an_image_folder_with_or_without_train(photos, below):
 
 def test_an_image_folder_with_validation_images(with_val):
     (with_val / "val/temple/0005.jpg").unlink()
-    data = tsa.open_data(small(data_path=with_val))
+    data = open_data(small(data_path=with_val))
     assert (len(data.train), len(data.val)) == (12, 11)
-    assert data.native == tsa.Preprocessing(224, 256)
+    assert data.native == Preprocessing(224, 256)
 
 
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_class_that_only_one_part_has(with_val, part):
     shutil.copytree(with_val / "val/temple", with_val / part / "church")
     error = f"--data-path {with_val}: class church is not in both of train and val"
-    with pytest.raises(tsa.UserError, match=error):
-        tsa.open_data(small(data_path=with_val))
+    with pytest.raises(UserError, match=error):
+        open_data(small(data_path=with_val))
 
 
 def test_paths_that_hold_no_images(photos, tmp_path):
@@ -192,8 +234,8 @@ def test_paths_that_hold_no_images(photos, tmp_path):
         (tmp_path / "no_val", "no images"),
         (tmp_path / "one", r"one class only \(temple\)"),
     ):
-        with pytest.raises(tsa.UserError, match=f"--data-path {path}.*{reason}") as caught:
-            tsa.open_data(small(data_path=path))
+        with pytest.raises(UserError, match=f"--data-path {path}.*{reason}") as caught:
+            open_data(small(data_path=path))
         assert "\n" not in str(caught.value)
 
 
@@ -210,8 +252,8 @@ def test_paths_that_hold_no_images(photos, tmp_path):
     ],
 )
 def test_settings_that_do_not_suit_the_data(photos, settings, error):
-    with pytest.raises(tsa.UserError, match=error):
-        tsa.open_data(small(data_path=photos, **settings))
+    with pytest.raises(UserError, match=error):
+        open_data(small(data_path=photos, **settings))
 
 
 def folder_of(root, *names):
@@ -239,7 +281,7 @@ def test_classes_and_images_in_torchvisions_order(tmp_path):
     ]
     root = folder_of(tmp_path, *names, "B/1.jpeg", "B/0.TIFF", "a b/ä.webp", "10/1.ppm", "9/1.jpg")
     for same in (root, Path(os.path.relpath(root))):
-        ours, theirs = tsa.folder_data(same).train, torchvision.datasets.ImageFolder(same)
+        ours, theirs = folder_data(same).train, torchvision.datasets.ImageFolder(same)
         assert ours.samples == ours.imgs == theirs.samples
         assert ours.targets == theirs.targets
         assert (ours.classes, ours.class_to_idx) == (theirs.classes, theirs.class_to_idx)
@@ -255,13 +297,12 @@ def test_links_lead_to_classes_folders_and_images_elsewhere(tmp_path):
     (root / "c/4.png").symlink_to(store / "z/4.png")
     (root / "c/more").symlink_to(store / "x")
     (root / "also_a").symlink_to(store / "x")
-    ours, theirs = tsa.folder_data(root).train, torchvision.datasets.ImageFolder(root)
+    ours, theirs = folder_data(root).train, torchvision.datasets.ImageFolder(root)
     assert ours.samples == theirs.samples
     assert len(ours) == 8
     assert ours.left_out == []
     assert (
-        tsa.folder_data(Path(shutil.copytree(root, tmp_path / "copied"))).train.targets
-        == ours.targets
+        folder_data(Path(shutil.copytree(root, tmp_path / "copied"))).train.targets == ours.targets
     )
 
 
@@ -284,7 +325,7 @@ def test_links_that_lead_back_are_not_followed_but_named(tmp_path, links):
     (tmp_path / "out/back").symlink_to("../data/a")
     for path, target in links.items():
         (root / path).symlink_to(target)
-    data = tsa.folder_data(root).train
+    data = folder_data(root).train
     real = {(os.path.realpath(path), target) for path, target in data.samples}
     assert len(real) == len(data), "each file once in a class"
     assert data.classes == ["a", "b"]
@@ -317,7 +358,7 @@ def test_a_class_has_each_file_once_however_many_links_lead_there(tmp_path):
         "b/1.png": "../a/1.png",
     }.items():
         (root / name).symlink_to(target)
-    data = tsa.folder_data(root).train
+    data = folder_data(root).train
     images = ["a/0.png", "a/7.png", "a/8.png", "a/copy/2.png", "a/out/below/5.png"]
     assert samples_of(data) == [(name, 0) for name in images] + [("b/1.png", 1), ("b/3.png", 1)]
     assert data.left_out == [
@@ -333,8 +374,8 @@ def test_a_link_into_nowhere_is_a_broken_image(tmp_path):
     for name, target in {"a/gone.png": "nowhere", "b/self.png": "self.png"}.items():
         (root / name).symlink_to(target)
         settings = small(data_path=root, batch_size=1)
-        with pytest.raises(tsa.RunError, match=f"^broken image {root / name}: "):
-            load(tsa.open_data(settings), settings)
+        with pytest.raises(RunError, match=f"^broken image {root / name}: "):
+            load(open_data(settings), settings)
         (root / name).unlink()
 
 
@@ -342,7 +383,7 @@ def test_a_run_goes_on_without_the_image_of_a_link_into_nowhere(tmp_path, in_tmp
     root = folder_of(tmp_path, "data/a/1.png", "data/a/2.png", "data/b/1.png") / "data"
     (root / "a/gone.png").symlink_to("nowhere")
     options = [*TINY, "--data-path", str(root), "--output-dir", "out", "--epochs", "1", "-b", "4"]
-    assert tsa.main([*options, "--max-bad-images", "1"]) == 0
+    assert main([*options, "--max-bad-images", "1"]) == 0
     assert f"broken image {root}/a/gone.png: " in capsys.readouterr().err
 
 
@@ -356,7 +397,7 @@ def test_what_is_no_picture_is_left_out_and_named(tmp_path):
     os.mkfifo(root / "a/3.png")
     os.mkfifo(tmp_path / "pipe")
     (root / "b/4.jpg").symlink_to(tmp_path / "pipe")
-    data = tsa.folder_data(root).train
+    data = folder_data(root).train
     assert data.classes == ["a", "b"]
     assert samples_of(data) == [("a/1.png", 0), ("b/1.png", 1)]
     assert data.left_out == [
@@ -381,8 +422,8 @@ def test_classes_without_images_are_named_in_a_line(tmp_path):
     for name in ("b", "d"):
         (root / "train" / name).mkdir()
     error = f"--data-path {root}: no images: none of .jpg, .* in class b, d of {root}/train$"
-    with pytest.raises(tsa.UserError, match=error):
-        tsa.open_data(small(data_path=root))
+    with pytest.raises(UserError, match=error):
+        open_data(small(data_path=root))
 
 
 @pytest.mark.parametrize(
@@ -401,7 +442,7 @@ def test_which_folder_validates(tmp_path, there, used, unused):
     root = folder_of(
         tmp_path, *(f"{part}/{name}/1.png" for part in ("train", *there) for name in "ab")
     )
-    data = tsa.open_data(small(data_path=root, batch_size=1))
+    data = open_data(small(data_path=root, batch_size=1))
     assert (data.val and data.val.root) == (used and root / used)
     assert data.left_out == [("unused folder", str(root / name)) for name in unused]
 
@@ -409,25 +450,25 @@ def test_which_folder_validates(tmp_path, there, used, unused):
 def test_what_was_found_and_left_out_in_two_lines(tmp_path):
     root = folder_of(tmp_path, "train/a/1.png", "train/a/2.png", "train/b/1.png", "train/b/2.png")
     found = "data      4 images of 2 classes (a, b) to train on, {} to validate with"
-    data = tsa.open_data(small(data_path=root, batch_size=1))
-    assert tsa.describe_data(data) == [found.format("none")]
+    data = open_data(small(data_path=root, batch_size=1))
+    assert describe_data(data) == [found.format("none")]
     folder_of(root, "valid/a/1.png", "valid/b/1.png", "test/a/1.png")
     for name in ("train/a/x.gif", "train/b/notes.txt", "valid/a/y.gif"):
         (root / name).touch()
     (root / "valid/b/up").symlink_to("..")
-    assert tsa.describe_data(tsa.open_data(small(data_path=root, batch_size=1))) == [
+    assert describe_data(open_data(small(data_path=root, batch_size=1))) == [
         found.format(f"2 in {root}/valid"),
         f"left out  3 other files ({root}/train/a/x.gif, ...), 1 looping link ({root}/valid/b/up), "
         f"1 unused folder ({root}/test)",
     ]
-    half = tsa.open_data(small(data_path=root, batch_size=1, subset=0.5))
-    assert tsa.describe_data(half)[0].startswith("data      2 of 4 images of 2 classes (a, b) to ")
+    half = open_data(small(data_path=root, batch_size=1, subset=0.5))
+    assert describe_data(half)[0].startswith("data      2 of 4 images of 2 classes (a, b) to ")
 
 
 def test_many_classes_are_shortened():
     classes = tuple(f"class{number}" for number in range(100))
-    data = tsa.ImageData("cifar10", Labels([0]), Labels([0, 1]), classes, chosen=[0])
-    assert tsa.describe_data(data) == [
+    data = ImageData("cifar10", Labels([0]), Labels([0, 1]), classes, chosen=[0])
+    assert describe_data(data) == [
         "data      1 image of 100 classes (class0, class1, class2, class3, class4, class5, class6, "
         "...) to train on, 2 to validate with"
     ]
@@ -438,7 +479,7 @@ def test_the_head_of_a_run_says_what_was_found(tmp_path, in_tmp, capsys, command
     root = folder_of(tmp_path, "data/train/a/1.png", "data/train/b/1.png", "data/test/a/1.png")
     options = ["--model", "squeezenet1_1", "--image-size", "32", "-b", "2", "-j", "0"]
     path = ["--data-path", str(root / "data"), "--steps", "1"]
-    assert tsa.main([command, *options, *path]) == 0
+    assert main([command, *options, *path]) == 0
     lines = capsys.readouterr().out.splitlines()
     place = lines.index("data      2 images of 2 classes (a, b) to train on, none to validate with")
     assert lines[place + 1] == f"left out  1 unused folder ({root}/data/test)"
@@ -474,11 +515,11 @@ def test_pictures_of_8_bits_are_what_pillow_makes_of_them(tmp_path, mode):
         assert not list(files_of(picture, tmp_path))
         return
     expected = np.asarray(picture.convert("RGB"))
-    assert np.array_equal(np.asarray(tsa.to_rgb(picture)), expected)
+    assert np.array_equal(np.asarray(to_rgb(picture)), expected)
     paths = list(files_of(picture, tmp_path))
     assert paths
     for path in paths:
-        loaded = tsa.load_image(path)
+        loaded = load_image(path)
         assert loaded.mode == "RGB"
         assert np.array_equal(np.asarray(loaded), np.asarray(as_pillow_converts(path))), path
 
@@ -491,7 +532,7 @@ def test_transparent_palettes_load_without_a_warning(tmp_path, transparency):
     expected = as_pillow_converts(tmp_path / "x.png")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loaded = tsa.load_image(tmp_path / "x.png")
+        loaded = load_image(tmp_path / "x.png")
     assert np.array_equal(np.asarray(loaded), np.asarray(expected))
 
 
@@ -512,7 +553,7 @@ def test_grey_of_more_bits_has_the_pixels_of_its_twin_of_8_bits(tmp_path, mode):
     picture = Image.frombytes(mode, (16, 16), values.tobytes())
     paths = list(files_of(picture, tmp_path, formats))
     assert len(paths) == len(formats)
-    for loaded in (tsa.to_rgb(picture), *map(tsa.load_image, paths)):
+    for loaded in (to_rgb(picture), *map(load_image, paths)):
         assert loaded.mode == "RGB"
         assert np.array_equal(np.asarray(loaded), np.repeat(GREY[..., None], 3, axis=2))
 
@@ -548,7 +589,7 @@ def test_grey_beyond_8_bits_by_hand(tmp_path, kind, values, pixels):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Image.fromarray(np.array([values], kind)).save(tmp_path / "x.tiff")
-        loaded = tsa.load_image(tmp_path / "x.tiff")
+        loaded = load_image(tmp_path / "x.tiff")
     assert np.asarray(loaded)[0, :, 0].tolist() == pixels
 
 
@@ -561,7 +602,7 @@ def test_images_of_16_bits_train_as_those_of_8(tmp_path):
                 values = np.random.default_rng(number).integers(low, low + 100, (40, 40))
                 Image.fromarray((values * factor).astype(bits)).save(folder / f"{number}.png")
     eight, sixteen = (
-        load(tsa.open_data(small(data_path=tmp_path / name)), small(**AUGMENTED))
+        load(open_data(small(data_path=tmp_path / name)), small(**AUGMENTED))
         for name in ("uint8", "uint16")
     )
     assert_same_batches(eight, sixteen)
@@ -575,7 +616,7 @@ def test_pictures_are_turned_as_their_exif_data_say(tmp_path, name, orientation)
     pixels = noise(16)[:8]
     Image.fromarray(pixels).save(tmp_path / "x.jpg", name, exif=exif)
     Image.fromarray(pixels).save(tmp_path / "plain.jpg", name)
-    lying = np.asarray(tsa.load_image(tmp_path / "plain.jpg"))
+    lying = np.asarray(load_image(tmp_path / "plain.jpg"))
     turned = {  # the first row of the file is the top, or the right, of what is seen, and so on
         1: lying,
         2: lying[:, ::-1],
@@ -586,14 +627,14 @@ def test_pictures_are_turned_as_their_exif_data_say(tmp_path, name, orientation)
         7: lying[::-1, ::-1].swapaxes(0, 1),
         8: np.rot90(lying),
     }
-    assert np.array_equal(np.asarray(tsa.load_image(tmp_path / "x.jpg")), turned[orientation])
+    assert np.array_equal(np.asarray(load_image(tmp_path / "x.jpg")), turned[orientation])
 
 
 def test_grey_of_16_bits_is_turned_too(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(GREY[:8].astype(np.uint16) * 257).save(tmp_path / "x.png", exif=exif)
-    turned = np.asarray(tsa.load_image(tmp_path / "x.png"))[..., 0]
+    turned = np.asarray(load_image(tmp_path / "x.png"))[..., 0]
     assert np.array_equal(turned, np.rot90(GREY[:8], -1))
 
 
@@ -602,7 +643,7 @@ def test_damaged_exif_data_spoil_no_picture(tmp_path, exif):
     Image.fromarray(noise(16)).save(tmp_path / "x.jpg", exif=exif)
     expected = np.asarray(as_pillow_converts(tmp_path / "x.jpg"))
     with warnings.catch_warnings(record=True) as warned, whereabouts(0):
-        loaded = tsa.load_image(tmp_path / "x.jpg")
+        loaded = load_image(tmp_path / "x.jpg")
     assert np.array_equal(np.asarray(loaded), expected)
     assert not warned
 
@@ -621,8 +662,8 @@ def cifar(tmp_path, monkeypatch):
 
 
 def test_cifar10_is_recognised_and_read(cifar):
-    data = tsa.open_data(Settings(data_path=cifar, batch_size=4))
-    assert (data.kind, data.native, data.classes) == ("cifar10", tsa.CIFAR10, DIGITS)
+    data = open_data(Settings(data_path=cifar, batch_size=4))
+    assert (data.kind, data.native, data.classes) == ("cifar10", named.CIFAR10, DIGITS)
     assert [target for _, target in data.train] == [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
     noise = np.random.default_rng(0).integers(0, 256, (13, 32, 32, 3), np.uint8)
     for (picture, _), pixels in zip(data.train, noise[:12], strict=True):
@@ -632,10 +673,8 @@ def test_cifar10_is_recognised_and_read(cifar):
 def test_cifar10_is_normalised_by_its_own_colours(cifar):
     """By hand: a fifth, two fifths and four fifths, less the mean, in standard deviations."""
     settings = small(data_path=cifar, num_classes=10)
-    with contextlib.closing(
-        tsa.validation_feed(tsa.open_data(settings), settings, ALL_CPUS)
-    ) as feed:
-        ((images, targets),) = feed.batches(tsa.BadImages())
+    with contextlib.closing(validation_feed(open_data(settings), settings, ALL_CPUS)) as feed:
+        ((images, targets),) = feed.batches(BadImages())
     assert targets.tolist() == [7, 0]
     for channel, expected in zip(images[0], (-1.179757, -0.337577, 1.351300), strict=True):
         torch.testing.assert_close(channel, torch.full((32, 32), expected), rtol=0, atol=1e-5)
@@ -644,7 +683,7 @@ def test_cifar10_is_normalised_by_its_own_colours(cifar):
 def test_cifar10_from_end_to_end(tmp_path, monkeypatch):
     root = accept(monkeypatch, make_cifar_digits(tmp_path, 50))
     settings = small(data_path=root, num_classes=10, workers=1)
-    data = tsa.open_data(settings)
+    data = open_data(settings)
     assert (len(data.train), len(data.val)) == (40, 10)
     batches = load(data, settings)
     assert len(batches) == 10
@@ -654,8 +693,8 @@ def test_cifar10_from_end_to_end(tmp_path, monkeypatch):
 
 
 def test_more_or_fewer_classes_than_cifar10(cifar):
-    with pytest.raises(tsa.UserError, match="--num-classes 9: .* has 10 classes"):
-        tsa.open_data(small(data_path=cifar, num_classes=9))
+    with pytest.raises(UserError, match="--num-classes 9: .* has 10 classes"):
+        open_data(small(data_path=cifar, num_classes=9))
 
 
 def flip_a_bit(path):
@@ -673,15 +712,15 @@ def cut_in_half(path):
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_in_half, Path.unlink])
 def test_a_damaged_file_of_cifar10(cifar, name, damage):
     damage(cifar / FOLDER / name)
-    with pytest.raises(tsa.UserError, match=f"--data-path {cifar}: no CIFAR-10: .*not found or"):
-        tsa.open_data(small(data_path=cifar, num_classes=10))
+    with pytest.raises(UserError, match=f"--data-path {cifar}: no CIFAR-10: .*not found or"):
+        open_data(small(data_path=cifar, num_classes=10))
 
 
 def test_a_file_of_cifar10_that_cannot_be_parsed(cifar, monkeypatch):
     cut_in_half(cifar / FOLDER / "test_batch")
     accept(monkeypatch, cifar)
-    with pytest.raises(tsa.UserError, match=f"--data-path {cifar}: no CIFAR-10: .*") as caught:
-        tsa.open_data(small(data_path=cifar, num_classes=10))
+    with pytest.raises(UserError, match=f"--data-path {cifar}: no CIFAR-10: .*") as caught:
+        open_data(small(data_path=cifar, num_classes=10))
     assert "\n" not in str(caught.value)
 
 
@@ -713,36 +752,36 @@ def test_cifar10_is_downloaded_and_verified(cifar, site, tmp_path, monkeypatch):
     with tarfile.open(archive, "w:gz") as tar:
         tar.add(cifar / FOLDER, FOLDER)
     settings = small(data_path=tmp_path / "new", download=True, num_classes=10)
-    with pytest.raises(tsa.UserError, match="new: no CIFAR-10: File not found or corrupted"):
-        tsa.open_data(settings)
+    with pytest.raises(UserError, match="new: no CIFAR-10: File not found or corrupted"):
+        open_data(settings)
     monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-    assert len(tsa.open_data(settings).train) == 12
+    assert len(open_data(settings).train) == 12
     archive.unlink()
-    assert len(tsa.open_data(settings).train) == 12, "what is there is not fetched again"
+    assert len(open_data(settings).train) == 12, "what is there is not fetched again"
 
 
 def test_cifar10_that_cannot_be_fetched(site, tmp_path):
-    with pytest.raises(tsa.UserError, match="no CIFAR-10: HTTP Error 404: File not found"):
-        tsa.open_data(small(data_path=tmp_path, download=True))
+    with pytest.raises(UserError, match="no CIFAR-10: HTTP Error 404: File not found"):
+        open_data(small(data_path=tmp_path, download=True))
 
 
 def plain(kind="folder"):
     """Data whose images keep their values from 0 to 1, to see what transforms do."""
     sides = (32, 32) if kind == "cifar10" else (224, 256)
-    native = tsa.Preprocessing(*sides, "bilinear", (0, 0, 0), (1, 1, 1))
+    native = Preprocessing(*sides, "bilinear", (0, 0, 0), (1, 1, 1))
     padded = 32 if kind == "cifar10" else 0
-    return tsa.ImageData(kind, None, None, ("a", "b"), native, padded=padded)
+    return ImageData(kind, None, None, ("a", "b"), native, padded=padded)
 
 
 def validated(data, size):
     """What validation makes of pictures at another image size."""
-    return tsa.validation_transform(data.native.overruled(small(image_size=size)))
+    return validation_transform(data.native.overruled(small(image_size=size)))
 
 
 def transform(size=32, kind="folder", **settings):
     """Without what is random, unless settings say so."""
     chosen = small(**({"min_scale": 1.0, "hflip": 0.0, "image_size": size} | settings))
-    return tsa.training_transform(plain(kind), chosen, size)
+    return training_transform(plain(kind), chosen, size)
 
 
 def noise(side=32):
@@ -897,10 +936,10 @@ def test_cifar10_validates_whole():
 
 def test_photographs_are_normalised_by_imagenets_colours(photos):
     """By hand: a fifth, two fifths and four fifths, less the mean, in standard deviations."""
-    data = tsa.open_data(small(data_path=photos))
+    data = open_data(small(data_path=photos))
     picture = Image.new("RGB", (32, 32), (51, 102, 204))
     for transformation in (
-        tsa.training_transform(data, small(), 32),
+        training_transform(data, small(), 32),
         validated(data, 32),
     ):
         image = transformation(picture)
@@ -933,16 +972,16 @@ def test_photographs_are_normalised_by_imagenets_colours(photos):
     ],
 )
 def test_settings_overrule_how_pictures_are_made_ready(native, asked, ready):
-    found = tsa.Preprocessing(*native).overruled(Settings(**asked))
-    assert found == tsa.Preprocessing(*ready)
+    found = Preprocessing(*native).overruled(Settings(**asked))
+    assert found == Preprocessing(*ready)
     in_force = dataclasses.replace(Settings(), **vars(found))
-    assert tsa.Preprocessing(*native).overruled(in_force) == found, "settings in force say it all"
+    assert Preprocessing(*native).overruled(in_force) == found, "settings in force say it all"
 
 
 @pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
 def test_a_picture_validates_as_torchvisions_preset_has_it(interpolation):
     picture = Image.fromarray(noise(200))
-    ready = tsa.Preprocessing(48, 60, interpolation, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    ready = Preprocessing(48, 60, interpolation, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     preset = torchvision.transforms._presets.ImageClassification(
         crop_size=48,
         resize_size=60,
@@ -950,7 +989,7 @@ def test_a_picture_validates_as_torchvisions_preset_has_it(interpolation):
         std=ready.std,
         interpolation=v2.InterpolationMode(interpolation),
     )
-    image = tsa.validation_transform(ready)(picture)  # by v2, which scales by 1/255: one rounding
+    image = validation_transform(ready)(picture)  # by v2, which scales by 1/255: one rounding
     torch.testing.assert_close(torch.Tensor(image), preset(picture), rtol=0, atol=1e-6)
 
 
@@ -974,11 +1013,11 @@ def test_the_interpolation_of_training_images(kind, interpolation):
 def test_mean_and_deviation_that_are_asked_for(with_val):
     """By hand, to train and to validate: a fifth, two fifths and four fifths."""
     settings = small(data_path=with_val, mean=(0.0, 0.4, 0.5), std=(1.0, 0.5, 0.1))
-    data = tsa.open_data(settings)
+    data = open_data(settings)
     picture = Image.new("RGB", (32, 32), (51, 102, 204))
     for transformation in (
-        tsa.training_transform(data, settings, 32),
-        tsa.validation_transform(data.native.overruled(settings)),
+        training_transform(data, settings, 32),
+        validation_transform(data.native.overruled(settings)),
     ):
         expected = torch.tensor([0.2, 0.0, 3.0]).view(3, 1, 1).expand(3, 32, 32)
         torch.testing.assert_close(transformation(picture), expected, rtol=0, atol=1e-6)
@@ -987,17 +1026,17 @@ def test_mean_and_deviation_that_are_asked_for(with_val):
 def test_the_shorter_side_of_a_picture_to_validate(with_val):
     """With the side that is cut out, nothing is lost but what is longer."""
     settings = small(data_path=with_val, val_resize=32, mean=(0, 0, 0), std=(1, 1, 1))
-    ready = tsa.open_data(settings).native.overruled(settings)
-    image = tsa.validation_transform(ready)(Image.fromarray(noise(32)))
+    ready = open_data(settings).native.overruled(settings)
+    image = validation_transform(ready)(Image.fromarray(noise(32)))
     assert np.array_equal(as_bytes(image), noise(32))
 
 
 def test_a_shorter_side_that_is_too_short_for_the_data(cifar, in_tmp, capsys):
     cheap = ["--model", "squeezenet1_1", "-b", "2", "-j", "0", "--split", "none", "--steps", "1"]
-    assert tsa.main(["--data-path", str(cifar), "--val-resize", "31", *cheap]) == 2
+    assert main(["--data-path", str(cifar), "--val-resize", "31", *cheap]) == 2
     message = "--val-resize 31: at least the image size, 32, is allowed\n"
     assert capsys.readouterr().err.endswith(message)
-    assert tsa.main(["--data-path", str(cifar), "--val-resize", "40", *cheap]) == 0
+    assert main(["--data-path", str(cifar), "--val-resize", "40", *cheap]) == 0
 
 
 class Flat(Dataset):
@@ -1013,7 +1052,7 @@ class Flat(Dataset):
 def mixed_batches(epochs, **settings):
     chosen = small(num_classes=6, **settings)
     unchanged = v2.Identity()
-    samples = tsa.Samples(Flat(), 0, lambda epoch: unchanged, tsa.mixing_transform(chosen))
+    samples = Samples(Flat(), 0, lambda epoch: unchanged, mixing_transform(chosen))
     keys = [[(epoch, index) for index in range(6)] for epoch in range(epochs)]
     return [samples[batch].batch for batch in keys]
 
@@ -1065,8 +1104,8 @@ def test_shares_are_drawn_from_the_beta_distribution_at_every_strength_allowed(s
     """The share of the draws below some points, by SciPy's integral; out of float32's reach torch
     draws the mean.
     """
-    alpha = tsa.MIXING(strength)
-    (mixup,) = tsa.mixing_transform(small(mixup_alpha=alpha)).transforms
+    alpha = MIXING(strength)
+    (mixup,) = mixing_transform(small(mixup_alpha=alpha)).transforms
     torch.manual_seed(0)
     shares = np.array([mixup.make_params([])["lam"] for _ in range(4000)])
     points = np.array([1e-6, 0.001, 0.1, 0.49, 0.4999, 0.5001, 0.51, 0.9, 0.999])
@@ -1075,7 +1114,7 @@ def test_shares_are_drawn_from_the_beta_distribution_at_every_strength_allowed(s
 
 
 def test_no_mixing_unless_asked_for():
-    assert tsa.mixing_transform(small()) is None
+    assert mixing_transform(small()) is None
 
 
 AUGMENTED = {
@@ -1090,7 +1129,7 @@ AUGMENTED = {
 
 @ALL_WORKERS
 def test_samples_do_not_depend_on_the_loaders(photos, workers):
-    data = tsa.open_data(small(data_path=photos))
+    data = open_data(small(data_path=photos))
     expected = load(data, small(**AUGMENTED))
     torch.manual_seed(workers)  # must not matter
     assert_same_batches(load(data, small(workers=workers, **AUGMENTED)), expected)
@@ -1098,7 +1137,7 @@ def test_samples_do_not_depend_on_the_loaders(photos, workers):
 
 @ALL_WORKERS
 def test_an_epoch_can_begin_in_its_middle(photos, workers):
-    data = tsa.open_data(small(data_path=photos))
+    data = open_data(small(data_path=photos))
     expected = load(data, small(**AUGMENTED), epoch=3)
     settings = small(workers=workers, **AUGMENTED)
     assert_same_batches(load(data, settings, epoch=3, start=1, stop=3), expected[1:3])
@@ -1106,7 +1145,7 @@ def test_an_epoch_can_begin_in_its_middle(photos, workers):
 
 
 def test_samples_do_not_depend_on_the_size_of_the_batch(photos):
-    data = tsa.open_data(small(data_path=photos))
+    data = open_data(small(data_path=photos))
     for_each = {"auto_augment": "ra", "color_jitter": 0.4, "random_erase": 0.5}
     images, others = (
         torch.cat([images for images, _ in load(data, small(batch_size=size, **for_each))])
@@ -1119,12 +1158,12 @@ def test_samples_do_not_depend_on_the_size_of_the_batch(photos):
 def test_samples_differ_by_epoch_and_by_seed(photos, changed):
     """Looked up by index, so that it is not the order that differs."""
     settings = small(data_path=photos, **AUGMENTED)
-    data = tsa.open_data(settings)
+    data = open_data(settings)
     given = {"epoch": 1, "seed": 0}
     images = []
     for each in (given, given, given | changed):
-        transformation = tsa.training_transform(data, settings, 32)
-        samples = tsa.Samples(data.train, each["seed"], lambda epoch, found=transformation: found)
+        transformation = training_transform(data, settings, 32)
+        samples = Samples(data.train, each["seed"], lambda epoch, found=transformation: found)
         images.append(samples[[(each["epoch"], 5)]].batch[0])
     assert torch.equal(images[0], images[1])
     assert not torch.equal(images[0], images[2])
@@ -1132,7 +1171,7 @@ def test_samples_differ_by_epoch_and_by_seed(photos, changed):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loading_leaves_the_random_state_alone(photos, workers):
-    data = tsa.open_data(small(data_path=photos))
+    data = open_data(small(data_path=photos))
     torch.manual_seed(5)
     before = torch.get_rng_state()
     load(data, small(workers=workers, **AUGMENTED))
@@ -1166,21 +1205,21 @@ def confused_file(folder, *pairs, **more):
 )
 def test_the_classes_that_were_confused_most(tmp_path, pairs, confused):
     settings = Settings(augment_confused=confused_file(tmp_path, *pairs), num_classes=6)
-    assert tsa.confused_classes(settings, NUMBERS) == confused
+    assert confused_classes(settings, NUMBERS) == confused
 
 
 def test_what_a_test_has_written_is_read(tmp_path):
-    confusion = tsa.Confusion({(0, 1): 9, (2, 1): 5, (1, 2): 4, (3, 3): 50, (4, 3): 1})
+    confusion = Confusion({(0, 1): 9, (2, 1): 5, (1, 2): 4, (3, 3): 50, (4, 3): 1})
     path = tmp_path / "confused.json"
-    path.write_text(tsa.confused_json(confusion, (*NUMBERS, "class 4"), "a.pt"))
+    path.write_text(confused_json(confusion, (*NUMBERS, "class 4"), "a.pt"))
     settings = Settings(augment_confused=path, num_classes=5)
-    assert tsa.confused_classes(settings, NUMBERS) == [0, 1, 2]
+    assert confused_classes(settings, NUMBERS) == [0, 1, 2]
 
 
 def test_without_a_file_or_to_test_nothing_is_read(tmp_path):
-    assert tsa.confused_classes(Settings(), NUMBERS) is None
+    assert confused_classes(Settings(), NUMBERS) is None
     gone = Settings(augment_confused=tmp_path / "gone.json", test_only=True)
-    assert tsa.confused_classes(gone, NUMBERS) is None
+    assert confused_classes(gone, NUMBERS) is None
 
 
 @pytest.mark.parametrize(
@@ -1211,8 +1250,8 @@ def test_a_file_that_is_none_of_confused_classes(tmp_path, content, reason):
     path = tmp_path / "c.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(tsa.UserError) as caught:
-        tsa.confused_classes(Settings(augment_confused=path), NUMBERS)
+    with pytest.raises(UserError) as caught:
+        confused_classes(Settings(augment_confused=path), NUMBERS)
     assert str(caught.value) == f"--augment-confused {path}: {reason}"
 
 
@@ -1227,7 +1266,7 @@ def test_what_is_said_of_confused_classes(photos, tmp_path, in_tmp, capsys, pair
     path = confused_file(tmp_path, *pairs)
     cheap = [word for word in TINY if word not in ("--num-classes", "3")]
     options = ["--data-path", str(photos), "--augment-confused", str(path)]
-    assert tsa.main(["plan", *cheap, *options]) == 0
+    assert main(["plan", *cheap, *options]) == 0
     assert line in capsys.readouterr().out.splitlines()[-2]
 
 
@@ -1244,7 +1283,7 @@ def test_what_is_said_of_confused_classes(photos, tmp_path, in_tmp, capsys, pair
 )
 def test_the_stronger_augmentation(settings, stronger):
     asked = small(min_scale=1.0, hflip=0.0, **settings)
-    ours = draws(tsa.training_transform(plain(), asked, 32, True), noise(), 8)
+    ours = draws(training_transform(plain(), asked, 32, True), noise(), 8)
     expected = transform().transforms
     expected.insert(2, stronger)
     for image, other in zip(ours, draws(v2.Compose(expected), noise(), 8), strict=True):
@@ -1262,7 +1301,7 @@ def test_only_the_pictures_of_confused_classes_are_augmented_more_strongly(
         for name in ("temple", "flower")
     )
     usual, one, all_of_them = (
-        load(tsa.open_data(asked), asked, epoch=2)
+        load(open_data(asked), asked, epoch=2)
         for asked in (
             settings,
             dataclasses.replace(settings, augment_confused=of_class),
@@ -1280,9 +1319,9 @@ def test_only_the_pictures_of_confused_classes_are_augmented_more_strongly(
 def test_confused_classes_and_a_run_that_goes_on(photos, tmp_path):
     path = confused_file(tmp_path, ("temple", "temple", 2))
     settings = small(data_path=photos, augment_confused=path, **AUGMENTED)
-    data = tsa.open_data(settings)
+    data = open_data(settings)
     assert_same_batches(load(data, settings, 3, start=2), load(data, settings, 3)[2:])
-    assert tsa.describe_images(data)["confused"] == ["temple"]
+    assert describe_images(data)["confused"] == ["temple"]
 
 
 def keys_of(order):
@@ -1296,7 +1335,7 @@ def spans(count):
 @given(st.data(), st.integers(1, 60), st.integers(1, 20), st.integers(0, 5), st.integers(1, 9))
 def test_an_epoch_gives_each_image_once(data, count, batch_size, seed, epoch):
     indices = range(100, 100 + count)
-    order = tsa.EpochOrder(indices, batch_size, seed)
+    order = EpochOrder(indices, batch_size, seed)
     order.begin(epoch)
     batches = list(order)
     assert len(batches) == len(order) == count // batch_size
@@ -1311,7 +1350,7 @@ def test_an_epoch_gives_each_image_once(data, count, batch_size, seed, epoch):
 
 @given(st.integers(1, 60), st.integers(1, 20))
 def test_in_order_without_a_seed_to_the_last_image(count, batch_size):
-    order = tsa.EpochOrder(range(count), batch_size, None)
+    order = EpochOrder(range(count), batch_size, None)
     batches = list(order)
     assert keys_of(batches) == [(1, index) for index in range(count)]
     assert len(batches) == len(order)
@@ -1321,7 +1360,7 @@ def test_in_order_without_a_seed_to_the_last_image(count, batch_size):
 def test_each_epoch_and_seed_has_its_own_order():
     orders = []
     for seed, epoch in ((0, 1), (0, 1), (0, 2), (1, 1)):
-        order = tsa.EpochOrder(range(50), 10, seed)
+        order = EpochOrder(range(50), 10, seed)
         order.begin(epoch)
         orders.append(tuple(index for _, index in keys_of(order)))
     assert orders[0] == orders[1]
@@ -1330,18 +1369,18 @@ def test_each_epoch_and_seed_has_its_own_order():
 
 def test_incomplete_batches_train_nothing_but_validate(with_val):
     settings = small(data_path=with_val, batch_size=5)
-    data = tsa.open_data(settings)
+    data = open_data(settings)
     assert [len(targets) for _, targets in load(data, settings)] == [5, 5]
-    with contextlib.closing(tsa.validation_feed(data, settings, ALL_CPUS)) as feed:
+    with contextlib.closing(validation_feed(data, settings, ALL_CPUS)) as feed:
         assert len(feed) == 3
-        batches = list(feed.batches(tsa.BadImages()))
+        batches = list(feed.batches(BadImages()))
     assert [len(targets) for _, targets in batches] == [5, 5, 2]
     assert torch.cat([targets for _, targets in batches]).tolist() == [0] * 6 + [1] * 6
 
 
 def test_without_validation_images_there_is_no_feed_of_them(photos):
     settings = small(data_path=photos)
-    assert tsa.validation_feed(tsa.open_data(settings), settings, ALL_CPUS) is None
+    assert validation_feed(open_data(settings), settings, ALL_CPUS) is None
 
 
 class Labels(Dataset):
@@ -1355,8 +1394,8 @@ class Labels(Dataset):
 
 
 def chosen_of(targets, **settings):
-    data = tsa.ImageData("folder", Labels(targets), None, ("a", "b", "c"))
-    return tsa.choose_images(data, Settings(**settings))
+    data = ImageData("folder", Labels(targets), None, ("a", "b", "c"))
+    return choose_images(data, Settings(**settings))
 
 
 def test_a_subset_has_its_part_of_each_class():
@@ -1393,8 +1432,8 @@ def test_a_subset_depends_on_the_seed_and_not_on_the_random_state():
 
 def test_only_the_subset_is_trained_on(photos):
     settings = small(data_path=photos, subset=0.5, batch_size=2)
-    data = tsa.open_data(settings)
-    indices = tsa.choose_images(data, settings)
+    data = open_data(settings)
+    indices = choose_images(data, settings)
     expected = sorted(data.train.targets[index] for index in indices)
     seen = [target for _, targets in load(data, settings) for target in targets.tolist()]
     assert sorted(seen) == expected == [0] * 3 + [1] * 3
@@ -1415,7 +1454,7 @@ def test_only_the_subset_is_trained_on(photos):
 )
 def test_the_image_size_of_each_epoch(low, high, end, sizes):
     settings = Settings(min_res=low, image_size=high, end_ramp=end)
-    found = [tsa.image_size_in(settings, epoch) for epoch in range(1, len(sizes) + 1)]
+    found = [image_size_in(settings, epoch) for epoch in range(1, len(sizes) + 1)]
     assert found == sizes
 
 
@@ -1423,7 +1462,7 @@ def test_the_image_size_of_each_epoch(low, high, end, sizes):
 def test_image_sizes_grow_from_the_first_to_the_last(low, more, end):
     low, high = 32 * low, 32 * (low + more)
     settings = Settings(min_res=low, image_size=high, end_ramp=end)
-    sizes = [tsa.image_size_in(settings, epoch) for epoch in range(1, end + 3)]
+    sizes = [image_size_in(settings, epoch) for epoch in range(1, end + 3)]
     assert sizes == sorted(sizes)
     assert all(size % 32 == 0 for size in sizes)
     assert (sizes[0], sizes[-3]) == (high if end == 1 else low, high)
@@ -1434,21 +1473,21 @@ def test_images_grow_while_training_and_not_in_validation(with_val, workers):
     settings = small(
         data_path=with_val, image_size=64, min_res=32, end_ramp=2, batch_size=6, workers=workers
     )
-    data = tsa.open_data(settings)
-    with contextlib.closing(tsa.training_feed(data, settings, ALL_CPUS)) as feed:
+    data = open_data(settings)
+    with contextlib.closing(training_feed(data, settings, ALL_CPUS)) as feed:
         for epoch, side in ((1, 32), (2, 64), (3, 64)):
-            for images, _ in feed.batches(tsa.BadImages(), epoch):
+            for images, _ in feed.batches(BadImages(), epoch):
                 assert images.shape == (6, 3, side, side)
-    with contextlib.closing(tsa.validation_feed(data, settings, ALL_CPUS)) as feed:
-        for images, _ in feed.batches(tsa.BadImages()):
+    with contextlib.closing(validation_feed(data, settings, ALL_CPUS)) as feed:
+        for images, _ in feed.batches(BadImages()):
             assert images.shape == (6, 3, 64, 64)
 
 
 def test_a_ramp_of_any_length_is_ready_at_once(monkeypatch):
-    calls, size_in = [], tsa.image_size_in
+    calls, size_in = [], image_size_in
     set_everywhere(monkeypatch, "image_size_in", lambda *args: calls.append(args) or size_in(*args))
     settings = small(min_res=32, image_size=64, end_ramp=100_000)
-    data = tsa.open_data(settings)
+    data = open_data(settings)
     sides = [load(data, settings, epoch, stop=1)[0][0].shape[-1] for epoch in (1, 99_999, 100_000)]
     assert sides == [32, 32, 64]
     assert len(calls) < 100
@@ -1458,8 +1497,8 @@ def test_synthetic_images_grow_too():
     settings = Settings(
         batch_size=2, workers=0, num_classes=2, epochs=2, min_res=32, max_res=64, end_ramp=2
     )
-    data = tsa.open_data(settings)
-    settings = tsa.settings_in_force(settings, tsa.read_topology(), data)
+    data = open_data(settings)
+    settings = settings_in_force(settings, read_topology(), data)
     sides = [load(data, settings, epoch, stop=1)[0][0].shape[-1] for epoch in (1, 2)]
     assert sides == [32, 64]
 
@@ -1467,7 +1506,7 @@ def test_synthetic_images_grow_too():
 def test_images_of_cifar10_cannot_shrink(cifar, in_tmp, capsys):
     ramp = ["--min-res", "64", "--end-ramp", "3", "--epochs", "3", "--steps", "1"]
     cheap = ["--model", "squeezenet1_1", "-b", "2", "-j", "0", "--split", "none"]
-    assert tsa.main(["--data-path", str(cifar), *ramp, *cheap]) == 2
+    assert main(["--data-path", str(cifar), *ramp, *cheap]) == 2
     assert "--min-res 64 --max-res 32" in capsys.readouterr().err
 
 
@@ -1492,8 +1531,8 @@ def test_a_broken_image_is_named(breakable, workers, damage):
     content = path.read_bytes()
     path.write_bytes({"truncated": content[:600], "garbage": b"x" * 600, "empty": b""}[damage])
     settings = small(data_path=breakable, workers=workers)
-    with pytest.raises(tsa.RunError, match=f"^broken image {path}: ") as caught:
-        load(tsa.open_data(settings), settings)
+    with pytest.raises(RunError, match=f"^broken image {path}: ") as caught:
+        load(open_data(settings), settings)
     assert "\n" not in str(caught.value)
 
 
@@ -1501,8 +1540,8 @@ def test_a_broken_image_is_named(breakable, workers, damage):
 def test_broken_images_are_left_out_and_counted_once(breakable, workers):
     paths = spoil(breakable, "temple/0003.jpg", "flower/0000.jpg")
     settings = small(data_path=breakable, workers=workers, batch_size=6)
-    bad = tsa.BadImages(2)
-    with contextlib.closing(tsa.training_feed(tsa.open_data(settings), settings, ALL_CPUS)) as feed:
+    bad = BadImages(2)
+    with contextlib.closing(training_feed(open_data(settings), settings, ALL_CPUS)) as feed:
         for epoch in (1, 2, 3):
             assert sum(len(images) for images, _ in feed.batches(bad, epoch)) == 10
     assert len(bad.messages) == 2
@@ -1521,14 +1560,14 @@ def test_a_picture_that_nobody_has_room_for_is_not_broken(photos, monkeypatch, e
 
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(type(error)) as caught:
-        tsa.load_image(str(path))
+        load_image(str(path))
     assert caught.value is error
 
 
 def test_broken_images_are_left_out_before_mixing(breakable):
     spoil(breakable, "temple/0003.jpg", "flower/0000.jpg")
     settings = small(data_path=breakable, max_bad_images=2, mixup_alpha=0.2, batch_size=6)
-    batches = load(tsa.open_data(settings), settings)
+    batches = load(open_data(settings), settings)
     assert sum(len(images) for images, _ in batches) == 10
     for images, targets in batches:
         assert targets.shape == (len(images), 2)
@@ -1537,8 +1576,8 @@ def test_broken_images_are_left_out_before_mixing(breakable):
 def test_the_first_broken_image_too_many_stops_the_run(breakable):
     spoil(breakable, "temple/0003.jpg", "flower/0000.jpg")
     settings = small(data_path=breakable, max_bad_images=1)
-    with pytest.raises(tsa.RunError, match=r"broken image .* \(more than --max-bad-images 1\)$"):
-        load(tsa.open_data(settings), settings)
+    with pytest.raises(RunError, match=r"broken image .* \(more than --max-bad-images 1\)$"):
+        load(open_data(settings), settings)
 
 
 @pytest.mark.parametrize("mixing", [{}, {"mixup_alpha": 0.2}])
@@ -1548,15 +1587,13 @@ def test_a_batch_without_any_image_stops_the_run(breakable, workers, mixing):
         breakable, *(f"{name}/{n:04}.jpg" for name in ("temple", "flower") for n in range(6))
     )
     settings = small(data_path=breakable, max_bad_images=99, workers=workers, **mixing)
-    with pytest.raises(
-        tsa.RunError, match="no image of a batch can be read; broken image "
-    ) as caught:
-        load(tsa.open_data(settings), settings)
+    with pytest.raises(RunError, match="no image of a batch can be read; broken image ") as caught:
+        load(open_data(settings), settings)
     assert any(str(path) in str(caught.value) for path in paths)
 
 
 def test_batches_go_on_over_epochs():
-    batches = tsa.Batches(as_loaded([1, 2, 3]), 7)
+    batches = Batches(as_loaded([1, 2, 3]), 7)
     assert next(batches) == 1
     assert batches.left == 6
     assert list(batches) == [2, 3, 1, 2, 3, 1]
@@ -1571,7 +1608,7 @@ def test_prefetching_fetches_one_batch_and_no_more():
             fetched.append(number)
             yield as_loaded([number])[0]
 
-    batches = tsa.Batches(loader(), 3)
+    batches = Batches(loader(), 3)
     assert fetched == [0], "at once, to start the loader"
     batches.prefetch()
     assert fetched == [0]
@@ -1595,7 +1632,7 @@ class Whereabouts(Dataset):
     def __getitem__(self, index):
         signums = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
         ignored = all(signal.getsignal(signum) == signal.SIG_IGN for signum in signums)
-        cpus = sorted(tsa.process_cpus())
+        cpus = sorted(process_cpus())
         return torch.tensor([os.getpid(), len(cpus), cpus[0], ignored]), 0
 
 
@@ -1607,20 +1644,20 @@ def unchanged(epoch):
 def whereabouts(workers, cpus=ALL_CPUS):
     """A feed of single samples of them."""
     settings = small(workers=workers, batch_size=1)
-    order = tsa.EpochOrder(range(8), 1, None)
+    order = EpochOrder(range(8), 1, None)
     with contextlib.closing(
-        tsa.Feed(tsa.Samples(Whereabouts(), 0, unchanged), order, settings, cpus)
+        Feed(Samples(Whereabouts(), 0, unchanged), order, settings, cpus)
     ) as feed:
         yield feed
 
 
 def rows(feed, epoch=1):
-    return [images[0].tolist() for images, _ in feed.batches(tsa.BadImages(), epoch)]
+    return [images[0].tolist() for images, _ in feed.batches(BadImages(), epoch)]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs thread affinity")
 def test_loader_processes_stay_on_their_cores_and_ignore_signals():
-    last = max(tsa.ALLOWED_CPUS)
+    last = max(ALLOWED_CPUS)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         with whereabouts(1, (last,)) as feed:
@@ -1663,9 +1700,9 @@ def test_a_loader_that_was_killed_is_told_where_a_batch_is_asked_for():
     with whereabouts(2) as feed:
         assert signal.getsignal(signal.SIGCHLD) == handler
         killed, stopped = loaders() - before
-        batches = feed.batches(tsa.BadImages())
+        batches = feed.batches(BadImages())
         os.kill(killed, signal.SIGKILL)
-        with pytest.raises(tsa.LoaderDied, match=f"process {killed} was ended by SIGKILL"):
+        with pytest.raises(LoaderDied, match=f"process {killed} was ended by SIGKILL"):
             list(batches)
         os.kill(stopped, signal.SIGSTOP)
     assert loaders() == before, "the one that cannot end by itself too"
@@ -1690,35 +1727,35 @@ def test_a_feed_may_be_closed_twice():
 
 
 def augmented_feed(data, workers):
-    feed = tsa.training_feed(data, small(workers=workers, **AUGMENTED), ALL_CPUS)
+    feed = training_feed(data, small(workers=workers, **AUGMENTED), ALL_CPUS)
     return contextlib.closing(feed)
 
 
 @ALL_WORKERS
 def test_one_feed_serves_many_epochs(photos, workers):
-    data = tsa.open_data(small(data_path=photos))
+    data = open_data(small(data_path=photos))
     with augmented_feed(data, workers) as feed:
         for epoch in (1, 2, 3):
             expected = load(data, small(**AUGMENTED), epoch)
-            assert_same_batches(list(feed.batches(tsa.BadImages(), epoch)), expected)
+            assert_same_batches(list(feed.batches(BadImages(), epoch)), expected)
 
 
 @ALL_WORKERS
 def test_an_epoch_left_early_leaves_nothing_behind(photos, workers):
-    data = tsa.open_data(small(data_path=photos))
+    data = open_data(small(data_path=photos))
     with augmented_feed(data, workers) as feed:
-        next(feed.batches(tsa.BadImages(), 1))
-        batches = list(feed.batches(tsa.BadImages(), 2))
+        next(feed.batches(BadImages(), 1))
+        batches = list(feed.batches(BadImages(), 2))
     assert_same_batches(batches, load(data, small(**AUGMENTED), 2))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_when_and_where_batches_were_loaded(workers):
     settings = small(num_classes=5, workers=workers)
-    data = tsa.open_data(settings)
+    data = open_data(settings)
     begin_s = time.perf_counter()
-    with contextlib.closing(tsa.training_feed(data, settings, ALL_CPUS)) as feed:
-        batches = feed.batches(tsa.BadImages(), stop=4)
+    with contextlib.closing(training_feed(data, settings, ALL_CPUS)) as feed:
+        batches = feed.batches(BadImages(), stop=4)
         list(batches)
         records = batches.take_records()
         assert batches.take_records() == ()
@@ -1735,9 +1772,9 @@ needs_memory_files = pytest.mark.skipif(sys.platform != "linux", reason="needs m
 def test_loaders_hand_batches_over_without_dev_shm(mixing):
     """By the kernel's list of what is mapped where."""
     settings = small(workers=1, num_classes=5, **mixing)
-    data = tsa.open_data(settings)
-    with contextlib.closing(tsa.training_feed(data, settings, ALL_CPUS)) as feed:
-        batch = next(feed.batches(tsa.BadImages(), stop=1))
+    data = open_data(settings)
+    with contextlib.closing(training_feed(data, settings, ALL_CPUS)) as feed:
+        batch = next(feed.batches(BadImages(), stop=1))
         maps = Path("/proc/self/maps").read_text()
     for tensor in batch:
         (line,) = (each for each in maps.splitlines() if each.startswith(f"{tensor.data_ptr():x}-"))
@@ -1748,7 +1785,7 @@ def test_loaders_hand_batches_over_without_dev_shm(mixing):
 
 @pytest.mark.parametrize("tensor", [torch.arange(5), torch.rand(3, 2).t(), torch.rand(2, 3, 4)])
 def test_a_shared_tensor_is_a_copy(tensor):
-    copy = tsa.shared(tensor)
+    copy = shared(tensor)
     assert (copy.dtype, copy.shape) == (tensor.dtype, tensor.shape)
     assert torch.equal(copy, tensor)
     copy.zero_()
@@ -1765,9 +1802,9 @@ class NoMemoryFiles:
 def test_without_memory_files_torch_shares_as_it_does(monkeypatch, library):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     tensor = torch.arange(5)
-    assert tsa.shared(tensor) is tensor
+    assert shared(tensor) is tensor
     settings = small(workers=1, num_classes=5)
-    assert load(tsa.open_data(settings), settings, stop=1)[0][0].shape == (4, 3, 32, 32)
+    assert load(open_data(settings), settings, stop=1)[0][0].shape == (4, 3, 32, 32)
 
 
 SHARES_NOTHING = 77
@@ -1784,7 +1821,7 @@ def load_in_small_shm():
         if subprocess.run(["mount", *options.split()], stderr=subprocess.DEVNULL).returncode:
             os._exit(SHARES_NOTHING)
     settings = small(num_classes=3, workers=2)
-    for images, _ in load(tsa.open_data(settings), settings, stop=3):
+    for images, _ in load(open_data(settings), settings, stop=3):
         assert images.shape == (4, 3, 32, 32)
 
 
@@ -1805,14 +1842,12 @@ def test_too_few_open_files_are_refused_before_any_loader_starts(monkeypatch):
     error = (
         r"^--workers 2 can need \d+ open files, and 20 are allowed: raise ulimit -n, or .* -j 0$"
     )
-    with pytest.raises(tsa.UserError, match=error):
-        tsa.training_feed(tsa.open_data(settings), settings, ALL_CPUS)
+    with pytest.raises(UserError, match=error):
+        training_feed(open_data(settings), settings, ALL_CPUS)
     assert loaders() == before
     monkeypatch.undo()
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
-    with contextlib.closing(
-        tsa.training_feed(tsa.open_data(settings), small(num_classes=3), ALL_CPUS)
-    ):
+    with contextlib.closing(training_feed(open_data(settings), small(num_classes=3), ALL_CPUS)):
         pass
 
 
@@ -1821,13 +1856,11 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may(monkeypatch):
     lowest = psutil.Process().num_fds() + 1
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
     try:
-        tsa.check_open_files(2)
+        check_open_files(2)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > lowest + 16
         settings = small(num_classes=3, workers=2)
-        with contextlib.closing(
-            tsa.training_feed(tsa.open_data(settings), settings, ALL_CPUS)
-        ) as feed:
-            assert sum(len(images) for images, _ in feed.batches(tsa.BadImages(), stop=20)) == 80
+        with contextlib.closing(training_feed(open_data(settings), settings, ALL_CPUS)) as feed:
+            assert sum(len(images) for images, _ in feed.batches(BadImages(), stop=20)) == 80
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -1843,9 +1876,9 @@ def test_loaders_need_no_more_open_files_than_are_asked_for(monkeypatch, workers
     me, most = psutil.Process(), 0
     settings = small(num_classes=3, workers=workers, batch_size=2)
     before = loaders()
-    with contextlib.closing(tsa.training_feed(tsa.open_data(settings), settings, ALL_CPUS)) as feed:
+    with contextlib.closing(training_feed(open_data(settings), settings, ALL_CPUS)) as feed:
         ours = [me, *(psutil.Process(pid) for pid in loaders() - before)]
-        for _ in feed.batches(tsa.BadImages(), stop=30):
+        for _ in feed.batches(BadImages(), stop=30):
             most = max(most, *(process.num_fds() for process in ours))
     assert most + 10 <= asked[0]
 
@@ -1864,8 +1897,8 @@ def test_loaders_that_cannot_start_leave_none_behind(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
     error = "^loader processes cannot start: .*Resource temporarily unavailable; try a lower -j$"
     settings = small(num_classes=3, workers=3)
-    with pytest.raises(tsa.RunError, match=error):
-        tsa.training_feed(tsa.open_data(settings), settings, ALL_CPUS)
+    with pytest.raises(RunError, match=error):
+        training_feed(open_data(settings), settings, ALL_CPUS)
     for process in multiprocessing.active_children():
         process.join(10)
     assert loaders() == before
@@ -1875,11 +1908,11 @@ def test_loaders_that_cannot_start_leave_none_behind(monkeypatch):
 
 # Classes that trained weights know
 
-IMAGENET = tsa.imagenet_classes()
+IMAGENET = imagenet_classes()
 
 
 def test_the_wordnet_ids_of_imagenet():
-    ids = tsa.wordnet_ids()
+    ids = wordnet_ids()
     assert len(ids) == 1000
     assert list(ids) == sorted(set(ids))
     for number, name in {
@@ -1916,13 +1949,13 @@ def test_the_wordnet_ids_of_imagenet():
     ],
 )
 def test_a_class_of_imagenet_by_name(name, number):
-    assert tsa.match_classes([name], IMAGENET, "the weights") == [number]
+    assert match_classes([name], IMAGENET, "the weights") == [number]
 
 
 def test_classes_are_found_by_name_whatever_their_place():
-    assert tsa.match_classes(["b", "C", "a"], ["a", "b", "c"], "w") == [1, 2, 0]
-    assert tsa.match_classes(IMAGENET, IMAGENET, "w") == [*range(1000)]
-    assert tsa.match_classes(tsa.wordnet_ids(), IMAGENET, "w") == [*range(1000)]
+    assert match_classes(["b", "C", "a"], ["a", "b", "c"], "w") == [1, 2, 0]
+    assert match_classes(IMAGENET, IMAGENET, "w") == [*range(1000)]
+    assert match_classes(wordnet_ids(), IMAGENET, "w") == [*range(1000)]
 
 
 @pytest.mark.parametrize(
@@ -1936,8 +1969,8 @@ def test_classes_are_found_by_name_whatever_their_place():
     ],
 )
 def test_a_class_that_weights_do_not_know(name, known, message):
-    with pytest.raises(tsa.UserError, match=message):
-        tsa.match_classes([name], known, "the weights")
+    with pytest.raises(UserError, match=message):
+        match_classes([name], known, "the weights")
 
 
 def settings_to_test(**settings):
@@ -1947,9 +1980,9 @@ def settings_to_test(**settings):
 
 def test_data_to_test_weights_with_have_all_classes_that_these_know(imagenet_photos):
     settings = settings_to_test(data_path=imagenet_photos)
-    data = tsa.open_data(settings)
+    data = open_data(settings)
     assert data.classes == ("n15075141", "tench")
-    known = tsa.with_known_classes(data, settings)
+    known = with_known_classes(data, settings)
     assert known.classes == IMAGENET
     for part in (known.train, known.val):
         assert part.targets == [{0: 999, 1: 0}[target] for target in data.val.targets]
@@ -1957,15 +1990,15 @@ def test_data_to_test_weights_with_have_all_classes_that_these_know(imagenet_pho
         assert part[11][1] == 0
         assert part[0][0].tobytes() == data.train[0][0].tobytes()
     assert len(pickle.loads(pickle.dumps(known.val))) == 12
-    with pytest.raises(tsa.UserError, match="^--num-classes 3: --weights DEFAULT know 1000 class"):
-        tsa.with_known_classes(data, dataclasses.replace(settings, num_classes=3))
+    with pytest.raises(UserError, match="^--num-classes 3: --weights DEFAULT know 1000 class"):
+        with_known_classes(data, dataclasses.replace(settings, num_classes=3))
 
 
 def test_data_with_a_class_that_the_weights_to_test_do_not_know(photos_with_val):
     settings = settings_to_test(data_path=photos_with_val)
     message = f"^--data-path {photos_with_val}: class flower is none of the 1000 of --weights DEFA"
-    with pytest.raises(tsa.UserError, match=message):
-        tsa.with_known_classes(tsa.open_data(settings), settings)
+    with pytest.raises(UserError, match=message):
+        with_known_classes(open_data(settings), settings)
 
 
 @pytest.mark.parametrize(
@@ -1978,21 +2011,21 @@ def test_data_with_a_class_that_the_weights_to_test_do_not_know(photos_with_val)
     ],
 )
 def test_pictures_are_made_ready_as_the_weights_say(photos, model, weights):
-    data = tsa.open_data(small(model=model, weights=weights, data_path=photos, image_size=None))
+    data = open_data(small(model=model, weights=weights, data_path=photos, image_size=None))
     picture, _ = data.train[0]
     theirs = torchvision.models.get_model_weights(model)[weights].transforms()(picture)
-    ours = tsa.validation_transform(data.native)(picture).as_subclass(torch.Tensor)
+    ours = validation_transform(data.native)(picture).as_subclass(torch.Tensor)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)  # a deviation may be 1 / 255
 
 
 def test_weights_are_asked_before_the_data_how_pictures_are_made_ready(cifar):
     """And options before both."""
     weights = {"model": "resnet18", "weights": "DEFAULT", "image_size": None, "num_classes": 10}
-    data = tsa.open_data(small(data_path=cifar, **weights))
-    assert data.native == tsa.Preprocessing(224, 256)
+    data = open_data(small(data_path=cifar, **weights))
+    assert data.native == Preprocessing(224, 256)
     chosen = small(data_path=cifar, **weights | {"image_size": 112, "std": (0.5, 0.5, 0.5)})
-    expected = tsa.Preprocessing(112, 128, std=(0.5, 0.5, 0.5))
-    assert tsa.open_data(chosen).native.overruled(chosen) == expected
+    expected = Preprocessing(112, 128, std=(0.5, 0.5, 0.5))
+    assert open_data(chosen).native.overruled(chosen) == expected
 
 
 # Images kept apart to validate with
@@ -2000,10 +2033,10 @@ def test_weights_are_asked_before_the_data_how_pictures_are_made_ready(cifar):
 
 def labelled(targets, **settings):
     """Data of these classes, with and without the images kept apart."""
-    data = tsa.ImageData("folder", Labels(targets), None, tuple("abcdefgh"))
+    data = ImageData("folder", Labels(targets), None, tuple("abcdefgh"))
     settings = Settings(data_path=Path("data"), **settings)
-    with_val = tsa.with_validation(data, settings)
-    return dataclasses.replace(with_val, chosen=tsa.choose_images(with_val, settings))
+    with_val = with_validation(data, settings)
+    return dataclasses.replace(with_val, chosen=choose_images(with_val, settings))
 
 
 SOME_LABELS = st.lists(st.integers(0, 4), min_size=2, max_size=80).filter(
@@ -2057,27 +2090,27 @@ def folder_with(root, **counts):
 def test_images_of_a_folder_kept_apart_validate_and_do_not_train(tmp_path):
     root = folder_with(tmp_path, a=10, b=5)
     settings = small(data_path=root, val_share=0.2, batch_size=2, image_size=8)
-    data = tsa.open_data(settings)
-    names = tsa.describe_data(data)
+    data = open_data(settings)
+    names = describe_data(data)
     assert names == [
         "data      12 images of 2 classes (a, b) to train on, 3 (0.2 of each class) kept apart to "
         "validate with"
     ]
-    with contextlib.closing(tsa.validation_feed(data, settings, ALL_CPUS)) as feed:
-        shown = [image for images, _ in feed.batches(tsa.BadImages()) for image in images]
-    transform = tsa.validation_transform(data.native.overruled(settings))
+    with contextlib.closing(validation_feed(data, settings, ALL_CPUS)) as feed:
+        shown = [image for images, _ in feed.batches(BadImages()) for image in images]
+    transform = validation_transform(data.native.overruled(settings))
     for image, index in zip(shown, data.val.indices, strict=True):
         assert torch.equal(image, transform(data.train[index][0]))
     trained = [targets for _, targets in load(data, settings)]
     assert Counter(torch.cat(trained).tolist()) == {0: 8, 1: 4}
-    half = tsa.open_data(dataclasses.replace(settings, subset=0.5))
-    assert tsa.describe_data(half)[0].startswith("data      6 of 12 images of 2 classes (a, b) to ")
+    half = open_data(dataclasses.replace(settings, subset=0.5))
+    assert describe_data(half)[0].startswith("data      6 of 12 images of 2 classes (a, b) to ")
 
 
 def test_a_class_with_one_image_is_trained_on(tmp_path):
     root = folder_with(tmp_path, a=4, b=1, c=1)
-    data = tsa.open_data(small(data_path=root, val_share=0.3, num_classes=3))
-    assert tsa.describe_data(data) == [
+    data = open_data(small(data_path=root, val_share=0.3, num_classes=3))
+    assert describe_data(data) == [
         "data      5 images of 3 classes (a, b, c) to train on, 1 (0.17 of each class) kept apart "
         "to validate with",
         "note      the only image of 2 classes (b, c) is trained on",
@@ -2086,8 +2119,8 @@ def test_a_class_with_one_image_is_trained_on(tmp_path):
 
 def test_too_few_images_to_keep_any_apart(tmp_path):
     root = folder_with(tmp_path, a=1, b=1)
-    with pytest.raises(tsa.UserError, match=f"--val-share 0.2: no class of {root} has two images"):
-        tsa.open_data(small(data_path=root, val_share=0.2, batch_size=1))
+    with pytest.raises(UserError, match=f"--val-share 0.2: no class of {root} has two images"):
+        open_data(small(data_path=root, val_share=0.2, batch_size=1))
 
 
 @pytest.fixture
@@ -2099,7 +2132,7 @@ def run(tmp_path, in_tmp, capsys, monkeypatch):
     fixed = [*TINY, "--data-path", str(root), "--num-classes", "2", "--split", "none", "-b", "4"]
 
     def start(*options):
-        code = tsa.main([*fixed, "--val-share", "0.2", *options])
+        code = main([*fixed, "--val-share", "0.2", *options])
         return code, capsys.readouterr()
 
     return start
@@ -2131,17 +2164,17 @@ def test_images_that_a_checkpoint_may_know_are_told(run, in_tmp):
 
 def test_no_share_where_there_are_images_to_validate_with(photos_with_val):
     error = f"--val-share 0.2: {photos_with_val} has 12 images to validate with; leave it out$"
-    with pytest.raises(tsa.UserError, match=error):
-        tsa.open_data(small(data_path=photos_with_val, val_share=0.2))
-    assert len(tsa.open_data(small(data_path=photos_with_val, val_share=0.0)).val) == 12
+    with pytest.raises(UserError, match=error):
+        open_data(small(data_path=photos_with_val, val_share=0.2))
+    assert len(open_data(small(data_path=photos_with_val, val_share=0.0)).val) == 12
 
 
 def test_no_share_without_images_of_ones_own():
     message = "^--val-share 0.2 needs --data-path: synthetic images are made$"
-    with pytest.raises(tsa.UserError, match=message):
-        tsa.parse_arguments(["--val-share", "0.2"])
-    with pytest.raises(tsa.UserError, match="--val-share: '1' is not a number of 0 or more and b"):
-        tsa.parse_arguments(["--val-share", "1", "--data-path", "data"])
+    with pytest.raises(UserError, match=message):
+        parse_arguments(["--val-share", "0.2"])
+    with pytest.raises(UserError, match="--val-share: '1' is not a number of 0 or more and b"):
+        parse_arguments(["--val-share", "1", "--data-path", "data"])
 
 
 @pytest.mark.parametrize(("share", "kept"), [(None, 0), (0, 0), (0.4, 4), (0.001, 2), (0.999, 8)])
@@ -2154,6 +2187,6 @@ def test_the_fingerprint_covers_what_is_kept_apart():
     prints = {}
     for share, seed in ((None, 0), (None, 1), (0.2, 0), (0.2, 0), (0.2, 2), (0.4, 0)):
         data = labelled([0, 1] * 10, val_share=share, seed=seed)
-        prints[share, seed] = tsa.describe_images(data)["fingerprint"]
+        prints[share, seed] = describe_images(data)["fingerprint"]
     assert prints[None, 0] == prints[None, 1] == hashlib.sha256().hexdigest()
     assert len(set(prints.values())) == 4

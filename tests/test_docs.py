@@ -20,11 +20,13 @@ from patching import set_everywhere
 from photos import make_photos
 from torch.distributed.run import get_args_parser
 
-import train_split_affinity as tsa
+import train_split_affinity as script
+from split_affinity.options.command_line import build_parser, parse_arguments
+from train_split_affinity import main
 
-ROOT = Path(tsa.__file__).parent
+ROOT = Path(script.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPT = Path(tsa.__file__).name
+SCRIPT = Path(script.__file__).name
 # Whatever a command trains, it takes a second with these. A recipe's size grows within them.
 SHORT = "--model squeezenet1_1 --image-size 32 -b 2 --accumulate 2 -j 0 --lr 0.001".split()
 SHORT_RAMP = ["--min-res", "32", "--max-res", "32"]
@@ -93,7 +95,7 @@ def test_the_commands_of_a_page_run(page, world, monkeypatch, capsys):
     cifar.accept(monkeypatch, world / "cifar")
     for program, *arguments in commands(page.read_text()):
         if program == SCRIPT:
-            assert tsa.main(shortened(arguments)) == 0, (arguments, capsys.readouterr())
+            assert main(shortened(arguments)) == 0, (arguments, capsys.readouterr())
         elif program in ("tests/digits.py", "tests/photos.py"):
             monkeypatch.setattr(sys, "argv", [program, *arguments])
             runpy.run_path(str(ROOT / program), run_name="__main__")
@@ -109,7 +111,7 @@ def test_what_a_page_gives_to_torchrun_makes_sense(page):
         given = get_args_parser().parse_args(arguments)
         assert given.training_script == SCRIPT
         ranks = int(given.nnodes.split(":")[-1]) * int(given.nproc_per_node)
-        tsa.parse_arguments(given.training_script_args, ranks=ranks)
+        parse_arguments(given.training_script_args, ranks=ranks)
 
 
 def test_the_pages_have_commands():
@@ -121,7 +123,7 @@ def test_the_pages_have_commands():
 
 @pages
 def test_options_on_a_page_exist(page):
-    parsers = tsa.build_parser(), get_args_parser()
+    parsers = build_parser(), get_args_parser()
     own = set().union(*(parser._option_string_actions for parser in parsers))
     programs = (*ROOT.glob("tests/*.py"), *ROOT.glob("deploy/*.py"))
     sources = "".join(path.read_text() for path in programs)

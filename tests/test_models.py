@@ -16,9 +16,38 @@ from torch import nn
 from torchvision.models import vision_transformer
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-import train_split_affinity as tsa
+import train_split_affinity as script
+from split_affinity import ALLOWED_CPUS
+from split_affinity.data.loader import Batches
+from split_affinity.errors import UserError, memory_errors
+from split_affinity.lanes.lane import Lanes
+from split_affinity.machine.plan import CorePlan, Group
+from split_affinity.models.cost import measure_model
+from split_affinity.models.freezing import begin_training, freeze, trained
+from split_affinity.models.own import ChannelAttention, PadShortcut, TokenEncoder
+from split_affinity.models.pretrained import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    find_weights,
+    imagenet_classes,
+    load_torchvision,
+)
+from split_affinity.models.registry import (
+    WITH_HEADS,
+    build_model,
+    check_input_shape,
+    check_model_name,
+    classifier_names,
+)
+from split_affinity.models.weights import classifier_weights, take_weights
+from split_affinity.options.settings import Settings
+from split_affinity.training.network import Network
+from split_affinity.training.optimizer import build_optimizer
+from split_affinity.training.schedules import SCHEDULES, sequential
+from split_affinity.training.update import Work
 
-ROOT = Path(tsa.__file__).parent
+ROOT = Path(script.__file__).parent
 OWN = ("resnet20", "resnet56", "hybrid", "hybrid-light", "hybrid-heavy")
 HYBRIDS = OWN[1:]
 
@@ -29,13 +58,13 @@ def parameters(model):
 
 def build(name, classes=10, size=32):
     torch.manual_seed(0)
-    return tsa.build_model(name, classes, size)
+    return build_model(name, classes, size)
 
 
 def on_meta(name, classes, size):
     """A model that computes shapes alone."""
     with torch.device("meta"):
-        return tsa.build_model(name, classes, size)
+        return build_model(name, classes, size)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +220,7 @@ def test_the_head_sees_the_mean_of_the_tokens():
 
 def test_a_shortcut_picks_pixels_and_adds_channels_of_zeros():
     images = torch.arange(50.0).view(1, 2, 5, 5)
-    assert tsa.PadShortcut(2, 4, stride=2)(images).tolist() == [
+    assert PadShortcut(2, 4, stride=2)(images).tolist() == [
         [
             [[0, 2, 4], [10, 12, 14], [20, 22, 24]],
             [[25, 27, 29], [35, 37, 39], [45, 47, 49]],
@@ -202,7 +231,7 @@ def test_a_shortcut_picks_pixels_and_adds_channels_of_zeros():
 
 
 def test_channel_attention_sees_average_and_maximum_of_each_channel():
-    attention = tsa.ChannelAttention(4)
+    attention = ChannelAttention(4)
     seen = []
     attention.gate[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     features = torch.zeros(1, 4, 2, 2)
@@ -213,7 +242,7 @@ def test_channel_attention_sees_average_and_maximum_of_each_channel():
 
 
 def test_channel_attention_scales_whole_channels():
-    attention = tsa.ChannelAttention(4)
+    attention = ChannelAttention(4)
     gates = torch.tensor([-30.0, 0.0, 1.0, 30.0])
     nn.init.zeros_(attention.gate[2].weight)
     attention.gate[2].bias.data.copy_(gates)
@@ -238,7 +267,7 @@ def encode(encoder, side, embedding=0.0):
 
 def small_encoder():
     """Without blocks, with positions 0 to 3 on a grid of two by two places."""
-    encoder = tsa.TokenEncoder(channels=3, width=8, blocks=0, grid=2)
+    encoder = TokenEncoder(channels=3, width=8, blocks=0, grid=2)
     encoder.positions.data.copy_(torch.arange(4.0).view(1, 1, 2, 2).expand(1, 8, 2, 2))
     return encoder
 
@@ -335,7 +364,7 @@ def branches(model, rows):
 def test_blocks_of_a_resnet_are_left_out_more_often_the_deeper_they_are(name, blocks):
     """Scaled by 1 / (1 - p) where they are not, so that the mean remains."""
     torch.manual_seed(0)
-    outputs = branches(tsa.build_model(name, 10, 32, stochastic_depth=0.5), 400)
+    outputs = branches(build_model(name, 10, 32, stochastic_depth=0.5), 400)
     for number, output in enumerate(outputs, 1):
         probability = 0.5 * number / blocks
         left_out = output.eq(0).all(1)
@@ -346,7 +375,7 @@ def test_blocks_of_a_resnet_are_left_out_more_often_the_deeper_they_are(name, bl
 
 
 def test_every_image_is_drawn_for_itself_and_in_every_block():
-    outputs = branches(tsa.build_model("resnet18", 10, 32, stochastic_depth=0.5), 64)
+    outputs = branches(build_model("resnet18", 10, 32, stochastic_depth=0.5), 64)
     drawn = torch.stack([rows.eq(0).all(1) for rows in outputs])
     assert len(drawn.unique(dim=1).T) > 30, "of 2 ** 8 combinations"
 
@@ -354,7 +383,7 @@ def test_every_image_is_drawn_for_itself_and_in_every_block():
 @pytest.mark.parametrize("name", ["resnet18", "resnet56"])
 def test_skipping_blocks_changes_neither_names_nor_an_evaluation(name):
     torch.manual_seed(0)
-    model = tsa.build_model(name, 10, 32, stochastic_depth=0.9)
+    model = build_model(name, 10, 32, stochastic_depth=0.9)
     reference = build(name)
     assert list(model.state_dict()) == list(reference.state_dict())
     for each in model.modules():
@@ -366,15 +395,15 @@ def test_skipping_blocks_changes_neither_names_nor_an_evaluation(name):
     model.train()
     reference.train()
     assert not torch.equal(model(images), reference(images))
-    tsa.freeze(model, "body", name, 10, 32)
-    tsa.freeze(reference, "body", name, 10, 32)
+    freeze(model, "body", name, 10, 32)
+    freeze(reference, "body", name, 10, 32)
     reference.load_state_dict(model.state_dict())
     assert torch.equal(model(images), reference(images)), "nor what is frozen"
 
 
 def test_a_copy_of_a_model_skips_blocks_too():
-    model = tsa.build_model("resnet18", 10, 32, stochastic_depth=0.9)
-    copied = tsa.Network(model, nn.CrossEntropyLoss()).copy()
+    model = build_model("resnet18", 10, 32, stochastic_depth=0.9)
+    copied = Network(model, nn.CrossEntropyLoss()).copy()
     assert copied.layer4[1].bn2.weight is not model.layer4[1].bn2.weight
     left_out = branches(copied, 200)[-1].eq(0).all(1).double().mean().item()
     assert left_out == pytest.approx(0.9, abs=0.1)
@@ -388,7 +417,7 @@ def own_probabilities(model):
 @pytest.mark.parametrize("name", ["efficientnet_b0", "convnext_tiny"])
 def test_stochastic_depth_of_torchvision_is_an_option_of_its_builders(name):
     with torch.device("meta"):
-        model = tsa.build_model(name, 10, 64, stochastic_depth=0.3)
+        model = build_model(name, 10, 64, stochastic_depth=0.3)
         theirs = torchvision.models.get_model(name, num_classes=10, stochastic_depth_prob=0.3)
         own = torchvision.models.get_model(name, num_classes=10)
     assert own_probabilities(model) == own_probabilities(theirs) != own_probabilities(own)
@@ -402,7 +431,7 @@ def test_stochastic_depth_of_builders_without_that_option(name, layers, default)
     """It rises from 0 to what was asked for, as to the default."""
     before = own_probabilities(on_meta(name, 10, 224))
     with torch.device("meta"):
-        after = own_probabilities(tsa.build_model(name, 10, 224, stochastic_depth=0.3))
+        after = own_probabilities(build_model(name, 10, 224, stochastic_depth=0.3))
     assert len(before) == layers
     assert (min(before), max(before)) == (0, default)
     assert after == pytest.approx([p * 0.3 / default for p in before])
@@ -410,8 +439,8 @@ def test_stochastic_depth_of_builders_without_that_option(name, layers, default)
 
 @pytest.mark.parametrize("name", ["alexnet", "vgg11", "vit_b_32", "densenet121", "regnet_x_400mf"])
 def test_models_without_blocks_to_leave_out(name):
-    with pytest.raises(tsa.UserError, match=f"^--stochastic-depth 0.2: {name} has no blocks that"):
-        tsa.build_model(name, 10, 64, stochastic_depth=0.2)
+    with pytest.raises(UserError, match=f"^--stochastic-depth 0.2: {name} has no blocks that"):
+        build_model(name, 10, 64, stochastic_depth=0.2)
 
 
 @pytest.mark.parametrize(
@@ -429,18 +458,18 @@ def test_models_without_blocks_to_leave_out(name):
 def test_what_is_frozen(name, asked, left):
     model = on_meta(name, 10, 32)
     names = [name for name, _ in model.named_parameters()]
-    frozen = tsa.freeze(model, asked, name, 10, 32)
+    frozen = freeze(model, asked, name, 10, 32)
     if isinstance(left, str):
         left = [each for each in names if each.startswith(left)]
     left = left or [each for each in names if not each.startswith("encoder.layers.")]
-    assert list(tsa.trained(model)) == left
+    assert list(trained(model)) == left
     assert sorted(frozen) == sorted(set(names) - set(left))
 
 
 def test_without_an_option_nothing_is_frozen():
     model = on_meta("resnet18", 10, 32)
-    assert tsa.freeze(model, None, "resnet18", 10, 32) == ()
-    assert len(tsa.trained(model)) == 62
+    assert freeze(model, None, "resnet18", 10, 32) == ()
+    assert len(trained(model)) == 62
     assert all(module.training for module in model.modules())
 
 
@@ -461,21 +490,21 @@ def test_without_an_option_nothing_is_frozen():
     ],
 )
 def test_what_cannot_be_frozen(asked, message):
-    with pytest.raises(tsa.UserError) as caught:
-        tsa.freeze(on_meta("resnet18", 10, 32), asked, "resnet18", 10, 32)
+    with pytest.raises(UserError) as caught:
+        freeze(on_meta("resnet18", 10, 32), asked, "resnet18", 10, 32)
     assert str(caught.value).startswith(message)
 
 
 def test_modules_with_frozen_weights_alone_are_in_evaluation_mode():
     model = on_meta("hybrid-light", 10, 32)
-    tsa.freeze(model, "stem,stages,embedding", "hybrid-light", 10, 32)
+    freeze(model, "stem,stages,embedding", "hybrid-light", 10, 32)
     for _ in range(2):
         for name, module in model.named_modules():
             part = name.partition(".")[0]
             assert module.training is (part not in ("stem", "stages", "embedding")), name
         assert not model.embedding[5].training, "dropout among them too"
         model.eval()
-        tsa.begin_training(model)
+        begin_training(model)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -486,8 +515,8 @@ def test_the_frozen_front_part_runs_without_a_graph(bf16, channels_last, copied)
     model = build("resnet18")
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    tsa.freeze(model, "body", "resnet18", 10, 32)
-    network = tsa.Network(model, nn.CrossEntropyLoss(), bf16=bf16, channels_last=channels_last)
+    freeze(model, "body", "resnet18", 10, 32)
+    network = Network(model, nn.CrossEntropyLoss(), bf16=bf16, channels_last=channels_last)
     runs, features, kept = network.copy() if copied else model, [], []
     for name, module in runs.named_modules():
         if name and name != "fc":
@@ -521,9 +550,9 @@ def test_batch_normalisation_begins_with_one_and_zero(name, count):
 @pytest.fixture
 def plan():
     """Two lanes of one thread each."""
-    first, second = sorted(tsa.ALLOWED_CPUS)[:2]
-    groups = tsa.Group("forward", (first,), 1), tsa.Group("backward", (second,), 1)
-    return tsa.CorePlan("even", *groups, groups[0].cpus)
+    first, second = sorted(ALLOWED_CPUS)[:2]
+    groups = Group("forward", (first,), 1), Group("backward", (second,), 1)
+    return CorePlan("even", *groups, groups[0].cpus)
 
 
 @needs_two_cpus
@@ -532,10 +561,10 @@ def test_a_hybrid_overfits_one_batch(name, plan):
     """From about 1.39, the natural logarithm of 4."""
     model = build(name, 4)
     batch = torch.randn(4, 3, 32, 32), torch.arange(4)
-    settings = tsa.Settings(opt="adam", lr=3e-4, weight_decay=0.0)
-    work = tsa.Work(tsa.Network(model, nn.CrossEntropyLoss()), tsa.build_optimizer(model, settings))
-    with tsa.Lanes(plan, ()) as lanes:
-        *_, (scores,) = tsa.sequential(lanes, work, tsa.Batches(as_loaded([batch]), 12))
+    settings = Settings(opt="adam", lr=3e-4, weight_decay=0.0)
+    work = Work(Network(model, nn.CrossEntropyLoss()), build_optimizer(model, settings))
+    with Lanes(plan, ()) as lanes:
+        *_, (scores,) = sequential(lanes, work, Batches(as_loaded([batch]), 12))
     assert scores.loss < 0.3
     assert scores.top1 == 4
 
@@ -544,11 +573,9 @@ def train_one_step(schedule, plan, model):
     """The losses of a step of two batches."""
     torch.manual_seed(1)
     batches = [(torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,))) for _ in range(2)]
-    work = tsa.Work(
-        tsa.Network(model, nn.CrossEntropyLoss(), 2), torch.optim.SGD(model.parameters(), 0.05)
-    )
-    with tsa.Lanes(plan, ()) as lanes:
-        (scores,) = tsa.SCHEDULES[schedule](lanes, work, tsa.Batches(as_loaded(batches), 2))
+    work = Work(Network(model, nn.CrossEntropyLoss(), 2), torch.optim.SGD(model.parameters(), 0.05))
+    with Lanes(plan, ()) as lanes:
+        (scores,) = SCHEDULES[schedule](lanes, work, Batches(as_loaded(batches), 2))
     return [each.loss for each in scores]
 
 
@@ -593,7 +620,7 @@ def test_one_step_under_each_schedule(name, plan):
     ],
 )
 def test_what_a_model_amounts_to(name, classes, size, figures):
-    measured = tsa.measure_model(name, classes, size)
+    measured = measure_model(name, classes, size)
     forward, backward = measured.flops["forward"], measured.flops["backward"]
     assert (measured.parameters, measured.weight_bytes, forward, backward) == figures
 
@@ -611,7 +638,7 @@ def test_what_a_model_amounts_to(name, classes, size, figures):
     ],
 )
 def test_the_work_of_a_model_with_frozen_weights(frozen, backward):
-    figures = tsa.measure_model("resnet18", 10, 224, frozen)
+    figures = measure_model("resnet18", 10, 224, frozen)
     assert figures.parameters == 11_181_642
     assert figures.flops["forward"] == 3_627_132_928
     assert figures.flops["backward"] == backward
@@ -619,7 +646,7 @@ def test_the_work_of_a_model_with_frozen_weights(frozen, backward):
 
 def test_a_model_that_computes_its_widths_with_tensors_is_measured():
     """RegNets do, when they are built: torchvision says what they amount to."""
-    measured = tsa.measure_model("regnet_x_400mf", 1000, 224)
+    measured = measure_model("regnet_x_400mf", 1000, 224)
     told = torchvision.models.RegNet_X_400MF_Weights.IMAGENET1K_V1.meta
     assert measured.parameters == told["num_params"]
     assert measured.flops["forward"] / 2e9 == pytest.approx(told["_ops"], abs=0.001)
@@ -627,19 +654,19 @@ def test_a_model_that_computes_its_widths_with_tensors_is_measured():
 
 @pytest.mark.parametrize("name", OWN)
 def test_own_models_have_names(name):
-    assert name in tsa.classifier_names()
-    tsa.check_model_name(name)
+    assert name in classifier_names()
+    check_model_name(name)
 
 
 def test_an_unknown_model_gets_the_nearest_names():
-    with pytest.raises(tsa.UserError, match=r"--model resnet5: unknown; did you mean resnet56,"):
-        tsa.check_model_name("resnet5")
-    with pytest.raises(tsa.UserError, match="did you mean hybrid"):
-        tsa.check_model_name("hybird")
-    with pytest.raises(tsa.UserError, match="any torchvision classifier"):
-        tsa.check_model_name("###")
-    with pytest.raises(tsa.UserError, match="fcn_resnet50: unknown"):  # no classifier
-        tsa.check_model_name("fcn_resnet50")
+    with pytest.raises(UserError, match=r"--model resnet5: unknown; did you mean resnet56,"):
+        check_model_name("resnet5")
+    with pytest.raises(UserError, match="did you mean hybrid"):
+        check_model_name("hybird")
+    with pytest.raises(UserError, match="any torchvision classifier"):
+        check_model_name("###")
+    with pytest.raises(UserError, match="fcn_resnet50: unknown"):  # no classifier
+        check_model_name("fcn_resnet50")
 
 
 @pytest.mark.parametrize(
@@ -647,20 +674,20 @@ def test_an_unknown_model_gets_the_nearest_names():
     [("alexnet", 2, 16), ("inception_v3", 2, 32), ("resnet18", 1, 32), ("hybrid-light", 1, 32)],
 )
 def test_batches_that_a_model_cannot_train_on(name, batch, size):
-    model = tsa.build_model(name, num_classes=3, image_size=size)
-    with pytest.raises(tsa.UserError, match=f"--batch-size {batch} --image-size {size}: {name}"):
-        tsa.check_input_shape(model, name, batch, size)
+    model = build_model(name, num_classes=3, image_size=size)
+    with pytest.raises(UserError, match=f"--batch-size {batch} --image-size {size}: {name}"):
+        check_input_shape(model, name, batch, size)
 
 
 def test_batches_that_no_number_can_count():
-    with pytest.raises(tsa.UserError, match="--image-size 2147483647: alexnet cannot train"):
-        tsa.check_input_shape(tsa.build_model("alexnet", 3, 32), "alexnet", 2, 2**31 - 1)
+    with pytest.raises(UserError, match="--image-size 2147483647: alexnet cannot train"):
+        check_input_shape(build_model("alexnet", 3, 32), "alexnet", 2, 2**31 - 1)
 
 
 @pytest.mark.parametrize("size", [8, 2**31 - 1])
 def test_a_model_that_cannot_be_measured(size):
-    with pytest.raises(tsa.UserError, match=f"--image-size {size}: alexnet cannot train"):
-        tsa.measure_model("alexnet", 3, size)
+    with pytest.raises(UserError, match=f"--image-size {size}: alexnet cannot train"):
+        measure_model("alexnet", 3, size)
 
 
 FAILED = (
@@ -678,7 +705,7 @@ FAILED = (
     ],
 )
 def test_memory_that_cannot_be_had_is_one_line(error, reason):
-    with pytest.raises(tsa.UserError) as caught, tsa.memory_errors():
+    with pytest.raises(UserError) as caught, memory_errors():
         raise error
     assert str(caught.value) == (
         f"not enough memory: {reason}; lower --batch-size, --image-size or --num-classes"
@@ -687,7 +714,7 @@ def test_memory_that_cannot_be_had_is_one_line(error, reason):
 
 @pytest.mark.parametrize("error", [RuntimeError("other"), OSError(28, "No space"), ValueError()])
 def test_other_errors_are_no_matter_of_memory(error):
-    with pytest.raises(type(error)) as caught, tsa.memory_errors():
+    with pytest.raises(type(error)) as caught, memory_errors():
         raise error
     assert caught.value is error
 
@@ -697,28 +724,28 @@ def test_a_model_without_room_is_not_blamed_on_the_image_size(monkeypatch):
         raise RuntimeError(FAILED)
 
     monkeypatch.setattr(torchvision.models, "get_model", no_room)
-    with pytest.raises(tsa.UserError, match="^not enough memory: can't allocate memory: you tried"):
-        tsa.build_model("resnet18", 3, 32)
+    with pytest.raises(UserError, match="^not enough memory: can't allocate memory: you tried"):
+        build_model("resnet18", 3, 32)
 
 
 @pytest.mark.parametrize("name", ["vit_b_32", "maxvit_t"])
 def test_transformers_that_cannot_grow_with_the_images(name):
-    model = tsa.build_model(name, num_classes=3, image_size=224)
-    with pytest.raises(tsa.UserError, match=f"--image-size 128: {name} cannot train"):
-        tsa.check_input_shape(model, name, 2, 128)
+    model = build_model(name, num_classes=3, image_size=224)
+    with pytest.raises(UserError, match=f"--image-size 128: {name} cannot train"):
+        check_input_shape(model, name, 2, 128)
 
 
 def test_an_image_size_that_a_transformer_cannot_be_built_for():
-    with pytest.raises(tsa.UserError, match="--image-size 50, maxvit_t"):
-        tsa.build_model("maxvit_t", num_classes=3, image_size=50)
+    with pytest.raises(UserError, match="--image-size 50, maxvit_t"):
+        build_model("maxvit_t", num_classes=3, image_size=50)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet56", "hybrid-light"])
 def test_checking_the_shape_leaves_the_model_alone(name):
-    model = tsa.build_model(name, num_classes=3, image_size=64)
+    model = build_model(name, num_classes=3, image_size=64)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     random_state = torch.get_rng_state()
-    tsa.check_input_shape(model, name, 2, 64)
+    check_input_shape(model, name, 2, 64)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -734,7 +761,7 @@ def test_checking_the_shape_leaves_the_model_alone(name):
     ],
 )
 def test_the_weights_of_the_classifier(model, weights):
-    assert tsa.classifier_weights(model, 7, 224) == weights
+    assert classifier_weights(model, 7, 224) == weights
 
 
 # Weights from elsewhere
@@ -773,7 +800,7 @@ def test_a_model_takes_weights_by_the_names_of_its_older_files(make, old_names):
         weights = renamed(weights, *old_names)
         assert not weights.keys() <= model.state_dict().keys()
     weights = {key: value for key, value in weights.items() if "num_batches" not in key}
-    assert tsa.take_weights(model, weights) == f"all {len(weights)} tensors"
+    assert take_weights(model, weights) == f"all {len(weights)} tensors"
     for (key, value), expected in zip(
         model.state_dict().items(), source.state_dict().values(), strict=True
     ):
@@ -801,18 +828,16 @@ def test_what_is_taken_is_told(changes, options, taken):
     saved = {
         key: value for key, value in (make().state_dict() | changes).items() if value is not None
     }
-    assert tsa.take_weights(make(), saved, **options) == taken
+    assert take_weights(make(), saved, **options) == taken
     if taken.startswith("3"):
-        with pytest.raises(
-            tsa.UserError, match=r"^only 3 of 4 tensors fit; missing: 1.bias \(2\)$"
-        ):
-            tsa.take_weights(make(), saved, least=1)
+        with pytest.raises(UserError, match=r"^only 3 of 4 tensors fit; missing: 1.bias \(2\)$"):
+            take_weights(make(), saved, least=1)
 
 
 def test_fewer_than_half_of_the_tensors_do_not_fit():
     saved = {"0.weight": torch.zeros(2, 2), "features.0.weight": torch.zeros(3, 4)}
-    with pytest.raises(tsa.UserError) as caught:
-        tsa.take_weights(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), saved)
+    with pytest.raises(UserError) as caught:
+        take_weights(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), saved)
     assert str(caught.value) == (
         "only 1 of 4 tensors fit; missing: 0.bias (2), 1.weight (2, 2), 1.bias (2); "
         "left over: features.0.weight (3, 4)"
@@ -821,14 +846,14 @@ def test_fewer_than_half_of_the_tensors_do_not_fit():
 
 def test_weights_by_old_names_in_other_shapes_do_not_fit():
     weights = renamed(small_vit().state_dict(), *VIT)
-    with pytest.raises(tsa.UserError, match="^size mismatch for encoder.*: copying a param with"):
-        tsa.take_weights(small_vit(mlp=48), weights)
+    with pytest.raises(UserError, match="^size mismatch for encoder.*: copying a param with"):
+        take_weights(small_vit(mlp=48), weights)
 
 
 def test_half_precision_is_taken_in_full_precision():
     source, model = nn.Linear(2, 2), nn.Linear(2, 2)
     half = {name: value.bfloat16() for name, value in source.state_dict().items()}
-    assert tsa.take_weights(model, half) == "all 2 tensors"
+    assert take_weights(model, half) == "all 2 tensors"
     assert model.weight.dtype == torch.float32
     assert torch.equal(model.weight, source.weight.bfloat16().float())
 
@@ -838,9 +863,9 @@ def test_half_precision_is_taken_in_full_precision():
 
 def with_weights(name, classes=1000, size=64):
     """A model of ours that has its weights by name."""
-    model = tsa.build_model(name, classes, size)
-    left_out = () if classes == 1000 else tsa.classifier_weights(name, classes, size)
-    tsa.take_weights(model, tsa.find_weights(name, "DEFAULT").load(), left_out)
+    model = build_model(name, classes, size)
+    left_out = () if classes == 1000 else classifier_weights(name, classes, size)
+    take_weights(model, find_weights(name, "DEFAULT").load(), left_out)
     return model.eval()
 
 
@@ -878,41 +903,39 @@ def test_weights_for_values_from_minus_one_to_one(name, size, torch_cache):
     torch_cache(name)
     theirs = torchvision.models.get_model(name, weights="DEFAULT").eval()
     pixels = torch.rand(2, 3, size, size)
-    native = tsa.find_weights(name, "DEFAULT").native
+    native = find_weights(name, "DEFAULT").native
 
     def brought(mean, std):
         return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
     with torch.inference_mode():
-        expected = theirs(brought(tsa.IMAGENET_MEAN, tsa.IMAGENET_STD))
+        expected = theirs(brought(IMAGENET_MEAN, IMAGENET_STD))
         logits = with_weights(name, size=size)(brought(native.mean, native.std))
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3 * expected.std().item())
 
 
 def test_what_weights_by_name_know():
-    found = tsa.find_weights("resnet50", "DEFAULT")
-    assert found.native == tsa.Preprocessing(224, 232)
-    assert found == dataclasses.replace(
-        tsa.find_weights("resnet50", "imagenet1k_v2"), load=found.load
-    )
+    found = find_weights("resnet50", "DEFAULT")
+    assert found.native == Preprocessing(224, 232)
+    assert found == dataclasses.replace(find_weights("resnet50", "imagenet1k_v2"), load=found.load)
     assert found.title == "ResNet50_Weights.IMAGENET1K_V2"
     assert found.classes[:2] == ("tench", "goldfish")
     assert len(found.classes) == 1000
-    other = tsa.find_weights("vit_b_16", "ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1").native
-    assert other == tsa.Preprocessing(384, 384, "bicubic")
-    assert tsa.find_weights("vgg16", "IMAGENET1K_FEATURES").classes == ()
-    means = tsa.find_weights("efficientnet_v2_l", "DEFAULT").native.mean
+    other = find_weights("vit_b_16", "ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1").native
+    assert other == Preprocessing(384, 384, "bicubic")
+    assert find_weights("vgg16", "IMAGENET1K_FEATURES").classes == ()
+    means = find_weights("efficientnet_v2_l", "DEFAULT").native.mean
     assert means == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize("name", torchvision.models.list_models(module=torchvision.models))
 def test_all_weights_of_torchvision_are_found(name):
     for weights in torchvision.models.get_model_weights(name):
-        native, ready = tsa.find_weights(name, weights.name).native, weights.transforms()
+        native, ready = find_weights(name, weights.name).native, weights.transforms()
         assert [native.image_size] == ready.crop_size
         assert [native.val_resize] == ready.resize_size
         assert native.interpolation == ready.interpolation.value
-        own = name in tsa.WITH_HEADS
+        own = name in WITH_HEADS
         assert (list(native.mean), list(native.std)) == (
             ([0.5] * 3, [0.5] * 3) if own else (ready.mean, ready.std)
         )
@@ -928,15 +951,15 @@ def test_all_weights_of_torchvision_are_found(name):
     ],
 )
 def test_weights_that_a_model_does_not_have(model, name, message):
-    with pytest.raises(tsa.UserError, match=message):
-        tsa.find_weights(model, name)
-    with pytest.raises(tsa.UserError, match=f"^--teacher-weights {name}: "):
-        tsa.find_weights(model, name, "--teacher-weights")
+    with pytest.raises(UserError, match=message):
+        find_weights(model, name)
+    with pytest.raises(UserError, match=f"^--teacher-weights {name}: "):
+        find_weights(model, name, "--teacher-weights")
 
 
 def test_weights_that_cannot_be_fetched(torch_cache, tmp_path):
-    with pytest.raises(tsa.UserError) as caught:
-        tsa.find_weights("resnet18", "DEFAULT").load()
+    with pytest.raises(UserError) as caught:
+        find_weights("resnet18", "DEFAULT").load()
     place = tmp_path / "torch/hub/checkpoints/resnet18-f37072fd.pth"
     assert str(caught.value) == (
         "--weights DEFAULT: cannot fetch https://download.pytorch.org/models/resnet18-f37072fd.pth:"
@@ -953,8 +976,8 @@ def test_weights_whose_hash_is_wrong(torch_cache, monkeypatch):
         raise RuntimeError('invalid hash value (expected "f37072fd", got "0")')
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
-    with pytest.raises(tsa.UserError, match="cannot fetch .*: invalid hash value"):
-        tsa.find_weights("resnet18", "DEFAULT").load()
+    with pytest.raises(UserError, match="cannot fetch .*: invalid hash value"):
+        find_weights("resnet18", "DEFAULT").load()
     assert hashes == ["f37072fd"]
 
 
@@ -980,8 +1003,8 @@ def test_a_cached_file_without_weights(torch_cache, spoil, in_tmp):
     path = torch_cache("squeezenet1_1")
     spoil(path)
     message = f"--weights DEFAULT: {path} holds no weights: .+; it is fetched anew once it is gone$"
-    with pytest.raises(tsa.UserError, match=message) as caught:
-        tsa.find_weights("squeezenet1_1", "DEFAULT").load()
+    with pytest.raises(UserError, match=message) as caught:
+        find_weights("squeezenet1_1", "DEFAULT").load()
     assert "\n" not in str(caught.value)
     assert not list(in_tmp.iterdir()), "nothing ran"
 
@@ -989,7 +1012,7 @@ def test_a_cached_file_without_weights(torch_cache, spoil, in_tmp):
 def loaded(state, image_size=None):
     """What is loaded of a file with such a content."""
     weights = SimpleNamespace(url="https://a/b.pth", get_state_dict=lambda **options: dict(state))
-    return tsa.load_torchvision(weights, "--weights A", image_size)
+    return load_torchvision(weights, "--weights A", image_size)
 
 
 def test_weights_that_are_no_numbers_are_left_out():
@@ -1053,8 +1076,8 @@ def test_timm_is_not_imported_unless_it_is_asked_for():
 def test_a_model_of_timm_without_timm(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     message = r"^a model timm/NAME needs the package timm \(.+\): pip install timm$"
-    with pytest.raises(tsa.UserError, match=message):
-        tsa.check_model_name("timm/resnet18")
+    with pytest.raises(UserError, match=message):
+        check_model_name("timm/resnet18")
 
 
 @pytest.mark.parametrize(
@@ -1068,15 +1091,15 @@ def test_a_model_of_timm_without_timm(monkeypatch):
     ],
 )
 def test_a_model_of_timm_maps_images_to_logits(timm, name, size):
-    tsa.check_model_name(name)
+    check_model_name(name)
     model = build(name, 7, size)
     assert model.training
     assert model(torch.randn(2, 3, size, size)).shape == (2, 7)
-    assert tsa.measure_model(name, 7, size).parameters == parameters(model)
-    assert tsa.classifier_weights(name, 7, size) == {
+    assert measure_model(name, 7, size).parameters == parameters(model)
+    assert classifier_weights(name, 7, size) == {
         name for name, value in model.state_dict().items() if value.shape[:1] == (7,)
     }
-    tsa.check_input_shape(model, name, 2, size)
+    check_input_shape(model, name, 2, size)
 
 
 def test_timms_models_are_timms(timm):
@@ -1100,26 +1123,26 @@ def test_timms_models_are_timms(timm):
     ],
 )
 def test_a_model_that_timm_does_not_have(timm, name, message):
-    with pytest.raises(tsa.UserError, match=message):
-        tsa.check_model_name(name)
+    with pytest.raises(UserError, match=message):
+        check_model_name(name)
 
 
 def test_what_weights_of_timm_know(timm):
-    found = tsa.find_weights("timm/resnet18", "DEFAULT")
-    assert found.native == tsa.Preprocessing(224, 235, "bicubic")
+    found = find_weights("timm/resnet18", "DEFAULT")
+    assert found.native == Preprocessing(224, 235, "bicubic")
     assert found.title == "timm/resnet18.a1_in1k"
-    assert found.classes == tsa.imagenet_classes()
-    tagged = tsa.find_weights("timm/resnet18.tv_in1k", "DEFAULT")
-    assert tagged.native == tsa.Preprocessing(224, 256, "bilinear")
+    assert found.classes == imagenet_classes()
+    tagged = find_weights("timm/resnet18.tv_in1k", "DEFAULT")
+    assert tagged.native == Preprocessing(224, 256, "bilinear")
     assert tagged.title == "timm/resnet18.tv_in1k"
-    assert tsa.find_weights("timm/resnet18", "tv_in1k").native == tagged.native
-    vit = tsa.find_weights("timm/vit_base_patch16_384", "augreg_in21k_ft_in1k").native
-    assert vit == tsa.Preprocessing(384, 384, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    large = tsa.find_weights("timm/vit_base_patch16_224", "augreg_in21k").classes
+    assert find_weights("timm/resnet18", "tv_in1k").native == tagged.native
+    vit = find_weights("timm/vit_base_patch16_384", "augreg_in21k_ft_in1k").native
+    assert vit == Preprocessing(384, 384, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    large = find_weights("timm/vit_base_patch16_224", "augreg_in21k").classes
     assert (len(large), large[1]) == (21843, "n00005787")
-    assert tsa.find_weights("timm/vit_small_patch16_224", "dino").classes == ()
-    with pytest.raises(tsa.UserError, match="^--weights V1: timm/test_vit has r160_in1k$"):
-        tsa.find_weights("timm/test_vit", "V1")
+    assert find_weights("timm/vit_small_patch16_224", "dino").classes == ()
+    with pytest.raises(UserError, match="^--weights V1: timm/test_vit has r160_in1k$"):
+        find_weights("timm/test_vit", "V1")
 
 
 @pytest.mark.parametrize(
@@ -1130,8 +1153,8 @@ def test_logits_with_weights_of_timm_are_timms(timm, timm_cache, name, size):
     timm_cache(f"{name}.r160_in1k")
     options = {"img_size": size} if size else {}
     theirs = timm.create_model(name, pretrained=True, **options).eval()
-    model = tsa.build_model(f"timm/{name}", 1000, size or 160)
-    tsa.take_weights(model, tsa.find_weights(f"timm/{name}", "DEFAULT", image_size=size).load())
+    model = build_model(f"timm/{name}", 1000, size or 160)
+    take_weights(model, find_weights(f"timm/{name}", "DEFAULT", image_size=size).load())
     images = torch.randn(2, 3, size or 160, size or 160)
     with torch.inference_mode():
         assert torch.equal(model.eval()(images), theirs(images))
@@ -1142,9 +1165,9 @@ def test_weights_of_timm_that_cannot_be_had(timm, timm_cache, tmp_path):
     message = (
         f"^--weights DEFAULT: cannot load timm/test_vit.r160_in1k: .+ put it there as {place}$"
     )
-    with pytest.raises(tsa.UserError, match=message):
-        tsa.find_weights("timm/test_vit", "DEFAULT").load()
+    with pytest.raises(UserError, match=message):
+        find_weights("timm/test_vit", "DEFAULT").load()
     path = timm_cache("test_vit.r160_in1k")
     path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(tsa.UserError, match=message):
-        tsa.find_weights("timm/test_vit", "DEFAULT").load()
+    with pytest.raises(UserError, match=message):
+        find_weights("timm/test_vit", "DEFAULT").load()

@@ -19,9 +19,21 @@ from named_data import WORDNET, WRITERS, accept, make
 from PIL import Image
 from test_data import QuietHandler, cut_in_half, flip_a_bit, load, small
 
-import train_split_affinity as tsa
+from split_affinity import ALLOWED_CPUS
+from split_affinity.data.dataset import describe_data, describe_images, open_data
+from split_affinity.data.loader import BadImages, validation_feed
+from split_affinity.data.named import CIFAR10, READERS, names_of_classes
+from split_affinity.data.pictures import BrokenImage, ImageData
+from split_affinity.data.transforms import training_transform
+from split_affinity.errors import UserError
+from split_affinity.machine.topology import read_topology
+from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.data_sets import DATA_SETS, NAMED_DATA
+from split_affinity.options.settings import Settings
+from split_affinity.runs.setup import settings_in_force
+from train_split_affinity import main
 
-ALL_CPUS = tuple(sorted(tsa.ALLOWED_CPUS))
+ALL_CPUS = tuple(sorted(ALLOWED_CPUS))
 ALL_SETS = pytest.mark.parametrize("name", list(WRITERS))
 
 # Class index and colour of each picture: every class twice or more, in no order.
@@ -45,7 +57,7 @@ NATIVE = dict.fromkeys(WRITERS, (224, 256)) | {
 def made(monkeypatch, name, root):
     """A small set, its class names, and the settings that find it."""
     classes = make(monkeypatch, name, root, TRAIN, [] if name == "eurosat" else VAL)
-    return classes, tsa.Settings(dataset=name, data_path=root, batch_size=2, workers=0)
+    return classes, Settings(dataset=name, data_path=root, batch_size=2, workers=0)
 
 
 def in_order_of(data, part):
@@ -68,7 +80,7 @@ def assert_pictures(pictures, expected, grey=False):
 @ALL_SETS
 def test_a_set_by_name_in_its_own_format(tmp_path, monkeypatch, name):
     classes, settings = made(monkeypatch, name, tmp_path / "data")
-    data = tsa.open_data(settings)
+    data = open_data(settings)
     assert (data.kind, data.classes) == (name, tuple(classes))
     assert (data.native.image_size, data.native.val_resize) == NATIVE[name]
     grey = name == "fashion-mnist"
@@ -89,15 +101,15 @@ def test_a_set_by_name_in_its_own_format(tmp_path, monkeypatch, name):
 @ALL_SETS
 def test_batches_of_a_set_by_name(tmp_path, monkeypatch, name):
     _, settings = made(monkeypatch, name, tmp_path / "data")
-    data = tsa.open_data(settings)
-    settings = tsa.settings_in_force(settings, tsa.read_topology(), data)
-    assert settings.num_classes == tsa.NAMED_DATA[name].classes or len(data.classes) == 3
+    data = open_data(settings)
+    settings = settings_in_force(settings, read_topology(), data)
+    assert settings.num_classes == NAMED_DATA[name].classes or len(data.classes) == 3
     side = NATIVE[name][0]
     images, targets = load(data, settings, stop=1)[0]
     assert (images.shape, images.dtype) == ((2, 3, side, side), torch.float32)
     assert set(targets.tolist()) <= {0, 1, 2}
-    with contextlib.closing(tsa.validation_feed(data, settings, ALL_CPUS)) as feed:
-        batches = list(feed.batches(tsa.BadImages()))
+    with contextlib.closing(validation_feed(data, settings, ALL_CPUS)) as feed:
+        batches = list(feed.batches(BadImages()))
     assert sum(len(targets) for _, targets in batches) == len(data.val)
     picture, _ = data.val[0]
     colour = torch.tensor(np.asarray(picture)[0, 0] / 255, dtype=torch.float32)
@@ -109,7 +121,7 @@ def test_batches_of_a_set_by_name(tmp_path, monkeypatch, name):
 @ALL_SETS
 def test_what_is_said_of_a_set_by_name(tmp_path, monkeypatch, name):
     classes, settings = made(monkeypatch, name, tmp_path)
-    (line,) = tsa.describe_data(tsa.open_data(settings))
+    (line,) = describe_data(open_data(settings))
     train, val = (5, "3 (0.38 of each class) kept apart") if name == "eurosat" else (8, "4")
     assert line.startswith(f"data      {train} images of {len(classes)} classes ({classes[0]}, ")
     assert line.endswith(f") to train on, {val} to validate with")
@@ -119,9 +131,9 @@ def test_what_is_said_of_a_set_by_name(tmp_path, monkeypatch, name):
 def test_a_plan_shows_a_set_by_name(tmp_path, in_tmp, monkeypatch, capsys, name):
     classes, settings = made(monkeypatch, name, tmp_path / "data")
     options = ["--dataset", name, "--data-path", str(tmp_path / "data"), "-b", "2"]
-    assert tsa.main(["plan", "--model", "resnet56", *options]) == 0
+    assert main(["plan", "--model", "resnet56", *options]) == 0
     printed = capsys.readouterr().out
-    assert f"\n{tsa.describe_data(tsa.open_data(settings))[0]}\n" in printed
+    assert f"\n{describe_data(open_data(settings))[0]}\n" in printed
     assert f" for {len(classes)} classes, " in printed
     assert f"an image of {NATIVE[name][0]} px takes" in printed
     assert not list(in_tmp.iterdir())
@@ -129,13 +141,13 @@ def test_a_plan_shows_a_set_by_name(tmp_path, in_tmp, monkeypatch, capsys, name)
 
 def test_which_sets_there_are():
     """One table says what they are, the other how they are read."""
-    assert list(tsa.NAMED_DATA) == list(tsa.READERS) == list(WRITERS)
-    for name, reader in tsa.READERS.items():
-        told = tsa.NAMED_DATA[name]
+    assert list(NAMED_DATA) == list(READERS) == list(WRITERS)
+    for name, reader in READERS.items():
+        told = NAMED_DATA[name]
         part = {"split": told.part} if "split" in reader.parts[0] else {"train": False}
         assert reader.parts[1] == (part if told.val else None)
         assert reader.is_padded == (name in {*SIDES, "eurosat"})
-        block = re.search(rf"^{name}\n(  .*\n)*", tsa.DATA_SETS + "\n", re.MULTILINE)[0]
+        block = re.search(rf"^{name}\n(  .*\n)*", DATA_SETS + "\n", re.MULTILINE)[0]
         words = " ".join(block.split())
         assert words.startswith(f"{name} what {told.what} layout {told.layout}")
         assert f"images {told.train} to train, " in words
@@ -148,14 +160,14 @@ def test_which_sets_there_are():
 @ALL_SETS
 def test_where_a_set_lies_is_told(tmp_path, monkeypatch, name):
     _, settings = made(monkeypatch, name, tmp_path)
-    tsa.open_data(settings)
-    for layout in re.findall(r"PATH/(\S+\w)", tsa.NAMED_DATA[name].layout):
+    open_data(settings)
+    for layout in re.findall(r"PATH/(\S+\w)", NAMED_DATA[name].layout):
         assert (tmp_path / layout).exists()
 
 
 def test_known_numbers_of_images():
     """Literally, as their authors give them."""
-    counts = {name: (told.train, told.val, told.classes) for name, told in tsa.NAMED_DATA.items()}
+    counts = {name: (told.train, told.val, told.classes) for name, told in NAMED_DATA.items()}
     assert counts == {
         "imagenet": (1281167, 50000, 1000),
         "imagenette": (9469, 3925, 10),
@@ -181,7 +193,7 @@ def test_the_names_of_imagenets_classes_are_those_of_its_weights():
     class Source:
         classes = [(f"class {number % 500}",) for number in range(1000)]
 
-    names = tsa.names_of_classes(Source, 1000)
+    names = names_of_classes(Source, 1000)
     assert len(set(names)) == 1000
     assert (names[0], names[134], names[517]) == ("tench", "crane bird", "crane")
     assert names == tuple(torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"])
@@ -194,7 +206,7 @@ def test_the_names_of_imagenets_classes_are_those_of_its_weights():
 def test_pictures_are_opened_as_those_of_folders_are(tmp_path, monkeypatch, name):
     """Grey of 16 bits is scaled and EXIF data turn a picture, whatever torchvision would do."""
     _, settings = made(monkeypatch, name, tmp_path)
-    data = tsa.open_data(settings)
+    data = open_data(settings)
     grey, turned, broken = (Path(data.train.samples[index][0]) for index in range(3))
     Image.fromarray(np.full((8, 8), 25700, np.uint16)).save(grey, "PNG")
     exif = Image.Exif()
@@ -203,15 +215,15 @@ def test_pictures_are_opened_as_those_of_folders_are(tmp_path, monkeypatch, name
     broken.write_bytes(b"no picture")
     assert np.array_equal(np.asarray(data.train[0][0]), np.full((8, 8, 3), 100))
     assert data.train[1][0].size == (20, 30)
-    with pytest.raises(tsa.BrokenImage, match=f"^broken image {broken}: "):
+    with pytest.raises(BrokenImage, match=f"^broken image {broken}: "):
         data.train[2]
 
 
 def transforms_of(name, **settings):
-    reader = tsa.READERS[name]
+    reader = READERS[name]
     padded = reader.native.image_size if reader.is_padded else 0
-    data = tsa.ImageData(name, None, None, ("a", "b"), reader.native, padded=padded)
-    return tsa.training_transform(data, tsa.Settings(**settings), 64).transforms
+    data = ImageData(name, None, None, ("a", "b"), reader.native, padded=padded)
+    return training_transform(data, Settings(**settings), 64).transforms
 
 
 @pytest.mark.parametrize(
@@ -252,7 +264,7 @@ def test_autoaugment_by_data_set(name, policy):
     ],
 )
 def test_digits_and_signs_are_not_mirrored_unless_asked_for(options, hflip, min_scale):
-    _, settings = tsa.parse_arguments(["--data-path", "data", *options.split()])
+    _, settings = parse_arguments(["--data-path", "data", *options.split()])
     assert (settings.hflip, settings.min_scale) == (hflip, min_scale)
 
 
@@ -265,9 +277,9 @@ def test_a_set_that_is_not_there_is_told_in_a_line(tmp_path, in_tmp, capsys, nam
     root = tmp_path / "data"
     if exists:
         root.mkdir()
-    assert tsa.main(["--dataset", name, "--data-path", str(root), "--steps", "1"]) == 2
+    assert main(["--dataset", name, "--data-path", str(root), "--steps", "1"]) == 2
     (error,) = capsys.readouterr().err.splitlines()
-    title = tsa.NAMED_DATA[name].what.partition(":")[0]
+    title = NAMED_DATA[name].what.partition(":")[0]
     assert f"error: --data-path {root}: no {title}: Dataset not found" in error
     assert error.rstrip(".").endswith("You can use --download to download it")
     assert not list(in_tmp.iterdir()) and root.exists() == exists
@@ -286,8 +298,8 @@ def test_a_set_that_is_not_there_is_told_in_a_line(tmp_path, in_tmp, capsys, nam
 def test_a_damaged_file_is_not_taken(tmp_path, monkeypatch, name, file, damage):
     _, settings = made(monkeypatch, name, tmp_path)
     damage(tmp_path / file)
-    with pytest.raises(tsa.UserError, match="no .*: Dataset not found or corrupted"):
-        tsa.open_data(settings)
+    with pytest.raises(UserError, match="no .*: Dataset not found or corrupted"):
+        open_data(settings)
 
 
 @pytest.mark.parametrize(
@@ -302,8 +314,8 @@ def test_a_damaged_file_is_not_taken(tmp_path, monkeypatch, name, file, damage):
 def test_what_torchvision_does_not_verify_ends_in_a_line_too(tmp_path, monkeypatch, name, file):
     _, settings = made(monkeypatch, name, tmp_path)
     (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-3])
-    with pytest.raises(tsa.UserError, match=f"^--data-path {tmp_path}: ") as caught:
-        tsa.open_data(settings)
+    with pytest.raises(UserError, match=f"^--data-path {tmp_path}: ") as caught:
+        open_data(settings)
     assert "\n" not in str(caught.value)
 
 
@@ -311,12 +323,12 @@ def test_what_torchvision_does_not_verify_ends_in_a_line_too(tmp_path, monkeypat
 def test_a_set_whose_unpacking_was_broken_off_is_not_taken(tmp_path, monkeypatch, name):
     """Its folder is there: torchvision would take it for whole."""
     _, settings = made(monkeypatch, name, tmp_path)
-    data = tsa.open_data(settings)
+    data = open_data(settings)
     Path(data.train.samples[-1][0]).unlink()
-    title = tsa.NAMED_DATA[name].what.partition(":")[0]
+    title = NAMED_DATA[name].what.partition(":")[0]
     error = f"{tmp_path}: {title} has 8 images, of which only 7 are there: if unpacking was broken"
-    with pytest.raises(tsa.UserError, match=error):
-        tsa.open_data(settings)
+    with pytest.raises(UserError, match=error):
+        open_data(settings)
 
 
 @pytest.mark.parametrize("name", ["imagenet", "flowers102", "svhn"])
@@ -325,10 +337,10 @@ def test_a_set_that_takes_scipy_says_so(tmp_path, monkeypatch, name):
     for module in ("scipy", "scipy.io"):
         monkeypatch.setitem(sys.modules, module, None)
     needs = r"takes the package scipy\S* to read it: pip install scipy"
-    with pytest.raises(tsa.UserError, match=needs):
-        tsa.open_data(settings)
-    assert tsa.NAMED_DATA[name].needs.startswith("scipy")
-    assert [each for each, told in tsa.NAMED_DATA.items() if told.needs] == [
+    with pytest.raises(UserError, match=needs):
+        open_data(settings)
+    assert NAMED_DATA[name].needs.startswith("scipy")
+    assert [each for each, told in NAMED_DATA.items() if told.needs] == [
         "imagenet",
         "flowers102",
         "svhn",
@@ -355,8 +367,8 @@ def test_a_set_that_takes_scipy_says_so(tmp_path, monkeypatch, name):
     ],
 )
 def test_options_of_data_sets_that_make_no_sense(options, message):
-    with pytest.raises(tsa.UserError, match=message) as caught:
-        tsa.parse_arguments(options.split())
+    with pytest.raises(UserError, match=message) as caught:
+        parse_arguments(options.split())
     assert "\n" not in str(caught.value)
 
 
@@ -368,7 +380,7 @@ def test_a_plan_prepares_imagenet(tmp_path, in_tmp, monkeypatch, capsys):
     archives = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     options = ["--model", "resnet56", "--image-size", "32", "-b", "2", "-j", "0"]
     options += ["--dataset", "imagenet", "--data-path", str(tmp_path)]
-    assert tsa.main(["plan", *options]) == 0
+    assert main(["plan", *options]) == 0
     printed = capsys.readouterr()
     named = ", ".join(archives)
     assert printed.err == f"verifying and unpacking {named} in {tmp_path}; this takes long\n"
@@ -381,7 +393,7 @@ def test_a_plan_prepares_imagenet(tmp_path, in_tmp, monkeypatch, capsys):
         assert len(list((tmp_path / part).rglob("*.JPEG"))) == count
     for name in archives:  # which nothing needs any more
         (tmp_path / name).unlink()
-    assert tsa.main([*options, "--epochs", "1"]) == 0
+    assert main([*options, "--epochs", "1"]) == 0
     assert "unpacking" not in capsys.readouterr().err
 
 
@@ -395,10 +407,8 @@ def test_imagenet_is_not_unpacked_in_parts(tmp_path, monkeypatch, missing):
         if missing in ("all", path.name):
             path.unlink()
     names = ", ".join(path.name for path in archives if not path.exists())
-    with pytest.raises(
-        tsa.UserError, match=f"no ImageNet: .*{missing.replace('all', '')}"
-    ) as error:
-        tsa.open_data(settings)
+    with pytest.raises(UserError, match=f"no ImageNet: .*{missing.replace('all', '')}") as error:
+        open_data(settings)
     assert all(name in str(error.value) for name in names.split(", "))
     assert "from https://image-net.org/download.php, there; train and val alone are" in str(
         error.value
@@ -409,8 +419,8 @@ def test_imagenet_is_not_unpacked_in_parts(tmp_path, monkeypatch, missing):
 def test_a_damaged_archive_of_imagenet_is_not_unpacked(tmp_path, monkeypatch, capsys):
     _, settings = made(monkeypatch, "imagenet", tmp_path)
     flip_a_bit(tmp_path / "ILSVRC2012_img_train.tar")
-    with pytest.raises(tsa.UserError, match="no ImageNet: The archive ILSVRC2012_img_train.tar is"):
-        tsa.open_data(settings)
+    with pytest.raises(UserError, match="no ImageNet: The archive ILSVRC2012_img_train.tar is"):
+        open_data(settings)
     assert not (tmp_path / "train").exists()
 
 
@@ -443,7 +453,7 @@ def test_a_set_by_name_is_fetched_once(tmp_path, site, monkeypatch, capsys, in_t
     options = ["plan", "--model", "resnet56", "--dataset", "flowers102", "--download", "-b", "2"]
     options += ["--data-path", str(tmp_path / "new")]
     for _ in range(2):
-        assert tsa.main(options) == 0
+        assert main(options) == 0
         assert f"data      8 images of {len(classes)} classes" in capsys.readouterr().out
         for path in folder.glob("*.*"):
             path.unlink()
@@ -454,14 +464,14 @@ def test_a_set_that_cannot_be_fetched_is_told_in_a_line(tmp_path, site, monkeypa
     monkeypatch.setattr(torchvision.datasets.Flowers102, "_download_url_prefix", site[1])
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", [site[1]])
     settings = small(dataset=name, data_path=tmp_path / "new", download=True)
-    with pytest.raises(tsa.UserError, match="no F.*: .*HTTP Error 404: File not found") as caught:
-        tsa.open_data(settings)
+    with pytest.raises(UserError, match="no F.*: .*HTTP Error 404: File not found") as caught:
+        open_data(settings)
     assert "\n" not in str(caught.value)
 
 
 def test_a_plan_for_a_set_that_is_not_there_yet(in_tmp, capsys):
     options = ["--model", "resnet56", "--dataset", "flowers102", "--data-path", "later"]
-    assert tsa.main(["plan", *options]) == 0
+    assert main(["plan", *options]) == 0
     note, _ = capsys.readouterr().out.splitlines()[-2:]
     assert note == "note: later does not exist yet: 102 classes, 224 px taken instead"
 
@@ -473,10 +483,10 @@ def test_cifar10_by_name_is_what_its_folder_is_recognised_as(tmp_path, monkeypat
     made(monkeypatch, "cifar10", tmp_path)
     plain = small(data_path=tmp_path, num_classes=3)
     named = small(data_path=tmp_path / "cifar-10-batches-py", num_classes=3, dataset="cifar10")
-    data, again = tsa.open_data(plain), tsa.open_data(named)
+    data, again = open_data(plain), open_data(named)
     assert (data.kind, data.native, data.padded) == (again.kind, again.native, again.padded)
-    assert (data.kind, data.native, data.padded) == ("cifar10", tsa.CIFAR10, 32)
-    assert tsa.describe_images(data) == tsa.describe_images(again)
+    assert (data.kind, data.native, data.padded) == ("cifar10", CIFAR10, 32)
+    assert describe_images(data) == describe_images(again)
     for (images, targets), (others, labels) in zip(
         load(data, plain), load(again, named), strict=True
     ):
@@ -486,26 +496,26 @@ def test_cifar10_by_name_is_what_its_folder_is_recognised_as(tmp_path, monkeypat
 @pytest.mark.parametrize(("share", "kept"), [(None, 3), (0.0, 0), (0.5, 5)])
 def test_eurosat_has_images_drawn_to_validate_with(tmp_path, monkeypatch, share, kept):
     _, settings = made(monkeypatch, "eurosat", tmp_path)
-    data = tsa.open_data(dataclasses.replace(settings, val_share=share))
+    data = open_data(dataclasses.replace(settings, val_share=share))
     assert (len(data.val) if data.val else 0, len(data.chosen)) == (kept, len(TRAIN) - kept)
 
 
 @pytest.mark.parametrize("name", ["dtd", "cifar10"])
 def test_no_share_of_a_set_that_has_a_part_to_validate_with(tmp_path, monkeypatch, name):
     _, settings = made(monkeypatch, name, tmp_path)
-    with pytest.raises(tsa.UserError, match=f"0.2: {tmp_path} has 4 images to validate with; leav"):
-        tsa.open_data(dataclasses.replace(settings, val_share=0.2))
+    with pytest.raises(UserError, match=f"0.2: {tmp_path} has 4 images to validate with; leav"):
+        open_data(dataclasses.replace(settings, val_share=0.2))
 
 
 def test_the_fingerprint_is_of_the_files(tmp_path, monkeypatch):
     _, settings = made(monkeypatch, "eurosat", tmp_path)
-    data = tsa.open_data(settings)
-    before = tsa.describe_images(data)
+    data = open_data(settings)
+    before = describe_images(data)
     for index, (path, _) in enumerate(data.train.samples):
         content = Path(path).read_bytes()
         Path(path).write_bytes(content + b"\0")
-        assert (tsa.describe_images(data) == before) == (index in data.val.indices)
+        assert (describe_images(data) == before) == (index in data.val.indices)
         Path(path).write_bytes(content)
     moved = dataclasses.replace(settings, data_path=tmp_path / "moved")
     shutil.copytree(tmp_path / "eurosat", tmp_path / "moved/eurosat")
-    assert tsa.describe_images(tsa.open_data(moved)) == before
+    assert describe_images(open_data(moved)) == before

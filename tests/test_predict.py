@@ -15,10 +15,22 @@ from patching import set_everywhere
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-import train_split_affinity as tsa
-from train_split_affinity import Settings
+import train_split_affinity as script
+from split_affinity import ALLOWED_CPUS, process_cpus
+from split_affinity.checkpoints.state import read_checkpoint, versions
+from split_affinity.data.classes import named_classes
+from split_affinity.data.loader import Feed, picture_feed
+from split_affinity.data.pictures import load_image
+from split_affinity.data.transforms import validation_transform
+from split_affinity.models.own import Hybrid
+from split_affinity.models.pretrained import IMAGENET_MEAN, Preprocessing, Pretrained
+from split_affinity.models.registry import OWN_MODELS
+from split_affinity.options.settings import Settings
+from split_affinity.runs.predict import likeliest, load_trained, probabilities
+from split_affinity.training.update import Work
+from train_split_affinity import main
 
-SCRIPT = Path(tsa.__file__)
+SCRIPT = Path(script.__file__)
 TRAINED = "--model small --image-size 32 --val-resize 40 --std 0.2,0.3,0.4 -b 4 -j 0 --epochs 2"
 
 
@@ -26,7 +38,7 @@ TRAINED = "--model small --image-size 32 --val-resize 40 --std 0.2,0.3,0.4 -b 4 
 def small_runs():
     """`--model small`, and no pictures of runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tsa.OWN_MODELS, "small", small_model)
+        patch.setitem(OWN_MODELS, "small", small_model)
         for name in ("draw_timelines", "draw_curves", "draw_gradients", "draw_confusion"):
             set_everywhere(patch, name, lambda *args: None)
         yield
@@ -38,7 +50,7 @@ def checkpoint(photos_with_val, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "out"
     options = ["--data-path", str(photos_with_val), "--output-dir", str(folder), "--model-ema"]
     options += ["--log-file", str(folder.parent / "logs.md")]
-    assert tsa.main([*TRAINED.split(), *options]) == 0
+    assert main([*TRAINED.split(), *options]) == 0
     return folder / "best.pt"
 
 
@@ -49,7 +61,7 @@ def ask(checkpoint, in_tmp, capsys):
     def run(*arguments, code=0):
         capsys.readouterr()
         options = ["--resume", str(checkpoint), "--json", "answers.json", *map(str, arguments)]
-        assert tsa.main(["predict", *options]) == code
+        assert main(["predict", *options]) == code
         return json.loads(Path("answers.json").read_text()), capsys.readouterr()
 
     return run
@@ -69,7 +81,7 @@ def of_path(answers):
 def test_the_probabilities_are_those_of_the_validation_to_the_last_bit(
     ask, photos_with_val, checkpoint, monkeypatch, capsys
 ):
-    evaluate, expected = tsa.Work.evaluate, []
+    evaluate, expected = Work.evaluate, []
 
     def evaluated(work, batch):
         with torch.inference_mode():
@@ -77,8 +89,8 @@ def test_the_probabilities_are_those_of_the_validation_to_the_last_bit(
             expected.append(logits.softmax(1))
         return evaluate(work, batch)
 
-    monkeypatch.setattr(tsa.Work, "evaluate", evaluated)
-    assert tsa.main(["--test-only", "--resume", str(checkpoint), "--split", "none"]) == 0
+    monkeypatch.setattr(Work, "evaluate", evaluated)
+    assert main(["--test-only", "--resume", str(checkpoint), "--split", "none"]) == 0
     answers, _ = ask(photos_with_val / "val")
     files = [path for path, _ in ImageFolder(photos_with_val / "val").samples]
     assert [each["path"] for each in answers["pictures"]] == files
@@ -99,11 +111,11 @@ def test_what_made_the_answers_stands_beside_them(ask, photos_with_val, checkpoi
             "image_size": 32,
             "val_resize": 40,
             "interpolation": "bilinear",
-            "mean": list(tsa.IMAGENET_MEAN),
+            "mean": list(IMAGENET_MEAN),
             "std": [0.2, 0.3, 0.4],
         },
         "precision": "fp32",
-        "versions": tsa.versions(),
+        "versions": versions(),
         "broken": [],
     }
 
@@ -123,7 +135,7 @@ def test_answers_are_all_that_is_printed(ask, photos_with_val):
 
 def test_the_five_likeliest_of_many_classes():
     shares = torch.tensor([0.05, 0.2, 0.05, 0.3, 0.15, 0.05, 0.2])
-    answer = tsa.likeliest(shares, "abcdefg", "some/cat.jpg")
+    answer = likeliest(shares, "abcdefg", "some/cat.jpg")
     assert answer.classes == ["d", "b", "g", "e", "a"], "of equals the first one comes first"
     assert answer.probabilities == [shares[i].item() for i in (3, 1, 6, 4, 0)]
     lines = ["some/cat.jpg", "     30.00 %  d", "     20.00 %  b", "     20.00 %  g"]
@@ -146,10 +158,10 @@ def test_batches_loaders_and_cores_change_no_answer(ask, photos_with_val, option
 def test_the_forward_group_computes_and_the_main_thread_stays_on_the_loaders_cores(
     ask, photos_with_val, monkeypatch
 ):
-    real, places, (first, second) = tsa.probabilities, [], sorted(tsa.ALLOWED_CPUS)[:2]
+    real, places, (first, second) = probabilities, [], sorted(ALLOWED_CPUS)[:2]
 
     def seen(*args):
-        places.append((tsa.process_cpus(), torch.get_num_threads()))
+        places.append((process_cpus(), torch.get_num_threads()))
         return real(*args)
 
     set_everywhere(monkeypatch, "probabilities", seen)
@@ -159,10 +171,10 @@ def test_the_forward_group_computes_and_the_main_thread_stays_on_the_loaders_cor
 
 
 def test_no_more_loaders_are_started_than_there_are_batches(in_tmp, monkeypatch):
-    monkeypatch.setattr(tsa.Feed, "_start", lambda feed: None)
+    monkeypatch.setattr(Feed, "_start", lambda feed: None)
     for pictures, workers in ((1, 0), (4, 0), (5, 2), (12, 3), (99, 3)):
         settings = Settings(batch_size=4, workers=3)
-        feed = tsa.picture_feed(pictures * ["x"], tsa.Preprocessing(), settings, (0,))
+        feed = picture_feed(pictures * ["x"], Preprocessing(), settings, (0,))
         assert feed._loader.num_workers == workers
 
 
@@ -220,7 +232,7 @@ def test_no_pictures_are_an_error(checkpoint, in_tmp, capsys, photos, argument, 
     Path("empty").mkdir()
     Path("empty/readme.txt").touch()
     options = ["--resume", str(checkpoint), "--json", "a.json"]
-    assert tsa.main(["predict", str(photos), argument, *options]) == 2
+    assert main(["predict", str(photos), argument, *options]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(f"train_split_affinity.py: error: {message}")
@@ -283,24 +295,24 @@ def test_a_name_that_is_not_utf_8(ask, photos_with_val, checkpoint):
 
 def test_a_trained_model_as_a_value(checkpoint, photos_with_val):
     threads = torch.get_num_threads()
-    trained = tsa.load_trained(checkpoint)
-    average = tsa.read_checkpoint(checkpoint)["average"]
+    trained = load_trained(checkpoint)
+    average = read_checkpoint(checkpoint)["average"]
     for name, value in trained.model.state_dict().items():
         assert torch.equal(value, average[name]), name
     assert not any(module.training for module in trained.model.modules())
     assert trained.classes == ["flower", "temple"]
-    assert trained.ready == tsa.Preprocessing(32, 40, std=(0.2, 0.3, 0.4))
+    assert trained.ready == Preprocessing(32, 40, std=(0.2, 0.3, 0.4))
     assert (trained.settings.model, trained.settings.num_classes) == ("small", 2)
     assert trained.settings.data_path == photos_with_val
-    other = tsa.load_trained(checkpoint, Settings(image_size=64, mean=(0.1, 0.1, 0.1)))
-    assert other.ready == tsa.Preprocessing(64, 80, "bilinear", (0.1, 0.1, 0.1), (0.2, 0.3, 0.4))
+    other = load_trained(checkpoint, Settings(image_size=64, mean=(0.1, 0.1, 0.1)))
+    assert other.ready == Preprocessing(64, 80, "bilinear", (0.1, 0.1, 0.1), (0.2, 0.3, 0.4))
     assert other.settings.image_size == 64
     assert torch.get_num_threads() == threads
 
 
 def test_classes_beyond_those_of_the_data_have_numbers():
-    assert tsa.named_classes(["cat", "dog"], 4) == ["cat", "dog", "class 2", "class 3"]
-    assert tsa.named_classes((), 2) == ["class 0", "class 1"]
+    assert named_classes(["cat", "dog"], 4) == ["cat", "dog", "class 2", "class 3"]
+    assert named_classes((), 2) == ["class 0", "class 1"]
 
 
 @pytest.fixture
@@ -308,7 +320,7 @@ def by_name(checkpoint, monkeypatch):
     """Trained weights that have a name: those of the checkpoint, for three other classes."""
     torch.manual_seed(1)
     weights = small_model(3, 48).state_dict()
-    known = tsa.Pretrained(("ant", "bee", "cat"), tsa.Preprocessing(48, 64), lambda: weights)
+    known = Pretrained(("ant", "bee", "cat"), Preprocessing(48, 64), lambda: weights)
     asked = []
 
     def find(model, name, *args, **options):
@@ -323,14 +335,14 @@ def test_weights_by_name_instead_of_a_checkpoint(by_name, in_tmp, photos_with_va
     weights, asked = by_name
     picture = photos_with_val / "val/flower/0001.jpg"
     options = ["--weights", "W", "--model", "small", "--precision", "fp32", "--json", "a.json"]
-    assert tsa.main(["predict", str(picture), *options, "--split", "none"]) == 0
+    assert main(["predict", str(picture), *options, "--split", "none"]) == 0
     assert set(asked) == {("small", "W")}
     answers = json.loads(Path("a.json").read_text())
     assert (answers["checkpoint"], answers["weights"], answers["model"]) == (None, "W", "small")
     assert answers["preprocessing"]["val_resize"] == 64
     model = small_model(3, 48).eval()
     model.load_state_dict(weights)
-    image = tsa.validation_transform(tsa.Preprocessing(48, 64))(tsa.load_image(str(picture)))
+    image = validation_transform(Preprocessing(48, 64))(load_image(str(picture)))
     with torch.inference_mode():
         logits = model.to(memory_format=torch.channels_last)(image[None])
     order = logits[0].argsort(descending=True).tolist()
@@ -362,7 +374,7 @@ def test_weights_by_name_instead_of_a_checkpoint(by_name, in_tmp, photos_with_va
 )
 def test_bad_input_is_one_line(checkpoint, in_tmp, capsys, photos, options, message):
     options = [text.replace("GOOD", str(checkpoint)) for text in options]
-    assert tsa.main(["predict", str(photos), *options]) == 2
+    assert main(["predict", str(photos), *options]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(
@@ -374,7 +386,7 @@ def test_bad_input_is_one_line(checkpoint, in_tmp, capsys, photos, options, mess
 
 def test_the_newest_checkpoint_of_a_folder(checkpoint, in_tmp, photos_with_val, capsys):
     options = ["--resume", "auto", "--output-dir", str(checkpoint.parent), "--json", "a.json"]
-    assert tsa.main(["predict", str(photos_with_val / "val"), *options]) == 0
+    assert main(["predict", str(photos_with_val / "val"), *options]) == 0
     answers = json.loads(Path("a.json").read_text())
     assert answers["checkpoint"] == str(checkpoint.parent / "last.pt")
 
@@ -382,16 +394,16 @@ def test_the_newest_checkpoint_of_a_folder(checkpoint, in_tmp, photos_with_val, 
 def test_another_size_that_the_model_cannot_have(in_tmp, photos_with_val, capsys, monkeypatch):
     """Positions of a transformer are made for one size."""
     monkeypatch.setitem(
-        tsa.OWN_MODELS,
+        OWN_MODELS,
         "small",
-        lambda classes, size: tsa.Hybrid(classes, size, (8, 16, 24, 32), width=32, blocks=1),
+        lambda classes, size: Hybrid(classes, size, (8, 16, 24, 32), width=32, blocks=1),
     )
     options = [*TRAINED.split(), "--data-path", str(photos_with_val), "--output-dir", "out"]
-    assert tsa.main(options) == 0
+    assert main(options) == 0
     picture = str(photos_with_val / "val/flower/0001.jpg")
-    assert tsa.main(["predict", picture, "--resume", "out/last.pt"]) == 0
+    assert main(["predict", picture, "--resume", "out/last.pt"]) == 0
     capsys.readouterr()
-    assert tsa.main(["predict", picture, "--resume", "out/last.pt", "--image-size", "64"]) == 2
+    assert main(["predict", picture, "--resume", "out/last.pt", "--image-size", "64"]) == 2
     error = capsys.readouterr().err
     assert error.startswith(
         "train_split_affinity.py: error: out/last.pt does not fit --model small"
@@ -402,7 +414,7 @@ def test_another_size_that_the_model_cannot_have(in_tmp, photos_with_val, capsys
 def test_a_signal_ends_it_between_two_batches(
     ask, photos_with_val, monkeypatch, capsys, checkpoint
 ):
-    real = tsa.probabilities
+    real = probabilities
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGINT)
@@ -410,7 +422,7 @@ def test_a_signal_ends_it_between_two_batches(
 
     set_everywhere(monkeypatch, "probabilities", interrupted)
     options = ["--resume", str(checkpoint), "--json", "a.json"]
-    assert tsa.main(["predict", str(photos_with_val / "val"), *options]) == 130
+    assert main(["predict", str(photos_with_val / "val"), *options]) == 130
     captured = capsys.readouterr()
     assert captured.err == "train_split_affinity.py: stopped by SIGINT\n"
     assert captured.out.count(".jpg\n") == 4, "one batch"

@@ -30,22 +30,45 @@ import torch
 from conftest import as_loaded, needs_two_cpus, read_metrics, small_model
 from digits import make_digits
 from kill import differing
+from patching import set_everywhere
 from torch import distributed, nn
 
-import train_split_affinity as tsa
-from train_split_affinity import Settings
+import train_split_affinity as script
+from split_affinity import ALLOWED_CPUS
+from split_affinity.checkpoints.state import BadCheckpoint
+from split_affinity.data.loader import Batches
+from split_affinity.data.samples import EpochOrder
+from split_affinity.errors import RunError, Stopped, UserError
+from split_affinity.lanes.audit import thread_ids
+from split_affinity.lanes.lane import Lanes, confine_thread
+from split_affinity.machine.plan import CorePlan, Group, this_host
+from split_affinity.machine.topology import read_topology
+from split_affinity.models.freezing import trained
+from split_affinity.models.registry import OWN_MODELS
+from split_affinity.options.settings import Settings, images_in_step, learning_rate
+from split_affinity.ranks.launch import Launch, launched
+from split_affinity.ranks.ranks import ONE_PROCESS, RankLost, SeveralRanks
+from split_affinity.reports.tables import describe_run
+from split_affinity.runs.measurement import Elsewhere, send_to_all
+from split_affinity.runs.setup import check_same_images
+from split_affinity.training.network import Network, in_turn
+from split_affinity.training.network import pool as pool_scores
+from split_affinity.training.optimizer import steps_in_epoch
+from split_affinity.training.schedules import SCHEDULES
+from split_affinity.training.steps import Diverged, run_schedule
+from split_affinity.training.update import MovingAverage, Work, mean_part
 
 pytestmark = needs_two_cpus
-SCRIPT = Path(tsa.__file__)
-ALL_SCHEDULES = pytest.mark.parametrize("schedule", list(tsa.SCHEDULES))
+SCRIPT = Path(script.__file__)
+ALL_SCHEDULES = pytest.mark.parametrize("schedule", list(SCHEDULES))
 
 
 def obey(rank):
     """A rank's process: calls what it is sent, with the rank first. Gloo keeps a thread from its
     first process group on, whose mask shall be that of the rank's core.
     """
-    tsa.confine_thread(one_core_plan(rank).loader_cpus)
-    tsa.OWN_MODELS["small"] = small_model
+    confine_thread(one_core_plan(rank).loader_cpus)
+    OWN_MODELS["small"] = small_model
     result = None
     while True:
         function, *args = yield [result]  # an exception by itself would be raised
@@ -60,13 +83,13 @@ class Crew:
 
     def __init__(self, folder):
         self.folder, self.count = folder, 0
-        self.processes = [tsa.Elsewhere(lambda: None, obey, rank) for rank in range(4)]
-        tsa.send_to_all(self.processes, None)
+        self.processes = [Elsewhere(lambda: None, obey, rank) for rank in range(4)]
+        send_to_all(self.processes, None)
 
     def call(self, ranks, function, *args):
         """What the function returns on each of so many ranks, or the exception that it raises."""
         order = function, *args
-        return [result for [result] in tsa.send_to_all(self.processes[:ranks], order)]
+        return [result for [result] in send_to_all(self.processes[:ranks], order)]
 
     def together(self, ranks, function, *args, timeout_s=60.0):
         """The same for a function that gets SeveralRanks first, each connected with all others."""
@@ -94,11 +117,11 @@ def crew(tmp_path_factory):
 
 
 def connected(rank, size, store, timeout_s, function, *args):
-    ranks = tsa.ONE_PROCESS
+    ranks = ONE_PROCESS
     if size > 1:
         store = distributed.FileStore(store, size)
-        ranks = tsa.SeveralRanks(rank, size, store, timeout_s)
-        ranks.hosts = ranks.exchange(tsa.this_host(tsa.read_topology()))
+        ranks = SeveralRanks(rank, size, store, timeout_s)
+        ranks.hosts = ranks.exchange(this_host(read_topology()))
     try:
         return function(ranks, *args)
     finally:
@@ -112,7 +135,7 @@ def run_main(rank, size, port, folder, argv):
     os.chdir(folder)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = tsa.main(argv)
+        code = script.main(argv)
     gc.collect()
     return code, out.getvalue(), err.getvalue()
 
@@ -136,7 +159,7 @@ def test_ranks_tell_each_other_what_they_have(crew):
 
 
 def test_a_process_by_itself_tells_itself():
-    ranks = tsa.ONE_PROCESS
+    ranks = ONE_PROCESS
     assert (ranks.exchange("x"), ranks.gather([1, 2])) == (["x"], [[1, 2]])
     assert ranks.first(divmod, 7, 2) == (3, 1)
     with pytest.raises(KeyError), ranks.together():
@@ -157,13 +180,13 @@ def fail_together(ranks, started, errors):
 def test_an_error_of_one_rank_is_one_of_all(started, crew):
     for errors, kind, text in (
         (
-            {1: tsa.UserError("no data"), 2: tsa.RunError("later")},
-            tsa.UserError,
+            {1: UserError("no data"), 2: RunError("later")},
+            UserError,
             r"rank 1 on .*: no data",
         ),
-        ({0: tsa.RunError("a disk")}, tsa.RunError, "a disk"),
-        ({2: tsa.Stopped(signal.SIGTERM)}, tsa.Stopped, "stopped by SIGTERM"),
-        ({0: tsa.Diverged("nan")}, tsa.Diverged, "nan"),
+        ({0: RunError("a disk")}, RunError, "a disk"),
+        ({2: Stopped(signal.SIGTERM)}, Stopped, "stopped by SIGTERM"),
+        ({0: Diverged("nan")}, Diverged, "nan"),
     ):
         for raised in crew.together(3, fail_together, started, errors):
             assert type(raised) is kind
@@ -177,19 +200,19 @@ def test_an_error_that_nobody_foresaw_is_named_elsewhere(crew):
     assert isinstance(own, ZeroDivisionError), "with its traceback"
     reason = "an error that was not foreseen: ZeroDivisionError: a bug"
     assert re.fullmatch(rf"rank 1 on .*: {reason}", str(told))
-    assert isinstance(told, tsa.RunError)
+    assert isinstance(told, RunError)
 
 
 def test_what_only_the_first_rank_does_fails_on_all(crew):
     def check(raised):
-        assert (type(raised), str(raised)) == (tsa.BadCheckpoint, "gone")
+        assert (type(raised), str(raised)) == (BadCheckpoint, "gone")
 
     list(map(check, crew.together(2, fail_first)))
 
 
 def fail_first(ranks):
     def read():
-        raise tsa.BadCheckpoint("gone")
+        raise BadCheckpoint("gone")
 
     ranks.first(read)
 
@@ -207,16 +230,16 @@ def test_a_rank_that_does_not_answer_is_given_up(crew):
     first, second = crew.together(2, keep_waiting, timeout_s=1.0)
     assert re.fullmatch("rank 0 has lost another one: no answer within --timeout 1 s", str(first))
     assert re.fullmatch("rank 1 has lost another one: connection closed by peer .*", str(second))
-    assert {type(first), type(second)} == {tsa.RankLost}
+    assert {type(first), type(second)} == {RankLost}
     assert first.exit_code == 1
 
 
 def own_threads(ranks):
     """The threads that gloo has started, whether they are on the rank's core, and known to be."""
-    with tsa.Lanes(one_core_plan(ranks.rank), ()) as lanes:
-        before = set(tsa.thread_ids())
+    with Lanes(one_core_plan(ranks.rank), ()) as lanes:
+        before = set(thread_ids())
         lanes.backward.adopt(ranks.start)
-        own = set(tsa.thread_ids()) - before
+        own = set(thread_ids()) - before
         cores = {frozenset(os.sched_getaffinity(thread)) for thread in own}
         born_for = lanes.backward._audit.born_for
         return len(own), cores, {born_for[thread].name for thread in own}
@@ -248,9 +271,9 @@ def make_model():
 
 
 def one_core_plan(rank):
-    cpu = sorted(tsa.ALLOWED_CPUS)[rank % 2]
-    groups = (tsa.Group(name, (cpu,), 1) for name in ("forward", "backward"))
-    return tsa.CorePlan("even", *groups, (cpu,))
+    cpu = sorted(ALLOWED_CPUS)[rank % 2]
+    groups = (Group(name, (cpu,), 1) for name in ("forward", "backward"))
+    return CorePlan("even", *groups, (cpu,))
 
 
 def train_part(ranks, schedule, accumulate, steps=10, bad=None, switches=()):
@@ -266,18 +289,18 @@ def train_part(ranks, schedule, accumulate, steps=10, bad=None, switches=()):
     switches = dict(switches)
     if switches.pop("frozen", False):
         model[0].requires_grad_(False)
-    network = tsa.Network(model, nn.CrossEntropyLoss(), accumulate, ranks=ranks.size)
-    optimizer = torch.optim.SGD(tsa.trained(model).values(), lr=0.05, momentum=0.9)
-    work = tsa.Work(network, optimizer, ranks=ranks, **switches)
+    network = Network(model, nn.CrossEntropyLoss(), accumulate, ranks=ranks.size)
+    optimizer = torch.optim.SGD(trained(model).values(), lr=0.05, momentum=0.9)
+    work = Work(network, optimizer, ranks=ranks, **switches)
     settings = Settings(schedule=schedule)
     own = batches[ranks.rank :: ranks.size]
     losses, phases, result = [], [], None
-    with tsa.Lanes(one_core_plan(ranks.rank), ()) as lanes:
+    with Lanes(one_core_plan(ranks.rank), ()) as lanes:
         if ranks.size > 1:
             lanes.backward.adopt(ranks.start)
         try:
-            stream = tsa.Batches(as_loaded(own), len(own))
-            for result in tsa.run_schedule(settings, lanes, work, stream):
+            stream = Batches(as_loaded(own), len(own))
+            for result in run_schedule(settings, lanes, work, stream):
                 losses.append(result.loss)
                 phases.append([record.phase for record in result.records])
         except Exception as error:
@@ -288,12 +311,14 @@ def train_part(ranks, schedule, accumulate, steps=10, bad=None, switches=()):
 def first_losses(ranks, schedule, accumulate):
     """The losses of the first step's micro-batches, in the order in which they were dealt out."""
     found = []
-    pool = tsa.pool
-    tsa.pool = lambda scores: (found.append([each.loss for each in scores]), pool(scores))[1]
-    try:
+
+    def pool(scores):
+        found.append([each.loss for each in scores])
+        return pool_scores(scores)
+
+    with pytest.MonkeyPatch.context() as patch:
+        set_everywhere(patch, "pool", pool)
         train_part(ranks, schedule, accumulate, steps=1)
-    finally:
-        tsa.pool = pool
     return found[0]
 
 
@@ -341,11 +366,11 @@ def test_what_else_happens_to_gradients(schedule, switches, crew):
 
 def watch_buckets(ranks, bucket_bytes):
     """How many buckets there are, and have set out when the backward phase ends."""
-    tsa.BUCKET_BYTES = bucket_bytes
+    set_everywhere(pytest.MonkeyPatch(), "BUCKET_BYTES", bucket_bytes)
     ranks.start()
     model = make_model()
-    network = tsa.Network(model, nn.CrossEntropyLoss(), 2, ranks=2)
-    work = tsa.Work(network, torch.optim.SGD(model.parameters(), lr=0.1), ranks=ranks)
+    network = Network(model, nn.CrossEntropyLoss(), 2, ranks=2)
+    work = Work(network, torch.optim.SGD(model.parameters(), lr=0.1), ranks=ranks)
     work.watch(model)
     underway = []
     for _ in range(2):
@@ -374,8 +399,8 @@ def unused(ranks):
     """A weight that no image needs keeps no gradient, and holds nobody up."""
     ranks.start()
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
-    network = tsa.Network(model, nn.CrossEntropyLoss(), ranks=2)
-    work = tsa.Work(network, torch.optim.SGD(model.parameters(), lr=0.1), ranks=ranks)
+    network = Network(model, nn.CrossEntropyLoss(), ranks=2)
+    work = Work(network, torch.optim.SGD(model.parameters(), lr=0.1), ranks=ranks)
     work.watch(model)
     (model["used"](torch.ones(1, 2)).sum() * (1 + ranks.rank)).backward()
     work.reduce()
@@ -392,7 +417,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_before_the_update(schedu
     whole = crew.together(2, train_part, schedule, 2, 2)
     several = crew.together(2, train_part, schedule, 2, 5, 11)
     for (losses, state, _, error), (expected, weights, _, _) in zip(several, whole, strict=True):
-        assert type(error) is tsa.Diverged
+        assert type(error) is Diverged
         assert re.fullmatch(r"rank 1 on .*: step 3: the loss is nan; try a lower --lr", str(error))
         assert losses == expected
         for name, _ in make_model().named_parameters():
@@ -406,12 +431,10 @@ def average_buffers(ranks):
     ranks.start()
     model = make_model()
     model[1].running_mean.fill_(ranks.rank)
-    network = tsa.Network(model, nn.CrossEntropyLoss(), ranks=ranks.size)
-    average = tsa.MovingAverage(model, 0.9)
+    network = Network(model, nn.CrossEntropyLoss(), ranks=ranks.size)
+    average = MovingAverage(model, 0.9)
     average.values["1.running_var"].fill_(3.0 * ranks.rank)
-    work = tsa.Work(
-        network, torch.optim.SGD(model.parameters(), lr=0.1), average=average, ranks=ranks
-    )
+    work = Work(network, torch.optim.SGD(model.parameters(), lr=0.1), average=average, ranks=ranks)
     with work.with_mean_buffers():
         inside = model[1].running_mean.tolist(), average.values["1.running_var"].tolist()
     return inside, model[1].running_mean.tolist(), average.values["1.running_var"].tolist()
@@ -426,23 +449,23 @@ def test_statistics_are_averaged_for_a_while(crew):
 def test_a_mean_leaves_equal_values_and_counts_as_they_are():
     value = torch.tensor([0.1, 1e-30, 3e30])
     parts = [{"buffers": {"x": value.clone(), "n": torch.tensor(7)}, "average": {}}] * 3
-    mean = tsa.mean_part(parts)
+    mean = mean_part(parts)
     assert torch.equal(mean["buffers"]["x"], value)
     assert mean["buffers"]["n"].item() == 7
 
 
 def test_dealt_out_and_in_turn_again():
-    assert tsa.in_turn([[0, 3, 6], [1, 4], [2, 5]]) == [0, 1, 2, 3, 4, 5, 6]
-    assert tsa.in_turn([[], []]) == []
+    assert in_turn([[0, 3, 6], [1, 4], [2, 5]]) == [0, 1, 2, 3, 4, 5, 6]
+    assert in_turn([[], []]) == []
     for ranks in (1, 2, 3, 4):
-        orders = [tsa.EpochOrder(range(30), 4, 1, (rank, ranks)) for rank in range(ranks)]
-        whole = tsa.EpochOrder(range(30), 4, 1)
+        orders = [EpochOrder(range(30), 4, 1, (rank, ranks)) for rank in range(ranks)]
+        whole = EpochOrder(range(30), 4, 1)
         for start, stop in ((0, None), (0, 4), (2, 6)):
             counts = [order.begin(3, start, stop) for order in orders]
             assert sum(counts) == whole.begin(3, start, stop)
             dealt = list(map(list, orders))
             assert list(map(len, dealt)) == counts
-            assert tsa.in_turn(dealt) == list(whole)
+            assert in_turn(dealt) == list(whole)
 
 
 # Whole runs
@@ -581,19 +604,19 @@ def test_options_that_differ_from_rank_to_rank(crew, digits, tmp_path):
 
 
 def other_torch(ranks):
-    real = tsa.this_host
-    tsa.this_host = lambda topology: dataclasses.replace(
-        real(topology), torch_version=f"2.{ranks.rank}"
-    )
-    try:
-        ranks.meet(tsa.read_topology())
-    finally:
-        tsa.this_host = real
+    real = this_host
+
+    def other_host(topology):
+        return dataclasses.replace(real(topology), torch_version=f"2.{ranks.rank}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        set_everywhere(patch, "this_host", other_host)
+        ranks.meet(read_topology())
 
 
 def test_ranks_need_the_same_torch(crew):
     for raised in crew.together(2, other_torch):
-        assert type(raised) is tsa.UserError
+        assert type(raised) is UserError
         assert re.fullmatch(r"rank 1 on \S+ has torch 2\.1, rank 0 has 2\.0: .*", str(raised))
 
 
@@ -602,7 +625,7 @@ def send_signal(rank, delay_s, signum):
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(crew, tmp_path):
-    tsa.send_to_all(crew.processes[1:2], (send_signal, 3.0, signal.SIGTERM))
+    send_to_all(crew.processes[1:2], (send_signal, 3.0, signal.SIGTERM))
     options = f"{TINY} -b 4 --steps 1000000 --print-freq 1000000 --output-dir out"
     first, second = crew.main(2, tmp_path, options)
     assert (first[0], second[0]) == (143, 143)
@@ -634,7 +657,7 @@ def test_broken_images_of_all_ranks_count_together(crew, digits, tmp_path):
 
 def run_apart(rank, folder, argv):
     """The weights of the second rank are touched in the midst of the run."""
-    update = tsa.Work.update
+    update = Work.update
 
     def touched(work, *args):
         update(work, *args)
@@ -642,11 +665,11 @@ def run_apart(rank, folder, argv):
             with torch.no_grad():
                 next(work.network.model.parameters()).mul_(1 + 1e-7)
 
-    tsa.Work.update = touched
+    Work.update = touched
     try:
         return run_main(rank, *argv)
     finally:
-        tsa.Work.update = update
+        Work.update = update
 
 
 def test_weights_that_come_apart_end_the_run(crew, tmp_path):
@@ -664,34 +687,34 @@ def test_weights_that_come_apart_end_the_run(crew, tmp_path):
 
 def test_what_a_launcher_says():
     said = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "box", "MASTER_PORT": "29500"}
-    assert tsa.launched(said) == tsa.Launch(3, 8, 0)
-    assert tsa.launched(said | {"LOCAL_RANK": "1"}) == tsa.Launch(3, 8, 1)
+    assert launched(said) == Launch(3, 8, 0)
+    assert launched(said | {"LOCAL_RANK": "1"}) == Launch(3, 8, 1)
     for name in said:
         others = {key: value for key, value in said.items() if key != name}
-        assert tsa.launched(others) == tsa.Launch(0, 1, 0), "something else has set these"
-    assert tsa.launched(said | {"WORLD_SIZE": "many"}) == tsa.Launch(0, 1, 0)
+        assert launched(others) == Launch(0, 1, 0), "something else has set these"
+    assert launched(said | {"WORLD_SIZE": "many"}) == Launch(0, 1, 0)
 
 
 def test_all_images_of_a_step_count():
     settings = Settings(batch_size=32, accumulate=2, ranks=4)
-    assert tsa.images_in_step(settings) == 256
-    assert tsa.learning_rate(settings) == 0.1
-    assert tsa.steps_in_epoch(settings, 17) == 2
-    assert "4 ranks with 2 batches of 32 images" in tsa.describe_run(
+    assert images_in_step(settings) == 256
+    assert learning_rate(settings) == 0.1
+    assert steps_in_epoch(settings, 17) == 2
+    assert "4 ranks with 2 batches of 32 images" in describe_run(
         dataclasses.replace(settings, image_size=32)
     )
 
 
 def test_drawing_ranks_that_are_not_there(in_tmp, capsys):
-    assert tsa.main(["plan", "--ranks", "2", "--split", "none"]) == 0
+    assert script.main(["plan", "--ranks", "2", "--split", "none"]) == 0
     printed = capsys.readouterr().out
-    cpus = sorted(tsa.ALLOWED_CPUS)
+    cpus = sorted(ALLOWED_CPUS)
     if len(cpus) == 2:
         assert re.search(r"^  rank +0 +1$", printed, re.MULTILINE)
     assert re.search(rf"^rank 0 on this machine: all cores {cpus[0]}", printed, re.MULTILINE)
-    assert tsa.main(["plan", "--ranks", str(len(cpus) + 1)]) == 2
+    assert script.main(["plan", "--ranks", str(len(cpus) + 1)]) == 2
     assert f"{len(cpus) + 1} ranks on this machine: more than its" in capsys.readouterr().err
-    assert tsa.main(["--ranks", "2", "--steps", "1"]) == 2
+    assert script.main(["--ranks", "2", "--steps", "1"]) == 2
     reason = "--ranks 2: 1 process started; torchrun --nproc-per-node 2 starts so many\n"
     assert capsys.readouterr().err.endswith(reason)
 
@@ -761,7 +784,7 @@ def test_ranks_find_those_started_with_them_whatever_earlier_ones_left_in_the_st
     store = distributed.HashStore()
 
     def start(rank):
-        ranks = tsa.SeveralRanks(rank, 2, store, timeout_s=20)
+        ranks = SeveralRanks(rank, 2, store, timeout_s=20)
         ranks.begin()
         return ranks.exchange(os.urandom(4))
 
@@ -778,17 +801,17 @@ def test_a_rank_that_does_not_come_is_not_waited_for_without_end():
     store = distributed.HashStore()
     store.set_timeout(datetime.timedelta(seconds=0.2))
     for _ in range(2):
-        with pytest.raises(tsa.RankLost, match=r"no answer within --timeout 0\.2 s"):
-            tsa.SeveralRanks(0, 2, store, timeout_s=0.2).begin()
+        with pytest.raises(RankLost, match=r"no answer within --timeout 0\.2 s"):
+            SeveralRanks(0, 2, store, timeout_s=0.2).begin()
         store.set("here/1", "one that was killed before it could answer")
 
 
 def hand_in(ranks):
-    tsa.check_same_images(ranks, f"images {ranks.rank // 2}")
+    check_same_images(ranks, f"images {ranks.rank // 2}")
 
 
 def test_ranks_with_other_images_are_refused(crew):
     assert crew.together(2, hand_in) == [None, None]
     for error in crew.together(3, hand_in):
-        assert isinstance(error, tsa.UserError)
+        assert isinstance(error, UserError)
         assert re.match(r"the images of rank 2 on \S+ are not those of rank 0", str(error))

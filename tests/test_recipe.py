@@ -13,8 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import train_split_affinity as tsa
-from train_split_affinity import Settings
+from split_affinity.lanes.lane import Lanes
+from split_affinity.models.freezing import freeze, is_frozen, layer_groups, mostly_frozen
+from split_affinity.models.registry import OWN_MODELS, build_model
+from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.recipes import FROM_CHECKPOINT, RECIPES
+from split_affinity.options.settings import Settings, learning_rate
+from split_affinity.runs import setup
+from split_affinity.training.network import Network
+from split_affinity.training.optimizer import build_lr_scheduler, build_optimizer, warmup_epochs
+from split_affinity.training.update import GradientFlow, MovingAverage, Work, gradient_warnings
 
 STEPS = 4  # optimizer steps of an epoch, in all tests here
 SCHEDULERS = ("constant", "cosine", "step", "multistep", "onecycle", "warm-restarts")
@@ -29,9 +37,9 @@ def one_weight(value=1.0):
 
 def begin(settings, epoch_steps=STEPS, total_steps=None):
     """Optimizer and scheduler of a run."""
-    optimizer = tsa.build_optimizer(one_weight(), settings)
+    optimizer = build_optimizer(one_weight(), settings)
     total_steps = total_steps or epoch_steps * settings.epochs
-    return optimizer, tsa.build_lr_scheduler(optimizer, settings, epoch_steps, total_steps)
+    return optimizer, build_lr_scheduler(optimizer, settings, epoch_steps, total_steps)
 
 
 def take_rates(optimizer, scheduler, count):
@@ -46,8 +54,8 @@ def take_rates(optimizer, scheduler, count):
 
 def recipe(name):
     """Its settings, with the least that each needs beside."""
-    start = ["--init-from", "weights.pt"] if name in tsa.FROM_CHECKPOINT else []
-    return tsa.parse_arguments(["--recipe", name, "--data-path", "data", *start])[1]
+    start = ["--init-from", "weights.pt"] if name in FROM_CHECKPOINT else []
+    return parse_arguments(["--recipe", name, "--data-path", "data", *start])[1]
 
 
 # By hand: the rate of an optimizer step, counted from 0, of 4 steps an epoch.
@@ -117,14 +125,14 @@ RECIPE_RATES = {
 }
 
 
-@pytest.mark.parametrize("name", list(tsa.RECIPES))
+@pytest.mark.parametrize("name", list(RECIPES))
 def test_the_learning_rates_of_each_recipe(name):
     settings = recipe(name)
     rates = take_rates(*begin(settings), STEPS * settings.epochs)
     assert max(RECIPE_RATES[name]) == len(rates) - 1
     found = {step: rates[step] for step in RECIPE_RATES[name]}
     assert found == pytest.approx(RECIPE_RATES[name], rel=1e-5)
-    assert max(rates) == pytest.approx(tsa.learning_rate(settings))
+    assert max(rates) == pytest.approx(learning_rate(settings))
 
 
 @pytest.mark.parametrize(
@@ -199,11 +207,11 @@ def test_milestones_by_default_are_those_of_imagenet():
     ],
 )
 def test_how_long_the_warm_up_is(settings, epoch_steps, all_steps, steps):
-    epochs = tsa.warmup_epochs(Settings(**settings), epoch_steps, all_steps)
+    epochs = warmup_epochs(Settings(**settings), epoch_steps, all_steps)
     assert epochs * epoch_steps == pytest.approx(steps)
     rates = take_rates(*begin(Settings(**settings), epoch_steps, all_steps), all_steps)
     if settings.get("lr_scheduler") != "onecycle":
-        highest = tsa.learning_rate(Settings(**settings))
+        highest = learning_rate(Settings(**settings))
         rising = [highest * (0.01 + 0.99 * step / steps) for step in range(steps)]
         assert rates[:steps] == pytest.approx(rising)
         assert rates[min(steps, all_steps - 1)] == pytest.approx(highest)
@@ -238,8 +246,8 @@ def test_a_warm_up_is_linear_in_steps(scheduler):
 def test_all_groups_have_the_same_rate():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     settings = Settings(lr=0.1, epochs=3, lr_scheduler="cosine", skip_decay_1d=True)
-    optimizer = tsa.build_optimizer(model, settings)
-    scheduler = tsa.build_lr_scheduler(optimizer, settings, STEPS, 12)
+    optimizer = build_optimizer(model, settings)
+    scheduler = build_lr_scheduler(optimizer, settings, STEPS, 12)
     for _ in range(6):
         optimizer.step()
         scheduler.step()
@@ -334,13 +342,13 @@ def test_rates_go_on_from_a_saved_state(opt, scheduler, warmup, steps):
     ],
 )
 def test_the_highest_learning_rate(settings, rate):
-    assert tsa.learning_rate(Settings(**settings)) == rate
+    assert learning_rate(Settings(**settings)) == rate
 
 
 def test_the_optimizer_takes_its_rates_from_the_settings():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     settings = Settings(lr=0.3, momentum=0.8, weight_decay=0.01)
-    (group,) = tsa.build_optimizer(model, settings).param_groups
+    (group,) = build_optimizer(model, settings).param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.8, 0.01)
     assert [id(weight) for weight in group["params"]] == [id(w) for w in model.parameters()]
 
@@ -351,7 +359,7 @@ def test_the_optimizer_takes_its_rates_from_the_settings():
 )
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_kind_of_optimizer(opt, kind, fused):
-    optimizer = tsa.build_optimizer(one_weight(), Settings(opt=opt, fused=fused))
+    optimizer = build_optimizer(one_weight(), Settings(opt=opt, fused=fused))
     assert type(optimizer) is kind
     assert bool(optimizer.param_groups[0]["fused"]) is fused
 
@@ -369,7 +377,7 @@ def test_the_kind_of_optimizer(opt, kind, fused):
 def test_what_an_update_does(opt, weights):
     model = one_weight()
     settings = Settings(opt=opt, lr=0.1, momentum=0.8, weight_decay=0.5)
-    optimizer = tsa.build_optimizer(model, settings)
+    optimizer = build_optimizer(model, settings)
     for expected in weights:
         model.weight.grad = torch.ones(1, 1)
         optimizer.step()
@@ -380,13 +388,13 @@ def test_what_an_update_does(opt, weights):
     ("opt", "kind"), [("nadam", torch.optim.NAdam), ("rmsprop", torch.optim.RMSprop)]
 )
 def test_optimizers_without_a_fused_kernel(opt, kind):
-    optimizer = tsa.build_optimizer(one_weight(), Settings(opt=opt, momentum=0.8))
+    optimizer = build_optimizer(one_weight(), Settings(opt=opt, momentum=0.8))
     assert type(optimizer) is kind
     assert "fused" not in optimizer.param_groups[0]
 
 
 def test_rmsprop_is_that_of_torchvision_s_reference_training():
-    group = tsa.build_optimizer(one_weight(), Settings(opt="rmsprop")).param_groups[0]
+    group = build_optimizer(one_weight(), Settings(opt="rmsprop")).param_groups[0]
     assert [group[name] for name in ("momentum", "alpha", "eps")] == [0.9, 0.9, 0.0316]
 
 
@@ -401,7 +409,7 @@ def test_rmsprop_is_that_of_torchvision_s_reference_training():
 def test_the_rate_that_an_optimizer_has_by_default(opt, rates):
     """Of 32 images a step, and of 256."""
     asked = [Settings(opt=opt), Settings(opt=opt, accumulate=8)]
-    assert tuple(map(tsa.learning_rate, asked)) == pytest.approx(rates)
+    assert tuple(map(learning_rate, asked)) == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adam", "adamw"])
@@ -409,7 +417,7 @@ def test_parameters_with_one_dimension_can_be_left_out_of_decay(opt):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     names = {id(weight): name for name, weight in model.named_parameters()}
     settings = Settings(opt=opt, weight_decay=0.01, skip_decay_1d=True)
-    groups = tsa.build_optimizer(model, settings).param_groups
+    groups = build_optimizer(model, settings).param_groups
     found = [(group["weight_decay"], [names[id(w)] for w in group["params"]]) for group in groups]
     assert found == [
         (0.01, ["0.weight", "3.weight"]),
@@ -479,7 +487,7 @@ def test_normalisation_layers_and_biases_have_a_decay_of_their_own(opt, settings
     settings = Settings(opt=opt, weight_decay=0.01, **settings)
     found = {
         group["weight_decay"]: [names[id(weight)] for weight in group["params"]]
-        for group in tsa.build_optimizer(model, settings).param_groups
+        for group in build_optimizer(model, settings).param_groups
     }
     assert list(found) == list(groups), "in this order"
     assert {decay: sorted(each) for decay, each in found.items()} == {
@@ -490,7 +498,7 @@ def test_normalisation_layers_and_biases_have_a_decay_of_their_own(opt, settings
 def test_an_equal_decay_keeps_its_group():
     """So that --weight-decay may change when a run is resumed."""
     settings = Settings(weight_decay=0.01, norm_weight_decay=0.01, bias_weight_decay=0.01)
-    groups = tsa.build_optimizer(Layers(), settings).param_groups
+    groups = build_optimizer(Layers(), settings).param_groups
     assert [len(group["params"]) for group in groups] == [6, 5, 9]
 
 
@@ -499,7 +507,7 @@ def test_decay_of_normalisation_layers_is_torchvision_s(name):
     with torch.device("meta"):
         model = torchvision.models.get_model(name, num_classes=3)
     norms, others = torchvision.ops._utils.split_normalization_params(model)
-    groups = tsa.build_optimizer(model, Settings(norm_weight_decay=0.0)).param_groups
+    groups = build_optimizer(model, Settings(norm_weight_decay=0.0)).param_groups
     assert [{*map(id, group["params"])} for group in groups] == [
         {*map(id, others)},
         {*map(id, norms)},
@@ -524,12 +532,12 @@ def frozen(monkeypatch):
     """A model, its optimizer and its names of frozen weights, from settings."""
 
     def build(**settings):
-        monkeypatch.setitem(tsa.OWN_MODELS, "small", small_model)
+        monkeypatch.setitem(OWN_MODELS, "small", small_model)
         settings = Settings(model="small", num_classes=3, image_size=8, lr=0.1, **settings)
         torch.manual_seed(5)
         model = small_model(3, 8)
-        names = tsa.freeze(model, settings.freeze, "small", 3, 8)
-        return model, tsa.build_optimizer(model, settings), names
+        names = freeze(model, settings.freeze, "small", 3, 8)
+        return model, build_optimizer(model, settings), names
 
     return build
 
@@ -556,7 +564,7 @@ def test_weights_begin_to_be_trained_as_with_an_optimizer_of_their_own(frozen, o
     options = {"opt": opt, "fused": fused, "weight_decay": 0.5}
     model, optimizer, names = frozen(freeze="body", **options)
     reference, ours, _ = frozen(freeze="body", **options)
-    work = tsa.Work(tsa.Network(model, nn.CrossEntropyLoss(), frozen=names), optimizer)
+    work = Work(Network(model, nn.CrossEntropyLoss(), frozen=names), optimizer)
     learn(model, optimizer)
     learn(reference, ours)
     work.thaw()
@@ -583,7 +591,7 @@ def test_weights_begin_to_be_trained_as_with_an_optimizer_of_their_own(frozen, o
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
 def test_a_moving_average_of_frozen_weights_stays_to_the_bit(frozen, opt):
     model, optimizer, names = frozen(freeze="body", opt=opt)
-    average = tsa.MovingAverage(model, 0.9)
+    average = MovingAverage(model, 0.9)
     before = {name: value.clone() for name, value in average.values.items()}
     for _ in range(5):
         learn(model, optimizer, 1)
@@ -604,9 +612,9 @@ def test_a_moving_average_of_frozen_weights_stays_to_the_bit(frozen, opt):
 )
 def test_which_epochs_are_frozen(settings, epochs):
     asked = Settings(epochs=4, **settings)
-    assert [epoch for epoch in range(4) if tsa.is_frozen(asked, epoch)] == epochs
-    assert tsa.mostly_frozen(asked) == ("body" if len(epochs) > 2 else None)
-    assert tsa.mostly_frozen(Settings(freeze="fc")) == "fc", "a run of steps"
+    assert [epoch for epoch in range(4) if is_frozen(asked, epoch)] == epochs
+    assert mostly_frozen(asked) == ("body" if len(epochs) > 2 else None)
+    assert mostly_frozen(Settings(freeze="fc")) == "fc", "a run of steps"
 
 
 BODY = ["0.weight", "0.bias", "1.weight", "1.bias"]
@@ -640,10 +648,10 @@ HEAD = ["6.weight", "6.bias"]
     ],
 )
 def test_the_body_has_a_part_of_the_classifier_s_rate(monkeypatch, settings, groups):
-    monkeypatch.setitem(tsa.OWN_MODELS, "small", small_model)
+    monkeypatch.setitem(OWN_MODELS, "small", small_model)
     model = small_model(3, 32)
     chosen = {"model": "small", "num_classes": 3, "image_size": 32, "lr": 0.1} | settings
-    optimizer = tsa.build_optimizer(model, Settings(weight_decay=0.01, **chosen))
+    optimizer = build_optimizer(model, Settings(weight_decay=0.01, **chosen))
     names = {id(weight): name for name, weight in model.named_parameters()}
     assert [
         (group["lr"], group["weight_decay"], [names[id(weight)] for weight in group["params"]])
@@ -656,7 +664,7 @@ def test_the_body_has_a_part_of_the_classifier_s_rate(monkeypatch, settings, gro
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_the_body_s_rate_keeps_its_part_in_every_course(monkeypatch, scheduler, min_lr, warmup):
     """Also of a lowest rate that is above the body's highest."""
-    monkeypatch.setitem(tsa.OWN_MODELS, "small", small_model)
+    monkeypatch.setitem(OWN_MODELS, "small", small_model)
     settings = Settings(
         model="small",
         num_classes=3,
@@ -671,8 +679,8 @@ def test_the_body_s_rate_keeps_its_part_in_every_course(monkeypatch, scheduler, 
         lr_warmup_epochs=0 if scheduler == "onecycle" else warmup,
     )
     asked = dataclasses.replace(settings, lr_body_factor=0.25)
-    optimizer = tsa.build_optimizer(small_model(3, 32), asked)
-    course = tsa.build_lr_scheduler(optimizer, asked, STEPS, 24)
+    optimizer = build_optimizer(small_model(3, 32), asked)
+    course = build_lr_scheduler(optimizer, asked, STEPS, 24)
     expected = take_rates(*begin(settings), 24)
     for rate in expected:
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
@@ -688,7 +696,7 @@ def test_a_step_without_gradients_shows_the_decay():
     for weight in model.parameters():
         nn.init.ones_(weight)
         weight.grad = torch.zeros_like(weight)
-    tsa.build_optimizer(model, settings).step()
+    build_optimizer(model, settings).step()
     found = {name: weight.unique().item() for name, weight in model.named_parameters()}
     expected = {"0.weight": 0.95, "0.bias": 1.0, "1.weight": 0.8, "1.bias": 1.0}
     assert found == pytest.approx(expected)
@@ -706,7 +714,7 @@ def test_a_step_without_gradients_shows_the_decay():
 )
 def test_the_moving_average_of_a_weight(decay, expected):
     model = one_weight(0.0)
-    average = tsa.MovingAverage(model, decay)
+    average = MovingAverage(model, decay)
     for value, after in zip((1.0, 2.0, 2.0), expected, strict=True):
         nn.init.constant_(model.weight, value)
         average.update(model.state_dict())
@@ -716,7 +724,7 @@ def test_the_moving_average_of_a_weight(decay, expected):
 
 def test_the_decay_of_the_moving_average_rises_until_it_is_reached():
     """0.9 is reached after 80 updates: 81/90."""
-    average, expected = tsa.MovingAverage(one_weight(0.0), 0.9), 0.0
+    average, expected = MovingAverage(one_weight(0.0), 0.9), 0.0
     for t in range(120):
         average.update({"weight": torch.tensor([[math.sin(t)]])})
         decay = (1 + t) / (10 + t) if t < 80 else 0.9
@@ -726,7 +734,7 @@ def test_the_decay_of_the_moving_average_rises_until_it_is_reached():
 
 def test_a_moving_average_of_few_steps_has_left_its_beginning():
     """What is left of it after 20 updates is the product of (1 + t) / (10 + t)."""
-    average = tsa.MovingAverage(one_weight(0.0), 0.9999)
+    average = MovingAverage(one_weight(0.0), 0.9999)
     for _ in range(20):
         average.update({"weight": torch.ones(1, 1)})
     assert 1 - average.values["weight"].item() == pytest.approx(1 / math.comb(29, 9), abs=1e-6)
@@ -735,7 +743,7 @@ def test_a_moving_average_of_few_steps_has_left_its_beginning():
 def test_the_moving_average_of_buffers():
     """Running statistics are averaged; counts are taken as they are."""
     model = nn.BatchNorm1d(1)
-    average = tsa.MovingAverage(model, 0.75)
+    average = MovingAverage(model, 0.75)
     model.running_mean.fill_(8.0)
     model.num_batches_tracked.fill_(5)
     average.update(model.state_dict())
@@ -765,15 +773,15 @@ def test_the_moving_average_of_buffers():
 )
 def test_the_layer_groups_of_models(model, groups):
     with torch.device("meta"):
-        names = [name for name, _ in tsa.build_model(model, 10, 224).named_parameters()]
-    found = tsa.layer_groups(names)
+        names = [name for name, _ in build_model(model, 10, 224).named_parameters()]
+    found = layer_groups(names)
     assert list(found) == groups
     assert sorted(name for group in found.values() for name in group) == sorted(names)
 
 
 def test_layer_groups_of_small_models():
-    assert tsa.layer_groups(["weight", "bias"]) == {"weight": ["weight"], "bias": ["bias"]}
-    assert tsa.layer_groups(["a.0.weight", "a.0.bias", "a.1.b.weight", "c"]) == {
+    assert layer_groups(["weight", "bias"]) == {"weight": ["weight"], "bias": ["bias"]}
+    assert layer_groups(["a.0.weight", "a.0.bias", "a.1.b.weight", "c"]) == {
         "a.0": ["a.0.weight", "a.0.bias"],
         "a.1": ["a.1.b.weight"],
         "c": ["c"],
@@ -782,9 +790,9 @@ def test_layer_groups_of_small_models():
 
 def test_gradients_of_what_is_trained_alone_are_watched_by_the_usual_names():
     with torch.device("meta"):
-        model = tsa.build_model("resnet18", 10, 32)
-    tsa.freeze(model, "conv1,bn1,layer1,layer2,layer3", "resnet18", 10, 32)
-    flow = tsa.GradientFlow(model)
+        model = build_model("resnet18", 10, 32)
+    freeze(model, "conv1,bn1,layer1,layer2,layer3", "resnet18", 10, 32)
+    flow = GradientFlow(model)
     flow.add(flow.measure(dict(model.named_parameters())))
     assert list(flow.take()) == ["layer4", "fc"]
     model.requires_grad_(True)
@@ -806,7 +814,7 @@ def watch(flow, model, *gradients):
 
 def test_gradient_norms_of_each_layer_group():
     model = two_layers()
-    flow = tsa.GradientFlow(model)
+    flow = GradientFlow(model)
     assert flow.take() == {}
     watch(flow, model, 3, 4, 5, -12)
     assert flow.take() == {"0": 5, "1": 13}
@@ -815,7 +823,7 @@ def test_gradient_norms_of_each_layer_group():
 
 def test_gradient_norms_are_taken_every_tenth_step():
     model = two_layers()
-    flow = tsa.GradientFlow(model)
+    flow = GradientFlow(model)
     for step in range(1, 26):
         watch(flow, model, {1: 2, 11: 3, 21: 7}.get(step, 1000), 0, step, 0)
     assert flow.take() == {"0": 4, "1": 11}
@@ -825,7 +833,7 @@ def test_gradient_norms_are_taken_every_tenth_step():
 
 def test_layers_without_gradients_have_a_norm_of_nothing():
     model = two_layers()
-    flow = tsa.GradientFlow(model)
+    flow = GradientFlow(model)
     watch(flow, model, None, 2, None, None)
     assert flow.take() == {"0": 2, "1": 0}
 
@@ -833,7 +841,7 @@ def test_layers_without_gradients_have_a_norm_of_nothing():
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_norms_that_are_not_finite(value):
     model = two_layers()
-    flow = tsa.GradientFlow(model)
+    flow = GradientFlow(model)
     watch(flow, model, value, 0, 1, 0)
     assert flow.take() == {"0": 1e200, "1": 1}
 
@@ -841,13 +849,13 @@ def test_norms_that_are_not_finite(value):
 @pytest.mark.parametrize("steps", [0, 1, 5, 10, 11])
 def test_gradient_norms_go_on_from_a_saved_state(steps):
     model = two_layers()
-    flow = tsa.GradientFlow(model)
+    flow = GradientFlow(model)
     for step in range(steps):
         watch(flow, model, step, 0, 0, 1)
     file = io.BytesIO()
     torch.save(flow.state(), file)
     file.seek(0)
-    restored = tsa.GradientFlow(model)
+    restored = GradientFlow(model)
     restored.restore(torch.load(file, weights_only=True))
     for step in range(steps, 21):
         watch(restored, model, step, 0, 0, 1)
@@ -856,12 +864,12 @@ def test_gradient_norms_go_on_from_a_saved_state(steps):
 
 def test_warnings_about_gradients():
     norms = {"stem": 9e-8, "a": 1e-7, "b": 1.0, "c": 1000.0, "fc": 1001.0, "d": sys.float_info.max}
-    assert list(tsa.gradient_warnings(norms)) == [
+    assert list(gradient_warnings(norms)) == [
         "gradients vanish in stem: norm 9.0e-08, below 1e-07",
         "gradients explode in fc: norm 1.0e+03, above 1000",
         "gradients explode in d: norm 1.8e+308, above 1000",
     ]
-    assert list(tsa.gradient_warnings({})) == []
+    assert list(gradient_warnings({})) == []
 
 
 @pytest.fixture
@@ -878,8 +886,8 @@ def build_work(one_lane_plan):
             "momentum": 0.0,
             "weight_decay": 0.0,
         }
-        with tsa.Lanes(one_lane_plan, ()) as lanes:
-            return tsa.build_work(Settings(**(chosen | settings)), lanes, 1, 4)
+        with Lanes(one_lane_plan, ()) as lanes:
+            return setup.build_work(Settings(**(chosen | settings)), lanes, 1, 4)
 
     return build
 

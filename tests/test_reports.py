@@ -33,25 +33,76 @@ from PIL import Image
 from records import PLAN, record, step, summarise
 from tqdm import tqdm
 
-import train_split_affinity as tsa
-from train_split_affinity import Progress, RunReport, Settings
+from split_affinity.checkpoints.state import Progress
+from split_affinity.data.loader import LoaderDied
+from split_affinity.data.pictures import BrokenImage
+from split_affinity.errors import RunError, Stopped, UserError, likely_reason
+from split_affinity.files import append_text, replace_text
+from split_affinity.lanes.audit import placement_warnings
+from split_affinity.lanes.contention import Company
+from split_affinity.machine.description import draw_plan
+from split_affinity.machine.plan import CorePlan, Group, plan_cores
+from split_affinity.machine.topology import Core, Topology, host_kind, read_topology
+from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.settings import Settings, as_options, plain_settings
+from split_affinity.options.values import parse_cpu_list
+from split_affinity.reports import tables
+from split_affinity.reports.confusion import (
+    class_lines,
+    confused_json,
+    confusion_csv,
+    confusion_matrix,
+    draw_confusion,
+    pairs_csv,
+    write_confusion,
+)
+from split_affinity.reports.log import (
+    LOG_HEADER,
+    LogSection,
+    log_heading,
+    log_summary,
+    picture_footer,
+)
+from split_affinity.reports.plots import RangeTest, draw_curves, draw_gradients, draw_range_test
+from split_affinity.reports.run_report import RunReport
+from split_affinity.reports.summary import memory_by_node
+from split_affinity.reports.tables import (
+    BAR,
+    EPOCH_FIELDS,
+    RAW_FIELDS,
+    bar_text,
+    company_texts,
+    cpu_table,
+    epoch_line,
+    memory_lines,
+    phase_table,
+    result_lines,
+    summary_lines,
+)
+from split_affinity.reports.tensorboard import EventFile
+from split_affinity.reports.timeline import Panel, draw_timelines, save_figure
+from split_affinity.runs.setup import check_writable
+from split_affinity.terminal import lossy_output, say
+from split_affinity.text import markdown_table, span_text, utc_now
+from split_affinity.training.network import Confusion
+from split_affinity.training.update import gradient_warnings
 
 
 def test_stray_time_above_one_percent_is_a_warning():
     below, above = (record("forward", 0, 1.0, stray_s=stray_s) for stray_s in (0.0099, 0.0101))
-    assert not list(tsa.placement_warnings(below, PLAN))
-    (warning,) = tsa.placement_warnings(above, PLAN)
+    assert not list(placement_warnings(below, PLAN))
+    (warning,) = placement_warnings(above, PLAN)
     assert warning == ("forward: 10.1 ms of CPU time strayed from cores 0 in a phase of 1000.0 ms")
 
 
 def test_a_table():
-    assert tsa.markdown_table(("a", "long"), [("first", "1"), ("x", "22")]) == (
+    assert markdown_table(("a", "long"), [("first", "1"), ("x", "22")]) == (
         "| a     | long |\n| :---- | ---: |\n| first |    1 |\n| x     |   22 |"
     )
 
 
 def test_the_phase_table():
-    rows = tsa.phase_table(summarise([step(1)], PLAN)).splitlines()
+    rows = phase_table(summarise([step(1)], PLAN)).splitlines()
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert cells[0] == [
         "phase",
@@ -73,14 +124,14 @@ LISTS = "0,2,4,6,8,10,12,14,16,18,20", "1,3,5,7,9,11,13,15,17,19,21"
 def test_the_phase_table_of_a_terminal_fits_80_columns():
     """With many cores, and phases of minutes; the cores stand in the plan above it."""
     groups = [
-        tsa.Group(name, tsa.parse_cpu_list(cpus), 64)
+        Group(name, parse_cpu_list(cpus), 64)
         for name, cpus in zip(("forward", "backward"), LISTS, strict=True)
     ]
-    plan = tsa.CorePlan("lists", *groups, groups[0].cpus)
+    plan = CorePlan("lists", *groups, groups[0].cpus)
     seconds = {"forward_s": 99.9, "backward_s": 199.9, "update_s": 9.9, "step_s": 400.0}
     summary = summarise([step(1, **seconds, stray_s=99.0)], plan)
-    assert len(tsa.phase_table(summary).splitlines()[0]) > 100
-    table = tsa.phase_table(summary, with_cores=False).splitlines()
+    assert len(phase_table(summary).splitlines()[0]) > 100
+    table = phase_table(summary, with_cores=False).splitlines()
     assert table[0] == (
         "| phase    | threads | median ms |   p95 ms | share of step | busy | stray ms |"
     )
@@ -95,13 +146,13 @@ def test_the_phase_table_of_a_terminal_fits_80_columns():
 
 def test_the_cpu_table_names_busy_and_partly_busy_cpus():
     busy = {0: 0.02, 1: 0.1, 2: 0.04}
-    table = tsa.cpu_table(summarise([step(1, cpu_busy_s=busy)], PLAN))
+    table = cpu_table(summarise([step(1, cpu_busy_s=busy)], PLAN))
     cells = [cell.strip() for cell in table.splitlines()[3].strip("|").split("|")]
     assert cells == ["backward", "1", "0,2", "0:20% 1:100% 2:40%", "1-2"]
 
 
 def test_unknown_cpu_times_are_called_unknown():
-    assert "unknown" in tsa.cpu_table(summarise([step(1, cpu_busy_s={})], PLAN))
+    assert "unknown" in cpu_table(summarise([step(1, cpu_busy_s={})], PLAN))
 
 
 # Drawing
@@ -109,9 +160,9 @@ def test_unknown_cpu_times_are_called_unknown():
 
 def draw(tmp_path, rows, allowed, settings=None, files=None, columns=4):
     machines.write_machine(tmp_path, rows, files)
-    topology = tsa.read_topology(tmp_path, frozenset(allowed))
-    plan = tsa.plan_cores(topology, settings or Settings())
-    return tsa.draw_plan(topology, plan, columns=columns)
+    topology = read_topology(tmp_path, frozenset(allowed))
+    plan = plan_cores(topology, settings or Settings())
+    return draw_plan(topology, plan, columns=columns)
 
 
 def test_drawing_sockets_and_threads(tmp_path):
@@ -198,19 +249,19 @@ def test_drawing_both_groups_on_one_core_and_unused_cores(tmp_path):
 def small_machine(tmp_path):
     """A topology of three cores, and its plan."""
     root = machines.write_machine(tmp_path, machines.THREE)
-    topology = tsa.read_topology(root, frozenset(range(3)))
-    return topology, tsa.plan_cores(topology, Settings())
+    topology = read_topology(root, frozenset(range(3)))
+    return topology, plan_cores(topology, Settings())
 
 
 def test_the_heading_of_the_log(tmp_path):
     topology, plan = small_machine(tmp_path)
-    text = tsa.log_heading(Settings(), Settings(epochs=2), topology, plan)
+    text = log_heading(Settings(), Settings(epochs=2), topology, plan)
     assert re.search(
         r"^## \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ resnet50, sequential, split even$", text, re.M
     )
     machine = "Example CPU @ 3.0GHz: 1 socket, 3 cores, 3 hardware threads; allowed: 0-2"
     for line in (
-        f"- machine: {machine}; {tsa.host_kind()}",
+        f"- machine: {machine}; {host_kind()}",
         "- detected cores: 0-2 (logical CPUs online)",
         "- forward   cores 0, 1 thread: forward pass",
         "- backward  cores 1-2, 2 threads: loss, backpropagation, optimizer step",
@@ -223,7 +274,7 @@ def test_the_heading_of_the_log(tmp_path):
 
 
 def test_the_heading_of_a_run_with_the_default_settings_that_goes_on(tmp_path):
-    text = tsa.log_heading(Settings(), Settings(), *small_machine(tmp_path), resumed_at=7)
+    text = log_heading(Settings(), Settings(), *small_machine(tmp_path), resumed_at=7)
     assert re.search(r"Z resnet50, sequential, split even, resumed after step 7$", text, re.M)
     assert "- settings: the defaults\n" in text
 
@@ -231,33 +282,33 @@ def test_the_heading_of_a_run_with_the_default_settings_that_goes_on(tmp_path):
 def test_the_summary_of_the_log(tmp_path):
     _, plan = small_machine(tmp_path)
     summary = summarise([step(1), step(2)], plan)
-    text = tsa.log_summary(["best: 1", "outcome: finished"], summary, ["careful"])
+    text = log_summary(["best: 1", "outcome: finished"], summary, ["careful"])
     lines = text.splitlines()
     assert lines[:2] == ["- best: 1", "- outcome: finished"]
     assert re.fullmatch(r"- ended: \d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", lines[2])
     assert lines[3] == "- warning: careful"
-    assert [line[2:] for line in lines[4:8]] == tsa.summary_lines(summary)
-    assert tsa.phase_table(summary) in text
-    assert tsa.cpu_table(summary) in text
+    assert [line[2:] for line in lines[4:8]] == summary_lines(summary)
+    assert phase_table(summary) in text
+    assert cpu_table(summary) in text
 
 
 def test_the_log_writes_milestones_as_they_were_given():
-    topology, settings = tsa.read_topology(), Settings(split="none", lr_milestones=(1, 2, 3))
-    text = tsa.log_heading(settings, settings, topology, PLAN)
+    topology, settings = read_topology(), Settings(split="none", lr_milestones=(1, 2, 3))
+    text = log_heading(settings, settings, topology, PLAN)
     assert "lr_milestones 1,2,3, " in text
     assert "- settings: `--lr-milestones 1,2,3 --split none`\n" in text
 
 
 def test_the_log_tells_where_memory_is(tmp_path):
     root = machines.write_machine(tmp_path, machines.TWO_SOCKETS)
-    topology = tsa.read_topology(root, frozenset(range(8)))
-    plan = tsa.plan_cores(topology, Settings())
+    topology = read_topology(root, frozenset(range(8)))
+    plan = plan_cores(topology, Settings())
     assert [group.cpus for group in plan.groups] == [(0, 2, 4, 6), (1, 3, 5, 7)]
     by_node = {0: 9 * 2**28, 1: 2**28, 2: 2**30}  # a node without cores: memory alone
     places = "node 0 (forward cores) 2.25 GiB, node 1 (backward cores) 0.25 GiB, node 2 1.00 GiB"
     line = f"memory by node, without that of files: {places}"
-    assert tsa.memory_lines(by_node, topology, plan) == [line]
-    assert tsa.memory_lines({}, topology, plan) == []
+    assert memory_lines(by_node, topology, plan) == [line]
+    assert memory_lines({}, topology, plan) == []
 
 
 @pytest.mark.parametrize("by_node", [{}, {0: 2**30, 1: 2**29}])
@@ -271,16 +322,14 @@ def test_a_run_on_several_nodes_ends_with_where_memory_is(settings, monkeypatch,
 
 
 def test_memory_of_a_node_that_both_lanes_use():
-    topology = tsa.Topology(
-        "", (tsa.Core(0, 3, 0, 0, (0,)), tsa.Core(0, 3, 0, 1, (1, 2))), *[()] * 4
-    )
-    assert tsa.memory_lines({3: 2**29}, topology, PLAN) == [
+    topology = Topology("", (Core(0, 3, 0, 0, (0,)), Core(0, 3, 0, 1, (1, 2))), *[()] * 4)
+    assert memory_lines({3: 2**29}, topology, PLAN) == [
         "memory by node, without that of files: node 3 (forward cores, backward cores) 0.50 GiB"
     ]
 
 
 def test_the_summary_of_a_run_without_a_step():
-    text = tsa.log_summary(["outcome: stopped"], None, [])
+    text = log_summary(["outcome: stopped"], None, [])
     assert "- outcome: stopped" in text
     assert "| phase" not in text
 
@@ -299,28 +348,28 @@ def test_the_summary_of_a_run_without_a_step():
     ],
 )
 def test_settings_that_differ_from_the_defaults_as_they_are_typed(typed):
-    command, settings = tsa.parse_arguments(shlex.split(typed))
-    text = tsa.as_options(settings)
-    assert tsa.parse_arguments(shlex.split(text)) == (command, settings)
+    command, settings = parse_arguments(shlex.split(typed))
+    text = as_options(settings)
+    assert parse_arguments(shlex.split(text)) == (command, settings)
     flags = [[word for word in shlex.split(each) if word[0] == "-"] for each in (text, typed)]
     assert sorted(flags[0]) == sorted(flags[1])
 
 
 def test_best_accuracy_and_files(tmp_path):
     progress = Progress()
-    assert tsa.result_lines(Settings(), progress) == []
+    assert result_lines(Settings(), progress) == []
     for top1 in (50.0, 98.765, 98.0):
         progress.end_epoch({"val_top1": top1}, keep_best=3)
     for name in ("metrics.jsonl", "last.pt", "curves.png", "best.pt", "mine.txt"):
         (tmp_path / name).touch()
-    assert tsa.result_lines(Settings(output_dir=tmp_path), progress) == [
+    assert result_lines(Settings(output_dir=tmp_path), progress) == [
         "best validation top-1: 98.77 % in epoch 2",
         f"files in {tmp_path}: best.pt, last.pt, curves.png, metrics.jsonl",
     ]
-    _, files = tsa.result_lines(Settings(output_dir=tmp_path), progress, ["timeline.png"])
+    _, files = result_lines(Settings(output_dir=tmp_path), progress, ["timeline.png"])
     assert files.endswith(": best.pt, last.pt, curves.png, timeline.png, metrics.jsonl")
     (tmp_path / "tensorboard").mkdir()
-    _, files = tsa.result_lines(Settings(output_dir=tmp_path), progress)
+    _, files = result_lines(Settings(output_dir=tmp_path), progress)
     assert files.endswith(": best.pt, last.pt, curves.png, metrics.jsonl, tensorboard")
 
 
@@ -377,7 +426,7 @@ def assert_renders(text):
 def test_an_epoch_line_outside_a_block_of_code_is_found():
     for text in (LINE, f"- {LINE}", f"| a |\n| - |\n{LINE}"):
         with pytest.raises(AssertionError):
-            assert_renders(f"{tsa.LOG_HEADER}\n{text}\n")
+            assert_renders(f"{LOG_HEADER}\n{text}\n")
 
 
 def test_a_log_of_several_runs_as_github_renders_it(settings):
@@ -413,7 +462,7 @@ def test_a_log_of_several_runs_as_github_renders_it(settings):
     assert names == ["resnet50,", "resnet18,", "resnet50,", "resnet34,", "hybrid,"]
     assert " ".join(titles[2]).endswith("split even, resumed after step 12")
     blocks = [text.splitlines() for tag, text in parts if tag == "pre"]
-    lines = [tsa.epoch_line(row) for row in rows]
+    lines = [epoch_line(row) for row in rows]
     assert blocks == [lines[0:3:2], [lines[1], *lines[3:5]], lines[5:6], lines[6:]]
     outcomes = re.findall(r"^outcome: (\w+)", "\n".join(t for _, t in parts), re.M)
     assert outcomes == ["finished", "finished", "an", "stopped"]
@@ -422,7 +471,7 @@ def test_a_log_of_several_runs_as_github_renders_it(settings):
 
 def log_on(path, number=0, over_epochs=True):
     """A section of a log, begun."""
-    log = tsa.LogSection(path, f"\n## run {number}\n\n- settings\n\n", over_epochs)
+    log = LogSection(path, f"\n## run {number}\n\n- settings\n\n", over_epochs)
     log.begin()
     return log
 
@@ -508,7 +557,7 @@ def test_a_section_whose_place_has_gone_begins_anew(tmp_path, edit):
     log = log_on(path)
     log.add_epoch("epoch: 1")
     edit(path)
-    before = path.read_bytes().decode() if path.exists() else tsa.LOG_HEADER
+    before = path.read_bytes().decode() if path.exists() else LOG_HEADER
     log.add_epoch("epoch: 2")
     log.add_epoch("epoch: 3")
     log.end("- ended\n")
@@ -532,7 +581,7 @@ def test_a_log_that_is_a_pipe_is_written_to_in_order(tmp_path):
         taken = os.read(descriptor, 2**16).decode()
     finally:
         os.close(descriptor)
-    assert taken == (f"{tsa.LOG_HEADER}\n## run 0\n\n- settings\n\nepoch: 1\n\n- ended\n"), (
+    assert taken == (f"{LOG_HEADER}\n## run 0\n\n- settings\n\nepoch: 1\n\n- ended\n"), (
         "without a place to find again"
     )
 
@@ -571,9 +620,9 @@ def test_no_room_for_another_line_leaves_the_log_as_it_was(tmp_path, room, below
     path = tmp_path / "logs.md"
     log = log_on(path)
     log.add_epoch("epoch: 1")
-    tsa.append_text(path, "x" * below)
+    append_text(path, "x" * below)
     before = path.read_bytes()
-    with files_up_to(len(before) + room), pytest.raises(tsa.RunError, match="cannot be written"):
+    with files_up_to(len(before) + room), pytest.raises(RunError, match="cannot be written"):
         log.add_epoch("e" * 49)  # and a line feed
     assert path.read_bytes() == before
     with files_up_to(len(before) + 50):
@@ -586,8 +635,8 @@ def test_no_room_for_another_line_leaves_the_log_as_it_was(tmp_path, room, below
 @pytest.mark.parametrize(
     ("before", "write", "arguments", "meanwhile", "after"),
     [
-        ("", tsa.append_text, ("mine\n", "head\n"), "head\nother\n", "head\nother\nmine\n"),
-        ("a place", tsa.replace_text, ("place", "new place"), ", more", "a new place, more"),
+        ("", append_text, ("mine\n", "head\n"), "head\nother\n", "head\nother\nmine\n"),
+        ("a place", replace_text, ("place", "new place"), ", more", "a new place, more"),
     ],
 )
 def test_writing_waits_for_the_lock(tmp_path, before, write, arguments, meanwhile, after):
@@ -607,12 +656,12 @@ def test_writing_waits_for_the_lock(tmp_path, before, write, arguments, meanwhil
 def test_the_latest_text_is_replaced_by_a_shorter_or_a_longer_one(tmp_path):
     path = tmp_path / "logs.md"
     path.write_text("one two one end")
-    assert tsa.replace_text(path, "one", "a longer one")
+    assert replace_text(path, "one", "a longer one")
     assert path.read_text() == "one two a longer one end"
-    assert tsa.replace_text(path, "a longer one", "1")
+    assert replace_text(path, "a longer one", "1")
     assert path.read_text() == "one two 1 end"
-    assert not tsa.replace_text(path, "three", "3")
-    assert not tsa.replace_text(tmp_path / "none", "three", "3")
+    assert not replace_text(path, "three", "3")
+    assert not replace_text(tmp_path / "none", "three", "3")
     assert path.read_text() == "one two 1 end"
     assert not (tmp_path / "none").exists()
 
@@ -620,7 +669,7 @@ def test_the_latest_text_is_replaced_by_a_shorter_or_a_longer_one(tmp_path):
 def append_to_all(paths, mark, barrier):
     for path in paths:
         barrier.wait()
-        tsa.append_text(path, f"<{mark * 20_000}>\n", "header\n")
+        append_text(path, f"<{mark * 20_000}>\n", "header\n")
 
 
 def test_two_runs_at_once_leave_one_header_and_two_whole_sections(tmp_path):
@@ -641,8 +690,8 @@ def test_two_runs_at_once_leave_one_header_and_two_whole_sections(tmp_path):
 
 
 def test_a_log_that_cannot_be_appended_to(tmp_path):
-    with pytest.raises(tsa.RunError, match="cannot be written: Is a directory"):
-        tsa.append_text(tmp_path, "text")
+    with pytest.raises(RunError, match="cannot be written: Is a directory"):
+        append_text(tmp_path, "text")
 
 
 @pytest.mark.parametrize(
@@ -667,10 +716,8 @@ def test_places_that_cannot_be_written(tmp_path, settings):
     ((name, template),) = settings.items()
     path = tmp_path.parent / template.format(tmp_path)
     paths = {"log_file": tmp_path / "logs.md", name: path}
-    with pytest.raises(
-        tsa.UserError, match=f"--{name.replace('_', '-')} {path}: cannot be written"
-    ):
-        tsa.check_writable(Settings(**paths))
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {path}: cannot be written"):
+        check_writable(Settings(**paths))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "taken", "taken_too"]
 
 
@@ -684,29 +731,29 @@ def test_files_that_could_be_written_but_not_replaced(tmp_path, monkeypatch, nam
         (tmp_path / file).write_text("")
     path = {"output_dir": tmp_path, "json": tmp_path / "c.json"}[name]
     monkeypatch.setattr(tempfile, "TemporaryFile", no_new_files)
-    with pytest.raises(tsa.UserError, match=f" {path}: cannot be written: Permission denied"):
-        tsa.check_writable(Settings(log_file=tmp_path / "logs.md", **{name: path}))
+    with pytest.raises(UserError, match=f" {path}: cannot be written: Permission denied"):
+        check_writable(Settings(log_file=tmp_path / "logs.md", **{name: path}))
 
 
 def test_a_file_where_tensorboard_s_folder_is_to_be(tmp_path):
     (tmp_path / "tensorboard").write_text("")
     settings = Settings(log_file=tmp_path / "logs.md", output_dir=tmp_path)
-    tsa.check_writable(settings)
-    with pytest.raises(tsa.UserError, match=f"--output-dir {tmp_path}: cannot be .*: Not a dire"):
-        tsa.check_writable(dataclasses.replace(settings, tensorboard=True))
+    check_writable(settings)
+    with pytest.raises(UserError, match=f"--output-dir {tmp_path}: cannot be .*: Not a dire"):
+        check_writable(dataclasses.replace(settings, tensorboard=True))
 
 
 def test_checking_leaves_no_trace(tmp_path):
     log = tmp_path / "logs.md"
-    tsa.check_writable(Settings(log_file=log, output_dir=tmp_path / "a/b"))
+    check_writable(Settings(log_file=log, output_dir=tmp_path / "a/b"))
     assert not list(tmp_path.iterdir())
     log.write_text("kept")
-    tsa.check_writable(Settings(log_file=log))
+    check_writable(Settings(log_file=log))
     assert log.read_text() == "kept"
 
 
 def test_settings_as_json(tmp_path):
-    values = tsa.plain_settings(Settings(output_dir=tmp_path, forward_cores=(0, 1)))
+    values = plain_settings(Settings(output_dir=tmp_path, forward_cores=(0, 1)))
     assert json.loads(json.dumps(values))["output_dir"] == str(tmp_path)
 
 
@@ -738,11 +785,11 @@ LINE = (
 
 
 def test_the_line_of_an_epoch():
-    assert tsa.epoch_line(epoch_row()) == LINE
+    assert epoch_line(epoch_row()) == LINE
 
 
 def test_the_line_of_an_epoch_without_validation():
-    assert tsa.epoch_line(epoch_row(12, **NO_VALIDATION)) == (
+    assert epoch_line(epoch_row(12, **NO_VALIDATION)) == (
         "epoch: 12  train_loss: 4.512  train_top1: 1.2%  train_top5: 5.8%  val_loss: -  "
         "val_top1: -  val_top5: -  timestamp: 2025-10-11T14:02:13Z"
     )
@@ -759,7 +806,7 @@ def test_the_line_of_an_epoch_without_validation():
     ],
 )
 def test_the_figures_of_an_epoch_are_rounded(values, text):
-    assert text in tsa.epoch_line(epoch_row(**values))
+    assert text in epoch_line(epoch_row(**values))
 
 
 FROM_A_LOADER = """Caught {} in DataLoader worker process 0.
@@ -772,9 +819,9 @@ MEMORY = "out of memory: try a smaller --batch-size (with more --accumulate), or
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (tsa.UserError("--lr 7: no"), "--lr 7: no"),
-        (tsa.BrokenImage("broken image x.jpg: MemoryError"), "broken image x.jpg: MemoryError"),
-        (tsa.Stopped(15), "stopped by SIGTERM"),
+        (UserError("--lr 7: no"), "--lr 7: no"),
+        (BrokenImage("broken image x.jpg: MemoryError"), "broken image x.jpg: MemoryError"),
+        (Stopped(15), "stopped by SIGTERM"),
         (MemoryError(), f"{MEMORY} (MemoryError: )"),
         (
             OSError(12, "Cannot allocate memory"),
@@ -785,11 +832,11 @@ MEMORY = "out of memory: try a smaller --batch-size (with more --accumulate), or
             f"{MEMORY} (RuntimeError: MemoryError: of numpy)",
         ),
         (
-            tsa.LoaderDied(17, -9),
+            LoaderDied(17, -9),
             "a loader was killed, by the system for want of memory perhaps: try fewer loaders (-j) "
             "or a smaller --batch-size (LoaderDied: loader process 17 was ended by SIGKILL)",
         ),
-        (tsa.LoaderDied(17, -7), "shared memory (/dev/shm) is full: enlarge it (docker run --shm"),
+        (LoaderDied(17, -7), "shared memory (/dev/shm) is full: enlarge it (docker run --shm"),
         (OSError(24, "Too many open files"), "too many open files: raise `ulimit -n`, or try"),
         (RuntimeError("can't start new thread"), "no room for another thread: raise the limits"),
         (
@@ -800,13 +847,13 @@ MEMORY = "out of memory: try a smaller --batch-size (with more --accumulate), or
     ],
 )
 def test_the_likely_reason_of_an_error(error, reason):
-    text = tsa.likely_reason(error)
+    text = likely_reason(error)
     assert text.startswith(reason)
     assert "\n" not in text
 
 
 def test_the_time_of_day():
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", tsa.utc_now())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", utc_now())
 
 
 @pytest.fixture
@@ -824,7 +871,7 @@ def settings(tmp_path):
 
 def report_on(settings, **progress):
     """A report at its beginning; an epoch has ten steps."""
-    topology = tsa.read_topology()
+    topology = read_topology()
     return RunReport(settings, topology, PLAN, Progress(**{"epoch_batches": 20} | progress))
 
 
@@ -834,10 +881,10 @@ def test_what_an_epoch_leaves_in_the_log_and_the_metrics(settings, capsys):
     for history in ([epoch_row()], [epoch_row(), second]):
         report.epoch(history[-1], history)
     log = settings.log_file.read_text()
-    assert log.startswith(tsa.LOG_HEADER + "\n## ")
-    lines = f"```\n{LINE}\n{tsa.epoch_line(second)}\n```\n"
+    assert log.startswith(LOG_HEADER + "\n## ")
+    lines = f"```\n{LINE}\n{epoch_line(second)}\n```\n"
     assert re.search(rf"</details>\n\n{re.escape(lines)}<!-- run [0-9a-f]{{16}} .*-->\n$", log)
-    assert capsys.readouterr().out == f"{LINE}\n{tsa.epoch_line(second)}\n"
+    assert capsys.readouterr().out == f"{LINE}\n{epoch_line(second)}\n"
     assert read_metrics(settings.output_dir, "epoch") == [
         {"type": "epoch", **epoch_row()},
         {"type": "epoch", **second},
@@ -880,7 +927,7 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_run(settings, capsys)
 
 def test_the_log_names_the_columns_of_an_epoch():
     columns = "train_loss | train_top1 | train_top5 | val_loss | val_top1 | val_top5 | timestamp"
-    assert columns in tsa.LOG_HEADER
+    assert columns in LOG_HEADER
 
 
 def test_a_report_of_a_resumed_run(settings):
@@ -928,7 +975,7 @@ def test_what_tensorboard_shows_of_an_epoch(shown, more):
     report = report_on(settings, step=10)
     row = epoch_row(2, **more)
     report.epoch(row, [row])
-    names = ["epoch", *tsa.EPOCH_FIELDS, *tsa.RAW_FIELDS]
+    names = ["epoch", *EPOCH_FIELDS, *RAW_FIELDS]
     values = {f"epoch/{name}": row[name] for name in names if row.get(name) is not None}
     values |= {"gradients/stem": 0.5, "gradients/fc": 2.0}
     assert len(values) == 9 + 2 * (more == RAW) - 3 * (more == NO_VALIDATION)
@@ -978,8 +1025,8 @@ def test_no_room_for_tensorboard_ends_no_run_and_leaves_a_file_that_is_whole(
 def test_a_file_for_tensorboard_that_could_not_even_begin(shown):
     _, folder = shown
     folder.mkdir(parents=True)
-    events = tsa.EventFile(folder, 1)
-    with files_up_to(30), pytest.raises(tsa.RunError, match="cannot be written"):
+    events = EventFile(folder, 1)
+    with files_up_to(30), pytest.raises(RunError, match="cannot be written"):
         events.add(1, {"loss": 2.5})
     events.add(2, {"loss": 1.5})
     assert scalars_in(folder) == {"loss": [(2, 1.5)]}
@@ -1009,7 +1056,7 @@ def test_warnings_are_shown_once_and_alarms_each_time(settings, capsys):
 
 def company(end_s, stolen=0.0, seconds=1.0, **others):
     """What others took of some lanes in some seconds, by default in one."""
-    return tsa.Company(end_s - seconds, end_s, others, stolen)
+    return Company(end_s - seconds, end_s, others, stolen)
 
 
 @pytest.mark.parametrize(
@@ -1034,11 +1081,11 @@ def company(end_s, stolen=0.0, seconds=1.0, **others):
     ],
 )
 def test_what_others_took_in_words(company, texts):
-    assert list(tsa.company_texts(company, 0.02)) == texts
+    assert list(company_texts(company, 0.02)) == texts
     summary = dataclasses.replace(summarise([step(1)]), company=company)
-    alone = tsa.summary_lines(summarise([step(1)]))
+    alone = summary_lines(summarise([step(1)]))
     said = ["; ".join(texts)] if texts else []
-    assert tsa.summary_lines(summary) == [*alone[:-1], *said, alone[-1]]
+    assert summary_lines(summary) == [*alone[:-1], *said, alone[-1]]
 
 
 BESIDE = "every step waits for the slowest of its threads"
@@ -1099,7 +1146,7 @@ def test_others_beside_a_validation_count_too(settings, capsys):
         "stolen": 0.0,
     }
     assert summary["memory_by_node"] == {
-        str(node): size_bytes for node, size_bytes in tsa.memory_by_node().items()
+        str(node): size_bytes for node, size_bytes in memory_by_node().items()
     }
 
 
@@ -1120,7 +1167,7 @@ def test_others_beside_a_validation_count_too(settings, capsys):
     ],
 )
 def test_a_span_of_time(seconds, text):
-    assert tsa.span_text(seconds) == text
+    assert span_text(seconds) == text
 
 
 def longest_step():
@@ -1134,9 +1181,9 @@ LONGEST = "loss 12.3456, top-1 100.0 %, 1234 img/s"
 
 def drawn_bar(columns, result, steps, left_s):
     """The progress bar on a terminal of so many columns, of which tqdm leaves one free."""
-    text = tsa.bar_text(result, left_s, columns - 1)
+    text = bar_text(result, left_s, columns - 1)
     return tqdm.format_meter(
-        result.step, steps, 1.0, ncols=columns - 1, bar_format=tsa.BAR, postfix=text
+        result.step, steps, 1.0, ncols=columns - 1, bar_format=BAR, postfix=text
     )
 
 
@@ -1164,9 +1211,9 @@ def test_the_bar_of_a_small_run():
 
 def test_the_line_of_a_step_fits_80_columns_with_the_longest_figures():
     result, left_s = longest_step(), 24 * 3600 - 1
-    line = tsa.step_line(result, 450_360, left_s)
+    line = tables.step_line(result, 450_360, left_s)
     assert line == f"step 450360/450360: {LONGEST}, 23h59m left"
-    with_epoch = tsa.step_line(result, 450_360, left_s, " (epoch 90/90: 59m59s)")
+    with_epoch = tables.step_line(result, 450_360, left_s, " (epoch 90/90: 59m59s)")
     assert with_epoch == (
         "step 450360/450360: loss 12.3456, 1234 img/s, 23h59m left (epoch 90/90: 59m59s)"
     )
@@ -1222,7 +1269,7 @@ LONG = "one two three four, " * 5 + "a-b/c " + "x" * 60
 
 def test_long_lines_are_broken_at_blanks_on_a_terminal():
     with terminal(40) as (stream, written):
-        tsa.say(f"  {LONG}\n\nshort\nforward   cores {LISTS[0]}{LISTS[1]}", stream)
+        say(f"  {LONG}\n\nshort\nforward   cores {LISTS[0]}{LISTS[1]}", stream)
         assert written() == (
             "  one two three four, one two three\n"
             "    four, one two three four, one two\n"
@@ -1235,7 +1282,7 @@ def test_long_lines_are_broken_at_blanks_on_a_terminal():
 
 
 def test_lines_stay_whole_in_a_pipe(capsys):
-    tsa.say(LONG)
+    say(LONG)
     assert capsys.readouterr().out == f"{LONG}\n"
 
 
@@ -1300,7 +1347,7 @@ def test_the_machine_in_the_metrics(settings, tmp_path, monkeypatch):
     set_everywhere(monkeypatch, "host_kind", lambda: "bare metal")
     memory = {"proc/meminfo": "MemTotal:   1024 kB\n", "proc/cpuinfo": "flags : amx_bf16\n"}
     root = machines.write_machine(tmp_path / "root", machines.TWO_SOCKETS, memory)
-    topology = tsa.read_topology(root, frozenset(range(6)))
+    topology = read_topology(root, frozenset(range(6)))
     RunReport(settings, topology, PLAN, Progress(epoch_batches=20))
     (run,) = read_metrics(settings.output_dir)
     assert run["host_kind"] == "bare metal"
@@ -1322,7 +1369,7 @@ def test_the_machine_in_the_metrics(settings, tmp_path, monkeypatch):
 
 
 def test_memory_that_is_not_known_is_null_in_the_metrics(settings):
-    topology = dataclasses.replace(tsa.read_topology(), memory_bytes=math.inf)
+    topology = dataclasses.replace(read_topology(), memory_bytes=math.inf)
     RunReport(settings, topology, PLAN, Progress(epoch_batches=20))
     assert read_metrics(settings.output_dir)[0]["machine"]["memory_bytes"] is None
 
@@ -1344,7 +1391,7 @@ def test_memory_that_is_not_known_is_null_in_the_metrics(settings):
     ],
 )
 def test_gradients_that_vanish_or_explode(norm, warnings):
-    assert list(tsa.gradient_warnings({"stem": norm, "fc": 1.0})) == warnings
+    assert list(gradient_warnings({"stem": norm, "fc": 1.0})) == warnings
 
 
 def test_gradients_are_warned_of_once_for_each_part_of_the_model(settings, capsys):
@@ -1371,7 +1418,7 @@ def test_gradients_are_warned_of_once_for_each_part_of_the_model(settings, capsy
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are saved, as well as the files."""
-    saved, save = [], tsa.save_figure
+    saved, save = [], save_figure
     set_everywhere(
         monkeypatch, "save_figure", lambda figure, path: (saved.append(figure), save(figure, path))
     )
@@ -1393,7 +1440,7 @@ def lines_of(ax):
 
 def test_the_curves(tmp_path, figures):
     second = epoch_row(2, train_loss=3.0, val_loss=3.5, train_top1=9.0, val_top5=20.0, lr=0.01)
-    tsa.draw_curves(tmp_path / "curves.png", "resnet18, 32 px", [epoch_row(), second])
+    draw_curves(tmp_path / "curves.png", "resnet18, 32 px", [epoch_row(), second])
     assert_picture(tmp_path / "curves.png")
     losses, accuracies, rates = figures[0].axes
     assert lines_of(losses) == {"train loss": [4.512, 3.0], "validation loss": [4.389, 3.5]}
@@ -1410,7 +1457,7 @@ def test_the_curves(tmp_path, figures):
 
 def best_of(history, tmp_path, figures):
     """Where the best epoch is marked in both upper axes, and its entry in the legend."""
-    tsa.draw_curves(tmp_path / "curves.png", "title", history)
+    draw_curves(tmp_path / "curves.png", "title", history)
     losses, accuracies, rates = figures[-1].axes
     marks = [
         [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"]
@@ -1446,7 +1493,7 @@ def test_the_moving_average_s_epoch_is_the_best(tmp_path, figures):
 @pytest.mark.parametrize("epochs", [1, 2, 200])
 def test_legends_lie_beside_the_curves(tmp_path, figures, epochs):
     history = [epoch_row(number, **RAW) for number in range(1, epochs + 1)]
-    tsa.draw_curves(tmp_path / "curves.png", "title", history)
+    draw_curves(tmp_path / "curves.png", "title", history)
     for ax in figures[0].axes[:2]:
         assert ax.get_legend().get_window_extent().x0 >= ax.bbox.x1
     ticks = figures[0].axes[-1].get_xticks()
@@ -1454,8 +1501,8 @@ def test_legends_lie_beside_the_curves(tmp_path, figures, epochs):
 
 
 def test_the_footer_names_machine_and_versions(tmp_path):
-    topology = tsa.read_topology(machines.write_machine(tmp_path, machines.SMT_FAR))
-    footer = tsa.picture_footer(topology)
+    topology = read_topology(machines.write_machine(tmp_path, machines.SMT_FAR))
+    footer = picture_footer(topology)
     assert footer.startswith("Example CPU @ 3.0GHz, 4 cores, 8 hardware threads; python ")
     assert f"torch {torch.__version__}, torchvision " in footer
     assert "\n" not in footer
@@ -1463,11 +1510,11 @@ def test_the_footer_names_machine_and_versions(tmp_path):
 
 MATRIX = torch.eye(2, dtype=torch.long)
 PICTURES = {
-    "timeline": lambda *args: tsa.draw_timelines(*args, [tsa.Panel("", PLAN, [step(1)])], FOOTER),
-    "curves": lambda *args: tsa.draw_curves(*args, [epoch_row()], FOOTER),
-    "gradients": lambda *args: tsa.draw_gradients(*args, [epoch_row()], FOOTER),
-    "lr": lambda *args: tsa.draw_range_test(*args, tsa.RangeTest((0.1,), (1.0,), None), FOOTER),
-    "confusion": lambda *args: tsa.draw_confusion(*args, MATRIX, ["a", "b"], FOOTER),
+    "timeline": lambda *args: draw_timelines(*args, [Panel("", PLAN, [step(1)])], FOOTER),
+    "curves": lambda *args: draw_curves(*args, [epoch_row()], FOOTER),
+    "gradients": lambda *args: draw_gradients(*args, [epoch_row()], FOOTER),
+    "lr": lambda *args: draw_range_test(*args, RangeTest((0.1,), (1.0,), None), FOOTER),
+    "confusion": lambda *args: draw_confusion(*args, MATRIX, ["a", "b"], FOOTER),
 }
 FOOTER = "Example CPU @ 3.0GHz, 64 cores, 128 hardware threads; " + 12 * "a package 1.2.3, "
 
@@ -1485,7 +1532,7 @@ def test_every_picture_has_its_footer_below_all_else(tmp_path, figures, name):
 
 
 def test_the_curves_of_one_epoch_without_validation(tmp_path, figures):
-    tsa.draw_curves(tmp_path / "curves.png", "title", [epoch_row(**NO_VALIDATION)])
+    draw_curves(tmp_path / "curves.png", "title", [epoch_row(**NO_VALIDATION)])
     assert_picture(tmp_path / "curves.png")
     losses, accuracies, _ = figures[0].axes
     assert lines_of(losses) == {"train loss": [4.512]}
@@ -1494,7 +1541,7 @@ def test_the_curves_of_one_epoch_without_validation(tmp_path, figures):
 
 def test_the_curves_of_raw_weights_from_the_epoch_on_that_has_them(tmp_path, figures):
     rows = [epoch_row(), epoch_row(2, **RAW), epoch_row(3, **RAW | {"val_raw_loss": 4.0})]
-    tsa.draw_curves(tmp_path / "curves.png", "title", rows)
+    draw_curves(tmp_path / "curves.png", "title", rows)
     losses, accuracies, _ = figures[0].axes
     assert lines_of(losses) == {
         "train loss": [4.512] * 3,
@@ -1512,7 +1559,7 @@ def test_the_gradients(tmp_path, figures):
         epoch_row(2, gradient_norms={"stem": 0.0, "fc": 1.0}),
         epoch_row(3, gradient_norms={"stem": 0.5, "fc": 1e200}),
     ]
-    tsa.draw_gradients(tmp_path / "gradients.png", "title", history)
+    draw_gradients(tmp_path / "gradients.png", "title", history)
     assert_picture(tmp_path / "gradients.png")
     (ax,) = figures[0].axes
     assert ax.get_yscale() == "log"
@@ -1522,18 +1569,18 @@ def test_the_gradients(tmp_path, figures):
     assert shown["fc"] == pytest.approx([math.nan, 1.0, 1e200], nan_ok=True)
 
 
-PAIRS = tsa.Confusion({(0, 0): 3, (0, 1): 1, (2, 0): 2, (2, 2): 2})
+PAIRS = Confusion({(0, 0): 3, (0, 1): 1, (2, 0): 2, (2, 2): 2})
 CONFUSION = torch.tensor([[3, 1, 0], [0, 0, 0], [2, 0, 2]])
 CLASSES = ("bee", "cat", "dog, wet")
 
 
 def test_a_confusion_matrix_of_counted_pairs():
-    assert torch.equal(tsa.confusion_matrix(PAIRS, 3), CONFUSION)
-    assert tsa.confusion_matrix(tsa.Confusion(), 2).tolist() == [[0, 0], [0, 0]]
+    assert torch.equal(confusion_matrix(PAIRS, 3), CONFUSION)
+    assert confusion_matrix(Confusion(), 2).tolist() == [[0, 0], [0, 0]]
 
 
 def test_a_confusion_matrix_drawn(tmp_path, figures):
-    tsa.draw_confusion(tmp_path / "confusion.png", "title", CONFUSION, CLASSES)
+    draw_confusion(tmp_path / "confusion.png", "title", CONFUSION, CLASSES)
     assert_picture(tmp_path / "confusion.png")
     ax = figures[0].axes[0]
     assert ax.images[0].get_array().tolist() == [[0.75, 0.25, 0.0], [0.0, 0.0, 0.0], [0.5, 0, 0.5]]
@@ -1544,25 +1591,25 @@ def test_a_confusion_matrix_drawn(tmp_path, figures):
 
 
 def test_names_of_classes_are_no_formulas(tmp_path):
-    tsa.draw_confusion(tmp_path / "c.png", "", torch.eye(2, dtype=torch.long), ["$x_$", "$^2$"])
+    draw_confusion(tmp_path / "c.png", "", torch.eye(2, dtype=torch.long), ["$x_$", "$^2$"])
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
 def test_a_confusion_matrix_of_many_classes_has_no_room_for_numbers(tmp_path, figures):
     names = [f"class {number}" for number in range(100)]
-    tsa.draw_confusion(tmp_path / "confusion.png", "title", torch.eye(100).long(), names)
+    draw_confusion(tmp_path / "confusion.png", "title", torch.eye(100).long(), names)
     assert_picture(tmp_path / "confusion.png")
     assert not figures[0].axes[0].texts
 
 
 def test_a_confusion_matrix_as_text():
-    assert tsa.confusion_csv(CONFUSION, CLASSES) == (
+    assert confusion_csv(CONFUSION, CLASSES) == (
         'true class,bee,cat,"dog, wet"\nbee,3,1,0\ncat,0,0,0\n"dog, wet",2,0,2\n'
     )
 
 
 def test_the_accuracy_of_each_class_with_the_worst_first():
-    assert tsa.class_lines(PAIRS, CLASSES) == [
+    assert class_lines(PAIRS, CLASSES) == [
         "| class    | right | images right | images |\n"
         "| :------- | ----: | -----------: | -----: |\n"
         "| dog, wet | 50.0% |            2 |      4 |\n"
@@ -1572,18 +1619,18 @@ def test_the_accuracy_of_each_class_with_the_worst_first():
 
 def test_the_accuracy_of_classes_with_long_names_fits_80_columns():
     names = ["n" * 40, "m" * 41, "short"]
-    confusion = tsa.Confusion({(index, index): 1_281_167 for index in range(3)})
-    (table,) = tsa.class_lines(confusion, names)
+    confusion = Confusion({(index, index): 1_281_167 for index in range(3)})
+    (table,) = class_lines(confusion, names)
     assert {len(line) for line in table.splitlines()} == {78}
     shown = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
     assert shown == ["m" * 37 + "...", "n" * 40, "short"]
 
 
 def test_of_many_classes_the_worst_are_shown():
-    confusion = tsa.Confusion()
+    confusion = Confusion()
     for right in range(40):  # of 40 images each
         confusion.update({(right, right): right, (right, 0): 40 - right})
-    table, note = tsa.class_lines(confusion, [f"class {number}" for number in range(40)])
+    table, note = class_lines(confusion, [f"class {number}" for number in range(40)])
     rows = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
     assert rows == [f"class {number}" for number in range(1, 31)]
     assert note == "(the worst 30 of 40 classes)"
@@ -1591,8 +1638,8 @@ def test_of_many_classes_the_worst_are_shown():
 
 def test_the_pairs_of_classes_that_are_confused_most():
     """Of equal ones those of the first classes."""
-    confusion = PAIRS + tsa.Confusion({(1, 0): 1, (2, 1): 1, (1, 1): 9})
-    assert tsa.pairs_csv(confusion, CLASSES) == (
+    confusion = PAIRS + Confusion({(1, 0): 1, (2, 1): 1, (1, 1): 9})
+    assert pairs_csv(confusion, CLASSES) == (
         "true class,predicted class,images\n"
         '"dog, wet",bee,2\nbee,cat,1\ncat,bee,1\n"dog, wet",cat,1\n'
     )
@@ -1600,8 +1647,8 @@ def test_the_pairs_of_classes_that_are_confused_most():
 
 def test_the_confused_pairs_in_a_file_for_programs_and_people():
     """The direction is kept, and each pair has a line of its own."""
-    confusion = PAIRS + tsa.Confusion({(1, 0): 1, (1, 1): 5})
-    text = tsa.confused_json(confusion, ("bee", "château", "dog"), "a.pt")
+    confusion = PAIRS + Confusion({(1, 0): 1, (1, 1): 5})
+    text = confused_json(confusion, ("bee", "château", "dog"), "a.pt")
     assert json.loads(text) == {
         "checkpoint": "a.pt",
         "images": 14,
@@ -1621,16 +1668,16 @@ def test_the_confused_pairs_in_a_file_for_programs_and_people():
 
 
 def test_without_a_mistake_no_pair_is_confused():
-    text = tsa.confused_json(tsa.Confusion({(0, 0): 3, (2, 2): 1}), CLASSES, "a.pt")
+    text = confused_json(Confusion({(0, 0): 3, (2, 2): 1}), CLASSES, "a.pt")
     found = {"checkpoint": "a.pt", "images": 4, "top1": 100.0, "pairs": []}
     assert json.loads(text) == found
 
 
 def test_of_many_pairs_the_worst_are_written():
     pairs = {(true, true + 1): images for true, images in enumerate(range(2000, 0, -1))}
-    lines = tsa.pairs_csv(tsa.Confusion(pairs), range(2001)).splitlines()
+    lines = pairs_csv(Confusion(pairs), range(2001)).splitlines()
     assert (len(lines), lines[1], lines[-1]) == (1001, "0,1,2000", "999,1000,1001")
-    found = json.loads(tsa.confused_json(tsa.Confusion(pairs), range(2001), ""))["pairs"]
+    found = json.loads(confused_json(Confusion(pairs), range(2001), ""))["pairs"]
     assert len(found) == 1000
     assert found[-1] == {"true": 999, "taken_for": 1000, "images": 1001, "share": 1.0}
 
@@ -1644,14 +1691,12 @@ def test_of_too_many_classes_for_a_matrix_the_worst_pairs(
 ):
     set_everywhere(monkeypatch, "LARGEST_MATRIX", largest)
     folder = tmp_path / "out"
-    tsa.write_confusion(folder, "title", PAIRS, CLASSES, "a.pt")
+    write_confusion(folder, "title", PAIRS, CLASSES, "a.pt")
     assert sorted(path.name for path in folder.iterdir()) == ["confused.json", *written]
-    assert (folder / "confused.json").read_text() == (tsa.confused_json(PAIRS, CLASSES, "a.pt"))
+    assert (folder / "confused.json").read_text() == (confused_json(PAIRS, CLASSES, "a.pt"))
     text = (folder / written[0]).read_text()
     wide = written[0] == "confusion.csv"
-    assert text == (
-        tsa.confusion_csv(CONFUSION, CLASSES) if wide else tsa.pairs_csv(PAIRS, CLASSES)
-    )
+    assert text == (confusion_csv(CONFUSION, CLASSES) if wide else pairs_csv(PAIRS, CLASSES))
     line = (
         f"{folder}/confusion-pairs.csv: the worst confusions; 3 classes are too many for a matrix\n"
     )
@@ -1659,8 +1704,8 @@ def test_of_too_many_classes_for_a_matrix_the_worst_pairs(
 
 
 def test_a_range_test_drawn(tmp_path, figures):
-    result = tsa.RangeTest((1e-6, 1e-3, 1.0), (2.0, 1.0, 5.0), 1e-4)
-    tsa.draw_range_test(tmp_path / "lr.png", "title", result)
+    result = RangeTest((1e-6, 1e-3, 1.0), (2.0, 1.0, 5.0), 1e-4)
+    draw_range_test(tmp_path / "lr.png", "title", result)
     assert_picture(tmp_path / "lr.png")
     (ax,) = figures[0].axes
     assert ax.get_xscale() == "log"
@@ -1678,23 +1723,23 @@ def test_a_run_s_pictures_name_its_machine(settings, tmp_path, monkeypatch):
     report.step(step(1))
     report.epoch(epoch_row(), [epoch_row()])
     report.finish("finished")
-    footer = tsa.picture_footer(tsa.read_topology())
+    footer = picture_footer(read_topology())
     assert [calls[name][-1] for name in sorted(calls)] == [footer] * 3
     (panel,) = calls["draw_timelines"][2]
-    assert panel.cores == tsa.read_topology().cores
+    assert panel.cores == read_topology().cores
 
 
 def test_a_range_test_without_an_explosion_is_drawn_whole(tmp_path, figures):
-    result = tsa.RangeTest((1e-6, 1e-3, 1.0), (2.0, 1.0, 3.5), 1e-4)
-    tsa.draw_range_test(tmp_path / "lr.png", "title", result)
+    result = RangeTest((1e-6, 1e-3, 1.0), (2.0, 1.0, 3.5), 1e-4)
+    draw_range_test(tmp_path / "lr.png", "title", result)
     low, high = figures[0].axes[0].get_ylim()
     assert low < 1.0
     assert high > 3.5
 
 
 def test_a_range_test_without_a_suggestion_is_drawn_without_its_line(tmp_path, figures):
-    result = tsa.RangeTest((1e-6, 1e-3, 1.0), (2.0, 1.9, 3.5), None)
-    tsa.draw_range_test(tmp_path / "lr.png", "title", result)
+    result = RangeTest((1e-6, 1e-3, 1.0), (2.0, 1.9, 3.5), None)
+    draw_range_test(tmp_path / "lr.png", "title", result)
     assert_picture(tmp_path / "lr.png")
     (line,) = figures[0].axes[0].lines
     assert line.get_label() == "loss, smoothed"
@@ -1702,8 +1747,8 @@ def test_a_range_test_without_a_suggestion_is_drawn_without_its_line(tmp_path, f
 
 def test_a_curve_that_cannot_be_written(tmp_path):
     (tmp_path / "curves.png").mkdir()
-    with pytest.raises(tsa.RunError, match="curves.png: cannot be written: Is a directory"):
-        tsa.draw_curves(tmp_path / "curves.png", "title", [epoch_row()])
+    with pytest.raises(RunError, match="curves.png: cannot be written: Is a directory"):
+        draw_curves(tmp_path / "curves.png", "title", [epoch_row()])
 
 
 # Output that cannot be written
@@ -1725,35 +1770,35 @@ def piped(monkeypatch):
 def test_output_is_taken_as_long_as_somebody_reads_it(monkeypatch):
     with piped(monkeypatch) as pipe:
         sys.stdout.write("before\n")  # and still in its buffer
-        with tsa.lossy_output():
-            tsa.say("Bl\u00fcte")
+        with lossy_output():
+            say("Bl\u00fcte")
             print("printed")
             assert os.read(pipe, 100) == b"before\nBl\\xfcte\nprinted\n"
             os.close(pipe)
             for _ in range(2):
-                tsa.say("lost" * 50_000)
+                say("lost" * 50_000)
             print("lost", end="")
 
 
 def test_output_beyond_what_a_pipe_holds_is_lost_where_writing_does_not_wait(monkeypatch):
-    with piped(monkeypatch) as pipe, tsa.lossy_output():
+    with piped(monkeypatch) as pipe, lossy_output():
         os.set_blocking(sys.stdout.fileno(), False)
         for _ in range(3):
-            tsa.say("text" * 50_000)
+            say("text" * 50_000)
         assert os.read(pipe, 4) == b"text"
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
 def test_a_missing_stream_is_made_up_for_and_missing_again_in_the_end(monkeypatch, name):
     monkeypatch.setattr(sys, name, None)
-    with tsa.lossy_output():
-        tsa.say("lost", getattr(sys, name))
+    with lossy_output():
+        say("lost", getattr(sys, name))
     assert getattr(sys, name) is None
 
 
 def test_streams_of_somebody_else_stay(capsys):
     streams = sys.stdout, sys.stderr
-    with tsa.lossy_output():
+    with lossy_output():
         assert (sys.stdout, sys.stderr) == streams
         print("shown")
     assert capsys.readouterr().out == "shown\n"

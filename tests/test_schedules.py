@@ -12,12 +12,22 @@ from conftest import as_loaded, needs_two_cpus
 from torch import nn
 from torchvision.transforms import v2
 
-import train_split_affinity as tsa
-from train_split_affinity import Settings
+from split_affinity.data.loader import Batches
+from split_affinity.errors import RunError
+from split_affinity.lanes.lane import Lanes
+from split_affinity.machine.plan import CorePlan, Group, PhaseTimes
+from split_affinity.models.freezing import begin_training, freeze, trained
+from split_affinity.models.registry import OWN_MODELS, build_model
+from split_affinity.options.settings import Settings
+from split_affinity.runs.starting_weights import renormalised
+from split_affinity.training.network import Network, NonFiniteLoss, Scores, Teacher, score
+from split_affinity.training.optimizer import build_optimizer
+from split_affinity.training.schedules import SCHEDULES, delayed, step_bound_s
+from split_affinity.training.update import GradientFlow, MovingAverage, Work
 
 pytestmark = needs_two_cpus
 LR = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
-ALL_SCHEDULES = pytest.mark.parametrize("schedule", list(tsa.SCHEDULES))
+ALL_SCHEDULES = pytest.mark.parametrize("schedule", list(SCHEDULES))
 
 
 def make_batches(count, side=32):
@@ -27,7 +37,7 @@ def make_batches(count, side=32):
 
 def make_model():
     torch.manual_seed(2)
-    return tsa.build_model("resnet18", num_classes=10, image_size=32)
+    return build_model("resnet18", num_classes=10, image_size=32)
 
 
 def make_tiny_model():
@@ -50,20 +60,20 @@ def make_tiny_model():
 def make_work(model, accumulate, **switches):
     optimizer = torch.optim.SGD(model.parameters(), **LR)
     parts = {name: switches.pop(name) for name in ("bf16", "channels_last") if name in switches}
-    network = tsa.Network(model, nn.CrossEntropyLoss(), accumulate, **parts)
-    return tsa.Work(network, optimizer, **switches)
+    network = Network(model, nn.CrossEntropyLoss(), accumulate, **parts)
+    return Work(network, optimizer, **switches)
 
 
 def make_stream(batches):
-    return tsa.Batches(as_loaded(batches), len(batches))
+    return Batches(as_loaded(batches), len(batches))
 
 
 def train_through_lanes(plan, model, batches, accumulate, schedule="sequential", **switches):
     """The loss of each micro-batch."""
     work = make_work(model, accumulate, **switches)
     torch.manual_seed(3)
-    with tsa.Lanes(plan, ()) as lanes:
-        steps = list(tsa.SCHEDULES[schedule](lanes, work, make_stream(batches)))
+    with Lanes(plan, ()) as lanes:
+        steps = list(SCHEDULES[schedule](lanes, work, make_stream(batches)))
     return [scores.loss for step in steps for scores in step]
 
 
@@ -119,11 +129,9 @@ def assert_same_state(model, other):
 def with_threads(plan, threads):
     """The plan, with another number of threads in each group."""
     first, last = (
-        tsa.Group(group.name, group.cpus, threads) for group in (plan.forward, plan.backward)
+        Group(group.name, group.cpus, threads) for group in (plan.forward, plan.backward)
     )
-    return tsa.CorePlan(
-        plan.split, first, first if len(plan.groups) == 1 else last, plan.loader_cpus
-    )
+    return CorePlan(plan.split, first, first if len(plan.groups) == 1 else last, plan.loader_cpus)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -170,9 +178,9 @@ def test_an_epoch_begins_with_the_weights_of_today(split_plan):
     work = make_work(model, 1)
     torch.manual_seed(3)
     losses = []
-    with tsa.Lanes(with_threads(split_plan, 1), ()) as lanes:
+    with Lanes(with_threads(split_plan, 1), ()) as lanes:
         for epoch in (batches[:3], batches[3:]):
-            losses += [scores.loss for (scores,) in tsa.delayed(lanes, work, make_stream(epoch))]
+            losses += [scores.loss for (scores,) in delayed(lanes, work, make_stream(epoch))]
             assert work.end.weights is None
     assert losses == expected
     assert_same_state(model, reference)
@@ -225,8 +233,8 @@ def test_gradients_set_to_zero_are_worth_the_same_as_none(schedule, split_plan):
 def records_of(schedule, plan, accumulate, steps):
     work = make_work(make_model(), accumulate)
     stream = make_stream(make_batches(steps * accumulate))
-    with tsa.Lanes(plan, ()) as lanes:
-        for _ in tsa.SCHEDULES[schedule](lanes, work, stream):
+    with Lanes(plan, ()) as lanes:
+        for _ in SCHEDULES[schedule](lanes, work, stream):
             pass
         return work, lanes.take_records()
 
@@ -241,7 +249,7 @@ def make_teacher(share, **parts):
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     model(torch.randn(8, 3, 16, 16))
-    return tsa.Teacher(model.eval().requires_grad_(False), share, **parts)
+    return Teacher(model.eval().requires_grad_(False), share, **parts)
 
 
 def mixed(batches):
@@ -274,8 +282,8 @@ def train_with_teacher(plan, model, teacher, batches, schedule, smoothing=0.0, *
     work.network.loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
     work.network.teacher = teacher
     torch.manual_seed(3)
-    with tsa.Lanes(plan, ()) as lanes:
-        steps = list(tsa.SCHEDULES[schedule](lanes, work, make_stream(batches)))
+    with Lanes(plan, ()) as lanes:
+        steps = list(SCHEDULES[schedule](lanes, work, make_stream(batches)))
     return [scores.loss for step in steps for scores in step]
 
 
@@ -332,7 +340,7 @@ def test_a_teacher_without_a_share_changes_nothing(schedule, split_plan):
 @ALL_SCHEDULES
 def test_a_teacher_runs_in_the_forward_phases_alone(schedule, split_plan, monkeypatch):
     names, teacher = [], make_teacher(0.5)
-    real = tsa.Teacher.__call__
+    real = Teacher.__call__
 
     def watched(self, images):
         assert not torch.is_grad_enabled() or not any(
@@ -343,7 +351,7 @@ def test_a_teacher_runs_in_the_forward_phases_alone(schedule, split_plan, monkey
         assert not taught.requires_grad
         return taught
 
-    monkeypatch.setattr(tsa.Teacher, "__call__", watched)
+    monkeypatch.setattr(Teacher, "__call__", watched)
     train_with_teacher(split_plan, make_tiny_model(), teacher, make_batches(4, 16), schedule)
     assert len(names) == 4
     assert len(set(names)) == 1
@@ -358,7 +366,7 @@ def test_a_teacher_computes_as_the_student_does():
         model[0].register_forward_hook(
             lambda _, inputs, output, name=name: seen.append((name, inputs[0], output.dtype))
         )
-    network = tsa.Network(
+    network = Network(
         student, nn.CrossEntropyLoss(), bf16=True, channels_last=True, teacher=teacher
     )
     logits, targets, taught = network.forward((torch.randn(2, 3, 16, 16), torch.tensor([1, 2])))
@@ -378,7 +386,7 @@ def test_a_validation_asks_no_teacher(monkeypatch):
     batch = make_batches(1, side=16)[0]
     expected = work.evaluate(batch)
     work.network.teacher = make_teacher(0.5)
-    monkeypatch.setattr(tsa.Teacher, "__call__", None)
+    monkeypatch.setattr(Teacher, "__call__", None)
     scores, predicted = work.evaluate(batch)
     assert scores == expected[0]
     assert torch.equal(predicted, expected[1])
@@ -393,7 +401,7 @@ def test_a_teacher_sees_images_as_it_was_trained_with_them():
     teacher = make_teacher(0.5)
     expected = teacher(v2.functional.normalize(pixels, **theirs))
     assert not torch.allclose(teacher(ours), expected, atol=1e-3)
-    scale_and_shift = tsa.renormalised(settings, theirs)
+    scale_and_shift = renormalised(settings, theirs)
     teacher = make_teacher(0.5, **dict(zip(("scale", "shift"), scale_and_shift, strict=True)))
     torch.testing.assert_close(teacher(ours), expected, rtol=1e-4, atol=1e-5)
 
@@ -401,7 +409,7 @@ def test_a_teacher_sees_images_as_it_was_trained_with_them():
 @pytest.mark.parametrize("other", [{}, {"mean": None, "std": None}, {"mean": [0.5, 0.4, 0.3]}])
 def test_images_that_are_normalised_alike_stay_as_they_are(other):
     settings = Settings(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-    assert tsa.renormalised(settings, other) == ()
+    assert renormalised(settings, other) == ()
 
 
 def test_sequential_alternates_strictly(split_plan):
@@ -438,7 +446,7 @@ def let_meet(monkeypatch, pairs):
     barriers = [threading.Barrier(2, timeout=30) for _ in pairs]
     for phase, numbers in zip(("forward", "backward"), zip(*pairs, strict=True), strict=True):
         waits = dict(zip(numbers, barriers, strict=True))
-        original, count = getattr(tsa.Network, phase), itertools.count()
+        original, count = getattr(Network, phase), itertools.count()
 
         def meeting(self, *args, original=original, count=count, waits=waits):
             barrier = waits.get(next(count))
@@ -446,7 +454,7 @@ def let_meet(monkeypatch, pairs):
                 barrier.wait()
             return original(self, *args)
 
-        monkeypatch.setattr(tsa.Network, phase, meeting)
+        monkeypatch.setattr(Network, phase, meeting)
 
 
 def test_overlap_runs_forward_beside_backward_inside_a_step(split_plan, monkeypatch):
@@ -470,7 +478,7 @@ def test_delayed_runs_forward_beside_backward_across_steps(
 def test_delayed_updates_beside_the_next_forward_phase(accumulate, split_plan, monkeypatch):
     """The forward lane may be the slower one: an update that waited for it would add its time."""
     barriers = [threading.Barrier(2, timeout=30) for _ in range(3)]
-    forward, update = tsa.Network.forward, tsa.Work.update
+    forward, update = Network.forward, Work.update
     forwards, updates = itertools.count(), itertools.count()
 
     def meeting_forward(self, *args):
@@ -484,8 +492,8 @@ def test_delayed_updates_beside_the_next_forward_phase(accumulate, split_plan, m
             barriers[step].wait()
         return update(self, *args)
 
-    monkeypatch.setattr(tsa.Network, "forward", meeting_forward)
-    monkeypatch.setattr(tsa.Work, "update", meeting_update)
+    monkeypatch.setattr(Network, "forward", meeting_forward)
+    monkeypatch.setattr(Work, "update", meeting_update)
     records_of("delayed", split_plan, accumulate, 4)
     assert next(updates) == 4
 
@@ -511,8 +519,8 @@ def test_a_queued_update_does_nothing_after_a_backward_phase_that_failed(split_p
         return nn.functional.cross_entropy(*output)
 
     work.network.loss = loss
-    with tsa.Lanes(split_plan, ()) as lanes, pytest.raises(ArithmeticError):
-        for _ in tsa.delayed(lanes, work, make_stream(batches)):
+    with Lanes(split_plan, ()) as lanes, pytest.raises(ArithmeticError):
+        for _ in delayed(lanes, work, make_stream(batches)):
             assert before is None, "one step"
             before, end = copy.deepcopy(work.values()), work.end
     assert work.end is end
@@ -524,23 +532,23 @@ def test_a_queued_update_does_nothing_after_a_backward_phase_that_failed(split_p
 def test_a_step_of_delayed_is_given_out_before_an_error_of_the_next_one(accumulate, split_plan):
     """What stands then is what an unbroken run has after that step."""
 
-    class Breaking(tsa.Batches):
+    class Breaking(Batches):
         def __next__(self):
             if self.left == accumulate:
-                raise tsa.RunError("no more images")
+                raise RunError("no more images")
             return super().__next__()
 
     batches = make_batches(3 * accumulate, side=16)
     whole, broken = (make_work(make_tiny_model(), accumulate) for _ in range(2))
     expected = []
     torch.manual_seed(3)
-    with tsa.Lanes(split_plan, ()) as lanes:
-        for _ in tsa.delayed(lanes, whole, make_stream(batches)):
+    with Lanes(split_plan, ()) as lanes:
+        for _ in delayed(lanes, whole, make_stream(batches)):
             expected.append((copy.deepcopy(whole.values()), whole.end))
     torch.manual_seed(3)
     steps = 0
-    with tsa.Lanes(split_plan, ()) as lanes, pytest.raises(tsa.RunError, match="no more images"):
-        for _ in tsa.delayed(lanes, broken, Breaking(as_loaded(batches), len(batches))):
+    with Lanes(split_plan, ()) as lanes, pytest.raises(RunError, match="no more images"):
+        for _ in delayed(lanes, broken, Breaking(as_loaded(batches), len(batches))):
             steps += 1
     assert steps == 2
     values, end = expected[1]
@@ -556,23 +564,23 @@ def test_frozen_weights_stay_and_have_no_copies(schedule, split_plan):
     for weight in (*model[0].parameters(), *model[1].parameters()):
         weight.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
-    settings = tsa.Settings(lr=0.1)
-    work = tsa.Work(
-        tsa.Network(model, nn.CrossEntropyLoss()),
-        tsa.build_optimizer(model, settings),
-        flow=tsa.GradientFlow(model),
+    settings = Settings(lr=0.1)
+    work = Work(
+        Network(model, nn.CrossEntropyLoss()),
+        build_optimizer(model, settings),
+        flow=GradientFlow(model),
     )
     frozen = {"0.weight", "0.bias", "1.weight", "1.bias"}
-    with tsa.Lanes(split_plan, ()) as lanes:
-        for _ in tsa.SCHEDULES[schedule](lanes, work, make_stream(make_batches(4, side=16))):
+    with Lanes(split_plan, ()) as lanes:
+        for _ in SCHEDULES[schedule](lanes, work, make_stream(make_batches(4, side=16))):
             copied = work.end.weights or {}
-            assert not copied or copied.keys() == tsa.trained(model).keys()
+            assert not copied or copied.keys() == trained(model).keys()
     changed = {
         name for name, value in work.values().items() if not torch.equal(value, before[name])
     }
     assert changed.isdisjoint(frozen), "BatchNorm's statistics move, its weights do not"
     assert changed >= {"3.weight", "9.weight", "1.running_mean"}
-    assert len(work.optimizer.state) == len(tsa.trained(model)) == 6
+    assert len(work.optimizer.state) == len(trained(model)) == 6
     assert all(norm > 0 for norm in work.flow.take().values()), "no warning of vanishing gradients"
 
 
@@ -583,21 +591,21 @@ def test_what_is_frozen_stays_to_the_bit(
     schedule, switches, grads_to_none, split_plan, monkeypatch
 ):
     """Buffers of batch normalisation too, after steps with decay, clipping and an average."""
-    monkeypatch.setitem(tsa.OWN_MODELS, "tiny", lambda num_classes, image_size: make_tiny_model())
+    monkeypatch.setitem(OWN_MODELS, "tiny", lambda num_classes, image_size: make_tiny_model())
     model = make_tiny_model()
-    settings = tsa.Settings(opt="adam", lr=0.1, weight_decay=0.1)
-    frozen = tsa.freeze(model, "0,1,3,4", "tiny", 10, 16)
+    settings = Settings(opt="adam", lr=0.1, weight_decay=0.1)
+    frozen = freeze(model, "0,1,3,4", "tiny", 10, 16)
     before = copy.deepcopy(model.state_dict())
-    network = tsa.Network(model, nn.CrossEntropyLoss(), 2, frozen=frozen, **switches)
-    work = tsa.Work(
+    network = Network(model, nn.CrossEntropyLoss(), 2, frozen=frozen, **switches)
+    work = Work(
         network,
-        tsa.build_optimizer(model, settings),
-        average=tsa.MovingAverage(model, 0.9),
+        build_optimizer(model, settings),
+        average=MovingAverage(model, 0.9),
         clip_grad_norm=0.1,
         grads_to_none=grads_to_none,
     )
-    with tsa.Lanes(split_plan, ()) as lanes:
-        list(tsa.SCHEDULES[schedule](lanes, work, make_stream(make_batches(6, side=16))))
+    with Lanes(split_plan, ()) as lanes:
+        list(SCHEDULES[schedule](lanes, work, make_stream(make_batches(6, side=16))))
     for values in (work.values(), work.average.values):
         changed = {name for name in before if not torch.equal(values[name], before[name])}
         assert changed == {"9.weight", "9.bias"}
@@ -615,17 +623,17 @@ def test_a_thaw_is_that_of_a_plain_loop(schedule, fused, split_plan):
     frozen = tuple(f"{layer}.{kind}" for layer in (0, 1) for kind in ("weight", "bias"))
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
-    tsa.begin_training(model)
-    settings = tsa.Settings(**LR, fused=fused)
-    work = tsa.Work(
-        tsa.Network(model, nn.CrossEntropyLoss(), frozen=frozen),
-        tsa.build_optimizer(model, settings),
+    begin_training(model)
+    settings = Settings(**LR, fused=fused)
+    work = Work(
+        Network(model, nn.CrossEntropyLoss(), frozen=frozen),
+        build_optimizer(model, settings),
     )
     torch.manual_seed(3)
-    with tsa.Lanes(with_threads(split_plan, 1), ()) as lanes:
+    with Lanes(with_threads(split_plan, 1), ()) as lanes:
         losses = []
         for epoch in (batches[:3], batches[3:]):
-            steps = tsa.SCHEDULES[schedule](lanes, work, make_stream(epoch))
+            steps = SCHEDULES[schedule](lanes, work, make_stream(epoch))
             losses += [scores.loss for (scores,) in steps]
             work.thaw()
     age = int(schedule == "delayed")
@@ -766,7 +774,7 @@ SCRIPTS = {
 @ALL_SCHEDULES
 def test_what_a_schedule_does_in_which_order(schedule):
     script = Script(accumulate=2, left=8)
-    steps = tsa.SCHEDULES[schedule](script, script, script)
+    steps = SCHEDULES[schedule](script, script, script)
     assert next(steps) == [0.5, 0.5]
     assert script.lines == SCRIPTS[schedule]
 
@@ -774,7 +782,7 @@ def test_what_a_schedule_does_in_which_order(schedule):
 @ALL_SCHEDULES
 def test_over_ranks_the_sum_of_the_gradients_comes_before_the_update(schedule):
     script = Script(accumulate=2, left=8, reducer="some")
-    assert next(tsa.SCHEDULES[schedule](script, script, script)) == [0.5, 0.5]
+    assert next(SCHEDULES[schedule](script, script, script)) == [0.5, 0.5]
     late = schedule == "delayed"
     ending = ["begin reduce a backward" if late else "begin reduce None None"]
     ending += [f"begin update {'a end before b' if late else 'None None'} backward"]
@@ -786,7 +794,7 @@ def test_over_ranks_the_sum_of_the_gradients_comes_before_the_update(schedule):
 
 def test_delayed_ends_with_the_batches():
     script = Script(accumulate=1, left=3)
-    assert list(tsa.delayed(script, script, script)) == [[0.5]] * 3
+    assert list(delayed(script, script, script)) == [[0.5]] * 3
     assert [line for line in script.lines if line not in ("prefetch", "wait")] == [
         "forward batch 1 a",
         "begin backward output of batch 1",
@@ -825,8 +833,8 @@ def test_a_loss_that_is_not_finite_updates_nothing(bad, schedule, split_plan):
     (images, targets), *good = make_batches(4)
     stream = make_stream([(images * bad, targets), *good])
     work = make_work(model, 2)
-    with tsa.Lanes(split_plan, ()) as lanes, pytest.raises(tsa.NonFiniteLoss, match="nan|inf"):
-        next(tsa.SCHEDULES[schedule](lanes, work, stream))
+    with Lanes(split_plan, ()) as lanes, pytest.raises(NonFiniteLoss, match="nan|inf"):
+        next(SCHEDULES[schedule](lanes, work, stream))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
@@ -840,8 +848,8 @@ def test_an_infinite_loss_is_not_finite_either(bad, schedule, split_plan):
     work.network.loss = lambda logits, targets: logits.sum() * 0 + bad
     before = copy.deepcopy(work.network.model)
     stream = make_stream(make_batches(2, side=16))
-    with tsa.Lanes(split_plan, ()) as lanes, pytest.raises(tsa.NonFiniteLoss, match=f"^{bad}$"):
-        next(tsa.SCHEDULES[schedule](lanes, work, stream))
+    with Lanes(split_plan, ()) as lanes, pytest.raises(NonFiniteLoss, match=f"^{bad}$"):
+        next(SCHEDULES[schedule](lanes, work, stream))
     for parameter, value in zip(work.network.model.parameters(), before.parameters(), strict=True):
         assert torch.equal(parameter, value)
         assert parameter.grad is None
@@ -851,7 +859,7 @@ def test_an_infinite_loss_is_not_finite_either(bad, schedule, split_plan):
 @pytest.mark.parametrize("phase", ["forward", "backward", "update"])
 def test_an_exception_comes_out_with_its_traceback(phase, schedule, split_plan, monkeypatch):
     calls = []
-    kind = tsa.Work if phase == "update" else tsa.Network
+    kind = Work if phase == "update" else Network
     original = getattr(kind, phase)
 
     def broken(self, *args):
@@ -880,12 +888,12 @@ def make_linear():
 
 def make_update(model, **parts):
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    return tsa.Work(tsa.Network(model, nn.CrossEntropyLoss()), optimizer, **parts), optimizer
+    return Work(Network(model, nn.CrossEntropyLoss()), optimizer, **parts), optimizer
 
 
 def test_an_update_measures_clips_steps_and_then_looks_ahead():
     model = make_linear()
-    flow, average = tsa.GradientFlow(model), tsa.MovingAverage(model, 0.75)
+    flow, average = GradientFlow(model), MovingAverage(model, 0.75)
     work, optimizer = make_update(model, flow=flow, average=average, clip_grad_norm=1.0)
     work.scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
     work.update()
@@ -934,8 +942,8 @@ def test_what_delayed_has_begun_is_told_apart_from_what_is_done(accumulate, spli
         done.append((model, torch.get_rng_state()))
     work = make_work(make_tiny_model(), accumulate)
     torch.manual_seed(3)
-    with tsa.Lanes(split_plan, ()) as lanes:
-        for step, _ in enumerate(tsa.delayed(lanes, work, make_stream(batches)), start=1):
+    with Lanes(split_plan, ()) as lanes:
+        for step, _ in enumerate(delayed(lanes, work, make_stream(batches)), start=1):
             model, random_state = done[step]
             for name, value in model.state_dict().items():
                 assert torch.equal(work.values()[name], value), (step, name)
@@ -952,9 +960,9 @@ def test_what_delayed_has_begun_is_told_apart_from_what_is_done(accumulate, spli
 def test_a_moving_average_takes_in_nothing_of_a_step_already_begun(schedule, split_plan):
     """One that forgets at once is the model after the step, buffers too."""
     work = make_work(make_tiny_model(), 2)
-    work.average = tsa.MovingAverage(work.network.model, 0.0)
-    with tsa.Lanes(split_plan, ()) as lanes:
-        for _ in tsa.SCHEDULES[schedule](lanes, work, make_stream(make_batches(6, side=16))):
+    work.average = MovingAverage(work.network.model, 0.0)
+    with Lanes(split_plan, ()) as lanes:
+        for _ in SCHEDULES[schedule](lanes, work, make_stream(make_batches(6, side=16))):
             for name, value in work.values().items():
                 assert torch.equal(work.average.values[name], value), name
             running_mean = work.network.model.state_dict()["1.running_mean"]
@@ -965,8 +973,8 @@ def test_a_moving_average_takes_in_nothing_of_a_step_already_begun(schedule, spl
 @pytest.mark.parametrize("schedule", ["sequential", "overlap"])
 def test_other_schedules_begin_nothing(schedule, split_plan):
     work = make_work(make_tiny_model(), 2)
-    with tsa.Lanes(split_plan, ()) as lanes:
-        for _ in tsa.SCHEDULES[schedule](lanes, work, make_stream(make_batches(4, side=16))):
+    with Lanes(split_plan, ()) as lanes:
+        for _ in SCHEDULES[schedule](lanes, work, make_stream(make_batches(4, side=16))):
             assert work.end.weights is None
             for name, value in work.network.model.state_dict().items():
                 assert torch.equal(work.values()[name], value)
@@ -994,7 +1002,7 @@ LOGITS = torch.tensor(
     ],
 )
 def test_right_answers(targets, top1, top5):
-    assert tsa.score(0.5, LOGITS, torch.tensor(targets)) == tsa.Scores(0.5, 3, top1, top5)
+    assert score(0.5, LOGITS, torch.tensor(targets)) == Scores(0.5, 3, top1, top5)
 
 
 def test_of_mixed_images_the_larger_share_is_right():
@@ -1005,22 +1013,22 @@ def test_of_mixed_images_the_larger_share_is_right():
             [0.9, 0.0, 0.0, 0.1, 0.0, 0.0],
         ]
     )
-    assert tsa.score(0.5, LOGITS, targets) == tsa.Scores(0.5, 3, 2, 3)
+    assert score(0.5, LOGITS, targets) == Scores(0.5, 3, 2, 3)
 
 
 def test_with_fewer_than_five_classes_all_are_among_the_first_five():
     targets = torch.tensor([1, 1, 2])
-    assert tsa.score(0.5, LOGITS[:, :3], targets) == tsa.Scores(0.5, 3, 0, 3)
+    assert score(0.5, LOGITS[:, :3], targets) == Scores(0.5, 3, 0, 3)
 
 
 def test_scores_keep_no_graph():
     logits = LOGITS.clone().requires_grad_()
-    scores = tsa.score(0.5, logits, torch.tensor([0, 5, 3]))
+    scores = score(0.5, logits, torch.tensor([0, 5, 3]))
     assert all(type(value) in (int, float) for value in dataclasses.astuple(scores))
 
 
 def test_the_figures_of_scores():
-    assert tsa.Scores(0.5, 8, 1, 6).figures() == {"loss": 0.5, "top1": 12.5, "top5": 75.0}
+    assert Scores(0.5, 8, 1, 6).figures() == {"loss": 0.5, "top1": 12.5, "top5": 75.0}
 
 
 def make_evaluated(**parts):
@@ -1049,7 +1057,7 @@ def test_an_evaluation_is_of_the_moving_average_if_there_is_one():
     """And of the model's own weights beside it."""
     work, batch = make_evaluated()
     (own,), _ = work.evaluate(batch)
-    work.average = tsa.MovingAverage(work.network.model, 0.9)
+    work.average = MovingAverage(work.network.model, 0.9)
     assert work.evaluate(batch)[0] == [own, own]
     work.average.values["9.weight"].zero_()
     work.average.values["9.bias"].copy_(torch.arange(10.0))
@@ -1064,7 +1072,7 @@ def test_an_evaluation_is_of_the_moving_average_if_there_is_one():
 def test_an_evaluation_uses_the_buffers_of_the_moving_average():
     work, batch = make_evaluated()
     (own,), _ = work.evaluate(batch)
-    work.average = tsa.MovingAverage(work.network.model, 0.9)
+    work.average = MovingAverage(work.network.model, 0.9)
     work.average.values["4.running_var"].fill_(100.0)
     (scores, raw), _ = work.evaluate(batch)
     assert scores.loss != own.loss
@@ -1093,9 +1101,9 @@ def test_an_evaluation_measures_plain_cross_entropy():
     ],
 )
 def test_the_bound_of_a_step(schedule, accumulate, times, bound_s):
-    assert tsa.step_bound_s(schedule, tsa.PhaseTimes(*times), accumulate) == pytest.approx(bound_s)
+    assert step_bound_s(schedule, PhaseTimes(*times), accumulate) == pytest.approx(bound_s)
 
 
 def test_settings_offer_the_schedules_that_exist():
-    (setting,) = (field for field in dataclasses.fields(tsa.Settings) if field.name == "schedule")
-    assert list(setting.metadata["argument"]["choices"]) == list(tsa.SCHEDULES)
+    (setting,) = (field for field in dataclasses.fields(Settings) if field.name == "schedule")
+    assert list(setting.metadata["argument"]["choices"]) == list(SCHEDULES)

@@ -11,7 +11,40 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-import train_split_affinity as tsa
+import split_affinity
+from split_affinity.data.image_folder import VALIDATION_FOLDERS
+from split_affinity.data.named import CIFAR10_FOLDER, SYNTHETIC_CLASSES, SYNTHETIC_IMAGES
+from split_affinity.data.transforms import image_size_in
+from split_affinity.errors import UserError
+from split_affinity.machine.plan import plan_cores
+from split_affinity.machine.topology import Core, Topology
+from split_affinity.models.freezing import mostly_frozen
+from split_affinity.models.pretrained import largest_size
+from split_affinity.options.command_line import ALIASES, COMMANDS, build_parser, parse_arguments
+from split_affinity.options.contradictions import contradictions
+from split_affinity.options.data_sets import DATA_SETS
+from split_affinity.options.recipes import FROM_CHECKPOINT, GIVE_WEIGHTS, RECIPES, recipe_defaults
+from split_affinity.options.settings import (
+    CoreSettings,
+    DataSettings,
+    Settings,
+    TrainingSettings,
+    learning_rate,
+)
+from split_affinity.options.values import (
+    BELOW_1,
+    COUNT,
+    MIXING,
+    NOT_NEGATIVE,
+    PART,
+    PERCENT,
+    SHARE,
+    parse_cpu_list,
+    parse_milestones,
+    parse_split,
+    whole_number,
+)
+from split_affinity.text import format_cpu_list, readable
 
 
 @pytest.mark.parametrize(
@@ -26,7 +59,7 @@ import train_split_affinity as tsa
     ],
 )
 def test_core_lists(text, cpus):
-    assert tsa.parse_cpu_list(text) == cpus
+    assert parse_cpu_list(text) == cpus
 
 
 @pytest.mark.parametrize(
@@ -49,39 +82,39 @@ def test_core_lists(text, cpus):
 )
 def test_what_is_no_core_list(text, reason):
     with pytest.raises(argparse.ArgumentTypeError, match=reason):
-        tsa.parse_cpu_list(text)
+        parse_cpu_list(text)
 
 
 @given(st.sets(st.integers(0, 300), min_size=1))
 def test_formatting_a_core_list_can_be_undone(cpus):
-    assert tsa.parse_cpu_list(tsa.format_cpu_list(cpus)) == tuple(sorted(cpus))
+    assert parse_cpu_list(format_cpu_list(cpus)) == tuple(sorted(cpus))
 
 
 def test_formatting_uses_ranges():
-    assert tsa.format_cpu_list([3, 0, 1, 8]) == "0-1,3,8"
-    assert tsa.format_cpu_list([]) == "none"
+    assert format_cpu_list([3, 0, 1, 8]) == "0-1,3,8"
+    assert format_cpu_list([]) == "none"
 
 
 @pytest.mark.parametrize("text", ["even", "auto", "none", "1:2", "10:1"])
 def test_splits(text):
-    assert tsa.parse_split(text) == text
+    assert parse_split(text) == text
 
 
 @pytest.mark.parametrize("text", ["0:1", "1:0", "2", "a:b", "1:2:3", "", "-1:2", "1.5:1", "EVEN"])
 def test_what_is_no_split(text):
     with pytest.raises(argparse.ArgumentTypeError, match="even, auto, none|without cores"):
-        tsa.parse_split(text)
+        parse_split(text)
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "1.5", "x", "", "nan", "99999999999999999999"])
 def test_what_is_no_count(text):
     with pytest.raises(argparse.ArgumentTypeError, match="whole number from 1 to"):
-        tsa.COUNT(text)
+        COUNT(text)
 
 
 @pytest.mark.parametrize(("minimum", "text"), [(0, "0"), (1, "1"), (2, "2"), (2, "2147483647")])
 def test_counts(minimum, text):
-    assert tsa.whole_number(minimum)(text) == int(text)
+    assert whole_number(minimum)(text) == int(text)
 
 
 @pytest.mark.parametrize(
@@ -90,38 +123,38 @@ def test_counts(minimum, text):
 def test_what_is_no_count_from_a_minimum(minimum, text):
     message = f"'{text}' is not a whole number from {minimum} to 2147483647"
     with pytest.raises(argparse.ArgumentTypeError, match=message):
-        tsa.whole_number(minimum)(text)
+        whole_number(minimum)(text)
 
 
 def test_counts_up_to_a_maximum():
-    assert tsa.whole_number(2, 9)("9") == 9
+    assert whole_number(2, 9)("9") == 9
     with pytest.raises(argparse.ArgumentTypeError, match="'10' is not a whole number from 2 to 9"):
-        tsa.whole_number(2, 9)("10")
+        whole_number(2, 9)("10")
 
 
 @pytest.mark.parametrize("text", ["-0.1", "nan", "inf", "x", ""])
 def test_what_is_no_rate(text):
     with pytest.raises(argparse.ArgumentTypeError, match="not a number of 0 or more"):
-        tsa.NOT_NEGATIVE(text)
+        NOT_NEGATIVE(text)
 
 
 @pytest.mark.parametrize(
     ("parse", "text", "value"),
     [
-        (tsa.NOT_NEGATIVE, "0", 0.0),
-        (tsa.NOT_NEGATIVE, "1e-6", 1e-6),
-        (tsa.SHARE, "0", 0.0),
-        (tsa.SHARE, "1", 1.0),
-        (tsa.PART, "1", 1.0),
-        (tsa.PART, "0.2", 0.2),
-        (tsa.PERCENT, "100", 100.0),
-        (tsa.PERCENT, "97.5", 97.5),
-        (tsa.BELOW_1, "0", 0.0),
-        (tsa.BELOW_1, "0.9999", 0.9999),
-        (tsa.BELOW_1, "0.999999", 0.999999),
-        (tsa.MIXING, "0", 0.0),
-        (tsa.MIXING, "0.01", 0.01),
-        (tsa.MIXING, "1e3", 1000.0),
+        (NOT_NEGATIVE, "0", 0.0),
+        (NOT_NEGATIVE, "1e-6", 1e-6),
+        (SHARE, "0", 0.0),
+        (SHARE, "1", 1.0),
+        (PART, "1", 1.0),
+        (PART, "0.2", 0.2),
+        (PERCENT, "100", 100.0),
+        (PERCENT, "97.5", 97.5),
+        (BELOW_1, "0", 0.0),
+        (BELOW_1, "0.9999", 0.9999),
+        (BELOW_1, "0.999999", 0.999999),
+        (MIXING, "0", 0.0),
+        (MIXING, "0.01", 0.01),
+        (MIXING, "1e3", 1000.0),
     ],
 )
 def test_numbers(parse, text, value):
@@ -131,24 +164,24 @@ def test_numbers(parse, text, value):
 @pytest.mark.parametrize(
     ("parse", "text", "allowed"),
     [
-        (tsa.SHARE, "-0.01", "a number from 0 to 1"),
-        (tsa.SHARE, "1.01", "a number from 0 to 1"),
-        (tsa.SHARE, "nan", "a number from 0 to 1"),
-        (tsa.PART, "0", "above 0 and up to 1"),
-        (tsa.PART, "1.01", "above 0 and up to 1"),
-        (tsa.PART, "x", "above 0 and up to 1"),
-        (tsa.PERCENT, "0", "above 0 and up to 100"),
-        (tsa.PERCENT, "100.1", "above 0 and up to 100"),
-        (tsa.PERCENT, "nan", "above 0 and up to 100"),
-        (tsa.BELOW_1, "-0.1", "a number of 0 or more and below 1"),
-        (tsa.BELOW_1, "1", "a number of 0 or more and below 1"),
-        (tsa.BELOW_1, "nan", "a number of 0 or more and below 1"),
-        (tsa.MIXING, "-0.2", "0, or from 0.01 to 1000"),
-        (tsa.MIXING, "0.009", "0, or from 0.01 to 1000"),
-        (tsa.MIXING, "1e-300", "0, or from 0.01 to 1000"),
-        (tsa.MIXING, "1001", "0, or from 0.01 to 1000"),
-        (tsa.MIXING, "1e308", "0, or from 0.01 to 1000"),
-        (tsa.MIXING, "nan", "0, or from 0.01 to 1000"),
+        (SHARE, "-0.01", "a number from 0 to 1"),
+        (SHARE, "1.01", "a number from 0 to 1"),
+        (SHARE, "nan", "a number from 0 to 1"),
+        (PART, "0", "above 0 and up to 1"),
+        (PART, "1.01", "above 0 and up to 1"),
+        (PART, "x", "above 0 and up to 1"),
+        (PERCENT, "0", "above 0 and up to 100"),
+        (PERCENT, "100.1", "above 0 and up to 100"),
+        (PERCENT, "nan", "above 0 and up to 100"),
+        (BELOW_1, "-0.1", "a number of 0 or more and below 1"),
+        (BELOW_1, "1", "a number of 0 or more and below 1"),
+        (BELOW_1, "nan", "a number of 0 or more and below 1"),
+        (MIXING, "-0.2", "0, or from 0.01 to 1000"),
+        (MIXING, "0.009", "0, or from 0.01 to 1000"),
+        (MIXING, "1e-300", "0, or from 0.01 to 1000"),
+        (MIXING, "1001", "0, or from 0.01 to 1000"),
+        (MIXING, "1e308", "0, or from 0.01 to 1000"),
+        (MIXING, "nan", "0, or from 0.01 to 1000"),
     ],
 )
 def test_what_is_no_such_number(parse, text, allowed):
@@ -166,7 +199,7 @@ def test_what_is_no_such_number(parse, text, allowed):
     ],
 )
 def test_mean_and_deviation_of_channels(arguments, mean, std):
-    _, settings = tsa.parse_arguments(arguments)
+    _, settings = parse_arguments(arguments)
     assert (settings.mean, settings.std) == (mean, std)
 
 
@@ -183,21 +216,21 @@ def test_mean_and_deviation_of_channels(arguments, mean, std):
     ],
 )
 def test_what_is_no_mean_or_deviation(arguments, message):
-    with pytest.raises(tsa.UserError, match=f"argument {arguments[0]}: {message}"):
-        tsa.parse_arguments(arguments)
+    with pytest.raises(UserError, match=f"argument {arguments[0]}: {message}"):
+        parse_arguments(arguments)
 
 
 @pytest.mark.parametrize(
     ("text", "epochs"), [("1", (1,)), ("30,60,80", (30, 60, 80)), ("102,154", (102, 154))]
 )
 def test_milestones(text, epochs):
-    assert tsa.parse_milestones(text) == epochs
+    assert parse_milestones(text) == epochs
 
 
 @given(st.sets(st.integers(1, 999_999), min_size=1))
 def test_milestones_come_back_as_they_are_written(epochs):
     ascending = sorted(epochs)
-    assert tsa.parse_milestones(",".join(map(str, ascending))) == tuple(ascending)
+    assert parse_milestones(",".join(map(str, ascending))) == tuple(ascending)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +238,7 @@ def test_milestones_come_back_as_they_are_written(epochs):
 )
 def test_what_are_no_milestones(text):
     with pytest.raises(argparse.ArgumentTypeError, match="list of ascending epochs such as"):
-        tsa.parse_milestones(text)
+        parse_milestones(text)
 
 
 # Groups of settings
@@ -227,29 +260,30 @@ def test_the_order_of_settings_in_help_and_in_files():
     channels_last fused tuned_malloc flush_denormals grads_to_none quick preload pictures
     log_file output_dir print_freq tensorboard json
     """
-    assert [setting.name for setting in dataclasses.fields(tsa.Settings)] == names.split()
+    assert [setting.name for setting in dataclasses.fields(Settings)] == names.split()
 
 
 def test_a_function_that_needs_one_group_takes_it_alone():
-    cores = tuple(tsa.Core(0, 0, 0, cpu, (cpu,)) for cpu in range(3))
-    machine = tsa.Topology("test", cores, frozenset(), frozenset(range(3)), None, True)
-    plan = tsa.plan_cores(machine, tsa.CoreSettings(split="1:2"))
+    cores = tuple(Core(0, 0, 0, cpu, (cpu,)) for cpu in range(3))
+    machine = Topology("test", cores, frozenset(), frozenset(range(3)), None, True)
+    plan = plan_cores(machine, CoreSettings(split="1:2"))
     assert (plan.forward.cpus, plan.backward.cpus) == ((0,), (1, 2))
-    ramp = tsa.DataSettings(min_res=64, image_size=128, end_ramp=3)
-    assert [tsa.image_size_in(ramp, epoch) for epoch in (1, 2, 3)] == [64, 96, 128]
-    assert tsa.largest_size(tsa.DataSettings(), 32) == 32
-    assert tsa.mostly_frozen(tsa.TrainingSettings(freeze="body")) == "body"
+    ramp = DataSettings(min_res=64, image_size=128, end_ramp=3)
+    assert [image_size_in(ramp, epoch) for epoch in (1, 2, 3)] == [64, 96, 128]
+    assert largest_size(DataSettings(), 32) == 32
+    assert mostly_frozen(TrainingSettings(freeze="body")) == "body"
 
 
 def test_a_function_that_takes_one_group_uses_no_other():
     """It reads settings of that group, and passes it on only to functions that take it too."""
     names_of = {
         group.__name__: {setting.name for setting in dataclasses.fields(group)}
-        for group in tsa.Settings.__bases__
+        for group in Settings.__bases__
     }
     takers = {
         (function.name, ast.unparse(argument.annotation)): (function, argument.arg)
-        for function in ast.walk(ast.parse(Path(tsa.__file__).read_text()))
+        for file in Path(split_affinity.__file__).parent.rglob("*.py")
+        for function in ast.walk(ast.parse(file.read_text()))
         if isinstance(function, ast.FunctionDef)
         for argument in function.args.args
         if argument.annotation and ast.unparse(argument.annotation) in names_of
@@ -271,7 +305,7 @@ def test_a_function_that_takes_one_group_uses_no_other():
 
 def message_for(**settings):
     """What is said first against some settings; nothing if they contradict nothing."""
-    return next(tsa.contradictions("train", tsa.Settings(**settings)), None)
+    return next(contradictions("train", Settings(**settings)), None)
 
 
 @pytest.mark.parametrize(
@@ -421,8 +455,8 @@ def test_steps_of_synthetic_images_have_an_end(settings, message):
     ],
 )
 def test_predict_needs_pictures_and_one_trained_model(settings, message):
-    settings = tsa.Settings(**{"pictures": ("a.jpg",)} | settings)
-    assert next(tsa.contradictions("predict", settings), None) == message
+    settings = Settings(**{"pictures": ("a.jpg",)} | settings)
+    assert next(contradictions("predict", settings), None) == message
 
 
 OUT = Path("out")
@@ -498,15 +532,15 @@ def test_the_options_of_a_teacher_need_each_other(settings, message):
     assert message_for(**settings) == message
 
 
-@pytest.mark.parametrize("recipe", tsa.FROM_CHECKPOINT)
+@pytest.mark.parametrize("recipe", FROM_CHECKPOINT)
 def test_some_recipes_start_from_trained_weights(recipe):
     message = f"--recipe {recipe} starts from trained weights: give --init-from PATH"
-    with pytest.raises(tsa.UserError, match=message):
-        tsa.parse_arguments(["--recipe", recipe])
-    assert tsa.GIVE_WEIGHTS == "give --init-from PATH or --weights NAME"
+    with pytest.raises(UserError, match=message):
+        parse_arguments(["--recipe", recipe])
+    assert GIVE_WEIGHTS == "give --init-from PATH or --weights NAME"
     for option in ("--init-from", "--resume", "--weights"):
-        tsa.parse_arguments(["--recipe", recipe, option, "a.pt"])
-    assert tsa.parse_arguments(["plan", "--recipe", recipe])[0] == "plan", "which trains nothing"
+        parse_arguments(["--recipe", recipe, option, "a.pt"])
+    assert parse_arguments(["plan", "--recipe", recipe])[0] == "plan", "which trains nothing"
 
 
 @pytest.mark.parametrize(
@@ -549,15 +583,15 @@ def test_options_that_need_data_or_epochs_or_exclude_each_other(settings, messag
 @pytest.mark.parametrize("command", ["train", "find-lr", "compare"])
 @pytest.mark.parametrize("name", ["machine", "record"])
 def test_another_machine_is_planned_for_and_no_more(command, name):
-    settings = tsa.Settings(**{name: Path("m.json")})
+    settings = Settings(**{name: Path("m.json")})
     message = f"--{name} m.json is for plan, not for {command}"
-    assert list(tsa.contradictions(command, settings)) == [message]
-    assert not list(tsa.contradictions("plan", settings))
+    assert list(contradictions(command, settings)) == [message]
+    assert not list(contradictions("plan", settings))
 
 
 def test_another_machine_cannot_be_measured():
-    settings = tsa.Settings(machine=Path("m.json"), split="auto")
-    assert list(tsa.contradictions("plan", settings)) == [
+    settings = Settings(machine=Path("m.json"), split="auto")
+    assert list(contradictions("plan", settings)) == [
         "--split auto measures the machine that it runs on, not that of --machine m.json: give a "
         "ratio such as 1:2"
     ]
@@ -568,8 +602,8 @@ def test_another_machine_cannot_be_measured():
 
 def with_recipe(name, *options):
     """The settings of a recipe, with what it needs and further options."""
-    needs = ["--init-from", "w.pt"] if name in tsa.FROM_CHECKPOINT else []
-    return tsa.parse_arguments(["--recipe", name, "--data-path", "data", *needs, *options])[1]
+    needs = ["--init-from", "w.pt"] if name in FROM_CHECKPOINT else []
+    return parse_arguments(["--recipe", name, "--data-path", "data", *needs, *options])[1]
 
 
 # Every setting that decides what is computed, where it is not that of the plain program.
@@ -661,9 +695,9 @@ IN_FORCE = {
 }
 
 
-@pytest.mark.parametrize("name", tsa.RECIPES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_what_a_recipe_sets(name):
-    expected = tsa.Settings(
+    expected = Settings(
         recipe=name, data_path=Path("data"), output_dir=OUT / name, **IN_FORCE[name]
     )
     assert with_recipe(name) == expected
@@ -683,31 +717,31 @@ def test_what_a_recipe_sets(name):
 )
 def test_weights_of_a_recipe_give_way_to_those_of_a_file(options, weights):
     assert with_recipe("finetune", *options).weights == weights
-    with pytest.raises(tsa.UserError, match="--init-from a.pt and --weights V1: give one"):
+    with pytest.raises(UserError, match="--init-from a.pt and --weights V1: give one"):
         with_recipe("finetune", "--init-from", "a.pt", "--weights", "V1")
 
 
 def test_the_plain_program_has_the_other_rates_of_the_recipes():
-    plain = tsa.Settings()
+    plain = Settings()
     assert (plain.model, plain.opt, plain.batch_size) == ("resnet50", "sgd", 32)
     assert (plain.momentum, plain.weight_decay, plain.lr_gamma) == (0.9, 1e-4, 0.1)
     assert plain.lr_restart_epochs == 10
-    assert tsa.learning_rate(with_recipe("imagenet")) == pytest.approx(0.1)
+    assert learning_rate(with_recipe("imagenet")) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("name", tsa.RECIPES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_made_of_settings_with_values_that_options_allow(name):
     """Written out as options, it is the same."""
     options = []
-    for setting in dataclasses.fields(tsa.Settings):
-        if setting.name in tsa.recipe_defaults(name):
-            value = tsa.recipe_defaults(name)[setting.name]
+    for setting in dataclasses.fields(Settings):
+        if setting.name in recipe_defaults(name):
+            value = recipe_defaults(name)[setting.name]
             flag = "--" + setting.name.replace("_", "-")
             text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             options += [flag] if value is True else [flag, text]
-    assert len(tsa.recipe_defaults(name)) == len([one for one in options if one[:2] == "--"])
-    needs = ["--init-from", "w.pt"] if name in tsa.FROM_CHECKPOINT else []
-    _, spelled_out = tsa.parse_arguments([*options, "--data-path", "data", *needs])
+    assert len(recipe_defaults(name)) == len([one for one in options if one[:2] == "--"])
+    needs = ["--init-from", "w.pt"] if name in FROM_CHECKPOINT else []
+    _, spelled_out = parse_arguments([*options, "--data-path", "data", *needs])
     assert spelled_out == dataclasses.replace(with_recipe(name), recipe=None)
 
 
@@ -748,7 +782,7 @@ OTHER_VALUES = {
 
 @pytest.mark.parametrize(
     ("recipe", "setting"),
-    [(name, setting) for name in tsa.RECIPES for setting in tsa.recipe_defaults(name)],
+    [(name, setting) for name in RECIPES for setting in recipe_defaults(name)],
 )
 def test_any_option_overrides_a_recipe(recipe, setting):
     options, value = OTHER_VALUES[setting]
@@ -760,7 +794,7 @@ def test_any_option_overrides_a_recipe(recipe, setting):
 
 
 def test_an_option_overrides_a_recipe_that_comes_later():
-    _, settings = tsa.parse_arguments("--no-model-ema --recipe imagenet-full --resume a.pt".split())
+    _, settings = parse_arguments("--no-model-ema --recipe imagenet-full --resume a.pt".split())
     assert settings.model_ema is False
     assert settings.epochs == 60
 
@@ -774,7 +808,7 @@ def test_a_value_that_is_the_program_s_own_default_overrides_a_recipe_too():
 
 
 def help_of(command):
-    return tsa.build_parser(command).format_help()
+    return build_parser(command).format_help()
 
 
 def shown_in(command):
@@ -792,7 +826,7 @@ ELSEWHERE["pictures"] = "predict"
 
 def test_help_lists_every_option_with_its_default():
     text = run = " ".join(help_of("train").split())
-    for setting in dataclasses.fields(tsa.Settings):
+    for setting in dataclasses.fields(Settings):
         switched_off = "no-" if setting.default is True else ""
         if setting.name in ELSEWHERE:
             text = " ".join(help_of(ELSEWHERE[setting.name]).split())
@@ -819,7 +853,7 @@ def test_help_lists_every_option_with_its_default():
     ],
 )
 def test_help_lists_every_recipe(recipe, options):
-    text = tsa.build_parser().format_help()
+    text = build_parser().format_help()
     _, heading, recipes = text.partition("\nrecipes (")
     assert recipes.startswith(
         "defaults that every option overrides; all with --output-dir out/NAME)"
@@ -830,12 +864,12 @@ def test_help_lists_every_recipe(recipe, options):
 
 
 def test_help_lists_every_command():
-    text = tsa.build_parser().format_help()
+    text = build_parser().format_help()
     for command in ("train", "plan", "find-lr", "compare", "predict"):
         assert f"\n  {command:8} " in text
 
 
-ALL = [setting.name for setting in dataclasses.fields(tsa.Settings)]
+ALL = [setting.name for setting in dataclasses.fields(Settings)]
 OF_CORES = """
     split schedule forward_cores backward_cores loader_cores forward_threads backward_threads
 """.split()
@@ -890,40 +924,40 @@ def test_help_of_other_commands_shows_what_makes_a_difference_to_them(command, s
     assert not set(others.split()) & set(shown)
 
 
-@pytest.mark.parametrize("command", tsa.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_what_a_command_shows_exists(command):
-    groups = tsa.Settings.__bases__
-    for each in tsa.COMMANDS[command].shows:
+    groups = Settings.__bases__
+    for each in COMMANDS[command].shows:
         assert each in groups or each in ALL, each
 
 
-@pytest.mark.parametrize("command", tsa.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_three_examples_that_work(command, monkeypatch):
     examples = re.findall(r"^    train_split_affinity.py (.*)$", help_of(command), re.MULTILINE)
-    assert examples == list(tsa.COMMANDS[command].examples.values())
+    assert examples == list(COMMANDS[command].examples.values())
     assert len(examples) == 3
     for arguments in examples:
-        assert tsa.parse_arguments(arguments.split())[0] == command
+        assert parse_arguments(arguments.split())[0] == command
 
 
-@pytest.mark.parametrize("command", tsa.COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_a_terminal_of_80_columns(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     text = help_of(command)
     assert text.isascii()
     assert max(map(len, text.splitlines())) <= 80
-    assert max(map(len, tsa.DATA_SETS.splitlines())) <= 80
+    assert max(map(len, DATA_SETS.splitlines())) <= 80
     assert f"usage: train_split_affinity.py {'[train|' if command == 'train' else command}" in text
 
 
 def test_what_is_told_of_data_sets_is_so():
-    synthetic = tsa.DATA_SETS.partition("synthetic\n")[2]
-    assert f"images   {tsa.SYNTHETIC_IMAGES} to train" in synthetic
-    assert f"classes  {tsa.SYNTHETIC_CLASSES}, or" in synthetic
-    assert f"PATH/{tsa.CIFAR10_FOLDER}, " in tsa.DATA_SETS
-    for name in tsa.VALIDATION_FOLDERS:
-        assert re.search(rf"\b{name}\b", tsa.DATA_SETS.partition("cifar10")[0])
-    told = re.findall(r"\.\w+", re.search(r"hold: (.*)", tsa.DATA_SETS)[1])
+    synthetic = DATA_SETS.partition("synthetic\n")[2]
+    assert f"images   {SYNTHETIC_IMAGES} to train" in synthetic
+    assert f"classes  {SYNTHETIC_CLASSES}, or" in synthetic
+    assert f"PATH/{CIFAR10_FOLDER}, " in DATA_SETS
+    for name in VALIDATION_FOLDERS:
+        assert re.search(rf"\b{name}\b", DATA_SETS.partition("cifar10")[0])
+    told = re.findall(r"\.\w+", re.search(r"hold: (.*)", DATA_SETS)[1])
     assert set(told) <= set(IMG_EXTENSIONS)
 
 
@@ -951,11 +985,11 @@ def test_what_is_told_of_data_sets_is_so():
     ],
 )
 def test_names_from_other_trainers(theirs, ours):
-    expected = tsa.parse_arguments(ours.split())
-    assert expected[1] != tsa.Settings()
-    assert tsa.parse_arguments(theirs.split()) == expected
+    expected = parse_arguments(ours.split())
+    assert expected[1] != Settings()
+    assert parse_arguments(theirs.split()) == expected
     flag, _, value = theirs.rpartition(" ")
-    assert tsa.parse_arguments(f"{flag}={value}".split()) == expected
+    assert parse_arguments(f"{flag}={value}".split()) == expected
 
 
 def test_names_from_other_trainers_override_a_recipe():
@@ -969,13 +1003,13 @@ def test_help_mentions_that_there_are_names_from_other_trainers():
     assert text.endswith(
         "\nNames as in torchvision's and timm's scripts (--wd, --img-size) work too.\n"
     )
-    for command in tsa.COMMANDS:
-        for alias in tsa.ALIASES:
+    for command in COMMANDS:
+        for alias in ALIASES:
             assert not re.search(rf"^ .*{alias}\b(?!-)", help_of(command), re.MULTILINE)
 
 
 def test_the_parser_takes_its_defaults_from_settings():
-    assert tsa.parse_arguments([]) == ("train", tsa.Settings())
+    assert parse_arguments([]) == ("train", Settings())
 
 
 def test_pictures_stand_among_the_options_or_beside_them():
@@ -984,8 +1018,8 @@ def test_pictures_stand_among_the_options_or_beside_them():
         "a.jpg --weights W -b 8 b",
         "-b 8 a.jpg b --weights=W",
     ):
-        _, settings = tsa.parse_arguments(["predict", *arguments.split()])
-        assert settings == tsa.Settings(pictures=("a.jpg", "b"), weights="W", batch_size=8)
+        _, settings = parse_arguments(["predict", *arguments.split()])
+        assert settings == Settings(pictures=("a.jpg", "b"), weights="W", batch_size=8)
 
 
 def resumed(arguments, **saved):
@@ -996,7 +1030,7 @@ def resumed(arguments, **saved):
         asked.extend(what)
         return saved
 
-    command, settings = tsa.parse_arguments(arguments.split(), read)
+    command, settings = parse_arguments(arguments.split(), read)
     assert asked[0] == command
     return settings, asked
 
@@ -1004,9 +1038,9 @@ def resumed(arguments, **saved):
 def test_the_settings_of_a_saved_run_are_defaults():
     """Above the program's own and a recipe's, below what is typed, be it the program's default."""
     settings, asked = resumed("--resume a.pt -b 32", batch_size=8, lr=0.3, min_scale=0.5)
-    assert settings == tsa.Settings(resume=Path("a.pt"), batch_size=32, lr=0.3, min_scale=0.5)
+    assert settings == Settings(resume=Path("a.pt"), batch_size=32, lr=0.3, min_scale=0.5)
     assert asked[1:] == [
-        tsa.Settings(resume=Path("a.pt"), batch_size=32),
+        Settings(resume=Path("a.pt"), batch_size=32),
         {"resume": Path("a.pt"), "batch_size": 32},
     ]
     settings, _ = resumed("--recipe digits --resume auto --no-model-ema", epochs=20, model_ema=True)
@@ -1015,7 +1049,7 @@ def test_the_settings_of_a_saved_run_are_defaults():
 
 
 def test_contradictions_are_looked_for_among_what_is_in_force():
-    with pytest.raises(tsa.UserError, match="overlap has nothing to overlap with --split none"):
+    with pytest.raises(UserError, match="overlap has nothing to overlap with --split none"):
         resumed("--resume a.pt --split none", schedule="overlap", accumulate=2)
     assert resumed("--resume a.pt --schedule overlap", accumulate=2)[0].accumulate == 2
     assert resumed("--resume a.pt --save-steps 5", output_dir=OUT)[0].save_steps == 5
@@ -1033,18 +1067,18 @@ def test_contradictions_are_looked_for_among_what_is_in_force():
     ],
 )
 def test_what_no_saved_run_can_mend_is_said_before_it_is_read(arguments, message):
-    with pytest.raises(tsa.UserError, match=message):
-        tsa.parse_arguments(arguments.split(), lambda *what: pytest.fail("read"))
-    with pytest.raises(tsa.UserError, match=message):
-        tsa.parse_arguments(arguments.split())
+    with pytest.raises(UserError, match=message):
+        parse_arguments(arguments.split(), lambda *what: pytest.fail("read"))
+    with pytest.raises(UserError, match=message):
+        parse_arguments(arguments.split())
 
 
 def test_arguments_become_settings():
-    command, settings = tsa.parse_arguments(
+    command, settings = parse_arguments(
         "plan -b 8 --split 1:2 --loader-cores 0-1 -j 0 --deterministic --lr 1e-3".split()
     )
     assert command == "plan"
-    assert settings == tsa.Settings(
+    assert settings == Settings(
         batch_size=8, split="1:2", loader_cores=(0, 1), workers=0, deterministic=True, lr=1e-3
     )
 
@@ -1064,5 +1098,5 @@ def test_arguments_become_settings():
 )
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 def test_a_name_in_any_locale_becomes_the_same_text(name, text, encoding):
-    once = tsa.readable(name.decode(encoding, "surrogateescape"))
-    assert once == tsa.readable(once) == text
+    once = readable(name.decode(encoding, "surrogateescape"))
+    assert once == readable(once) == text

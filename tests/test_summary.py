@@ -7,7 +7,20 @@ import pytest
 from patching import set_everywhere
 from records import PLAN, record, step, summarise
 
-import train_split_affinity as tsa
+from split_affinity.lanes.contention import Company, joined
+from split_affinity.machine.plan import CorePlan, Group, plan_cores
+from split_affinity.machine.topology import read_topology
+from split_affinity.options.settings import Settings
+from split_affinity.reports.summary import (
+    Tally,
+    covered_s,
+    lanes_busy,
+    memory_by_node,
+    parse_numa_maps,
+    running_alone,
+)
+from split_affinity.reports.tables import summary_lines
+from split_affinity.training.steps import StepResult
 
 
 def test_a_step_in_metrics():
@@ -40,7 +53,7 @@ def test_a_step_in_metrics():
 def company(end_s, forward=0.0, backward=0.0, stolen=0.0, seconds=1.0):
     """What others took of two lanes in some seconds, by default in one."""
     others = {"forward": forward, "backward": backward}
-    return tsa.Company(end_s - seconds, end_s, others, stolen)
+    return Company(end_s - seconds, end_s, others, stolen)
 
 
 def test_a_step_after_which_others_were_looked_for_tells_of_them():
@@ -100,7 +113,7 @@ def test_stray_time_counts_warm_up_too():
     summary = summarise([step(1, stray_s=0.5), *(step(n) for n in range(2, 12))], PLAN)
     assert summary.stray_s == pytest.approx(1.0)
     assert [phase.stray_ms for phase in summary.phases] == pytest.approx([0, 1000, 0])
-    assert "could leave" in tsa.summary_lines(summary)[1]
+    assert "could leave" in summary_lines(summary)[1]
 
 
 def spans(*pairs):
@@ -117,7 +130,7 @@ def spans(*pairs):
     ],
 )
 def test_seconds_with_at_least_one_phase(pairs, seconds):
-    assert tsa.covered_s(spans(*pairs)) == pytest.approx(seconds)
+    assert covered_s(spans(*pairs)) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +143,7 @@ def test_seconds_with_at_least_one_phase(pairs, seconds):
     ],
 )
 def test_phases_without_company(pairs, alone):
-    assert [(r.start_s, r.end_s) for r in tsa.running_alone(spans(*pairs))] == alone
+    assert [(r.start_s, r.end_s) for r in running_alone(spans(*pairs))] == alone
 
 
 def overlapping_step():
@@ -141,7 +154,7 @@ def overlapping_step():
         record("forward", 0.1, 0.2, other_lane_s=0.2),
         record("update", 0.8, 0.1, other_lane_s=0.007),
     )
-    return tsa.StepResult(1, 2.0, 8, 1.0, records, (), 0.05)
+    return StepResult(1, 2.0, 8, 1.0, records, (), 0.05)
 
 
 def test_the_summary_of_overlapping_phases():
@@ -169,31 +182,31 @@ def test_the_summary_of_overlapping_phases():
 def test_a_second_hardware_thread_does_not_halve_what_is_busy(tmp_path, threads, cores_used, busy):
     """Two groups of two cores with two hardware threads each."""
     root = machines.write_machine(tmp_path, machines.SMT_FAR)
-    topology = tsa.read_topology(root, frozenset(range(8)))
-    settings = tsa.Settings(forward_threads=threads, backward_threads=threads)
-    plan = tsa.plan_cores(topology, settings)
+    topology = read_topology(root, frozenset(range(8)))
+    settings = Settings(forward_threads=threads, backward_threads=threads)
+    plan = plan_cores(topology, settings)
     assert [len(group.cpus) for group in plan.groups] == [4, 4]
     records = (
         record("forward", 0.0, 1.0, cpu_s=cores_used),
         record("backward", 1.0, 3.0, cpu_s=3 * cores_used),
     )
-    summary = summarise([tsa.StepResult(1, 2.0, 8, 4.0, records)], plan)
+    summary = summarise([StepResult(1, 2.0, 8, 4.0, records)], plan)
     assert [phase.busy for phase in summary.phases] == pytest.approx([busy, busy])
     assert summary.busy == pytest.approx({"forward": busy / 4, "backward": 3 * busy / 4})
 
 
 def test_a_lane_without_a_split_is_busy_in_all_phases():
-    group = tsa.Group("all", (0, 1, 2), 3)
-    plan = tsa.CorePlan("none", group, group, (0,))
+    group = Group("all", (0, 1, 2), 3)
+    plan = CorePlan("none", group, group, (0,))
     records = [
         dataclasses.replace(one, lane="all")
         for one in (record("forward", 0, 0.3, cpu_s=0.9), record("backward", 0.3, 0.3, cpu_s=0.6))
     ]
-    assert tsa.lanes_busy(plan, records, 1.0) == pytest.approx({"all": 0.5})
+    assert lanes_busy(plan, records, 1.0) == pytest.approx({"all": 0.5})
 
 
 def test_figures_by_cpu_are_summed_up_and_kept_for_a_picture_only():
-    tally = tsa.Tally(PLAN)
+    tally = Tally(PLAN)
     for number in range(1, 8):
         busy = {0: 0.0, 1: 0.01 * number, 2: 0.02} if number % 2 else {}
         seen = {"seen_on": frozenset({number % 3}), "used_on_s": {1: 0.01}, "cpu_before_s": busy}
@@ -209,27 +222,27 @@ def test_figures_by_cpu_are_summed_up_and_kept_for_a_picture_only():
 
 
 def test_the_audit_s_own_cost():
-    tally = tsa.Tally(PLAN)
+    tally = Tally(PLAN)
     for number in range(1, 6):  # two are warm-up
         tally.add(step(number, step_s=0.5, audit_s=0.005))
     summary = tally.summary()
     assert summary.audit_ms == pytest.approx(1e3 * 2 * 0.005 / 5), "two phases of five have it"
     assert summary.audit_share == pytest.approx(2 * 0.005 / 0.5)
     line = "the audit of where threads ran took 2.00 ms a phase, 2.0% of a step"
-    assert tsa.summary_lines(summary)[-1] == line
+    assert summary_lines(summary)[-1] == line
 
 
 def test_what_others_took_is_a_mean_by_time():
     spans = company(1.0, 0.4, 0.1), company(5.0, 0.0, 0.1, 0.5, 4.0), company(10.0, 1.0, 0.1, 0, 5)
-    whole = tsa.joined(spans)
+    whole = joined(spans)
     assert (whole.start_s, whole.end_s) == (0.0, 10.0)
     assert whole.others == pytest.approx({"forward": 0.54, "backward": 0.1})
     assert whole.stolen == pytest.approx(0.2)
-    assert tsa.joined(spans[:1]) == spans[0]
+    assert joined(spans[:1]) == spans[0]
 
 
 def test_what_others_took_in_a_long_run_needs_no_more_memory():
-    tally = tsa.Tally(PLAN)
+    tally = Tally(PLAN)
     for number in range(1, 1001):
         lately = tally.add_company(company(float(number), 0.3 if number <= 100 else 0.0))
     assert len(tally.looks) < 20
@@ -243,7 +256,7 @@ def test_what_others_took_in_a_long_run_needs_no_more_memory():
 def test_a_summary_where_nobody_could_look():
     summary = summarise([step(1)])
     assert summary.company is None
-    assert "other processes" not in "".join(tsa.summary_lines(summary))
+    assert "other processes" not in "".join(summary_lines(summary))
 
 
 @pytest.mark.parametrize(
@@ -257,7 +270,7 @@ def test_a_summary_where_nobody_could_look():
 )
 def test_what_others_took_lately(ends_s, spans):
     """Of ten seconds at the least, without what is older."""
-    tally, begun_s, found = tsa.Tally(PLAN), 0, []
+    tally, begun_s, found = Tally(PLAN), 0, []
     for end_s in ends_s:
         lately = tally.add_company(company(end_s, seconds=end_s - begun_s))
         found.append(lately and (lately.start_s, lately.end_s))
@@ -279,14 +292,14 @@ NUMA_MAPS = """\
 
 def test_memory_by_node():
     """As in the kernel's numa_maps, with pages of three sizes; files are left out."""
-    assert tsa.parse_numa_maps(NUMA_MAPS) == {
+    assert parse_numa_maps(NUMA_MAPS) == {
         0: 2**30 + 10 * 2**16,
         1: 2**20 + 3 * 2**21 + 10 * 2**16,
         2: 10 * 2**16,
         3: 10 * 2**16,
         10: 5 * 2**12,
     }
-    assert tsa.parse_numa_maps("") == {}
+    assert parse_numa_maps("") == {}
 
 
 @pytest.mark.parametrize(
@@ -299,4 +312,4 @@ def test_memory_by_node():
 )
 def test_memory_is_told_by_node_where_there_are_several(tmp_path, rows, maps, nodes):
     files = {"proc/self/numa_maps": maps} if maps else {}
-    assert list(tsa.memory_by_node(machines.write_machine(tmp_path, rows, files))) == nodes
+    assert list(memory_by_node(machines.write_machine(tmp_path, rows, files))) == nodes

@@ -11,7 +11,30 @@ from patching import set_everywhere
 from PIL import Image
 from records import PLAN, record, step
 
-import train_split_affinity as tsa
+from split_affinity.data.samples import LoadRecord
+from split_affinity.errors import RunError
+from split_affinity.lanes.contention import Company
+from split_affinity.machine.plan import plan_cores
+from split_affinity.machine.topology import read_topology
+from split_affinity.options.settings import Settings
+from split_affinity.reports.timeline import (
+    COLOURS,
+    OTHERS,
+    STOLEN,
+    Panel,
+    Row,
+    busy_in_phase,
+    cpu_bars,
+    draw_panel,
+    draw_timelines,
+    lane_bars,
+    number_batches,
+    panel_rows,
+    spaced,
+    steps_to_draw,
+)
+from split_affinity.reports.trace import trace_events
+from split_affinity.training.steps import PHASES, StepResult
 
 
 def phases(*triples):
@@ -50,20 +73,20 @@ def phases(*triples):
     ],
 )
 def test_micro_batches_are_numbered(records, numbers):
-    assert tsa.number_batches(records) == numbers
+    assert number_batches(records) == numbers
 
 
 @pytest.mark.parametrize(("steps", "shown"), [(1, [1]), (2, [1, 2]), (9, [7, 8, 9])])
 def test_the_latest_steps_are_drawn(steps, shown):
     results = [step(number) for number in range(1, steps + 1)]
-    assert [result.step for result in tsa.steps_to_draw(results)] == shown
+    assert [result.step for result in steps_to_draw(results)] == shown
 
 
 def test_no_more_than_can_be_read_is_drawn(monkeypatch):
     set_everywhere(monkeypatch, "PHASES_TO_DRAW", 10)
-    assert len(tsa.steps_to_draw([step(number) for number in range(1, 9)])) == 2
+    assert len(steps_to_draw([step(number) for number in range(1, 9)])) == 2
     set_everywhere(monkeypatch, "PHASES_TO_DRAW", 1)
-    assert len(tsa.steps_to_draw([step(number) for number in range(1, 9)])) == 1
+    assert len(steps_to_draw([step(number) for number in range(1, 9)])) == 1
 
 
 def drawn(panel, span_s):
@@ -71,14 +94,14 @@ def drawn(panel, span_s):
     how high it begins and ends, as a share of a core's time.
     """
     ax = Figure().subplots()
-    tsa.draw_panel(ax, panel, span_s)
+    draw_panel(ax, panel, span_s)
     names = [label.get_text() for label in ax.get_yticklabels()]
     bars = set()
     for collection in ax.collections:
         (path,) = collection.get_paths()
         (left, top), (right, bottom) = path.get_extents().get_points()
         row, key = round((top + bottom) / 2), collection.get_label()
-        assert to_hex(collection.get_facecolor()[0]) == tsa.COLOURS[key]
+        assert to_hex(collection.get_facecolor()[0]) == COLOURS[key]
         heights = ((row + 0.35 - y) / 0.7 for y in (bottom, top))
         bars.add((names[row], key, *(round(float(value), 6) for value in (left, right, *heights))))
     return ax, names, bars
@@ -101,8 +124,8 @@ def test_the_bars_of_a_panel():
     before_s = ({0: 5.0, 1: 7.0, 2: 9.0}, {0: 6.0, 1: 7.0, 2: 9.4}, {})
     looks = zip(records, before_s, strict=True)
     records = tuple(dataclasses.replace(each, cpu_before_s=before) for each, before in looks)
-    result = tsa.StepResult(1, 1.0, 8, 4.0, records)
-    ax, names, bars = drawn(tsa.Panel("title", PLAN, [result]), 4.0)
+    result = StepResult(1, 1.0, 8, 4.0, records)
+    ax, names, bars = drawn(Panel("title", PLAN, [result]), 4.0)
     assert names == ["forward lane", "core 0", "backward lane", "core 1", "core 2"]
     assert {bar[:4] for bar in bars if "lane" in bar[0]} == {
         ("forward lane", "forward", 0.0, 1.0),
@@ -158,14 +181,14 @@ def test_what_a_core_was_busy_with(duration_s, cpu_s, used_on_s, cpu_busy_s, own
     made = record(
         "backward", 0.0, duration_s, cpu_s=cpu_s, used_on_s=used_on_s, cpu_busy_s=cpu_busy_s
     )
-    own, others = tsa.busy_in_phase(made, (1, 2))
+    own, others = busy_in_phase(made, (1, 2))
     assert own == pytest.approx(own_s)
     assert others == (others_s and pytest.approx(others_s))
 
 
 def test_a_single_core_s_short_phases_are_exact_without_a_closer_look():
     made = record("forward", 0.0, 0.04, cpu_s=0.01, cpu_busy_s={}, seen_on=frozenset())
-    (bar,) = tsa.cpu_bars(tsa.Row("core 0", PLAN.forward, (0,)), [made])
+    (bar,) = cpu_bars(Row("core 0", PLAN.forward, (0,)), [made])
     assert bar.height == pytest.approx(0.7 * 0.25)
     assert bar.alpha == 1, "and whether the rest was idle is unknown"
 
@@ -181,15 +204,15 @@ def test_a_single_core_s_short_phases_are_exact_without_a_closer_look():
     ],
 )
 def test_readings_too_close_for_the_kernel_s_ticks_are_passed_over(times_s, kept):
-    assert [time_s for time_s, _ in tsa.spaced([(time_s, {}) for time_s in times_s])] == kept
+    assert [time_s for time_s, _ in spaced([(time_s, {}) for time_s in times_s])] == kept
 
 
 def rows_on(tmp_path, machine, knows_cores=True, **asked):
     """The rows of a panel on a machine."""
     cpus = frozenset(row[0] for row in machine)
-    topology = tsa.read_topology(machines.write_machine(tmp_path, machine), cpus)
-    plan = tsa.plan_cores(topology, tsa.Settings(**asked))
-    return tsa.panel_rows(tsa.Panel("", plan, [], topology.cores if knows_cores else ()))
+    topology = read_topology(machines.write_machine(tmp_path, machine), cpus)
+    plan = plan_cores(topology, Settings(**asked))
+    return panel_rows(Panel("", plan, [], topology.cores if knows_cores else ()))
 
 
 # Two sockets, each a node, of eight L3 domains of eight cores each.
@@ -288,24 +311,24 @@ def test_one_thread_a_core_fills_a_row_of_two_hardware_threads(tmp_path):
     row = rows_on(tmp_path, SMT_SERVER)[1]
     assert len(row.cpus) == 16
     assert row.share(dict.fromkeys(range(8), 1.0), 1.0) == 1
-    alone = tsa.Row("core 0", row.group, (0,))
+    alone = Row("core 0", row.group, (0,))
     assert alone.share({0: 0.5, 128: 0.5}, 1.0) == 0.5
 
 
 def test_company_is_marked_above_the_lane_that_it_disturbed():
     companies = [
         None,
-        tsa.Company(2.0, 3.0, {"forward": 0.09, "backward": 0.1}, 0.05),
-        tsa.Company(3.0, 4.0, {"forward": 0.0, "backward": 0.02}, 0.1),
+        Company(2.0, 3.0, {"forward": 0.09, "backward": 0.1}, 0.05),
+        Company(3.0, 4.0, {"forward": 0.0, "backward": 0.02}, 0.1),
     ]
     steps = [dataclasses.replace(step(1), company=company) for company in companies]
-    assert tsa.Panel("of steps", PLAN, steps).companies == companies[1:]
-    panel = tsa.Panel("of a whole run", PLAN, [step(1)], looks=companies[1:])
+    assert Panel("of steps", PLAN, steps).companies == companies[1:]
+    panel = Panel("of a whole run", PLAN, [step(1)], looks=companies[1:])
     marks = {
         lane: [
             (bar.key, bar.start_s, bar.end_s)
-            for bar in tsa.lane_bars(lane, panel.companies, [])
-            if bar.key not in tsa.PHASES
+            for bar in lane_bars(lane, panel.companies, [])
+            if bar.key not in PHASES
         ]
         for lane in ("forward", "backward")
     }
@@ -325,16 +348,16 @@ def figures(monkeypatch):
 
 
 def test_the_legend_has_what_is_in_the_picture(tmp_path, figures):
-    panel = tsa.Panel("one", PLAN, [step(1)])
-    tsa.draw_timelines(tmp_path / "t.png", "title", [panel], "the machine; versions")
-    company = tsa.Company(0.0, 1.0, {"backward": 0.5}, 0.5)
-    disturbed = tsa.Panel("one", PLAN, [dataclasses.replace(step(1), company=company)])
-    tsa.draw_timelines(tmp_path / "t.png", "title", [disturbed])
+    panel = Panel("one", PLAN, [step(1)])
+    draw_timelines(tmp_path / "t.png", "title", [panel], "the machine; versions")
+    company = Company(0.0, 1.0, {"backward": 0.5}, 0.5)
+    disturbed = Panel("one", PLAN, [dataclasses.replace(step(1), company=company)])
+    draw_timelines(tmp_path / "t.png", "title", [disturbed])
     before = dataclasses.replace(company, start_s=-2.0, end_s=-1.0)
-    tsa.draw_timelines(tmp_path / "t.png", "title", [dataclasses.replace(panel, looks=[before])])
+    draw_timelines(tmp_path / "t.png", "title", [dataclasses.replace(panel, looks=[before])])
     keys = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in figures]
     assert keys[0] == ["forward", "backward", "update", "core idle"]
-    assert keys[1] == [*keys[0], tsa.OTHERS, tsa.STOLEN]
+    assert keys[1] == [*keys[0], OTHERS, STOLEN]
     assert keys[2] == keys[0], "what others took before"
     explanation = figures[0].legends[0].get_title().get_text()
     assert explanation.startswith(
@@ -358,7 +381,7 @@ def lasting(*durations_s):
     steps, start_s = [], 0.0
     for number, duration_s in enumerate(durations_s, start=1):
         records = (record("backward", start_s, duration_s),)
-        steps.append(tsa.StepResult(number, 1.0, 8, duration_s, records))
+        steps.append(StepResult(number, 1.0, 8, duration_s, records))
         start_s += duration_s
     return steps
 
@@ -373,8 +396,8 @@ def lasting(*durations_s):
     ],
 )
 def test_the_span_holds_a_whole_step_of_each_panel(tmp_path, figures, panels, span_s):
-    panels = [tsa.Panel("", PLAN, lasting(*durations_s)) for durations_s in panels]
-    tsa.draw_timelines(tmp_path / "t.png", "title", panels)
+    panels = [Panel("", PLAN, lasting(*durations_s)) for durations_s in panels]
+    draw_timelines(tmp_path / "t.png", "title", panels)
     assert [ax.get_xlim() for ax in figures[0].axes] == [(0.0, span_s)] * len(panels)
 
 
@@ -387,10 +410,10 @@ def test_steps_of_eight_micro_batches_have_all_their_numbers(tmp_path, figures):
             records.append(record("forward", start_s + part, 0.3))
             records.append(record("backward", start_s + part + 0.3, 0.7))
         records.append(record("update", start_s + 8.0, 0.3))
-        steps.append(tsa.StepResult(number, 1.0, 8, 8.3, tuple(records)))
-    shown = tsa.steps_to_draw(steps)
+        steps.append(StepResult(number, 1.0, 8, 8.3, tuple(records)))
+    shown = steps_to_draw(steps)
     assert [result.step for result in shown] == [3, 4]
-    tsa.draw_timelines(tmp_path / "t.png", "", [tsa.Panel("", PLAN, shown)])
+    draw_timelines(tmp_path / "t.png", "", [Panel("", PLAN, shown)])
     (ax,) = figures[0].axes
     figures[0].figure.draw_without_rendering()
     assert sorted(int(text.get_text()) for text in ax.texts) == sorted([*range(1, 17)] * 2)
@@ -399,9 +422,9 @@ def test_steps_of_eight_micro_batches_have_all_their_numbers(tmp_path, figures):
 
 
 def test_a_picture_with_several_panels(tmp_path):
-    panels = [tsa.Panel(name, PLAN, [step(1)]) for name in ("one", "two")]
-    tsa.draw_timelines(tmp_path / "one.png", "title", panels[:1])
-    tsa.draw_timelines(tmp_path / "two.png", "title", panels)
+    panels = [Panel(name, PLAN, [step(1)]) for name in ("one", "two")]
+    draw_timelines(tmp_path / "one.png", "title", panels[:1])
+    draw_timelines(tmp_path / "two.png", "title", panels)
     first, second = (Image.open(tmp_path / name) for name in ("one.png", "two.png"))
     assert first.width == second.width > 1000
     assert second.height > first.height
@@ -410,14 +433,14 @@ def test_a_picture_with_several_panels(tmp_path):
 
 def test_a_picture_that_cannot_be_written(tmp_path):
     (tmp_path / "taken.png").mkdir()
-    with pytest.raises(tsa.RunError, match="taken.png: cannot be written"):
-        tsa.draw_timelines(tmp_path / "taken.png", "title", [tsa.Panel("one", PLAN, [step(1)])])
+    with pytest.raises(RunError, match="taken.png: cannot be written"):
+        draw_timelines(tmp_path / "taken.png", "title", [Panel("one", PLAN, [step(1)])])
 
 
 def test_the_trace():
-    loads = (tsa.LoadRecord(1, -0.5, -0.25), tsa.LoadRecord(0, 0.0, 1.0), tsa.LoadRecord(-1, 1, 2))
-    result = tsa.StepResult(1, 1.0, 8, 5.0, step(1).records, loads)
-    trace = json.loads(json.dumps(tsa.trace_events(PLAN, [result])))
+    loads = (LoadRecord(1, -0.5, -0.25), LoadRecord(0, 0.0, 1.0), LoadRecord(-1, 1, 2))
+    result = StepResult(1, 1.0, 8, 5.0, step(1).records, loads)
+    trace = json.loads(json.dumps(trace_events(PLAN, [result])))
     events = trace["traceEvents"]
     names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
     assert list(names.values()) == [
@@ -514,10 +537,10 @@ def test_the_trace():
 )
 def test_the_trace_tells_step_and_micro_batch(steps, expected):
     results = [
-        tsa.StepResult(number, 1.0, 8, 1.0, tuple(phases(*triples)))
+        StepResult(number, 1.0, 8, 1.0, tuple(phases(*triples)))
         for number, triples in enumerate(steps, start=5)
     ]
-    spans = [event for event in tsa.trace_events(PLAN, results)["traceEvents"] if "cat" in event]
+    spans = [event for event in trace_events(PLAN, results)["traceEvents"] if "cat" in event]
     found = [
         f"{event['cat']} {event['args']['step']}"
         + (f".{event['args']['micro_batch']}" if "micro_batch" in event["args"] else "")

@@ -12,19 +12,41 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import train_split_affinity as tsa
-from train_split_affinity import Core, Settings, Topology
+from split_affinity import ALLOWED_CPUS
+from split_affinity.errors import UserError
+from split_affinity.machine.description import machine_text, parse_machine, read_machine
+from split_affinity.machine.plan import (
+    Host,
+    forward_count,
+    fullest_subset,
+    plan_cores,
+    rank_topology,
+    share_by_kind,
+    share_out,
+    take,
+    usable_cores,
+)
+from split_affinity.machine.topology import (
+    Core,
+    Topology,
+    cpus_of,
+    host_kind,
+    read_quota,
+    read_topology,
+)
+from split_affinity.options.settings import Settings
+from split_affinity.text import format_cpu_list
 
 
 def read(root, rows, allowed=None, files=None, offline=""):
     """The topology of a stored machine."""
     machines.write_machine(root, rows, files, offline)
     cpus = allowed if allowed is not None else [row[0] for row in rows]
-    return tsa.read_topology(root, frozenset(cpus))
+    return read_topology(root, frozenset(cpus))
 
 
 def plan(topology, **settings):
-    return tsa.plan_cores(topology, Settings(**settings))
+    return plan_cores(topology, Settings(**settings))
 
 
 def groups(topology, **settings):
@@ -70,13 +92,13 @@ def test_an_offline_sibling_is_no_part_of_its_core(tmp_path):
 
 
 def test_without_sysfs_every_allowed_cpu_is_a_core(tmp_path):
-    topology = tsa.read_topology(tmp_path, frozenset({0, 1, 2}))
+    topology = read_topology(tmp_path, frozenset({0, 1, 2}))
     assert [core.cpus for core in topology.cores] == [(0,), (1,), (2,)]
 
 
 def test_this_machine_can_be_read():
-    topology = tsa.read_topology()
-    assert topology.allowed == tsa.ALLOWED_CPUS
+    topology = read_topology()
+    assert topology.allowed == ALLOWED_CPUS
     assert topology.allowed <= set(topology.online)
 
 
@@ -133,7 +155,7 @@ def test_reads_memory_limits_to_which_swap_adds(tmp_path, files, memory_bytes):
 
 
 def test_reads_the_memory_of_this_machine():
-    memory_bytes = tsa.read_topology().memory_bytes
+    memory_bytes = read_topology().memory_bytes
     assert psutil.Process().memory_info().rss < memory_bytes
     assert memory_bytes <= psutil.virtual_memory().total + psutil.swap_memory().total
 
@@ -210,7 +232,7 @@ def test_names_of_mounts_need_not_be_utf_8(tmp_path):
     read(tmp_path, machines.SEVEN, files=machines.CGROUP_V2 | QUOTA_V2)
     mounts = tmp_path / "proc/self/mountinfo"
     mounts.write_bytes(b"36 24 0:31 / /caf\xe9 rw - tmpfs tmpfs rw\n" + mounts.read_bytes())
-    assert tsa.read_quota(tmp_path) == 2.5
+    assert read_quota(tmp_path) == 2.5
 
 
 @pytest.mark.parametrize(
@@ -260,7 +282,7 @@ def test_a_quota_leaves_the_fast_cores(tmp_path):
     ],
 )
 def test_ratios_are_rounded_to_cores(count, ratio, forward):
-    assert tsa.forward_count(count, *ratio) == forward
+    assert forward_count(count, *ratio) == forward
 
 
 def test_split_none_is_one_lane_over_all_cores(tmp_path):
@@ -313,7 +335,7 @@ def test_lists_that_share_a_core_are_noted(tmp_path):
 )
 def test_impossible_requests(tmp_path, settings, message):
     topology = read(tmp_path, machines.SEVEN, allowed=[0, 1, 2], offline="7")
-    with pytest.raises(tsa.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         plan(topology, **settings)
 
 
@@ -322,7 +344,7 @@ def test_without_thread_affinity_only_one_lane_works():
     topology = Topology("Apple", cores, frozenset(), frozenset(range(4)), None, has_affinity=False)
     assert plan(topology, split="none").forward.cpus == (0, 1, 2, 3)
     for settings in ({}, {"split": "1:2"}, {"split": "none", "loader_cores": (0,)}):
-        with pytest.raises(tsa.UserError, match="only --split none works"):
+        with pytest.raises(UserError, match="only --split none works"):
             plan(topology, **settings)
 
 
@@ -364,15 +386,15 @@ ratios = st.tuples(st.integers(1, 5), st.integers(1, 5))
 def test_properties_of_a_split(topology, ratio):
     made = plan(topology, split=f"{ratio[0]}:{ratio[1]}")
     forward, backward = set(made.forward.cpus), set(made.backward.cpus)
-    usable = tsa.usable_cores(topology)
+    usable = usable_cores(topology)
     assert forward and backward
-    assert forward | backward == set(tsa.cpus_of(usable)) <= topology.allowed
+    assert forward | backward == set(cpus_of(usable)) <= topology.allowed
     assert made.forward.threads <= len(forward) and made.backward.threads <= len(backward)
     if len(usable) > 1:
         assert not forward & backward
         for core in topology.cores:
             assert not (forward & set(core.cpus) and backward & set(core.cpus))
-        assert made.forward.threads == tsa.forward_count(len(usable), *ratio)
+        assert made.forward.threads == forward_count(len(usable), *ratio)
         assert made.forward.threads + made.backward.threads == len(usable)
     elif len(forward | backward) > 1:
         assert not forward & backward
@@ -382,11 +404,11 @@ def test_properties_of_a_split(topology, ratio):
 
 @given(topologies(), ratios)
 def test_both_groups_have_the_same_mix(topology, ratio):
-    usable = tsa.usable_cores(topology)
+    usable = usable_cores(topology)
     if len(usable) < 2:
         return
-    count = tsa.forward_count(len(usable), *ratio)
-    for kind, share in tsa.share_by_kind(usable, count):
+    count = forward_count(len(usable), *ratio)
+    for kind, share in share_by_kind(usable, count):
         assert abs(share - len(kind) * count / len(usable)) < 1
 
 
@@ -394,7 +416,7 @@ def test_both_groups_have_the_same_mix(topology, ratio):
 def test_no_more_domains_are_split_than_one_at_each_level(topology, data):
     cores = topology.cores
     count = data.draw(st.integers(0, len(cores)))
-    chosen = tsa.take(cores, count)
+    chosen = take(cores, count)
     assert len(set(chosen)) == count
     for level in ("package", "l3"):
         whole_or_none = 0
@@ -407,7 +429,7 @@ def test_no_more_domains_are_split_than_one_at_each_level(topology, data):
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 40))
 def test_the_fullest_subset_is_the_fullest(sizes, limit):
-    subset = tsa.fullest_subset(sizes, limit)
+    subset = fullest_subset(sizes, limit)
     best = max(
         total
         for length in range(len(sizes) + 1)
@@ -423,26 +445,26 @@ def test_the_fullest_subset_is_the_fullest(sizes, limit):
 
 def shares(topology, ranks):
     """The CPUs of each of so many ranks on one machine, as lists."""
-    hosts = ranks * [tsa.Host("boot", "box", topology, "2.15")]
-    allowed = (tsa.rank_topology(hosts, rank).allowed for rank in range(ranks))
-    return [tsa.format_cpu_list(cpus) for cpus in allowed]
+    hosts = ranks * [Host("boot", "box", topology, "2.15")]
+    allowed = (rank_topology(hosts, rank).allowed for rank in range(ranks))
+    return [format_cpu_list(cpus) for cpus in allowed]
 
 
 def of_ranks(topology, ranks, **settings):
     """(forward CPUs, backward CPUs) of each of so many ranks."""
-    hosts = ranks * [tsa.Host("boot", "box", topology, "2.15")]
-    return [groups(tsa.rank_topology(hosts, rank), **settings) for rank in range(ranks)]
+    hosts = ranks * [Host("boot", "box", topology, "2.15")]
+    return [groups(rank_topology(hosts, rank), **settings) for rank in range(ranks)]
 
 
 def test_ranks_get_whole_sockets_and_caches(tmp_path):
     server = read(tmp_path, machines.TWO_SOCKETS_SMT)
     assert shares(server, 2) == ["0-15,32-47", "16-31,48-63"]
     assert shares(server, 4) == ["0-7,32-39", "8-15,40-47", "16-23,48-55", "24-31,56-63"]
-    assert [tuple(map(tsa.format_cpu_list, pair)) for pair in of_ranks(server, 2)] == [
+    assert [tuple(map(format_cpu_list, pair)) for pair in of_ranks(server, 2)] == [
         ("0-7,32-39", "8-15,40-47"),
         ("16-23,48-55", "24-31,56-63"),
     ], "inside its share each rank has a split of whole caches"
-    assert [tuple(map(tsa.format_cpu_list, pair)) for pair in of_ranks(server, 4)][3] == (
+    assert [tuple(map(format_cpu_list, pair)) for pair in of_ranks(server, 4)][3] == (
         "24-27,56-59",
         "28-31,60-63",
     )
@@ -460,7 +482,7 @@ def test_ranks_share_a_quota_out(tmp_path):
     server = read(tmp_path, machines.TWO_SOCKETS, files=quota)
     assert shares(server, 2) == ["0-1,3", "2,4,6"], "of four and two cores: one has to cross"
     assert shares(server, 6) == ["0", "2", "4", "6", "1", "3"]
-    with pytest.raises(tsa.UserError, match=r"7 ranks on box: more than its 6 cores .* CPU quota"):
+    with pytest.raises(UserError, match=r"7 ranks on box: more than its 6 cores .* CPU quota"):
         shares(server, 7)
 
 
@@ -470,7 +492,7 @@ def test_more_ranks_than_cores(tmp_path):
     message = (
         r"3 ranks on box: more than its 2 cores that can be used \(allowed: 0-1,4\); start fewer"
     )
-    with pytest.raises(tsa.UserError, match=message):
+    with pytest.raises(UserError, match=message):
         shares(machine, 3)
 
 
@@ -479,7 +501,7 @@ def test_masks_that_a_launcher_has_set_stay(tmp_path):
     server = read(tmp_path, machines.TWO_SOCKETS)
     first, second = frozenset({0, 2, 4, 6}), frozenset({1, 3, 5, 7})
     hosts = [
-        tsa.Host(kernel, "box", dataclasses.replace(server, allowed=allowed), "2.15")
+        Host(kernel, "box", dataclasses.replace(server, allowed=allowed), "2.15")
         for kernel, allowed in (
             ("a", first),
             ("a", second),
@@ -488,31 +510,31 @@ def test_masks_that_a_launcher_has_set_stay(tmp_path):
             ("b", first),
         )
     ]
-    found = [set(tsa.rank_topology(hosts, rank).allowed) for rank in range(5)]
+    found = [set(rank_topology(hosts, rank).allowed) for rank in range(5)]
     assert found == [{0, 2, 4, 6}, {1, 3}, {5, 7}, {0, 2}, {4, 6}]
     quota = [
         dataclasses.replace(host, topology=dataclasses.replace(host.topology, quota_cpus=6.0))
         for host in hosts
     ]
-    assert [len(tsa.rank_topology(quota, rank).allowed) for rank in range(5)] == [2, 2, 2, 2, 2]
+    assert [len(rank_topology(quota, rank).allowed) for rank in range(5)] == [2, 2, 2, 2, 2]
 
 
 def test_ranks_compute_bfloat16_only_if_all_can(tmp_path):
     able = dataclasses.replace(read(tmp_path, machines.TWO), bf16="amx_bf16")
-    hosts = [tsa.Host(name, name, able, "2.15") for name in "ab"]
-    assert tsa.rank_topology(hosts, 0).bf16 == "amx_bf16"
+    hosts = [Host(name, name, able, "2.15") for name in "ab"]
+    assert rank_topology(hosts, 0).bf16 == "amx_bf16"
     hosts[1] = dataclasses.replace(hosts[1], topology=dataclasses.replace(able, bf16=""))
-    assert tsa.rank_topology(hosts, 0).bf16 == ""
+    assert rank_topology(hosts, 0).bf16 == ""
 
 
 @given(topologies(), st.integers(1, 9))
 def test_properties_of_shares(topology, ranks):
-    cores = tsa.usable_cores(topology)
+    cores = usable_cores(topology)
     if ranks > len(cores):
-        with pytest.raises(tsa.UserError, match=f"{ranks} ranks"):
+        with pytest.raises(UserError, match=f"{ranks} ranks"):
             shares(topology, ranks)
         return
-    parts = tsa.share_out(cores, ranks)
+    parts = share_out(cores, ranks)
     assert sorted(core for part in parts for core in part) == sorted(cores)
     sizes = list(map(len, parts))
     assert max(sizes) - min(sizes) <= 1
@@ -525,7 +547,7 @@ def test_a_broken_sysfs_is_no_reason_to_fail(tmp_path):
     root = machines.write_machine(tmp_path, machines.TWO)
     for name in ("physical_package_id", "core_id"):
         Path(root / f"sys/devices/system/cpu/cpu1/topology/{name}").write_text("-1\n")
-    topology = tsa.read_topology(root, frozenset({0, 1}))
+    topology = read_topology(root, frozenset({0, 1}))
     assert [core.package for core in topology.cores] == [0, 0]
     assert groups(topology) == ((0,), (1,))
 
@@ -559,18 +581,18 @@ DESCRIPTION = """\
 
 def test_how_a_machine_is_described(tmp_path):
     topology = read(tmp_path, machines.ONE_CORE_TWO_THREADS, offline="7-8")
-    assert tsa.machine_text(topology) == DESCRIPTION
+    assert machine_text(topology) == DESCRIPTION
 
 
 @given(topologies(), st.sampled_from(("", "amx_bf16")), st.just(math.inf) | st.integers(1, 2**60))
 def test_a_described_machine_is_the_same_machine(topology, bf16, memory_bytes):
     topology = dataclasses.replace(topology, bf16=bf16, memory_bytes=memory_bytes)
-    assert tsa.parse_machine(tsa.machine_text(topology)) == topology
+    assert parse_machine(machine_text(topology)) == topology
 
 
 def test_memory_is_described_to_the_byte():
     for memory_bytes in (2**53 + 1, 2**60 - 1):  # which no float is
-        topology = tsa.parse_machine(described(memory_bytes=memory_bytes))
+        topology = parse_machine(described(memory_bytes=memory_bytes))
         assert topology.memory_bytes == memory_bytes
 
 
@@ -579,20 +601,20 @@ def test_a_machine_from_a_folder_or_from_a_file(tmp_path):
     system can do.
     """
     root = machines.write_machine(tmp_path / "server", machines.TWO_SOCKETS_128, offline="128-130")
-    topology = tsa.read_machine(root)
+    topology = read_machine(root)
     assert topology == dataclasses.replace(
-        tsa.read_topology(root, frozenset(range(128))), has_affinity=True
+        read_topology(root, frozenset(range(128))), has_affinity=True
     )
     assert groups(topology) == (tuple(range(64)), tuple(range(64, 128)))
     file = tmp_path / "server.json"
-    file.write_text(tsa.machine_text(topology))
-    assert tsa.read_machine(file) == topology
+    file.write_text(machine_text(topology))
+    assert read_machine(file) == topology
 
 
 def test_the_name_of_another_machine_s_processor_is_not_guessed(tmp_path):
     root = machines.write_machine(tmp_path, machines.TWO)
     (root / "proc/cpuinfo").unlink()
-    assert tsa.read_machine(root).cpu_model == "unknown CPU"
+    assert read_machine(root).cpu_model == "unknown CPU"
 
 
 def described(**changes):
@@ -640,8 +662,8 @@ NO_DESCRIPTION = "not a machine's description, as plan --record writes it"
 )
 def test_what_is_no_description_of_a_machine(tmp_path, text, message):
     (tmp_path / "m.json").write_text(text)
-    with pytest.raises(tsa.UserError) as caught:
-        tsa.read_machine(tmp_path / "m.json")
+    with pytest.raises(UserError) as caught:
+        read_machine(tmp_path / "m.json")
     assert str(caught.value).startswith(f"--machine {tmp_path}/m.json: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -660,8 +682,8 @@ def test_folders_and_files_that_show_no_machine(tmp_path):
         damaged: "'many' is not a core list such as 0-3,8-11 or 0-15:2",
         binary: NO_DESCRIPTION,
     }.items():
-        with pytest.raises(tsa.UserError) as caught:
-            tsa.read_machine(path)
+        with pytest.raises(UserError) as caught:
+            read_machine(path)
         assert str(caught.value) == f"--machine {path}: {reason}"
 
 
@@ -679,7 +701,7 @@ def test_folders_and_files_that_show_no_machine(tmp_path):
 def test_native_bfloat16(tmp_path, line, found):
     files = {"proc/cpuinfo": f"processor\t: 0\nmodel name\t: Example\n{line}\nbugs\t\t: bf16\n"}
     machines.write_machine(tmp_path, machines.TWO, files)
-    assert tsa.read_topology(tmp_path, frozenset({0, 1})).bf16 == found
+    assert read_topology(tmp_path, frozenset({0, 1})).bf16 == found
 
 
 # Hosts
@@ -730,4 +752,4 @@ def dmi(vendor, product):
 )
 def test_the_kind_of_host(tmp_path, files, kind):
     machines.write_files(tmp_path, files)
-    assert tsa.host_kind(tmp_path) == kind
+    assert host_kind(tmp_path) == kind

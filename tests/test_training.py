@@ -25,8 +25,35 @@ from conftest import as_loaded, needs_two_cpus, read_metrics, small_model
 from patching import set_everywhere
 from torch import nn
 
-import train_split_affinity as tsa
-from train_split_affinity import Progress, Scores, Settings
+import train_split_affinity as script
+from split_affinity import ALLOWED_CPUS, __version__, process_cpus
+from split_affinity.checkpoints.state import Progress, read_checkpoint
+from split_affinity.data.dataset import open_data
+from split_affinity.data.loader import Batches
+from split_affinity.data.transforms import validation_transform
+from split_affinity.errors import RunError, Stopped, UserError
+from split_affinity.lanes.contention import Company, Lookout
+from split_affinity.lanes.lane import Lanes, coordinating
+from split_affinity.machine.plan import Group, plan_cores
+from split_affinity.machine.topology import read_topology
+from split_affinity.models.cost import check_memory, weight_copies
+from split_affinity.models.own import Hybrid
+from split_affinity.models.registry import OWN_MODELS
+from split_affinity.options.recipes import FROM_CHECKPOINT, RECIPES
+from split_affinity.options.settings import Settings
+from split_affinity.reports.plots import RangeTest
+from split_affinity.reports.tables import epoch_line
+from split_affinity.runs import evaluation
+from split_affinity.runs.evaluation import VALIDATED_AHEAD, validated
+from split_affinity.runs.find_lr import find_lr as range_test
+from split_affinity.runs.find_lr import find_lr_and_report, judge_rates
+from split_affinity.runs.setup import build_work, choose_precision, prepared
+from split_affinity.training.network import Confusion, Network, NonFiniteLoss, Scores
+from split_affinity.training.optimizer import total_steps
+from split_affinity.training.schedules import SCHEDULES
+from split_affinity.training.steps import StopRequest, run_schedule
+from split_affinity.training.update import MovingAverage, Work
+from train_split_affinity import main, reason_to_end
 
 TINY = Settings(
     model="small", image_size=32, batch_size=4, num_classes=5, workers=0, steps=3, lr=0.01
@@ -34,14 +61,14 @@ TINY = Settings(
 
 
 ALL_SCHEDULES = pytest.mark.parametrize(
-    "schedule", [pytest.param(name, marks=needs_two_cpus) for name in tsa.SCHEDULES]
+    "schedule", [pytest.param(name, marks=needs_two_cpus) for name in SCHEDULES]
 )
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """`--model small`."""
-    monkeypatch.setitem(tsa.OWN_MODELS, "small", small_model)
+    monkeypatch.setitem(OWN_MODELS, "small", small_model)
 
 
 @pytest.fixture
@@ -52,12 +79,12 @@ def no_pictures(monkeypatch):
 
 
 def with_plan(function, settings):
-    topology = tsa.read_topology()
-    return function(settings, topology, tsa.plan_cores(topology, settings))
+    topology = read_topology()
+    return function(settings, topology, plan_cores(topology, settings))
 
 
 def train(**settings):
-    return with_plan(tsa.train, dataclasses.replace(TINY, **settings))
+    return with_plan(script.train, dataclasses.replace(TINY, **settings))
 
 
 @pytest.fixture
@@ -90,7 +117,7 @@ def epochs(photos_with_val):
 )
 def test_how_many_steps(settings, batches, steps):
     chosen = dataclasses.replace(TINY, **settings)
-    assert tsa.total_steps(chosen, batches) == steps
+    assert total_steps(chosen, batches) == steps
 
 
 @needs_two_cpus
@@ -148,10 +175,10 @@ def test_what_a_run_writes(in_tmp, photos):
     assert run["type"] == "run"
     assert run["settings"]["num_classes"] == 2
     assert run["settings"]["steps"] == 3
-    assert run["plan"]["forward"]["cpus"] == sorted(tsa.ALLOWED_CPUS)[: len(tsa.ALLOWED_CPUS) // 2]
+    assert run["plan"]["forward"]["cpus"] == sorted(ALLOWED_CPUS)[: len(ALLOWED_CPUS) // 2]
     names = ["python", "torch", "torchvision", "psutil", "system", "train_split_affinity"]
     assert list(run["versions"]) == names
-    assert run["versions"]["train_split_affinity"] == tsa.__version__
+    assert run["versions"]["train_split_affinity"] == __version__
     assert [line["step"] for line in steps] == [1, 2, 3]
     for line in steps:
         assert line["images"] == 8
@@ -182,7 +209,7 @@ def test_a_run_that_goes_on_is_appended(in_tmp, no_pictures):
 def test_a_new_run_does_not_take_the_place_of_an_earlier_one(in_tmp, no_pictures):
     train(split="none", steps=1, output_dir=in_tmp)
     before = {path.name: path.read_bytes() for path in in_tmp.iterdir()}
-    with pytest.raises(tsa.UserError, match="has the checkpoints of an earlier run: go on with it"):
+    with pytest.raises(UserError, match="has the checkpoints of an earlier run: go on with it"):
         train(split="none", steps=2, output_dir=in_tmp)
     assert {path.name: path.read_bytes() for path in in_tmp.iterdir()} == before
 
@@ -196,7 +223,7 @@ def test_the_loss_falls(in_tmp, photos):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(in_tmp):
-    with pytest.raises(tsa.RunError, match=r"step [23]: the loss is (nan|inf)"):
+    with pytest.raises(RunError, match=r"step [23]: the loss is (nan|inf)"):
         train(split="none", steps=9, lr=1e30, output_dir=in_tmp)
     *_, summary = read_metrics(in_tmp)
     assert summary["type"] == "summary"
@@ -209,14 +236,14 @@ def test_a_broken_image_stops_the_run(in_tmp, photos, tmp_path):
     broken = tmp_path / "copy/train/flower/0001.jpg"
     broken.write_bytes(b"no picture")
     message = rf"broken image {broken}: .* \(more than --max-bad-images 0\)$"
-    with pytest.raises(tsa.RunError, match=message):
+    with pytest.raises(RunError, match=message):
         train(split="none", steps=9, data_path=tmp_path / "copy", num_classes=None)
     assert f"broken image {broken}" in (in_tmp / "logs.md").read_text()
 
 
 def interrupt(monkeypatch, method, call, signum=signal.SIGTERM):
     """Send this process one signal, in a call of a method of Work, counted from 1."""
-    kind = tsa.Work if hasattr(tsa.Work, method) else tsa.Network
+    kind = Work if hasattr(Work, method) else Network
     original, count = getattr(kind, method), itertools.count(1)
 
     def interrupted(self, *args):
@@ -249,7 +276,7 @@ def test_a_signal_lets_the_optimizer_step_finish(
     settings = {"schedule": schedule, "accumulate": 3}
     train(**settings, steps=steps, output_dir=in_tmp / "whole")
     interrupt(monkeypatch, method, call)
-    with pytest.raises(tsa.Stopped):
+    with pytest.raises(Stopped):
         train(**settings, output_dir=in_tmp)
     *_, summary = read_metrics(in_tmp)
     assert [line["step"] for line in read_metrics(in_tmp, "step")] == [*range(1, steps + 1)]
@@ -264,7 +291,7 @@ def test_a_signal_lets_the_optimizer_step_finish(
 def test_a_signal_has_its_own_exit_code(in_tmp, monkeypatch, signum):
     interrupt(monkeypatch, "backward", 1, signum)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(tsa.Stopped, match=f"stopped by {signum.name}") as caught:
+    with pytest.raises(Stopped, match=f"stopped by {signum.name}") as caught:
         train(split="none")
     assert caught.value.exit_code == 128 + signum
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
@@ -274,13 +301,13 @@ def test_a_signal_has_its_own_exit_code(in_tmp, monkeypatch, signum):
 def test_a_signal_ends_a_validation_between_two_batches(in_tmp, monkeypatch, no_pictures, epochs):
     interrupt(monkeypatch, "evaluate", 2)
     calls = []
-    evaluate = tsa.Work.evaluate
+    evaluate = Work.evaluate
     monkeypatch.setattr(
-        tsa.Work, "evaluate", lambda self, batch: (calls.append(1), evaluate(self, batch))[1]
+        Work, "evaluate", lambda self, batch: (calls.append(1), evaluate(self, batch))[1]
     )
-    with pytest.raises(tsa.Stopped):
+    with pytest.raises(Stopped):
         train(**epochs | {"batch_size": 1, "accumulate": 4}, output_dir=in_tmp)
-    assert 2 <= len(calls) <= 2 + tsa.VALIDATED_AHEAD + 1 < 12
+    assert 2 <= len(calls) <= 2 + VALIDATED_AHEAD + 1 < 12
     assert not read_metrics(in_tmp, "epoch")
     assert read_metrics(in_tmp)[-1]["outcome"] == "stopped by SIGTERM after 3 of 6 steps"
 
@@ -289,7 +316,7 @@ def test_an_unexpected_exception_ends_the_lanes(in_tmp, monkeypatch):
     def fail(self):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(tsa.Work, "update", fail)
+    monkeypatch.setattr(Work, "update", fail)
     with pytest.raises(ZeroDivisionError, match="a bug") as caught:
         train(split="none")
     assert caught.traceback[-1].name == "fail"
@@ -298,9 +325,9 @@ def test_an_unexpected_exception_ends_the_lanes(in_tmp, monkeypatch):
 
 def test_deterministic_is_set_for_the_run_only(in_tmp, monkeypatch):
     seen = []
-    update = tsa.Work.update
+    update = Work.update
     monkeypatch.setattr(
-        tsa.Work,
+        Work,
         "update",
         lambda self: (seen.append(torch.are_deterministic_algorithms_enabled()), update(self)),
     )
@@ -319,18 +346,18 @@ def denormals_left():
 @pytest.mark.parametrize(("flush", "left"), [(True, 0), (False, 2**18)])
 def test_denormals_are_flushed_on_all_threads_of_both_lanes(split_plan, flush, left):
     settings = dataclasses.replace(TINY, flush_denormals=flush)
-    with tsa.coordinating(settings, split_plan), tsa.Lanes(split_plan, ()) as lanes:
+    with coordinating(settings, split_plan), Lanes(split_plan, ()) as lanes:
         assert lanes.forward.call(denormals_left) == left
         assert lanes.backward.call(denormals_left) == left
     assert denormals_left() == 2**18, "as before, in this thread"
 
 
 def test_the_switches_reach_the_work(one_lane_plan):
-    with tsa.Lanes(one_lane_plan, ()) as lanes:
+    with Lanes(one_lane_plan, ()) as lanes:
         settings = dataclasses.replace(TINY, model="resnet18", precision="bf16")
-        on = tsa.build_work(settings, lanes)
+        on = build_work(settings, lanes)
         switched_off = {"channels_last": False, "fused": False, "grads_to_none": False}
-        off = tsa.build_work(dataclasses.replace(settings, precision="fp32", **switched_off), lanes)
+        off = build_work(dataclasses.replace(settings, precision="fp32", **switched_off), lanes)
     assert (on.network.bf16, on.network.channels_last, on.grads_to_none) == (True, True, True)
     assert (off.network.bf16, off.network.channels_last, off.grads_to_none) == (False, False, False)
     for work, last in ((on, True), (off, False)):
@@ -360,8 +387,8 @@ def test_the_switches_reach_the_work(one_lane_plan):
     ],
 )
 def test_the_precision_and_its_reason(asked, bf16, chosen, reason):
-    topology = dataclasses.replace(tsa.read_topology(), bf16=bf16)
-    precision, why = tsa.choose_precision(dataclasses.replace(TINY, precision=asked), topology)
+    topology = dataclasses.replace(read_topology(), bf16=bf16)
+    precision, why = choose_precision(dataclasses.replace(TINY, precision=asked), topology)
     assert precision == chosen
     assert why.startswith(reason)
 
@@ -370,7 +397,7 @@ def test_the_settings_in_force_are_listed(in_tmp, monkeypatch):
     set_everywhere(monkeypatch, "tune_allocator", lambda: "cannot be tuned here")
     train(split="none", steps=1, output_dir=in_tmp)
     settings = read_metrics(in_tmp)[0]["settings"]
-    assert settings["precision"] == ("bf16" if tsa.read_topology().bf16 else "fp32")
+    assert settings["precision"] == ("bf16" if read_topology().bf16 else "fp32")
     assert settings["tuned_malloc"] is False
     assert settings["channels_last"] is settings["fused"] is settings["grads_to_none"] is True
     log = (in_tmp / "logs.md").read_text()
@@ -425,13 +452,13 @@ def test_dropout_and_loading_in_the_main_thread_do_not_race(in_tmp, photos):
 @needs_two_cpus
 def test_threads_that_stray_are_shown(in_tmp, monkeypatch, capsys):
     """The naive way inside the real program: lanes that share one thread, moved about."""
-    forward = tsa.Network.forward
+    forward = Network.forward
 
     def pull_out_of_group(self, batch):
-        os.sched_setaffinity(0, tsa.ALLOWED_CPUS)  # inside the phase, after the mask was checked
+        os.sched_setaffinity(0, ALLOWED_CPUS)  # inside the phase, after the mask was checked
         return forward(self, batch)
 
-    monkeypatch.setattr(tsa.Network, "forward", pull_out_of_group)
+    monkeypatch.setattr(Network, "forward", pull_out_of_group)
     train(model="resnet18", output_dir=in_tmp)
     captured = capsys.readouterr()
     assert captured.err.count("warning: forward: ") == 1, "once, not at every step"
@@ -444,16 +471,16 @@ def test_threads_that_stray_are_shown(in_tmp, monkeypatch, capsys):
 @needs_two_cpus
 def test_the_main_thread_coordinates_on_the_loader_cores(in_tmp, monkeypatch):
     seen = []
-    run = tsa.run_schedule
+    run = run_schedule
     set_everywhere(
         monkeypatch,
         "run_schedule",
         lambda *args: (seen.append(os.sched_getaffinity(0)), run(*args))[1],
     )
-    last = max(tsa.ALLOWED_CPUS)
+    last = max(ALLOWED_CPUS)
     train(steps=1)
     train(steps=1, loader_cores=(last,))
-    plan = tsa.plan_cores(tsa.read_topology(), TINY)
+    plan = plan_cores(read_topology(), TINY)
     assert seen == [set(plan.forward.cpus), {last}]
 
 
@@ -477,7 +504,7 @@ def test_the_main_thread_coordinates_on_the_loader_cores(in_tmp, monkeypatch):
     ],
 )
 def test_what_a_run_holds_of_the_size_of_the_weights(settings, copies):
-    assert tsa.weight_copies(Settings(**settings)) == copies
+    assert weight_copies(Settings(**settings)) == copies
 
 
 @pytest.mark.parametrize(
@@ -485,7 +512,7 @@ def test_what_a_run_holds_of_the_size_of_the_weights(settings, copies):
     [({}, 1), ({"opt": "adam", "schedule": "delayed"}, 1), ({"model_ema": True}, 2)],
 )
 def test_frozen_weights_are_held_without_what_updates_need(settings, copies):
-    assert tsa.weight_copies(Settings(**settings), is_trained=False) == copies
+    assert weight_copies(Settings(**settings), is_trained=False) == copies
 
 
 @ALL_SCHEDULES
@@ -504,8 +531,8 @@ def test_a_run_holds_no_less_than_is_asked_of_the_machine(one_lane_plan, schedul
     settings = dataclasses.replace(
         TINY, precision="fp32", schedule=schedule, grads_to_none=False, **settings
     )
-    with tsa.Lanes(one_lane_plan, ()) as lanes:
-        work = tsa.build_work(settings, lanes)
+    with Lanes(one_lane_plan, ()) as lanes:
+        work = build_work(settings, lanes)
         copies = [work.network.copy() for _ in range(2 * (schedule == "delayed"))]
         work.network.backward(
             work.network.forward((torch.randn(4, 3, 32, 32), torch.zeros(4).long()))
@@ -517,7 +544,7 @@ def test_a_run_holds_no_less_than_is_asked_of_the_machine(one_lane_plan, schedul
     grads = [weight.grad for weight in weights]
     copied = [value for copy in copies for value in copy.parameters()]
     held = sum(each.nbytes for each in (*weights, *grads, *kept, *average, *copied) if each.ndim)
-    needed = tsa.weight_copies(settings) * sum(weight.nbytes for weight in weights)
+    needed = weight_copies(settings) * sum(weight.nbytes for weight in weights)
     assert needed <= held <= 1.1 * needed + 100
 
 
@@ -538,28 +565,28 @@ def test_a_run_holds_no_less_than_is_asked_of_the_machine(one_lane_plan, schedul
 )
 def test_a_machine_without_room_for_the_least_is_told_so(settings, needed_bytes):
     settings = dataclasses.replace(TINY, **settings)
-    topology = dataclasses.replace(tsa.read_topology(), memory_bytes=needed_bytes)
-    tsa.check_memory(settings, topology, settings.batch_size)
+    topology = dataclasses.replace(read_topology(), memory_bytes=needed_bytes)
+    check_memory(settings, topology, settings.batch_size)
     topology = dataclasses.replace(topology, memory_bytes=needed_bytes - 1)
-    with pytest.raises(tsa.UserError, match="4 images of .* px, small with .* classes: at least"):
-        tsa.check_memory(settings, topology, settings.batch_size)
+    with pytest.raises(UserError, match="4 images of .* px, small with .* classes: at least"):
+        check_memory(settings, topology, settings.batch_size)
 
 
-@pytest.mark.parametrize("function", ["train", "find_lr_and_report"])
-def test_nothing_is_written_where_memory_is_missing(in_tmp, monkeypatch, function):
+@pytest.mark.parametrize("command", [script.train, find_lr_and_report])
+def test_nothing_is_written_where_memory_is_missing(in_tmp, monkeypatch, command):
     settings = dataclasses.replace(TINY, output_dir=in_tmp / "out")
-    topology = tsa.read_topology()
-    plan = tsa.plan_cores(topology, settings)
-    with pytest.raises(tsa.UserError, match="at least 0.0 GiB of memory are needed, 0.0 are there"):
-        getattr(tsa, function)(settings, dataclasses.replace(topology, memory_bytes=9), plan)
+    topology = read_topology()
+    plan = plan_cores(topology, settings)
+    with pytest.raises(UserError, match="at least 0.0 GiB of memory are needed, 0.0 are there"):
+        command(settings, dataclasses.replace(topology, memory_bytes=9), plan)
 
     def no_room(*args):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setitem(tsa.OWN_MODELS, "small", no_room)
+    monkeypatch.setitem(OWN_MODELS, "small", no_room)
     set_everywhere(monkeypatch, "check_memory", lambda *args: None)
-    with pytest.raises(tsa.UserError, match="^not enough memory: can't allocate memory; lower"):
-        getattr(tsa, function)(settings, topology, plan)
+    with pytest.raises(UserError, match="^not enough memory: can't allocate memory; lower"):
+        command(settings, topology, plan)
     assert not list(in_tmp.iterdir())
 
 
@@ -574,9 +601,9 @@ def test_what_a_run_over_epochs_writes(in_tmp, epochs):
     log = (in_tmp / "logs.md").read_text()
     rows = read_metrics(in_tmp / "out", "epoch")
     assert [row["epoch"] for row in rows] == [1, 2]
-    assert "\n".join(["```", *map(tsa.epoch_line, rows), "```\n"]) in log
+    assert "\n".join(["```", *map(epoch_line, rows), "```\n"]) in log
     for row in rows:
-        assert f"\n{tsa.epoch_line(row)}\n" in log
+        assert f"\n{epoch_line(row)}\n" in log
         assert set(row["gradient_norms"]) == {"0", "1", "6"}, "the parts that have weights"
         assert all(norm > 0 for norm in row["gradient_norms"].values())
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["timestamp"])
@@ -593,16 +620,16 @@ def test_others_are_looked_for_between_steps_and_after_a_validation(
     in_tmp, monkeypatch, no_pictures, epochs, schedule
 ):
     """While no phase runs, and outside of what is timed; and at the end, when all is done."""
-    take, looks, ended = tsa.Lanes.take_records, itertools.count(1), []
-    monkeypatch.setattr(tsa.Lanes, "take_records", lambda lanes: (ended.append(1), take(lanes))[1])
+    take, looks, ended = Lanes.take_records, itertools.count(1), []
+    monkeypatch.setattr(Lanes, "take_records", lambda lanes: (ended.append(1), take(lanes))[1])
 
     def look(lookout, least_s=1.0):
         assert ended or least_s < 1, "the records of a step, or of a validation, are taken before"
         ended.clear()
         number = next(looks)
-        return tsa.Company(number - 1.0, float(number), {"all": 0.0}, 0.0) if number % 2 else None
+        return Company(number - 1.0, float(number), {"all": 0.0}, 0.0) if number % 2 else None
 
-    monkeypatch.setattr(tsa.Lookout, "look", look)
+    monkeypatch.setattr(Lookout, "look", look)
     train(**epochs, output_dir=in_tmp, schedule=schedule, workers=0)
     steps = read_metrics(in_tmp, "step")
     found = [line["company"]["end_s"] if "company" in line else None for line in steps]
@@ -632,11 +659,11 @@ def test_the_learning_rate_of_an_epoch_is_that_of_its_steps(in_tmp, no_pictures,
 def test_a_step_of_batches_of_different_size(monkeypatch, one_lane_plan):
     """As when broken images are left out: an image counts, not a batch."""
     two = [Scores(1.0, 4, 3, 4), Scores(4.0, 2, 1, 2)]
-    monkeypatch.setitem(tsa.SCHEDULES, "sequential", lambda lanes, work, batches: iter([two]))
-    with tsa.Lanes(one_lane_plan, ()) as lanes:
+    monkeypatch.setitem(SCHEDULES, "sequential", lambda lanes, work, batches: iter([two]))
+    with Lanes(one_lane_plan, ()) as lanes:
         settings = dataclasses.replace(TINY, precision="fp32")
-        work = tsa.build_work(settings, lanes)
-        (result,) = tsa.run_schedule(settings, lanes, work, tsa.Batches([], 0), first_step=7)
+        work = build_work(settings, lanes)
+        (result,) = run_schedule(settings, lanes, work, Batches([], 0), first_step=7)
     assert (result.step, result.loss, result.images) == (7, 2.0, 6)
     assert (result.top1, result.top5, result.lr) == (4, 6, 0.01)
 
@@ -673,8 +700,8 @@ def test_without_validation_images_there_are_no_validation_figures(
 
 def validation_images(epochs):
     """All of them at once, as the program prepares them."""
-    data = tsa.open_data(dataclasses.replace(TINY, **epochs))
-    transform = tsa.validation_transform(data.native.overruled(TINY))
+    data = open_data(dataclasses.replace(TINY, **epochs))
+    transform = validation_transform(data.native.overruled(TINY))
     pictures, targets = zip(*data.val, strict=True)
     return torch.stack([transform(picture) for picture in pictures]), torch.tensor(targets)
 
@@ -698,9 +725,9 @@ def test_an_evaluation_weighs_images_and_not_batches(in_tmp, epochs):
     """Twelve images in batches of five: the last batch has two."""
     settings = dataclasses.replace(TINY, **epochs | {"batch_size": 5})
     images, targets = validation_images(epochs)
-    with with_plan(tsa.prepared, settings) as run:
-        confusion = tsa.Confusion()
-        (result,) = tsa.evaluate(run, confusion=confusion)
+    with with_plan(prepared, settings) as run:
+        confusion = Confusion()
+        (result,) = evaluation.evaluate(run, confusion=confusion)
         with torch.inference_mode():
             logits = run.work.network.model.eval()(images)
         assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
@@ -720,11 +747,11 @@ def test_the_memory_of_a_validation_does_not_grow_with_the_square_of_the_classes
     def wide(num_classes, image_size):
         return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, num_classes))
 
-    monkeypatch.setitem(tsa.OWN_MODELS, "wide", wide)
+    monkeypatch.setitem(OWN_MODELS, "wide", wide)
     settings = dataclasses.replace(TINY, **epochs | {"model": "wide", "num_classes": 10**6})
-    with with_plan(tsa.prepared, settings) as run:
-        confusion = tsa.Confusion()
-        (result,) = tsa.evaluate(run, confusion=confusion)
+    with with_plan(prepared, settings) as run:
+        confusion = Confusion()
+        (result,) = evaluation.evaluate(run, confusion=confusion)
     assert result.images == confusion.total() == 12
 
 
@@ -733,14 +760,14 @@ def test_the_memory_of_a_validation_does_not_grow_with_the_square_of_the_classes
 def test_validation_runs_on_both_groups(in_tmp, monkeypatch, epochs, model_ema):
     """In one pass over the images, with and without a moving average, batch by batch in turn."""
     seen = []
-    evaluate = tsa.Work.evaluate
+    evaluate = Work.evaluate
     monkeypatch.setattr(
-        tsa.Work,
+        Work,
         "evaluate",
-        lambda self, batch: (seen.append(tsa.process_cpus()), evaluate(self, batch))[1],
+        lambda self, batch: (seen.append(process_cpus()), evaluate(self, batch))[1],
     )
     train(**epochs | {"split": "even", "model_ema": model_ema})
-    plan = tsa.plan_cores(tsa.read_topology(), TINY)
+    plan = plan_cores(read_topology(), TINY)
     forward, backward = (frozenset(group.cpus) for group in plan.groups)
     assert Counter(seen) == {forward: 4, backward: 2}, "three batches in each of two epochs"
 
@@ -750,7 +777,7 @@ class Recorder:
 
     def __init__(self, name, threads, done):
         self.name, self.done = name, done
-        self.group = tsa.Group(name, (0,), threads)
+        self.group = Group(name, (0,), threads)
 
     def submit(self, phase, function, *args):
         future = Future()
@@ -767,15 +794,15 @@ def test_groups_share_the_batches_of_a_validation_out_by_their_threads(threads, 
     done = []
     forward, backward = (Recorder(name, n, done) for name, n in zip("fb", threads, strict=True))
     stand = SimpleNamespace
-    batches = tsa.Batches(as_loaded([(None, number) for number in range(8)]), 8)
+    batches = Batches(as_loaded([(None, number) for number in range(8)]), 8)
     run = stand(
         lanes=stand(forward=forward, backward=backward),
         val=stand(batches=lambda bad: batches),
         bad=None,
-        stop=tsa.StopRequest(),
+        stop=StopRequest(),
         work=stand(evaluate=lambda batch: (None, batch[1])),
     )
-    results = list(tsa.validated(run))
+    results = list(validated(run))
     assert results == [(None, number, number) for number in range(8)], "in order"
     assert "".join(done) == order
 
@@ -827,16 +854,16 @@ def test_gradient_norms_are_of_what_is_trained(in_tmp, no_pictures, epochs):
 
 
 def test_find_lr_tries_the_body_s_part_of_each_rate(in_tmp, photos, monkeypatch):
-    seen, update = [], tsa.Work.update
+    seen, update = [], Work.update
 
     def watched(work, *args):
         seen.append([group["lr"] for group in work.optimizer.param_groups])
         return update(work, *args)
 
-    monkeypatch.setattr(tsa.Work, "update", watched)
+    monkeypatch.setattr(Work, "update", watched)
     asked = {"data_path": photos, "num_classes": None, "steps": 5, "lr_body_factor": 0.25}
     for lr in (0.01, 0.0):
-        with_plan(tsa.find_lr_and_report, dataclasses.replace(TINY, **asked, lr=lr))
+        with_plan(find_lr_and_report, dataclasses.replace(TINY, **asked, lr=lr))
     assert len(seen) == 10
     for first, second in seen:
         assert second == pytest.approx(first * (0.25 if seen.index([first, second]) < 5 else 1))
@@ -879,15 +906,15 @@ def test_why_a_run_ends(settings, step, top1, reason):
     """Ten epochs of three steps, unless told otherwise."""
     chosen = dataclasses.replace(TINY, **{"steps": None, "epochs": 10} | settings)
     progress = Progress(step=step, epoch_batches=3, history=history(*top1))
-    assert tsa.reason_to_end(chosen, progress) == reason
+    assert reason_to_end(chosen, progress) == reason
 
 
 def test_a_run_does_not_end_before_the_validation_of_its_last_epoch():
     chosen = dataclasses.replace(TINY, steps=None, epochs=1)
     progress = Progress(step=3, batches=3, epoch_batches=3)
-    assert tsa.reason_to_end(chosen, progress) is None
+    assert reason_to_end(chosen, progress) is None
     progress.begin_epoch()
-    assert tsa.reason_to_end(chosen, progress) == "finished"
+    assert reason_to_end(chosen, progress) == "finished"
 
 
 @pytest.fixture
@@ -900,7 +927,7 @@ def standstill(epochs, monkeypatch):
         nn.init.zeros_(model[2].bias)
         return model
 
-    monkeypatch.setitem(tsa.OWN_MODELS, "even", even)
+    monkeypatch.setitem(OWN_MODELS, "even", even)
     return epochs | {"model": "even", "lr": 0.0, "epochs": 9}
 
 
@@ -928,7 +955,7 @@ def test_a_run_that_ends_early(in_tmp, no_pictures, standstill, asked, outcome):
 @pytest.mark.parametrize("asked", [{"early_stopping": 2}, {"target_top1": 50.0}])
 def test_stopping_by_accuracy_needs_validation_images(in_tmp, no_pictures, epochs, photos, asked):
     (flag,) = (name.replace("_", "-") for name in asked)
-    with pytest.raises(tsa.UserError, match=f"--{flag} .*validation images"):
+    with pytest.raises(UserError, match=f"--{flag} .*validation images"):
         train(**epochs | asked | {"data_path": photos}, output_dir=in_tmp / "out")
     assert not list(in_tmp.iterdir())
 
@@ -956,7 +983,7 @@ def test_the_subset_is_kept_and_checked_when_the_run_is_resumed(in_tmp, no_pictu
     assert len(read_metrics(in_tmp, "step")) == 4
     before = (in_tmp / "metrics.jsonl").read_text()
     again = settings | {"resume": Path("auto"), "epochs": 3}
-    with pytest.raises(tsa.UserError, match="subset.json: not the images that --subset 0.7 choose"):
+    with pytest.raises(UserError, match="subset.json: not the images that --subset 0.7 choose"):
         train(**again, seed=1)
     assert (in_tmp / "metrics.jsonl").read_text() == before
     assert json.loads((in_tmp / "subset.json").read_text()) == kept
@@ -991,7 +1018,7 @@ def watch_inputs(monkeypatch):
         )
         return model
 
-    monkeypatch.setitem(tsa.OWN_MODELS, "watched", build)
+    monkeypatch.setitem(OWN_MODELS, "watched", build)
     return seen
 
 
@@ -1010,7 +1037,7 @@ def test_images_grow_from_epoch_to_epoch(in_tmp, monkeypatch, epochs, schedule):
 def test_a_ramp_cannot_begin_above_the_size_of_the_data(in_tmp, tmp_path, monkeypatch, epochs):
     data = accept(monkeypatch, make_cifar_digits(tmp_path / "cifar", 15))
     asked = {"data_path": data, "image_size": None, "min_res": 64, "end_ramp": 2}
-    with pytest.raises(tsa.UserError, match="--min-res 64"):
+    with pytest.raises(UserError, match="--min-res 64"):
         train(**epochs | asked)
 
 
@@ -1053,7 +1080,7 @@ def test_more_broken_images_than_allowed_end_the_run(in_tmp, no_pictures, epochs
     paths = [breakable / f"{part}/{name}.jpg" for name in ("flower/0001", "temple/0003")]
     for path in paths:
         path.write_bytes(b"no picture")
-    with pytest.raises(tsa.RunError, match=r"broken image .* \(more than --max-bad-images 1\)"):
+    with pytest.raises(RunError, match=r"broken image .* \(more than --max-bad-images 1\)"):
         train(**epochs | {"data_path": breakable}, max_bad_images=1, output_dir=in_tmp)
     outcome = read_metrics(in_tmp)[-1]["outcome"]
     assert "(more than --max-bad-images 1) after " in outcome
@@ -1067,11 +1094,11 @@ def test_broken_images_are_counted_over_the_whole_run(in_tmp, no_pictures, epoch
     first.write_bytes(b"no picture")
     asked = epochs | {"data_path": breakable, "max_bad_images": 1, "output_dir": in_tmp}
     train(**asked | {"epochs": 1})
-    (message,) = tsa.read_checkpoint(in_tmp / "last.pt")["progress"]["bad_images"]
+    (message,) = read_checkpoint(in_tmp / "last.pt")["progress"]["bad_images"]
     assert message.startswith(f"broken image {first}: ")
     first.write_bytes(whole)
     second.write_bytes(b"no picture")
-    with pytest.raises(tsa.RunError, match=rf"{second}: .* \(more than --max-bad-images 1\)"):
+    with pytest.raises(RunError, match=rf"{second}: .* \(more than --max-bad-images 1\)"):
         train(**asked, resume=Path("auto"))
 
 
@@ -1083,14 +1110,14 @@ RAW_FIGURES = {"val_raw_loss", "val_raw_top1", "val_raw_top5"}
 
 def record_values(monkeypatch):
     """What a moving average begins with, and then takes in, as the list fills."""
-    values, update = [], tsa.MovingAverage.update
+    values, update = [], MovingAverage.update
 
     def recorded(self, taken):
         for each in (taken,) if values else (self.values, taken):
             values.append(copy.deepcopy(each))
         update(self, taken)
 
-    monkeypatch.setattr(tsa.MovingAverage, "update", recorded)
+    monkeypatch.setattr(MovingAverage, "update", recorded)
     return values
 
 
@@ -1136,7 +1163,7 @@ def test_the_best_epoch_is_that_of_the_moving_average(in_tmp, monkeypatch, no_pi
     train(**epochs, model_ema=True, output_dir=in_tmp)
     rows = read_metrics(in_tmp, "epoch")
     assert [(row["val_top1"], row["val_raw_top1"]) for row in rows] == [(75, 25), (50, 100)]
-    assert tsa.read_checkpoint(in_tmp / "best.pt")["progress"]["epoch"] == 1
+    assert read_checkpoint(in_tmp / "best.pt")["progress"]["epoch"] == 1
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -1170,9 +1197,9 @@ def test_a_moving_average_that_forgets_at_once_is_the_model(in_tmp, no_pictures,
 def test_a_range_test_leaves_the_model_and_the_disk_alone(in_tmp, epochs, schedule):
     asked = {"split": "even", "schedule": schedule, "accumulate": 2, "batch_size": 2, "steps": 8}
     settings = dataclasses.replace(TINY, **epochs | asked)
-    with with_plan(tsa.prepared, settings) as run:
+    with with_plan(prepared, settings) as run:
         before = copy.deepcopy(run.work.network.model)
-        result = tsa.find_lr(run)
+        result = range_test(run)
         for name, value in run.work.network.model.state_dict().items():
             assert torch.equal(value, before.state_dict()[name]), name
     assert result.rates[:3] == pytest.approx((1e-6, 1e-5, 1e-4))
@@ -1188,15 +1215,15 @@ def say_losses(monkeypatch, *losses):
             work.optimizer.step()
             work.scheduler.step()
             yield [Scores(loss, 4, 0, 0)]
-        raise tsa.NonFiniteLoss("nan")
+        raise NonFiniteLoss("nan")
 
-    monkeypatch.setitem(tsa.SCHEDULES, "sequential", script)
+    monkeypatch.setitem(SCHEDULES, "sequential", script)
 
 
 def find_lr(**settings):
     chosen = dataclasses.replace(TINY, **{"split": "none"} | settings)
-    with with_plan(tsa.prepared, chosen) as run:
-        return tsa.find_lr(run)
+    with with_plan(prepared, chosen) as run:
+        return range_test(run)
 
 
 def test_a_range_test_ends_once_the_loss_has_exploded(monkeypatch):
@@ -1266,7 +1293,7 @@ def range_test_of(course, steps, noise=0.0, seed=0):
     [("valley", 0.004), ("wide valley", 0.012), ("second valley", 0.0036), ("only falling", 1.0)],
 )
 def test_a_suggestion_depends_neither_on_the_steps_nor_on_chance(course, suggestion, steps, noise):
-    results = [tsa.judge_rates(*range_test_of(course, steps, noise, n)) for n in range(20)]
+    results = [judge_rates(*range_test_of(course, steps, noise, n)) for n in range(20)]
     found = [result.suggestion for result in results if result.suggestion]
     assert len(found) >= (15 if noise == 0.1 else 20), "with much noise it may be none"
     assert suggestion / 1.5 < min(found)
@@ -1278,7 +1305,7 @@ def test_a_suggestion_depends_neither_on_the_steps_nor_on_chance(course, suggest
 )
 def test_a_loss_that_hardly_falls_is_told_from_chance(steps, noise, tells):
     """And the second valley, which is lower than the first, is never taken."""
-    results = [tsa.judge_rates(*range_test_of("small fall", steps, noise, n)) for n in range(8)]
+    results = [judge_rates(*range_test_of("small fall", steps, noise, n)) for n in range(8)]
     found = [result.suggestion for result in results if result.suggestion]
     assert len(found) == tells
     assert all(0.0016 / 1.5 < rate < 0.0016 * 1.5 for rate in found), found
@@ -1290,7 +1317,7 @@ def test_a_loss_that_hardly_falls_is_told_from_chance(steps, noise, tells):
     "course", ["flat", "flat, then exploding", "exploding at once", "a valley after an explosion"]
 )
 def test_nothing_is_suggested_rather_than_guessed(course, steps, noise):
-    results = [tsa.judge_rates(*range_test_of(course, steps, noise, n)) for n in range(20)]
+    results = [judge_rates(*range_test_of(course, steps, noise, n)) for n in range(20)]
     guessed = [result.suggestion for result in results if result.suggestion]
     assert len(guessed) <= (noise == 0.1), guessed
     assert {len(result.losses) for result in results} == {steps}
@@ -1300,7 +1327,7 @@ def test_nothing_is_suggested_rather_than_guessed(course, steps, noise):
 def test_a_few_steps_tell_nothing(steps):
     losses = [2.3, 1.0, 0.5, 0.4, 0.4, 3.0, 9.0, 9.0][:steps]
     rates = [1e-6 * 10**step for step in range(steps)]
-    assert tsa.judge_rates(rates, losses) == tsa.RangeTest(tuple(rates), tuple(losses), None)
+    assert judge_rates(rates, losses) == RangeTest(tuple(rates), tuple(losses), None)
 
 
 @pytest.mark.parametrize("steps", [29, 85, 281])
@@ -1309,23 +1336,23 @@ def test_a_loss_is_smoothed_over_half_a_decade_of_rates(steps):
     rates = [10 ** (7 * step / (steps - 1) - 6) for step in range(steps)]
     spike, edge = rates[steps // 4], rates[steps // 2]
     losses = [50.0 if rate == spike else 2.0 if rate < edge else 1.0 for rate in rates]
-    smoothed = tsa.judge_rates(rates, losses).losses
+    smoothed = judge_rates(rates, losses).losses
     assert smoothed == tuple(2.0 if rate < edge else 1.0 for rate in rates)
     narrow = [2.0 if abs(math.log10(rate / spike)) > 0.11 else 50.0 for rate in rates]
-    assert set(tsa.judge_rates(rates, narrow).losses) == {2.0}
+    assert set(judge_rates(rates, narrow).losses) == {2.0}
     wide = [2.0 if abs(math.log10(rate / spike)) > 0.26 else 50.0 for rate in rates]
-    assert 50.0 in tsa.judge_rates(rates, wide).losses
+    assert 50.0 in judge_rates(rates, wide).losses
 
 
 def test_a_range_test_without_any_finite_loss(monkeypatch):
     say_losses(monkeypatch)
-    with pytest.raises(tsa.RunError, match="find-lr: the loss is not finite even in the first"):
+    with pytest.raises(RunError, match="find-lr: the loss is not finite even in the first"):
         find_lr(steps=8)
 
 
 def test_a_signal_ends_a_range_test(in_tmp, monkeypatch, epochs):
     interrupt(monkeypatch, "backward", 2)
-    with pytest.raises(tsa.Stopped):
+    with pytest.raises(Stopped):
         find_lr(**epochs)
     assert not list(in_tmp.iterdir())
 
@@ -1360,7 +1387,7 @@ def weights(photos_with_val, tmp_path_factory):
         output_dir=folder,
         log_file=folder / "logs.md",
     )
-    with_plan(tsa.train, settings)
+    with_plan(script.train, settings)
     return folder / "last.pt"
 
 
@@ -1369,15 +1396,15 @@ def recipe_data(photos_with_val, tmp_path, monkeypatch, torch_cache):
     """Small data for each recipe, and small models where the recipe's own are large."""
     torch_cache("squeezenet1_1")
     monkeypatch.setitem(
-        tsa.OWN_MODELS,
+        OWN_MODELS,
         "hybrid",
-        functools.partial(tsa.Hybrid, channels=(8, 16, 24, 32), width=32, blocks=1),
+        functools.partial(Hybrid, channels=(8, 16, 24, 32), width=32, blocks=1),
     )
 
     def arguments(recipe):
         if recipe == "cifar10":
             return ["--data-path", str(accept(monkeypatch, make_cifar_digits(tmp_path / "c", 15)))]
-        name = "resnet18" if recipe in tsa.FROM_CHECKPOINT else "squeezenet1_1"
+        name = "resnet18" if recipe in FROM_CHECKPOINT else "squeezenet1_1"
         large = recipe.startswith("imagenet") or recipe == "finetune"
         model = ["--model", name] if large else []
         return [*model, "--data-path", str(photos_with_val)]
@@ -1386,16 +1413,16 @@ def recipe_data(photos_with_val, tmp_path, monkeypatch, torch_cache):
 
 
 @ALL_SCHEDULES
-@pytest.mark.parametrize("recipe", tsa.RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_runs_from_end_to_end(
     in_tmp, no_pictures, recipe_data, weights, capsys, recipe, schedule
 ):
     """Two epochs of two steps or more; everything that the options leave open is the recipe's."""
     options = ["--recipe", recipe, "-b", "2", "--accumulate", "2", "--epochs", "2", "-j", "0"]
     options += ["--schedule", schedule, *recipe_data(recipe), *RECIPE_OPTIONS[recipe].split()]
-    if recipe in tsa.FROM_CHECKPOINT:
+    if recipe in FROM_CHECKPOINT:
         options += ["--init-from", str(weights)]
-    assert tsa.main(options) == 0, capsys.readouterr().err
+    assert main(options) == 0, capsys.readouterr().err
     folder = in_tmp / "out" / recipe
     run, *_, summary = read_metrics(folder)
     steps, rows = read_metrics(folder, "step"), read_metrics(folder, "epoch")
@@ -1406,7 +1433,7 @@ def test_a_recipe_runs_from_end_to_end(
     for row in rows:
         assert all(0 <= row[name] <= 100 for name in ("train_top1", "val_top1", "val_top5"))
         assert row["train_loss"] > 0 and row["val_loss"] > 0
-    for name, value in tsa.RECIPES[recipe].items():
+    for name, value in RECIPES[recipe].items():
         if f"--{name.replace('_', '-')}" not in options and name != "batch_size":
             assert run["settings"][name] == value, name
     state = state_of(folder)

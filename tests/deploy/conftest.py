@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from digits import make_digits
 
-import train_split_affinity as tsa
+from train_split_affinity import main
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +37,7 @@ def trained(digits, tmp_path_factory):
                 *("--hflip", "0", "--min-scale", "0.7", "--split", "none"),
                 *("--output-dir", str(folder), "--log-file", os.devnull),
             ]
-            assert tsa.main([*arguments, *options]) == 0
+            assert main([*arguments, *options]) == 0
             known[key] = folder / "best.pt"
         return known[key]
 

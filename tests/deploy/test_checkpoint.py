@@ -11,7 +11,12 @@ import checkpoint as cp
 import pytest
 import torch
 
-import train_split_affinity as tsa
+import train_split_affinity as script
+from split_affinity.errors import RunError, UserError
+from split_affinity.machine.plan import plan_cores
+from split_affinity.machine.topology import read_topology
+from split_affinity.models.pretrained import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from split_affinity.options.settings import Settings, as_options
 
 
 def test_a_checkpoints_images_are_those_of_its_validation(best, digits):
@@ -47,7 +52,7 @@ def test_broken_images_are_left_out_and_named(best, digits, tmp_path, capsys):
     assert len(found) == 359
     assert victim.name in capsys.readouterr().err
     index = next(i for i, (path, _) in enumerate(data.val.samples) if Path(path) == victim)
-    with pytest.raises(tsa.RunError, match="none of the images can be read"):
+    with pytest.raises(RunError, match="none of the images can be read"):
         list(cp.batches(checkpoint, data.val, [index], 8))
 
 
@@ -64,7 +69,7 @@ def test_broken_images_are_left_out_and_named(best, digits, tmp_path, capsys):
 def test_data_that_do_not_fit(best, digits, tmp_path, change, said):
     shutil.copytree(digits, tmp_path / "data")
     change(tmp_path / "data")
-    with pytest.raises(tsa.UserError, match=said) as caught:
+    with pytest.raises(UserError, match=said) as caught:
         cp.open_images(cp.read_checkpoint(best), tmp_path / "data")
     assert "--data-path" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -72,18 +77,20 @@ def test_data_that_do_not_fit(best, digits, tmp_path, change, said):
 
 def test_what_was_asked_for_is_told_as_it_was_typed(best):
     state = cp.read_checkpoint(best).state
-    native = tsa.Preprocessing(32, 37)
-    given = tsa.as_options(cp.settings_as_given(state, native))
+    native = Preprocessing(32, 37)
+    given = as_options(cp.settings_as_given(state, native))
     assert "--model resnet20 " in given and "--subset 0.1" in given and "--val-resize" not in given
     del state["asked"]  # as in files of earlier versions
-    assert "--model resnet20 " in tsa.as_options(cp.settings_as_given(state, native))
+    assert "--model resnet20 " in as_options(cp.settings_as_given(state, native))
 
 
 def test_a_run_on_synthetic_images_has_none_to_show(tmp_path):
     arguments = "--model resnet20 --image-size 32 --num-classes 3 -b 2 -j 0 --steps 1".split()
     folder = str(tmp_path / "out")
-    assert tsa.main([*arguments, "--output-dir", folder, "--log-file", str(tmp_path / "log")]) == 0
-    with pytest.raises(tsa.UserError, match="trained on synthetic images; --data-path DIR"):
+    assert (
+        script.main([*arguments, "--output-dir", folder, "--log-file", str(tmp_path / "log")]) == 0
+    )
+    with pytest.raises(UserError, match="trained on synthetic images; --data-path DIR"):
         cp.open_images(cp.read_checkpoint(tmp_path / "out/last.pt"))
 
 
@@ -92,14 +99,14 @@ def test_a_description_is_text_that_says_all(best):
     facts = {name: json.loads(text) for name, text in cp.describe(checkpoint).items()}
     assert facts["model"] == "resnet20"
     assert facts["classes"] == [str(digit) for digit in range(10)]
-    assert tsa.Preprocessing(**facts["preprocessing"]) == tsa.Preprocessing(
-        32, 37, "bilinear", list(tsa.IMAGENET_MEAN), list(tsa.IMAGENET_STD)
+    assert Preprocessing(**facts["preprocessing"]) == Preprocessing(
+        32, 37, "bilinear", list(IMAGENET_MEAN), list(IMAGENET_STD)
     )
 
 
 def test_threads_are_those_of_the_allowed_cores():
     before = torch.get_num_threads()
-    plan = tsa.plan_cores(tsa.read_topology(), tsa.Settings(split="none"))
+    plan = plan_cores(read_topology(), Settings(split="none"))
     try:
         assert cp.use_allowed_cores() == torch.get_num_threads() == plan.forward.threads
     finally:
@@ -109,8 +116,8 @@ def test_threads_are_those_of_the_allowed_cores():
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (tsa.UserError("--x 1: no"), 2, "error: --x 1: no"),
-        (tsa.RunError("it broke"), 1, "error: it broke"),
+        (UserError("--x 1: no"), 2, "error: --x 1: no"),
+        (RunError("it broke"), 1, "error: it broke"),
         (RuntimeError("what?"), 1, "not foreseen: RuntimeError: what?; traceback in"),
         (MemoryError("DefaultCPUAllocator: 3 GiB"), 2, "not enough memory: 3 GiB"),
         (signal.SIGTERM, 143, "stopped by SIGTERM"),
@@ -135,7 +142,7 @@ def test_errors_end_in_one_line(error, code, said, capsys):
 
 def test_a_missing_package_is_named_with_its_remedy(tmp_path):
     shutil.copytree(cp.HERE, tmp_path / "deploy")
-    shutil.copy(tsa.__file__, tmp_path)
+    shutil.copy(script.__file__, tmp_path)
     (tmp_path / "deploy/onnx.py").write_text("raise ImportError('No module named onnx')")
     command = [sys.executable, tmp_path / "deploy/export.py", "x.pt", "--output-dir", "y"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -28,7 +28,15 @@ from formats import FORMATS, Format
 from huggingface_hub import ModelCard
 from PIL import Image
 
-import train_split_affinity as tsa
+from split_affinity.checkpoints.state import versions
+from split_affinity.data.pictures import load_image
+from split_affinity.data.transforms import validation_transform
+from split_affinity.errors import RunError, UserError
+from split_affinity.models.pretrained import Preprocessing
+from split_affinity.models.registry import build_model
+from split_affinity.options.settings import Settings
+from split_affinity.runs.predict import Trained, load_trained
+from split_affinity.runs.starting_weights import read_weights
 
 # TorchScript's; those who ask for it are told.
 pytestmark = [
@@ -57,9 +65,9 @@ def as_json(texts: dict[str, str]) -> dict:
 
 def built(model: torch.nn.Module, size: int = 32, name: str = "resnet20") -> cp.Checkpoint:
     """A checkpoint of a model with random weights."""
-    ready = tsa.Preprocessing(image_size=size)
-    trained = tsa.Trained(model.eval(), ["a", "b", "c"], ready, tsa.Settings(model=name))
-    return cp.Checkpoint(Path("some.pt"), {"versions": tsa.versions()}, trained)
+    ready = Preprocessing(image_size=size)
+    trained = Trained(model.eval(), ["a", "b", "c"], ready, Settings(model=name))
+    return cp.Checkpoint(Path("some.pt"), {"versions": versions()}, trained)
 
 
 def small_vit() -> torch.nn.Module:
@@ -70,10 +78,10 @@ def small_vit() -> torch.nn.Module:
 
 
 MODELS = {
-    "hybrid-light": lambda: tsa.build_model("hybrid-light", 3, 64),
-    "mobilenet_v3_small": lambda: tsa.build_model("mobilenet_v3_small", 3, 32),
+    "hybrid-light": lambda: build_model("hybrid-light", 3, 64),
+    "mobilenet_v3_small": lambda: build_model("mobilenet_v3_small", 3, 32),
     "vision transformer": small_vit,
-    "squeezenet1_1": lambda: tsa.build_model("squeezenet1_1", 3, 32),
+    "squeezenet1_1": lambda: build_model("squeezenet1_1", 3, 32),
 }
 
 
@@ -143,7 +151,7 @@ def test_one_command_makes_int8_and_a_demo_page_too(best, tmp_path, monkeypatch,
 
 def test_weights_are_those_of_the_checkpoint(exported, best):
     model = cp.read_checkpoint(best).model
-    saved = tsa.read_weights(exported / "model.safetensors").weights  # as --init-from takes them
+    saved = read_weights(exported / "model.safetensors").weights  # as --init-from takes them
     assert saved.keys() == model.state_dict().keys()
     assert all(torch.equal(saved[name], value) for name, value in model.state_dict().items())
 
@@ -167,7 +175,7 @@ def test_the_second_output_is_class_activation_maps(exported, best):
 
 def test_maps_are_those_after_a_relu_that_works_in_place(tmp_path):
     torch.manual_seed(0)
-    model = tsa.build_model("densenet121", 3, 64)
+    model = build_model("densenet121", 3, 64)
     FORMATS["onnx"].write(built(model, 64), tmp_path / "model.onnx")
     images = {"images": torch.randn(2, 3, 64, 64).numpy()}
     logits, maps = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, images)
@@ -192,7 +200,7 @@ def test_maps_are_those_after_a_relu_that_works_in_place(tmp_path):
     ],
 )
 def test_the_last_feature_map_is_found(name, size, layer, has_maps):
-    checkpoint = built(tsa.build_model(name, 3, size), size, name)
+    checkpoint = built(build_model(name, 3, size), size, name)
     assert feature_maps.find_map_layer(checkpoint).name == layer
     assert bool(feature_maps.find_linear_head(checkpoint)) is has_maps
 
@@ -212,13 +220,13 @@ class ChannelsLast(torch.nn.Module):
 
 def test_an_early_map_is_not_taken_for_the_last():
     checkpoint = built(ChannelsLast(), 32, "some net")
-    with pytest.raises(tsa.UserError, match="some net has no feature map of several places at 32"):
+    with pytest.raises(UserError, match="some net has no feature map of several places at 32"):
         feature_maps.find_map_layer(checkpoint)
     assert feature_maps.find_map_layer(checkpoint, "stem").grid == 8
 
 
 def test_a_head_of_two_layers_has_no_maps(tmp_path):
-    checkpoint = built(tsa.build_model("mobilenet_v3_small", 3, 64), 64)
+    checkpoint = built(build_model("mobilenet_v3_small", 3, 64), 64)
     assert feature_maps.find_linear_head(checkpoint) is None
     FORMATS["onnx"].write(checkpoint, tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
@@ -234,11 +242,11 @@ def test_files_that_are_not_the_model_are_refused():
     text = export.compare_logits("x", logits + 1e-4, sample_of(logits))
     assert text == ("top-1 of 2 of 2 images equal, largest difference 1.0e-05 of the largest logit")
     for wrong in (logits + 0.02, logits.flip(1), logits * torch.nan):
-        with pytest.raises(tsa.RunError, match="x: top-1 of .*nothing is kept"):
+        with pytest.raises(RunError, match="x: top-1 of .*nothing is kept"):
             export.compare_logits("x", wrong, sample_of(logits))
     near = torch.tensor([[10.0, 0.0, -5.0], [2.0, 2.0 - 2e-3, 0.0]])
     other = torch.tensor([[10.0, 0.0, -5.0], [2.0 - 4e-3, 2.0 - 2e-3, 0.0]])  # a little, but top-1
-    with pytest.raises(tsa.RunError, match="top-1 of 1 of 2 images equal"):
+    with pytest.raises(RunError, match="top-1 of 1 of 2 images equal"):
         export.compare_logits("x", other, sample_of(near))
     tie = torch.tensor([[1.0, 1.0 + 5e-7, 0.0]])  # of two that are equal, either may come first
     assert "0 of 1 image" in export.compare_logits("x", tie[:, [1, 0, 2]], sample_of(tie))
@@ -356,13 +364,13 @@ def test_the_cards_ten_lines_give_the_answer_of_predict(
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     assert len([line for line in code.splitlines() if line and "import" not in line]) <= 10
     monkeypatch.chdir(exported)
-    trained = tsa.load_trained(best)
-    transform = tsa.validation_transform(trained.ready)
+    trained = load_trained(best)
+    transform = validation_transform(trained.ready)
     for number, size in enumerate([(32, 32), (57, 40), (33, 90)]):
         file = sorted((digits / "val/7").iterdir())[number]
         picture = Image.open(file).resize(size).save(tmp_path / "picture.png")
         exec(code.replace('"picture.png"', repr(str(tmp_path / "picture.png"))), {})
-        picture = transform(tsa.load_image(str(tmp_path / "picture.png")))
+        picture = transform(load_image(str(tmp_path / "picture.png")))
         with torch.inference_mode():
             answer = trained.classes[int(trained.model(picture[None]).argmax())]
         assert capsys.readouterr().out.strip() == answer
@@ -387,7 +395,7 @@ def test_the_card_has_a_header_that_hugging_face_reads(exported, best):
 def test_a_recipe_names_no_folder_of_the_machine():
     places = {"data_path": "data", "output_dir": "out", "log_file": "log.md", "init_from": "r.pth"}
     given = {name: Path("/home/somebody", file) for name, file in places.items()}
-    settings = tsa.Settings(model="resnet20", teacher_weights="/home/somebody/t.pt", **given)
+    settings = Settings(model="resnet20", teacher_weights="/home/somebody/t.pt", **given)
     recipe = model_card.recipe(settings)
     assert "/home" not in recipe
     assert "--model resnet20" in recipe and "--init-from r.pth" in recipe

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-import train_split_affinity as tsa
+from split_affinity.errors import RunError
 
 RESNET, HYBRID, HARD_SWISH = "resnet20", "hybrid-light", "mobilenet_v3_small"
 
@@ -136,7 +136,7 @@ def test_calibration_reads_one_batch_at_a_time(written, tmp_path):
 
 def test_without_images_nothing_is_written(written, tmp_path):
     _, source, _, _ = written(RESNET)
-    with pytest.raises(tsa.RunError, match="calibrate"):
+    with pytest.raises(RunError, match="calibrate"):
         int8.quantize(source, tmp_path / "int8.onnx", [])
     assert not list(tmp_path.iterdir())
 

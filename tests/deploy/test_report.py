@@ -29,7 +29,17 @@ from PIL import Image
 from sklearn import metrics
 from torch import nn
 
-import train_split_affinity as tsa
+from split_affinity.checkpoints.state import best_epoch, read_checkpoint
+from split_affinity.data.classes import confused_classes
+from split_affinity.data.transforms import validation_transform
+from split_affinity.errors import RunError, UserError
+from split_affinity.models.pretrained import Preprocessing
+from split_affinity.models.registry import build_model
+from split_affinity.options.settings import Settings
+from split_affinity.reports.confusion import confused_json
+from split_affinity.runs.predict import Trained
+from split_affinity.training.network import Confusion
+from train_split_affinity import main
 
 BAD_NAME = """<script>alert(1)<\u2044script>&"'"""  # a folder's name has no slash
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
@@ -135,14 +145,14 @@ def test_pictures_are_chosen_by_the_probability_of_the_right_class():
 
 
 def test_of_many_classes_the_matrix_has_those_that_are_confused():
-    confusion = tsa.Confusion({(0, 0): 9, (7, 30): 5, (3, 4): 1, (9, 2): 2})
+    confusion = Confusion({(0, 0): 9, (7, 30): 5, (3, 4): 1, (9, 2): 2})
     assert figures.readable_matrix(confusion, 40, 4) == [2, 7, 9, 30]
     assert figures.readable_matrix(confusion, 4, 4) == [0, 1, 2, 3]
 
 
 def test_a_model_that_diverged_is_refused():
     part = figures.judge(torch.full((2, 3), math.nan), torch.tensor([0, 1]), torch.arange(2))
-    with pytest.raises(tsa.RunError, match="no finite numbers"):
+    with pytest.raises(RunError, match="no finite numbers"):
         figures.joined([part])
 
 
@@ -198,16 +208,16 @@ def test_a_class_is_weak_only_beyond_chance():
 
 
 def test_pairs_to_augment_are_those_that_training_takes(tmp_path):
-    confusion = tsa.Confusion({(0, 0): 90, (0, 1): 10, (1, 2): 5, (2, 0): 4, (2, 2): 96})
+    confusion = Confusion({(0, 0): 90, (0, 1): 10, (1, 2): 5, (2, 0): 4, (2, 2): 96})
     found = advice.pairs_to_augment(confusion, ["a", "b", "c"], "here.json")
     assert found.title.startswith("2 pairs") and "--augment-confused here.json" in found.to_do
     assert "a taken for b in 10 of 100 images" in found.figures and "c taken" not in found.figures
     file = tmp_path / "confused.json"
-    file.write_text(tsa.confused_json(confusion, ["a", "b", "c"], "best.pt"))
-    taken = tsa.confused_classes(tsa.Settings(augment_confused=file), ["a", "b", "c"])
+    file.write_text(confused_json(confusion, ["a", "b", "c"], "best.pt"))
+    taken = confused_classes(Settings(augment_confused=file), ["a", "b", "c"])
     assert taken == [0, 1, 2]
     assert "--confused confused.json" in advice.pairs_to_augment(confusion, "abc").to_do
-    assert advice.pairs_to_augment(tsa.Confusion({(0, 1): 2, (0, 0): 9}), "ab") is None
+    assert advice.pairs_to_augment(Confusion({(0, 1): 2, (0, 0): 9}), "ab") is None
 
 
 @pytest.mark.parametrize(
@@ -235,9 +245,9 @@ def test_sure_mistakes_and_few_images_are_told_with_figures():
 def built(name, size, classes=5):
     """A checkpoint of an untrained model."""
     torch.manual_seed(0)
-    model = tsa.build_model(name, classes, size).eval()
-    ready = tsa.Preprocessing(size, size)
-    trained = tsa.Trained(model, [*map(str, range(classes))], ready, tsa.Settings(model=name))
+    model = build_model(name, classes, size).eval()
+    ready = Preprocessing(size, size)
+    trained = Trained(model, [*map(str, range(classes))], ready, Settings(model=name))
     return cp.Checkpoint(Path("x.pt"), {}, trained)
 
 
@@ -333,11 +343,11 @@ def test_heat_is_what_speaks_for_a_class_alone():
 
 
 def test_pictures_are_shown_as_the_model_saw_them():
-    ready = tsa.Preprocessing(24, 32, std=(0.2, 0.3, 0.4))
+    ready = Preprocessing(24, 32, std=(0.2, 0.3, 0.4))
     pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), np.uint8)
-    image = tsa.validation_transform(ready)(Image.fromarray(pixels))
+    image = validation_transform(ready)(Image.fromarray(pixels))
     seen = report.as_seen(image, ready)
-    again = tsa.validation_transform(dataclasses.replace(ready, val_resize=24))(seen)
+    again = validation_transform(dataclasses.replace(ready, val_resize=24))(seen)
     assert seen.size == (24, 24)
     torch.testing.assert_close(again, image, rtol=0, atol=0.6 / 255 / 0.2)
 
@@ -396,7 +406,7 @@ def test_figures_are_those_of_the_training(trained, reported):
     """Those that the trainer found itself, in the same precision, of the moving average."""
     best = trained("resnet20", "--precision", "fp32", "--model-ema", "--model-ema-decay", "0.5")
     page, printed = reported(best, "--per-class", "0")
-    row = tsa.best_epoch(tsa.read_checkpoint(best)["progress"]["history"])
+    row = best_epoch(read_checkpoint(best)["progress"]["history"])
     found = re.match(r"360 images: loss (\S+), top-1 (\S+) %, top-5 (\S+) %", printed.out)
     wanted = row["val_loss"], row["val_top1"], row["val_top5"]
     assert [*map(float, found.groups())] == pytest.approx(wanted, rel=1e-3, abs=6e-3)
@@ -434,7 +444,7 @@ def test_layers_can_be_named(best, few, reported):
 
 def test_without_a_map_there_is_a_report_all_the_same(best, few, reported, monkeypatch):
     def none(*_):
-        raise tsa.UserError("no feature map of several places at 32 px")
+        raise UserError("no feature map of several places at 32 px")
 
     monkeypatch.setattr(feature_maps, "find_map_layer", none)
     page = Page(reported(best, "--data-path", few)[0])
@@ -507,7 +517,7 @@ def hostile(digits, few, tmp_path_factory):
     first.write_text("no picture")
     options = f"""--model resnet20 --image-size 32 --epochs 1 -b 16 -j 0 --subset 0.1 --split none
         --max-bad-images 9 --log-file {folder}/logs.md --output-dir {folder}/out"""
-    assert tsa.main([*options.split(), "--data-path", str(folder / "data")]) == 0
+    assert main([*options.split(), "--data-path", str(folder / "data")]) == 0
     output = folder / "report.html"
     assert report.main([f"{folder}/out/best.pt", "--output", str(output)]) == 0
     return output

@@ -32,7 +32,10 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 from scipy.special import softmax
 
-import train_split_affinity as tsa
+from split_affinity.data.pictures import load_image
+from split_affinity.data.transforms import validation_transform
+from split_affinity.models.pretrained import Preprocessing
+from train_split_affinity import main
 
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
 START = [sys.executable, "app.py"]
@@ -222,8 +225,8 @@ def kinds(tmp_path_factory) -> Path:
     ids=["resized", "odd", "padded", "as-they-are"],
 )
 def test_the_pixels_are_those_of_validation(kinds, name, ready):
-    ready = tsa.Preprocessing(**ready, mean=(0.4, 0.5, 0.45), std=(0.2, 0.3, 0.25))
-    expected = tsa.validation_transform(ready)(tsa.load_image(str(kinds / name))).numpy()
+    ready = Preprocessing(**ready, mean=(0.4, 0.5, 0.45), std=(0.2, 0.3, 0.25))
+    expected = validation_transform(ready)(load_image(str(kinds / name))).numpy()
     known = json.loads(json.dumps(vars(ready)))
     got = pictures.to_input(pictures.middle(pictures.open_picture(kinds / name), known), known)
     assert got.dtype == expected.dtype == np.float32
@@ -233,7 +236,7 @@ def test_the_pixels_are_those_of_validation(kinds, name, ready):
 def test_a_page_answers_as_predict_does(best, kinds, client, tmp_path):
     answers = tmp_path / "answers.json"
     options = ["--resume", str(best), "--precision", "fp32", "--json", str(answers)]
-    assert tsa.main(["predict", *(str(kinds / name) for name in KINDS), *options]) == 0
+    assert main(["predict", *(str(kinds / name) for name in KINDS), *options]) == 0
     for told in json.loads(answers.read_text())["pictures"]:
         shares, _ = ask(client, Path(told["path"]))
         assert next(iter(shares)) == told["classes"][0], told["path"]
