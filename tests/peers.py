@@ -37,10 +37,8 @@ from split_affinity.options.settings import Settings  # noqa: E402
 from split_affinity.reports.tables import describe_run  # noqa: E402
 from split_affinity.runs.find_lr import endless_steps  # noqa: E402
 from split_affinity.runs.measurement import Elsewhere  # noqa: E402
-from split_affinity.runs.setup import (
-    choose_precision,  # noqa: E402
-    prepared,  # noqa: E402
-)
+from split_affinity.runs.setup import choose_precision  # noqa: E402
+from train_split_affinity import prepared  # noqa: E402
 
 Turns = Generator["float | str | None", int, None]  # takes steps to make, gives images/s
 

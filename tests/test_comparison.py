@@ -1026,7 +1026,7 @@ def test_a_comparison(in_tmp, capfd, monkeypatch):
     ]
     assert "; ranks: data parallelism, a process on each group of the split" in printed
     assert figures["verdict"] in printed
-    assert printed.count("images/s: plain") == len(figures["rounds"]) == ROUNDS
+    assert printed.count("images/s: plain") == len(figures["rounds"]) == 2
     assert sum(each["counts"] for each in figures["rounds"]) == ROUNDS
     tables = [line for line in printed.splitlines() if line.startswith("|")]
     assert max(map(len, tables)) <= 80

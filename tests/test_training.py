@@ -46,14 +46,14 @@ from split_affinity.reports.tables import epoch_line
 from split_affinity.runs import evaluation
 from split_affinity.runs.evaluation import VALIDATED_AHEAD, validated
 from split_affinity.runs.find_lr import find_lr as range_test
-from split_affinity.runs.find_lr import find_lr_and_report, judge_rates
-from split_affinity.runs.setup import build_work, choose_precision, prepared
+from split_affinity.runs.find_lr import judge_rates
+from split_affinity.runs.setup import build_work, choose_precision
 from split_affinity.training.network import Confusion, Network, NonFiniteLoss, Scores
 from split_affinity.training.optimizer import total_steps
 from split_affinity.training.schedules import SCHEDULES
 from split_affinity.training.steps import StopRequest, run_schedule
 from split_affinity.training.update import MovingAverage, Work
-from train_split_affinity import main, reason_to_end
+from train_split_affinity import main, prepared, reason_to_end
 
 TINY = Settings(
     model="small", image_size=32, batch_size=4, num_classes=5, workers=0, steps=3, lr=0.01
@@ -572,7 +572,7 @@ def test_a_machine_without_room_for_the_least_is_told_so(settings, needed_bytes)
         check_memory(settings, topology, settings.batch_size)
 
 
-@pytest.mark.parametrize("command", [script.train, find_lr_and_report])
+@pytest.mark.parametrize("command", [script.train, script.find_lr])
 def test_nothing_is_written_where_memory_is_missing(in_tmp, monkeypatch, command):
     settings = dataclasses.replace(TINY, output_dir=in_tmp / "out")
     topology = read_topology()
@@ -863,7 +863,7 @@ def test_find_lr_tries_the_body_s_part_of_each_rate(in_tmp, photos, monkeypatch)
     monkeypatch.setattr(Work, "update", watched)
     asked = {"data_path": photos, "num_classes": None, "steps": 5, "lr_body_factor": 0.25}
     for lr in (0.01, 0.0):
-        with_plan(find_lr_and_report, dataclasses.replace(TINY, **asked, lr=lr))
+        with_plan(script.find_lr, dataclasses.replace(TINY, **asked, lr=lr))
     assert len(seen) == 10
     for first, second in seen:
         assert second == pytest.approx(first * (0.25 if seen.index([first, second]) < 5 else 1))

@@ -12,16 +12,12 @@ from collections.abc import Iterator, Sequence
 from torch.optim import lr_scheduler
 
 from split_affinity.errors import RunError
-from split_affinity.machine.plan import CorePlan
-from split_affinity.machine.topology import Topology
 from split_affinity.models.freezing import mostly_frozen
 from split_affinity.models.weights import versioned
 from split_affinity.options.settings import Settings, batches_in_step
-from split_affinity.ranks.ranks import ONE_PROCESS, Ranks
 from split_affinity.reports.log import picture_footer
 from split_affinity.reports.plots import RangeTest, draw_range_test
 from split_affinity.reports.tables import RANGE_PLOT, describe_run
-from split_affinity.runs.setup import prepared
 from split_affinity.terminal import say, warn
 from split_affinity.training.optimizer import steps_in_epoch
 from split_affinity.training.steps import Diverged, Run, StepResult, hear_others, run_schedule
@@ -101,26 +97,27 @@ def endless_steps(run: Run) -> Iterator[StepResult]:
         yield from run_schedule(run.settings, run.lanes, run.work, batches)
 
 
-def find_lr_and_report(
-    settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
-) -> RangeTest:
-    """The `find-lr` command: the test, its suggestion, and the plot."""
+def range_test_settings(settings: Settings) -> Settings:
+    """The settings of a run whose learning rate is tried out, in steps that no epoch ends."""
     others = {"freeze": mostly_frozen(settings), "freeze_epochs": None}
     others |= {"epochs": None, "lr_warmup_epochs": 0, "model_ema": False}
-    settings = dataclasses.replace(settings, **others)
-    with prepared(settings, topology, plan, ranks) as run:
-        result = find_lr(run)
-        if ranks.rank:
-            return result
-        for text in run.bad.messages:
-            warn(f"{text}: left out")
-        if result.suggestion:
-            rate = f"--lr {result.suggestion:.2g}"
-            say(f"suggestion: {rate}, a tenth of the rate up to which the loss stays low")
-        else:
-            say("no suggestion: the loss did not fall clearly before it rose; try more --steps")
-        if folder := run.settings.output_dir:
-            folder.mkdir(parents=True, exist_ok=True)
-            title, footer = describe_run(run.settings), picture_footer(topology)
-            draw_range_test(folder / RANGE_PLOT, title, result, footer)
+    return dataclasses.replace(settings, **others)
+
+
+def find_lr_and_report(run: Run) -> RangeTest:
+    """The `find-lr` command, once its run is set up: the test, its suggestion, and the plot."""
+    result = find_lr(run)
+    if run.ranks.rank:
+        return result
+    for text in run.bad.messages:
+        warn(f"{text}: left out")
+    if result.suggestion:
+        rate = f"--lr {result.suggestion:.2g}"
+        say(f"suggestion: {rate}, a tenth of the rate up to which the loss stays low")
+    else:
+        say("no suggestion: the loss did not fall clearly before it rose; try more --steps")
+    if folder := run.settings.output_dir:
+        folder.mkdir(parents=True, exist_ok=True)
+        title, footer = describe_run(run.settings), picture_footer(run.topology)
+        draw_range_test(folder / RANGE_PLOT, title, result, footer)
     return result

@@ -1,14 +1,20 @@
-"""What `plan` shows beside the cores, and `--list-models`."""
+"""What `plan` shows, of the cores and of the model, and `--list-models`."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from split_affinity.data.dataset import describe_data, open_data
 from split_affinity.data.named import READERS, SYNTHETIC_CLASSES
 from split_affinity.errors import RunError, UserError
 from split_affinity.files import write_whole
-from split_affinity.machine.description import machine_text
+from split_affinity.machine.description import (
+    describe_plan,
+    describe_topology,
+    draw_plan,
+    machine_text,
+)
 from split_affinity.machine.plan import CorePlan, rank_topology, this_host
 from split_affinity.machine.topology import Topology
 from split_affinity.models.cost import describe_model, describe_teacher
@@ -17,7 +23,7 @@ from split_affinity.models.registry import TIMM, check_model_name, classifier_na
 from split_affinity.options.command_line import installed_version
 from split_affinity.options.data_sets import NAMED_DATA
 from split_affinity.options.settings import Settings
-from split_affinity.ranks.ranks import ONE_PROCESS, Ranks
+from split_affinity.ranks.ranks import ONE_PROCESS, Ranks, machines_of, rank_lines
 from split_affinity.runs.measurement import plan_for
 from split_affinity.runs.starting_weights import teacher_name
 from split_affinity.terminal import say
@@ -30,6 +36,20 @@ def imagined(settings: Settings, topology: Topology) -> Ranks:
     shares = (rank_topology(ranks.hosts, rank) for rank in range(settings.ranks))
     ranks.plans = [plan_for(settings, share) for share in shares]
     return ranks
+
+
+def plan_lines(settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks) -> list[str]:
+    """The machine and how its cores are divided, as a drawing and in words; of several ranks those
+    of each machine, and each rank's.
+    """
+    if not ranks.hosts:
+        drawing = draw_plan(topology, plan)
+        return [describe_topology(topology), drawing, *describe_plan(plan, settings)]
+    drawn = (
+        (text, draw_plan(machine, *(ranks.plans[rank] for rank in there), first=there[0]))
+        for text, machine, there in machines_of(ranks)
+    )
+    return [*itertools.chain(*drawn), *rank_lines(ranks)]
 
 
 def print_model(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,17 @@ from torch import nn
 from split_affinity.checkpoints.folder import LAST
 from split_affinity.data.classes import with_known_classes
 from split_affinity.data.dataset import describe_data, open_data
-from split_affinity.data.loader import BadImages, training_feed, validation_feed
 from split_affinity.data.pictures import ImageData, derived_seed
-from split_affinity.errors import UserError, memory_errors
+from split_affinity.errors import UserError
 from split_affinity.files import check_appendable, write_whole
-from split_affinity.lanes.lane import Lanes, coordinating, tune_allocator
+from split_affinity.lanes.lane import Lanes, tune_allocator
 from split_affinity.machine.plan import CorePlan
 from split_affinity.machine.topology import Topology
 from split_affinity.models.cost import check_memory
 from split_affinity.models.freezing import freeze
 from split_affinity.models.registry import check_model_name
 from split_affinity.options.contradictions import resizing_contradictions
-from split_affinity.options.settings import Settings, learning_rate
+from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks
 from split_affinity.reports.tables import CURVES, GRADIENTS, METRICS, TENSORBOARD, TIMELINE, TRACE
 from split_affinity.runs.starting_weights import build_teacher, starting_model, teacher_name
@@ -37,11 +35,8 @@ from split_affinity.training.network import Network
 from split_affinity.training.optimizer import (
     build_lr_scheduler,
     build_optimizer,
-    planned_steps,
-    steps_in_epoch,
-    warmup_epochs,
 )
-from split_affinity.training.steps import Run, StopRequest
+from split_affinity.training.steps import Run
 from split_affinity.training.update import GradientFlow, Work, build_average
 
 
@@ -154,22 +149,6 @@ def check_validation(settings: Settings, data: ImageData) -> None:
             raise UserError(f"{flag} needs validation images ({places})")
 
 
-@contextlib.contextmanager
-def prepared(
-    settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
-) -> Iterator[Run]:
-    """A run that is set up; all that belongs to it ends with the context. Raises UserError with
-    nothing written, on all of the ranks if on any.
-    """
-    with contextlib.ExitStack() as stack:
-        with ranks.together():
-            run = prepare(stack, settings, topology, plan, ranks)
-        if ranks.size > 1:
-            run.lanes.backward.adopt(ranks.start)
-            begin_alike(run)
-        yield run
-
-
 def begin_alike(run: Run) -> None:
     """Have all ranks begin with the weights of the first, and draw numbers of their own."""
     work, ranks = run.work, run.ranks
@@ -181,14 +160,12 @@ def begin_alike(run: Run) -> None:
         torch.manual_seed(derived_seed(run.settings.seed, "rank", ranks.rank))
 
 
-def prepare(
-    stack: contextlib.ExitStack,
-    settings: Settings,
-    topology: Topology,
-    plan: CorePlan,
-    ranks: Ranks,
-) -> Run:
-    """What a rank sets up for itself, all of which ends with the stack."""
+def settled(
+    settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks
+) -> tuple[Settings, ImageData, str]:
+    """The settings that will be in force, the data, and a note on memory that could not be tuned,
+    if so. Raises UserError, with nothing written, for a run that cannot be.
+    """
     check_model_name(settings.model)
     data = open_data(settings)
     for message in resizing_contradictions(settings, data.native.image_size):
@@ -205,43 +182,7 @@ def prepare(
         settings, topology, data, loader_cores=plan.loader_cpus, tuned_malloc=tuned
     )
     check_memory(settings, topology, settings.batch_size)
-    return set_up(stack, settings, topology, plan, data, note, ranks)
-
-
-@memory_errors()
-def set_up(
-    stack: contextlib.ExitStack,
-    settings: Settings,
-    topology: Topology,
-    plan: CorePlan,
-    data: ImageData,
-    note: str,
-    ranks: Ranks = ONE_PROCESS,
-) -> Run:
-    """Loader processes, lanes and model, which end with the stack; `note` is the first to tell."""
-    stop = stack.enter_context(StopRequest(ranks.size))
-    stack.enter_context(coordinating(settings, plan))
-    torch.manual_seed(settings.seed)
-    train = training_feed(data, settings, plan.loader_cpus, ranks.rank)
-    stack.callback(train.close)
-    validates = settings.epochs or settings.test_only
-    val = validation_feed(data, settings, plan.loader_cpus, ranks.rank) if validates else None
-    if val:
-        stack.callback(val.close)
-    lanes = stack.enter_context(Lanes(plan, topology.online))
-    plan = lanes.plan
-    counts = steps_in_epoch(settings, len(train)), planned_steps(settings, len(train))
-    settings = dataclasses.replace(
-        settings,
-        lr=learning_rate(settings),
-        lr_warmup_epochs=warmup_epochs(settings, *counts),
-        forward_threads=plan.forward.threads,
-        backward_threads=plan.backward.threads,
-    )
-    work = build_work(settings, lanes, *counts, data.classes, ranks)
-    notes = tuple(filter(None, [note, *lanes.notes]))
-    bad = BadImages(settings.max_bad_images)
-    return Run(settings, topology, plan, data, train, val, lanes, work, stop, bad, notes)
+    return settings, data, note
 
 
 def check_subset(run: Run, resumed: bool) -> None:

@@ -1,0 +1,141 @@
+"""The house itself: files that stay small, and what importing them does. import-linter checks the
+floors (pyproject.toml). Run: python -m pytest tests/test_house.py
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "train_split_affinity.py"
+MODULES = sorted((ROOT / "split_affinity").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+IMPORTABLE = [
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for file in MODULES
+    if file.name != "__init__.py"
+]
+# What the lanes have instead, and what libgomp would do to the main thread as torch is imported.
+DROPPED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores", "GOMP_CPU_AFFINITY": "0"}
+
+
+def lines_of(file):
+    return len(file.read_text().splitlines())
+
+
+def test_files_can_be_entered():
+    assert lines_of(SCRIPT) <= 400, "the story"
+    assert [file for file in MODULES if lines_of(file) > 500] == []
+    assert [file for file in TESTS if lines_of(file) > 1000] == []
+
+
+def test_no_file_is_named_for_nothing():
+    vague = {"utils", "util", "misc", "helpers", "common", "core", "base"}
+    assert [file for file in (*MODULES, *TESTS) if file.stem in vague] == []
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: "/".join(file.parts[-2:]))
+def test_each_module_says_what_it_is_for(file):
+    empty = file.name == "__init__.py" and file.parent != ROOT / "split_affinity"
+    if empty:
+        assert file.read_text() == ""
+    else:
+        assert ast.get_docstring(ast.parse(file.read_text()))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["plan", "--help"], ["--version"], ["--list-data-sets"], ["--stepz", "3"]],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("program", [[str(SCRIPT)], ["-m", "split_affinity"]], ids=["script", "-m"])
+def test_what_needs_no_pytorch_does_not_load_it(program, arguments):
+    command = [sys.executable, "-X", "importtime", *program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    loaded = set(re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE))
+    assert done.returncode == (2 if "--stepz" in arguments else 0)
+    assert "split_affinity.options.settings" in loaded
+    assert not {"torch", "torchvision", "numpy", "PIL", "psutil", "tqdm"} & loaded
+
+
+# Imports each module in a process that knows none of them, and asks what the environment is when it
+# asks for torch, which it does not get.
+FIRST_IMPORT = """
+import importlib, json, os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            seen.append(sorted(DROPPED & os.environ.keys()))
+            raise ImportError("torch is not wanted here")
+sys.meta_path.insert(0, Watch())
+names, DROPPED, found = json.loads(sys.argv[1]), set(json.loads(sys.argv[2])), {}
+for name in names:
+    for known in [each for each in sys.modules if each.startswith(("split_affinity", "train_"))]:
+        del sys.modules[known]
+    os.environ.update(dict.fromkeys(DROPPED, "1"))
+    seen = []
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        assert seen, (name, error)
+    found[name] = seen
+print(json.dumps(found))
+"""
+
+
+def test_variables_of_openmp_are_dropped_before_torch_whichever_module_comes_first():
+    names = [*IMPORTABLE, "train_split_affinity"]
+    arguments = [json.dumps(names), json.dumps(sorted(DROPPED))]
+    command = [sys.executable, "-c", FIRST_IMPORT, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == set(names)
+    assert all(still_there == [] for seen in found.values() for still_there in seen)
+    asked = {name for name, seen in found.items() if seen}
+    assert {"train_split_affinity", "split_affinity.lanes.lane"} <= asked
+    assert not any(name.startswith("split_affinity.options") for name in asked)
+
+
+def test_dropped_variables_are_told():
+    environment = os.environ | DROPPED
+    arguments = ["plan", "--model", "squeezenet1_1", "--image-size", "32"]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == 0
+    for name, value in DROPPED.items():
+        assert f"{name}={value} is ignored: lanes have their own threads" in done.stderr
+
+
+def test_the_first_line_says_what_was_asked_for(tmp_path):
+    """It is there before PyTorch is, of which there is none here."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for command, stream in (("--batch-size 32 --steps 50", "stdout"), ("predict a.jpg", "stderr")):
+        words = [*command.split(), *(["--resume", "b.pt"] if stream == "stderr" else [])]
+        done = subprocess.run(
+            [sys.executable, SCRIPT, *words],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            timeout=60,
+        )
+        assert done.returncode == 2
+        first = getattr(done, stream).splitlines()[0]
+        asked = command if command.startswith("predict") else f"train {command}"
+        assert first.startswith(f"{asked} --resume b.pt" if stream == "stderr" else asked)
+        assert first.endswith("; loading PyTorch, which takes some seconds")
+        assert "cannot load torch" in done.stderr.splitlines()[-1]
