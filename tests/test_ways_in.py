@@ -1,0 +1,133 @@
+"""Ways to start the program beside the script of a clone: installed, as one file, by other start
+methods of Python. Run: python -m pytest tests/test_ways_in.py
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = Path(sysconfig.get_path("scripts"), "torchrun")
+TINY = "--model squeezenet1_1 --image-size 32 -b 2 --num-classes 3".split()
+
+
+def run(*command, **options):
+    """A process that has to end well; what it printed."""
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, text=True, timeout=240, **options
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def pyz(tmp_path_factory):
+    """The program as one file, made as docs/install.md says, where no clone is near."""
+    folder = tmp_path_factory.mktemp("server")
+    page = (ROOT / "docs/install.md").read_text()
+    (commands,) = re.findall(r"^```\n(mkdir.*?zipapp.*?)^```", page, re.MULTILINE | re.DOTALL)
+    shutil.copy(ROOT / "train_split_affinity.py", folder)
+    shutil.copytree(
+        ROOT / "split_affinity",
+        folder / "split_affinity",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    run("bash", "-euc", commands, cwd=folder)
+    made = tmp_path_factory.mktemp("elsewhere") / "train_split_affinity.pyz"
+    shutil.move(folder / made.name, made)
+    shutil.rmtree(folder)
+    return made
+
+
+def test_one_file_plans(pyz):
+    printed = run(sys.executable, pyz, "plan", *TINY, cwd=pyz.parent)
+    assert "model squeezenet1_1" in printed
+    assert printed.splitlines()[0].startswith("plan --model squeezenet1_1 ")
+
+
+def test_one_file_is_executable(pyz):
+    assert os.access(pyz, os.X_OK)
+    assert pyz.read_bytes().startswith(b"#!/usr/bin/env python3\n")
+
+
+def test_one_file_ends_with_the_exit_code(pyz):
+    done = subprocess.run([sys.executable, pyz, "--stepz", "3"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("train_split_affinity.py: error: unrecognized arguments: --stepz")
+
+
+def test_one_file_trains_with_loaders(pyz, photos, tmp_path):
+    options = [*TINY, "--data-path", photos, "-j", "2", "--steps", "2", "--output-dir", "out"]
+    printed = run(sys.executable, pyz, *options, cwd=tmp_path)
+    assert "finished after 2 of 2 steps" in printed
+    printed = run(sys.executable, pyz, "--resume", "out/last.pt", "--steps", "3", cwd=tmp_path)
+    assert "resumed from out/last.pt, after step 2" in printed
+
+
+def test_one_file_compares_in_processes_of_its_own(pyz, tmp_path):
+    options = [*TINY, "--quick", "--steps", "1", "-j", "0", "--json", "compared.json"]
+    printed = run(sys.executable, pyz, "compare", *options, cwd=tmp_path)
+    assert "Verdict: " in printed
+    ways = [way["way"] for way in json.loads((tmp_path / "compared.json").read_text())["ways"]]
+    assert {"plain", "none"} <= set(ways)
+
+
+def test_one_file_is_launched_by_torchrun(pyz, tmp_path):
+    options = [*TINY, "--split", "none", "-j", "1", "--steps", "2"]
+    printed = run(TORCHRUN, "--nproc-per-node", "2", pyz, *options, cwd=tmp_path)
+    assert "finished after 2 of 2 steps" in printed
+    assert printed.count("loading PyTorch") == 1
+
+
+STARTED = """
+import multiprocessing, sys
+from train_split_affinity import main
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_loaders_under_each_start_method(photos_with_val, tmp_path):
+    """Python 3.14 starts them by a forkserver. They make the same batches."""
+    (tmp_path / "started.py").write_text(STARTED)
+    options = [*TINY, "--data-path", photos_with_val, "-j", "2", "--epochs", "1"]
+    options += ["--auto-augment", "ra", "--mixup-alpha", "0.2", "--lr", "0.001"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    epochs = {}
+    for method in ("fork", "forkserver", "spawn"):
+        command = [sys.executable, "started.py", method, *options]
+        printed = run(*command, cwd=tmp_path, env=environment)
+        assert re.search(r"finished after (\d+) of \1 steps", printed)
+        epoch = re.search(r"^epoch: 1 .*$", printed, re.MULTILINE)[0]
+        epochs[method] = re.findall(r"(\w+_loss): +(\S+)", epoch)
+    assert epochs["fork"] == epochs["forkserver"] == epochs["spawn"] != []
+
+
+def requirements(text):
+    """The requirements of a file or of a list, without comments and without other files."""
+    lines = (line.partition("#")[0].strip() for line in text)
+    return {str(Requirement(line)) for line in lines if line and not line.startswith("-r")}
+
+
+def test_extras_are_the_requirement_files():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    deploy = requirements((ROOT / "deploy/requirements.txt").read_text().splitlines())
+    tests = requirements((ROOT / "tests/requirements.txt").read_text().splitlines())
+    assert requirements(extras["deploy"]) == deploy
+    assert requirements([*extras["test"], *extras["timm"], *extras["tensorboard"]]) == tests
