@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from split_affinity.data.digits import read_digits
 from split_affinity.data.pictures import ImageData, derived_seed, load_image, to_rgb
 from split_affinity.errors import UserError
 from split_affinity.models.pretrained import Preprocessing, imagenet_classes, largest_size
@@ -96,6 +97,7 @@ class Reader:
 # Means and deviations of the images to train on, as published; ImageNet's where none are known.
 sets = torchvision.datasets
 READERS = {
+    "digits": Reader(read_digits, ({"part": "train"}, {"part": "val"}), Preprocessing(32, 37)),
     "imagenet": Reader(sets.ImageNet, TRAIN_VAL),
     "imagenette": Reader(sets.Imagenette, TRAIN_VAL),
     "imagenette-320": Reader(partial(sets.Imagenette, size="320px"), TRAIN_VAL),

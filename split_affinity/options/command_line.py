@@ -39,11 +39,14 @@ def installed_version(package: str) -> str:
 
 def command_defaults(command: str, typed: Values) -> Values:
     """What takes the place of Settings' own defaults: a recipe's, what suits a data set, and what
-    compare has in a step; `typed` are the options given. A recipe's weights give way to a file's.
+    compare has in a step; `typed` are the options given. A recipe's weights give way to a file's,
+    its data set to a folder of images.
     """
     recipe, quick, resume = (typed.get(name) for name in ("recipe", "quick", "resume"))
     defaults = recipe_defaults(recipe) if recipe else {}
-    if dataset := typed.get("dataset"):
+    if typed.get("data_path"):
+        defaults.pop("dataset", None)
+    if dataset := typed.get("dataset") or defaults.get("dataset"):
         defaults |= NAMED_DATA[dataset].defaults
     if command == "compare" and (quick or not recipe):
         defaults["accumulate"] = 1 if quick else COMPARED_BATCHES

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from split_affinity.text import nearest
@@ -37,6 +38,11 @@ IMAGENET_FILES = (
 VAL_SHARE = 0.2  # of a data set by name without images to validate with
 # fmt: off
 NAMED_DATA = {
+    "digits": NamedData("Digits: handwritten, of scikit-learn, 32 px",
+        "PATH/train/<digit>/*.png and PATH/val, written there if PATH does not exist; data/digits "
+        "without --data-path", 1437, 360, "val", 10,
+        {**NOT_MIRRORED, "min_scale": 0.6, "data_path": Path("data/digits")},
+        needs="scikit-learn, to write it"),
     "imagenet": NamedData("ImageNet: photographs of animals and things (ILSVRC 2012)",
         f"PATH/train and PATH/val, unpacked there from {IMAGENET_FILES}, which you put into PATH",
         1281167, 50000, "val", 1000, needs="scipy, to unpack it"),
@@ -102,7 +108,8 @@ synthetic
 def describe_data_set(name: str) -> str:
     """A block of --list-data-sets."""
     data = NAMED_DATA[name]
-    fetched = "" if name == "imagenet" else ", its own format; --download fetches it"
+    by_hand = name in ("digits", "imagenet")
+    fetched = "" if by_hand else ", its own format; --download fetches it"
     val = f"{data.val} to validate, its {data.part} part"
     drawn = f"of which {VAL_SHARE:g} of each class validate"
     facts = {

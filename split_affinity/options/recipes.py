@@ -14,8 +14,8 @@ from split_affinity.text import as_option
 # that use 256, and 128 where it is made for small machines; to fine-tune, 32.
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {
-        "model": "resnet56", "image_size": 32, "hflip": 0.0, "min_scale": 0.6, "epochs": 12,
-        "lr": 0.05, "lr_warmup_epochs": 2, "lr_scheduler": "cosine",
+        "dataset": "digits", "model": "resnet56", "image_size": 32, "hflip": 0.0, "min_scale": 0.6,
+        "epochs": 12, "lr": 0.05, "lr_warmup_epochs": 2, "lr_scheduler": "cosine",
     },
     "imagenet": {
         "epochs": 90, "batch_size": 32, "accumulate": 8, "lr_scheduler": "cosine",

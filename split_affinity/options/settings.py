@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from split_affinity.options.data_sets import parse_data_set
+from split_affinity.options.data_sets import NAMED_DATA, parse_data_set
 from split_affinity.options.recipes import RECIPES, recipe_defaults
 from split_affinity.options.values import (
     BELOW_1,
@@ -376,6 +376,10 @@ def as_options(settings: Settings) -> str:
     are started, not typed.
     """
     defaults = vars(Settings()) | (recipe_defaults(settings.recipe) if settings.recipe else {})
+    if settings.dataset:
+        defaults |= NAMED_DATA[settings.dataset].defaults
+    if settings.data_path != defaults["data_path"]:
+        defaults["dataset"] = None  # a recipe's gives way to a path, unless it is typed too
     words = []
     for name, value in vars(settings).items():
         if value is None or name == "ranks" or (name != "recipe" and value == defaults[name]):

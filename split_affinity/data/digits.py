@@ -1,0 +1,57 @@
+"""Handwritten digits without a download: scikit-learn's, written once as an image folder."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from split_affinity.data.image_folder import PictureFolder
+from split_affinity.text import tell
+
+
+def read_digits(path: Path, part: str, download: bool = False) -> PictureFolder:
+    """The digits of a part, `train` or `val`; they are written into `path` if there is nothing yet.
+    `download`, which other data sets need for that, changes nothing. Raises ImportError.
+    """
+    if not path.exists():
+        digits = load_digits()
+        tell(f"writing scikit-learn's digits into {path}", sys.stderr)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            write_digits(staged, digits).chmod(0o755)  # mkdtemp's folders are private
+            staged.rename(path)
+        except OSError:
+            if not path.is_dir():  # else another process, such as another rank, was faster
+                raise
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+    return PictureFolder(path / part)
+
+
+def load_digits() -> list[tuple[np.ndarray, int]]:
+    """The 1,797 digits, (8, 8) from 0 to 16, with their labels. Raises ImportError."""
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ImportError(str(error), name="scikit-learn") from None
+    digits = datasets.load_digits()
+    return list(zip(digits.images, map(int, digits.target), strict=True))
+
+
+def write_digits(root: Path, digits: Iterable[tuple[np.ndarray, int]] = ()) -> Path:
+    """Write digits, all that there are without any given, as root/{train,val}/<digit>/*.png of
+    32 px, every fifth into `val`; returns root.
+    """
+    for number, (pixels, label) in enumerate(digits or load_digits()):
+        picture = Image.fromarray(np.uint8(pixels * 255 / 16)).resize((32, 32), Image.BICUBIC)
+        folder = root / ("train" if number % 5 else "val") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{number:04}.png")
+    return root
