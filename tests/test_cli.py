@@ -1,13 +1,9 @@
 """The command line, inside this process and outside. Run: python -m pytest tests/test_cli.py"""
 
-import ast
-import functools
 import itertools
 import json
 import os
-import platform
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -16,32 +12,24 @@ import tempfile
 import time
 from pathlib import Path
 
-import machines
 import pytest
 import torch
 import torchvision
-from conftest import TINY, TWO_CPUS, needs_two_cpus, read_metrics, scalars_in
 from patching import set_everywhere
 from PIL import Image
-from torchvision.datasets import CIFAR10
+from places import SCRIPT
+from processes import run_script
+from small import TINY, TWO_CPUS, needs_two_cpus, read_metrics, scalars_in
 
-import train_split_affinity as script
 from split_affinity import ALLOWED_CPUS, __version__
 from split_affinity.checkpoints.state import read_checkpoint
 from split_affinity.checkpoints.state import versions as all_versions
 from split_affinity.data.classes import wordnet_ids
 from split_affinity.errors import UserError
-from split_affinity.machine.description import read_machine
-from split_affinity.machine.plan import plan_cores, usable_cores
+from split_affinity.machine.plan import usable_cores
 from split_affinity.machine.topology import read_topology
-from split_affinity.models.own import Hybrid
-from split_affinity.models.registry import (
-    OWN_MODELS,
-    build_model,
-    classifier_names,
-    parameter_count,
-)
-from split_affinity.options.command_line import installed_version, parse_arguments
+from split_affinity.models.registry import build_model, classifier_names, parameter_count
+from split_affinity.options.command_line import installed_version
 from split_affinity.options.settings import Settings
 from split_affinity.reports.confusion import CONFUSED, PAIRS
 from split_affinity.reports.plots import RangeTest
@@ -50,26 +38,7 @@ from split_affinity.reports.tensorboard import check_tensorboard
 from split_affinity.runs.starting_weights import starting_model
 from split_affinity.text import format_cpu_list
 from split_affinity.training.network import Network
-from train_split_affinity import main, train
-
-try:
-    import tomllib
-except ImportError:  # Python 3.10, where pytest brings it
-    import tomli as tomllib
-
-SCRIPT = Path(script.__file__)
-ANY = str(min(ALLOWED_CPUS))
-
-
-def run_script(*arguments, **environment):
-    """The script as a user runs it, in the current directory."""
-    return subprocess.run(
-        [sys.executable, SCRIPT, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | environment,
-    )
+from train_split_affinity import main
 
 
 def test_the_smallest_run(in_tmp):
@@ -143,121 +112,6 @@ def test_output_that_cannot_be_written_does_not_end_a_run(in_tmp, redirection):
 def test_a_plan_that_nobody_takes(in_tmp):
     done = run_in_shell("| true", "plan", "--model", "resnet56", "--num-classes", "3")
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_plan_prints_and_writes_nothing(in_tmp, capsys):
-    assert main(["plan", "--split", "even"]) == 0
-    printed = capsys.readouterr().out
-    assert "F forward, B backward" in printed
-    assert "loader    cores" in printed
-    assert printed.endswith(
-        "model resnet50: 25,557,032 parameters for 1000 classes, 97.7 MiB; "
-        "an image of 224 px takes 8.18 GFLOP forward, 16.12 backward\n"
-    )
-    assert not list(in_tmp.iterdir())
-
-
-def test_plan_says_what_it_takes_for_data_that_is_not_there_yet(in_tmp, capsys):
-    options = ["--model", "resnet56", "--num-classes", "7", "--data-path", "later"]
-    assert main(["plan", *options]) == 0
-    note, model = capsys.readouterr().out.splitlines()[-2:]
-    assert note == "note: later does not exist yet: 7 classes, 224 px taken instead"
-    assert "for 7 classes" in model
-
-
-def test_plan_for_a_server_from_any_computer(in_tmp, capsys, monkeypatch):
-    """It is recorded there, and planned for where this system cannot keep threads on cores."""
-    machines.write_machine(in_tmp / "server", machines.SIXTEEN_CORES)
-    monkeypatch.delattr(os, "sched_setaffinity")
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert main(["plan", "--machine", "server", "--record", "server.json", *TINY]) == 0
-    first = capsys.readouterr().out.splitlines()
-    assert first.pop() == "machine recorded in server.json"
-    assert main(["plan", "--machine", "server.json", *TINY]) == 0
-    assert capsys.readouterr().out.splitlines() == first
-    assert first[0].startswith("Example CPU @ 3.0GHz: 1 socket, 16 cores, 32 hardware threads; ")
-    assert "forward   cores 0-7,16-23, 8 threads: forward pass" in first
-    assert first[-1].startswith("model squeezenet1_1: ")
-
-
-def test_the_machine_of_this_computer_is_recorded(in_tmp):
-    assert main(["plan", "--record", "here.json", *TINY]) == 0
-    assert read_machine(in_tmp / "here.json") == read_topology()
-    assert platform.node() not in (in_tmp / "here.json").read_text()
-    assert [path.name for path in in_tmp.iterdir()] == ["here.json"]
-
-
-def test_core_lists_are_those_of_the_machine_planned_for(in_tmp, capsys):
-    machines.write_machine(in_tmp / "server", machines.SIXTEEN_CORES)
-    options = ["plan", "--machine", "server", *TINY, "--forward-cores", "30-31"]
-    assert main([*options, "--backward-cores", "14-15"]) == 0
-    assert "forward   cores 30-31, 2 threads: forward pass" in capsys.readouterr().out
-    assert main([*options, "--backward-cores", "32"]) == 2
-    message = "--backward-cores 32: CPU 32 is not in this machine (allowed: 0-31)\n"
-    assert capsys.readouterr().err.endswith(message)
-
-
-def test_plan_of_another_model(in_tmp, capsys):
-    arguments = "--model resnet56 --num-classes 10 --image-size 32".split()
-    assert main(["plan", *arguments]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        "model resnet56: 853,018 parameters for 10 classes, 3.3 MiB; "
-        "an image of 32 px takes 0.25 GFLOP forward, 0.50 backward"
-    )
-
-
-def test_plan_shows_the_teacher(in_tmp, capsys):
-    arguments = "--model resnet56 --num-classes 10 --image-size 32".split()
-    arguments += "--teacher resnet18 --teacher-weights later.pth".split()
-    torch.save({"conv1.weight": torch.zeros(1)}, "later.pth")
-    assert main(["plan", *arguments]) == 0
-    model, teacher = capsys.readouterr().out.splitlines()[-2:]
-    assert model.startswith("model resnet56: 853,018 parameters for 10 classes")
-    assert teacher == "teacher resnet18: 42.7 MiB; an image takes 0.07 GFLOP more forward"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "work", "frozen"),
-    [
-        (
-            [],
-            "3.63 GFLOP forward, 0.00 backward",
-            "frozen: 60 of 62 weights (body); forward has 99.97% of the work",
-        ),
-        (
-            ["--epochs", "10", "--freeze-epochs", "1"],
-            "3.63 GFLOP forward, 7.02 backward",
-            "frozen: 60 of 62 weights (body) for 1 epoch; forward has 34.07% of the work in most "
-            "epochs",
-        ),
-        (
-            ["--epochs", "10", "--freeze-epochs", "9"],
-            "3.63 GFLOP forward, 0.00 backward",
-            "frozen: 60 of 62 weights (body) for 9 epochs; forward has 99.97% of the work in most "
-            "epochs",
-        ),
-    ],
-)
-def test_plan_of_a_model_with_a_frozen_body(in_tmp, capsys, arguments, work, frozen):
-    assert main(["plan", "--model", "resnet18", "--freeze", "body", *arguments]) == 0
-    *_, model, last = capsys.readouterr().out.splitlines()
-    assert model.endswith(f"an image of 224 px takes {work}")
-    assert last == frozen
-
-
-@pytest.mark.parametrize(
-    ("arguments", "size"),
-    [
-        ([], 224),
-        (["--image-size", "64"], 64),
-        (["--min-res", "32", "--max-res", "96", "--end-ramp", "3"], 96),
-        (["--recipe", "imagenet-subset"], 128),
-    ],
-)
-def test_plan_counts_for_the_image_size_of_the_validation(in_tmp, capsys, arguments, size):
-    place = ["--data-path", "data"] if "--recipe" in arguments else []
-    assert main(["plan", "--model", "squeezenet1_1", *arguments, *place]) == 0
-    assert f"an image of {size} px takes" in capsys.readouterr().out
 
 
 def test_a_run_over_epochs(in_tmp, photos_with_val, capsys):
@@ -423,83 +277,6 @@ def test_find_lr_suggests_nothing_rather_than_guess(in_tmp, photos, capsys):
     assert Image.open("out/lr.png").width > 500
 
 
-def test_test_only(in_tmp, photos_with_val, capsys):
-    arguments = [*TINY, "--data-path", str(photos_with_val), "--output-dir", "out"]
-    assert main([*arguments, "--epochs", "1"]) == 0
-    (row,) = read_metrics(Path("out"), "epoch")
-    before = {path: path.stat().st_mtime_ns for path in in_tmp.rglob("*") if path.is_file()}
-    capsys.readouterr()
-    assert main([*arguments, "--test-only", "--resume", "auto"]) == 0
-    captured = capsys.readouterr()
-    assert "out/last.pt: epoch 1, step 6\n" in captured.out
-    assert f"12 images: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %" in captured.out
-    assert "| class" in captured.out
-    assert "moving average" not in captured.out
-    assert captured.err == ""
-    after = {path: path.stat().st_mtime_ns for path in in_tmp.rglob("*") if path.is_file()}
-    assert {path.name for path in after.keys() - before.keys()} == {
-        "confused.json",
-        "confusion.csv",
-        "confusion.png",
-    }
-    assert before.items() <= after.items(), "nothing else is touched"
-
-
-def test_test_only_tells_of_broken_images(in_tmp, photos_with_val, tmp_path, capsys):
-    data = shutil.copytree(photos_with_val, tmp_path / "data")
-    arguments = [*TINY, "--data-path", str(data), "--output-dir", "out"]
-    assert main([*arguments, "--steps", "1"]) == 0
-    broken = data / "val/flower/0001.jpg"
-    broken.write_bytes(b"no picture")
-    options = ["--test-only", "--resume", "auto", "--max-bad-images", "1"]
-    assert main([*arguments, *options]) == 0
-    captured = capsys.readouterr()
-    assert "\n11 images: loss " in captured.out
-    assert "no confusion matrix" not in captured.out
-    assert f"broken image {broken}: " in captured.err
-
-
-def test_test_only_says_that_no_matrix_is_drawn_without_a_folder(in_tmp, photos_with_val, capsys):
-    arguments = [*TINY, "--data-path", str(photos_with_val)]
-    assert main([*arguments, "--steps", "1", "--output-dir", "out"]) == 0
-    before = sorted(in_tmp.rglob("*"))
-    resumed = ["--test-only", "--resume", "out/last.pt"]
-    _, settings = parse_arguments([*arguments, *resumed])
-    topology = read_topology()
-    train(settings, topology, plan_cores(topology, settings))
-    note = "\nnote: no confusion matrix is drawn without --output-dir\n"
-    assert capsys.readouterr().out.endswith(note)
-    assert sorted(in_tmp.rglob("*")) == before
-    assert main([*arguments, *resumed]) == 0
-    assert note not in capsys.readouterr().out, "as the saved run had a folder"
-    assert {path.name for path in in_tmp.rglob("*")} >= {"confusion.csv", "confusion.png"}
-
-
-@pytest.mark.parametrize("options", [["--test-only"], ["--epochs", "2"]])
-def test_a_checkpoint_for_another_image_size(in_tmp, photos_with_val, capsys, monkeypatch, options):
-    """Positions of a transformer are made for one size."""
-    tiny = functools.partial(Hybrid, channels=(8, 16, 24, 32), width=32, blocks=1)
-    monkeypatch.setitem(OWN_MODELS, "hybrid", tiny)
-    arguments = ["--model", "hybrid", "-b", "4", "-j", "0", "--epochs", "1"]
-    arguments += ["--data-path", str(photos_with_val), "--output-dir", "out"]
-    assert main([*arguments, "--image-size", "32"]) == 0
-    capsys.readouterr()
-    assert main([*arguments, "--image-size", "64", "--resume", "auto", *options]) == 2
-    error = capsys.readouterr().err
-    assert "--image-size 64" in error
-    assert error.count("\n") == 1
-
-
-def test_test_only_needs_validation_images(in_tmp, photos, capsys):
-    arguments = [*TINY, "--data-path", str(photos), "--output-dir", "out"]
-    assert main([*arguments, "--steps", "1"]) == 0
-    assert main([*arguments, "--test-only", "--resume", "auto"]) == 2
-    assert capsys.readouterr().err == (
-        "train_split_affinity.py: error: --test-only needs validation images "
-        "(DIR/val/<class>/*.jpg, or --val-share)\n"
-    )
-
-
 WEIGHTS = [*TINY[:2], "--weights", "DEFAULT", "--precision", "fp32"]
 
 
@@ -604,225 +381,6 @@ def test_plan_says_what_weights_are_for_and_fetches_nothing(in_tmp, torch_cache,
         "resized to 255 (bilinear); fetched when a run needs them\n"
     ) in printed
     assert "an image of 240 px takes" in printed
-
-
-BAD_INPUT = [
-    (["--forward-cores", ""], "--forward-cores: '' is not a core list"),
-    (["--forward-cores", "3-1"], "'3-1' runs backwards"),
-    (["--forward-cores", "0,0"], "names CPU 0 twice"),
-    (["--forward-cores", "x"], "'x' is not a core list"),
-    (["--forward-cores", ANY, "--backward-cores", ANY], f"overlap in {ANY}"),
-    (["--forward-cores", ANY, "--backward-cores", "9999"], "CPU 9999 is not in this machine"),
-    (["--forward-cores", ANY], f"--forward-cores {ANY} needs --backward-cores"),
-    (["--loader-cores", "9999"], "CPU 9999 is not in this machine (allowed: "),
-    (["--split", "0:1"], "--split: '0:1' leaves a group without cores"),
-    (["--split", "2"], "'2' is not even, auto, none, or forward:backward"),
-    (["--split", "a:b"], "'a:b' is not even, auto, none, or forward:backward"),
-    (["--batch-size", "0"], "--batch-size: '0' is not a whole number from 1"),
-    (["-b", "x"], "-b/--batch-size: 'x' is not a whole number from 1"),
-    (["--steps", "-1"], "--steps: '-1' is not a whole number from 1"),
-    (["--forward-threads", "0"], "--forward-threads: '0' is not a whole number from 1"),
-    (["--image-size", "2.5"], "--image-size: '2.5' is not a whole number from 1"),
-    (["--lr", "nan"], "--lr: 'nan' is not a number of 0 or more"),
-    (["--model", "resnet5"], "--model resnet5: unknown; did you mean resnet56, resnet50"),
-    (["--num-classes", "1"], "--num-classes: '1' is not a whole number from 2"),
-    (["--num-classes", "2147483647"], "'2147483647' is not a whole number from 2 to 10000000"),
-    (
-        ["--model", "resnet18", "--num-classes", "9999999", "--lr", "0", "--image-size", "99999"],
-        "32 images of 99999 px, resnet18 with 9999999 classes: at least 7",
-    ),
-    (["find-lr", *TINY, "--image-size", "99999"], "2 images of 99999 px, squeezenet1_1 with 3 "),
-    (["compare", *TINY, "--image-size", "99999"], "16 images of 99999 px, squeezenet1_1 with 3 "),
-    (["compare", *TINY, "--accumulate", "65536", "--image-size", "999"], "131072 images of 999 "),
-    ([*TINY, "--accumulate", "1000000"], "at most 131072 synthetic ones are allowed"),
-    (["plan", "--image-size", "2147483647"], "--image-size 2147483647: resnet50 cannot train on "),
-    (["--hflip", "2"], "--hflip: '2' is not a number from 0 to 1"),
-    (["--mixup-alpha", "1e-300"], "--mixup-alpha: '1e-300' is not 0, or from 0.01 to 1000"),
-    (["--cutmix-alpha", "1e-300"], "--cutmix-alpha: '1e-300' is not 0, or from 0.01 to 1000"),
-    (["--subset", "0"], "--subset: '0' is not above 0 and up to 1"),
-    (["--target-top1", "101"], "--target-top1: '101' is not above 0 and up to 100"),
-    (["--ra-magnitude", "31"], "--ra-magnitude: '31' is not a whole number from 0 to 30"),
-    (["--norm-weight-decay", "-1"], "--norm-weight-decay: '-1' is not a number of 0 or more"),
-    (
-        ["--bias-weight-decay", "0", "--skip-decay-1d"],
-        "--bias-weight-decay 0.0 and --skip-decay-1d",
-    ),
-    (["--lr-milestones", "60,30"], "'60,30' is not a list of ascending epochs such as 30,60,80"),
-    (["--opt", "lion"], "--opt: invalid choice: 'lion'"),
-    (["--lr-scheduler", "linear"], "--lr-scheduler: invalid choice: 'linear'"),
-    (["--auto-augment", "xx"], "--auto-augment: invalid choice: 'xx'"),
-    (["--recipe", "imagnet"], "--recipe: invalid choice: 'imagnet'"),
-    (["--recipe", "imagenet-full"], "starts from trained weights: give --init-from PATH"),
-    (["--recipe", "imagenet-subset"], "--subset 0.2 needs --data-path"),
-    (["--recipe", "imagenet", "--epochs", "3"], "--lr-warmup-epochs 5: fewer than --epochs 3"),
-    (["--subset", "0.5"], "--subset 0.5 needs --data-path"),
-    (["--download"], "--download needs --data-path"),
-    (["--min-res", "128"], "--min-res and --end-ramp belong together"),
-    (["--max-res", "128"], "--max-res 128 needs --min-res"),
-    (["--min-res", "100", "--end-ramp", "3"], "multiples of 32 are allowed"),
-    (["--lr-warmup-epochs", "3"], "--lr-warmup-epochs 3 needs --epochs"),
-    (["--recipe", "hybrid", "--lr", "1e-7"], "--min-lr 1e-06 is above the learning rate, 1e-07"),
-    (["--freeze-epochs", "3", "--epochs", "4"], "--freeze-epochs 3 needs --freeze\n"),
-    (["--freeze-epochs", "3", "--freeze", "body"], "--freeze-epochs 3 needs --epochs\n"),
-    (
-        [*TINY, "--freeze", "features.3,body,x"],
-        "--freeze features.3,body,x: squeezenet1_1 has no 'x'; its layer groups are features.0, ",
-    ),
-    ([*TINY, "--freeze", ""], "--freeze : squeezenet1_1 has no ''; its layer groups are features"),
-    (["plan", *TINY, "--freeze", "layer1"], "classifier.1, body (all but the classifier)\n"),
-    (
-        [*TINY, "--freeze", "body,classifier.1"],
-        "--freeze body,classifier.1: nothing of squeezenet1_1 would be left to train\n",
-    ),
-    (["--lr-body-factor", "0"], "--lr-body-factor: '0' is not above 0 and up to 1"),
-    (["--stochastic-depth", "1"], "--stochastic-depth: '1' is not a number of 0 or more and bel"),
-    (
-        [*TINY, "--drop-path", "0.1"],
-        "--stochastic-depth 0.1: squeezenet1_1 has no blocks that can be left out (ResNets, ",
-    ),
-    (["--early-stopping", "3"], "--early-stopping 3 needs --epochs"),
-    (["--target-top1", "90"], "--target-top1 90 needs --epochs"),
-    (["--save-steps", "3"], "--save-steps needs --output-dir"),
-    (["--tensorboard"], "--tensorboard needs --output-dir"),
-    (["--mirror", "memory://x"], "--mirror needs --output-dir"),
-    (["--resume", "auto"], "--resume auto needs --output-dir"),
-    (["--resume", "a.pt", "--init-from", "b.pt"], "--resume a.pt and --init-from b.pt: give one"),
-    (["--test-only"], "--test-only needs --resume"),
-    (
-        ["--recipe", "imagenet-full", *TINY, "--drop-path", "0", "--resume", "auto"],
-        "starts from trained weights, and out/imagenet-full has none: give --init-from PATH",
-    ),
-    (["--weights", "V1", "--init-from", "b.pt"], "--init-from b.pt and --weights V1: give one"),
-    (["--weights", "V9", *TINY], "--weights V9: squeezenet1_1 has IMAGENET1K_V1, DEFAULT"),
-    (["--weights", "DEFAULT", *TINY], "squeezenet1_1-b8a52dc0.pth: <urlopen error no network>; if"),
-    (["--weights", "DEFAULT", "--model", "hybrid"], "--weights DEFAULT: hybrid has no weights by"),
-    (["find-lr", "--weights", "V9", *TINY], "--weights V9: squeezenet1_1 has IMAGENET1K_V1"),
-    (["compare", "--weights", "V9", *TINY], "--weights V9: squeezenet1_1 has IMAGENET1K_V1"),
-    (["plan", "--weights", "V9", *TINY], "--weights V9: squeezenet1_1 has IMAGENET1K_V1"),
-    (["find-lr", "--resume", "a.pt"], "--resume a.pt is for train and predict, not for find-lr"),
-    (["plan", "--resume", "a.pt"], "--resume a.pt is for train and predict, not for plan"),
-    (["find-lr", "--model", "resnet5"], "--model resnet5: unknown"),
-    (["plan", "--model", "resnet5"], "--model resnet5: unknown"),
-    ([*TINY, "--resume", "nowhere.pt"], "error: nowhere.pt: no such checkpoint"),
-    ([*TINY, "--resume", str(SCRIPT)], f"error: {SCRIPT}: damaged, or no checkpoint"),
-    ([*TINY, "--init-from", "nowhere.pt"], "--init-from nowhere.pt: cannot be read: No such file"),
-    ([*TINY, "--init-from", str(SCRIPT)], f"--init-from {SCRIPT}: cannot be read: not a file of "),
-    (["--teacher", "resnet50"], "--teacher resnet50 needs --teacher-weights"),
-    (["--teacher-weights", "DEFAULT"], "--teacher-weights DEFAULT needs --teacher"),
-    (["--teacher-share", "0.3"], "--teacher-share 0.3 needs --teacher and --teacher-weights"),
-    (["--teacher-share", "1.5"], "--teacher-share: '1.5' is not a number from 0 to 1"),
-    (
-        [*TINY, "--teacher", "resnet5", "--teacher-weights", "DEFAULT"],
-        "--teacher resnet5: unknown; did you mean ",
-    ),
-    (
-        [*TINY, "--teacher-weights", "nowhere.pt"],
-        "error: --teacher-weights nowhere.pt: cannot be read: No such file or directory",
-    ),
-    (
-        ["compare", *TINY, "--teacher", "resnet5", "--teacher-weights", "t.pt"],
-        "--teacher resnet5: unknown; did you mean ",
-    ),
-    (
-        ["plan", *TINY, "--teacher", "resnet5", "--teacher-weights", "t.pt"],
-        "--teacher resnet5: unknown; did you mean ",
-    ),
-    ([*TINY, "--test-only", "--resume", "nowhere.pt"], "error: nowhere.pt: no such checkpoint"),
-    ([*TINY, "--mirror", "odd://x", "--output-dir", "out"], "--mirror odd://x: "),
-    (["--data-path", "nowhere"], "--data-path nowhere does not exist"),
-    (["--augment-confused", "c.json"], "--augment-confused c.json needs --data-path"),
-    (["--data-path", str(SCRIPT)], "is a file, not a folder"),
-    (["--data-path", "."], "--data-path .: no images"),
-    (["--log-file", "nowhere/logs.md"], "--log-file nowhere/logs.md: cannot be written"),
-    (["--output-dir", f"{SCRIPT}/out"], "cannot be written"),
-    (["--schedule", "magic"], "invalid choice: 'magic'"),
-    (["--schedule", "overlap"], "nothing to overlap with --accumulate 1: raise --accumulate to 2"),
-    (["--schedule", "delayed", "--split", "none"], "has nothing to overlap with --split none"),
-    (["--split", "auto", "--forward-threads", "2"], "--split auto chooses the thread counts"),
-    (["--json", "c.json"], "--json c.json is for compare and predict, not for train"),
-    (["--machine", "m.json"], "--machine m.json is for plan, not for train"),
-    (["compare", "--record", "m.json"], "--record m.json is for plan, not for compare"),
-    (["plan", "--machine", "m.json"], "--machine m.json: cannot be read: No such file or direct"),
-    (["plan", "--machine", str(SCRIPT)], f"--machine {SCRIPT}: not a machine's description"),
-    (["plan", "--machine", "/", "--split", "auto"], "--split auto measures the machine that it "),
-    (["plan", *TINY, "--record", "no/m.json"], "--record no/m.json: cannot be written: No such"),
-    (["--precision", "fp16"], "invalid choice: 'fp16'"),
-    (["compare", "--json", "nowhere/c.json"], "--json nowhere/c.json: cannot be written"),
-    (["compare", "--schedule", "delayed"], "--schedule delayed: compare runs every schedule"),
-    (["compare", "--epochs", "2"], "--epochs 2: compare takes --steps"),
-    (
-        ["compare", "--quick", "-b", "1"],
-        "--batch-size 1: overlap needs a batch that can be divided",
-    ),
-    (
-        ["compare", "--quick", "--model", "resnet18", "--image-size", "32", "-b", "3"],
-        "--batch-size 1 ",
-    ),
-    (["trian"], "unknown command 'trian' (choose from train, plan, find-lr, compare, predict)"),
-    (["trian"], "find-lr, compare, predict); did you mean train?\n"),
-    (["find_lr"], "find-lr, compare, predict); did you mean find-lr?\n"),
-    (["xyz"], "unknown command 'xyz' (choose from train, plan, find-lr, compare, predict)\n"),
-    (["--unknown"], "unrecognized arguments: --unknown"),
-    (["--xyz"], "unrecognized arguments: --xyz\n"),
-    (["--batch", "4"], "unrecognized arguments: --batch 4"),
-    (["--batch", "4"], "--batch 4; did you mean --batch-size"),
-    (["--batchsize", "4"], "arguments: --batchsize 4; did you mean --batch-size?\n"),
-    (["plan", "--batchsize=4"], "arguments: --batchsize=4; did you mean --batch-size?\n"),
-    (["train", "x", "--batchsize", "4"], "x --batchsize 4; did you mean --batch-size?\n"),
-    (["--recipe", "cifar10", "--epoch", "4"], "--epoch 4; did you mean --epochs"),
-    (["--no-channel-last"], "--no-channel-last; did you mean --no-channels-last"),
-    (
-        ["--batchsize", "4", "--xyz", "--epoch=3"],
-        "arguments: --batchsize 4 --xyz --epoch=3; did you mean --batch-size for --batchsize, "
-        "--epochs for --epoch?\n",
-    ),
-    (["--xyz", "--uvw"], "unrecognized arguments: --xyz --uvw\n"),
-    (["--mix-up", "1"], "--mix-up 1; did you mean --mixup?\n"),
-    (["--wd", "x"], "argument --wd: 'x' is not a number of 0 or more\n"),
-    (["--aa", "rand-m9-mstd0.5"], "argument --aa: invalid choice: 'rand-m9-mstd0.5' (choose from"),
-    (["--sched", "plateau"], "argument --sched: invalid choice: 'plateau' (choose from"),
-    (["plan", "--json", "c.json"], "--json c.json is for compare and predict, not for plan"),
-    (["photos"], "unknown command 'photos'"),
-    (["train", "photos"], "unrecognized arguments: photos\n"),
-    (
-        ["--model", "alexnet", "--image-size", "8", "-j", "0"],
-        "alexnet cannot train on such batches",
-    ),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT)
-def test_bad_input_is_one_line(in_tmp, capsys, torch_cache, arguments, message):
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("train_split_affinity.py: error: ")
-    assert message in error
-    assert error.count("\n") == 1
-    assert not list(in_tmp.iterdir()), "nothing written"
-
-
-def test_bad_input_as_a_process(in_tmp):
-    done = run_script("--split", "0:1")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.count("\n") == 1
-    assert not list(in_tmp.iterdir())
-
-
-def test_without_thread_affinity_only_split_none_works(in_tmp, capsys, monkeypatch):
-    monkeypatch.delattr(os, "sched_setaffinity")
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert main([*TINY, "--steps", "1"]) == 2
-    assert "--split even: Linux cannot keep threads on cores" in capsys.readouterr().err
-    assert main([*TINY, "--steps", "1", "--split", "none"]) == 0
-    assert "finished after 1 of 1 step" in capsys.readouterr().out
-
-
-def test_a_non_finite_loss_is_exit_code_1(in_tmp, capsys):
-    arguments = [*TINY, "--steps", "9", "--lr", "1e30", "--split", "none", "--momentum", "0"]
-    assert main(arguments) == 1
-    captured = capsys.readouterr()
-    assert captured.err.startswith("train_split_affinity.py: error: step ")
-    assert "the loss is" in captured.err
 
 
 @pytest.mark.parametrize(
@@ -1082,92 +640,3 @@ def test_the_list_of_models_has_the_parameters_that_are_built(name):
     with torch.device("meta"):
         model = build_model(name, 1000, 224)
     assert parameter_count(name) == sum(weight.numel() for weight in model.parameters())
-
-
-PROGRAMS = {"digits": 1797, "photos": 6, "cifar": 7}
-
-
-def run_program(monkeypatch, name, *arguments):
-    """A program that stands beside the tests; its exit code."""
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(Path(__file__).with_name(f"{name}.py")), run_name="__main__")
-        sys.exit(0)
-    return ended.value.code
-
-
-@pytest.mark.parametrize("name", [*PROGRAMS, "convergence", "finetune", "kill"])
-def test_programs_beside_the_tests_explain_themselves(in_tmp, capsys, monkeypatch, name):
-    assert run_program(monkeypatch, name, "--help") == 0
-    captured = capsys.readouterr()
-    assert captured.out.startswith(f"usage: {name}.py [-h] ")
-    docstring = Path(__file__).with_name(f"{name}.py").read_text().partition('"""')[2]
-    assert f"\n\n{docstring[:30]}" in captured.out
-    assert captured.err == ""
-    assert not list(in_tmp.iterdir())
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_programs_beside_the_tests_say_what_they_lack(in_tmp, capsys, monkeypatch, name):
-    assert run_program(monkeypatch, name) == 2
-    assert "error: the following arguments are required: folder" in capsys.readouterr().err
-    assert run_program(monkeypatch, name, "--unknown") == 2
-    assert not list(in_tmp.iterdir())
-
-
-@pytest.mark.parametrize(("name", "files"), PROGRAMS.items())
-def test_programs_beside_the_tests_make_their_data(in_tmp, monkeypatch, name, files):
-    count = ["6"] if name == "photos" else []
-    assert run_program(monkeypatch, name, "data", *count) == 0
-    assert sum(path.is_file() for path in Path("data").rglob("*")) == files
-
-
-def test_digits_like_cifar10_go_to_the_program_with_its_options(in_tmp, monkeypatch):
-    commands = []
-    set_everywhere(monkeypatch, "main", lambda arguments: commands.append(arguments) or 3)
-    for name in ("train_list", "test_list", "meta"):
-        monkeypatch.setattr(CIFAR10, name, getattr(CIFAR10, name))  # to be put back
-    options = ["--recipe", "cifar10", "--epochs", "2", "--help"]
-    assert run_program(monkeypatch, "cifar", "data", *options) == 3
-    assert commands == [[*options, "--data-path", "data"]]
-
-
-def test_readme_prints_the_commands_that_work():
-    readme = SCRIPT.with_name("README.md").read_text()
-    setup = "python3 -m venv .venv && .venv/bin/pip install -r"
-    script = ".venv/bin/python train_split_affinity.py --batch-size 32 --steps 50"
-    assert f"{setup} requirements.txt && {script}\n" in readme
-    assert f"{setup} tests/requirements.txt && .venv/bin/python -m pytest\n" in readme
-
-
-def script_metadata(text):
-    """The TOML in a script's comments, found as PEP 723 has it found."""
-    block = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
-    (found,) = (match for match in re.finditer(block, text) if match["type"] == "script")
-    lines = found["content"].splitlines()
-    return tomllib.loads("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines))
-
-
-def test_the_bare_file_says_what_it_needs():
-    """As requirements.txt and the README say it, for `uv run` and the like."""
-    text = SCRIPT.read_text()
-    metadata = script_metadata(text)
-    required = SCRIPT.with_name("requirements.txt").read_text().splitlines()
-    lines = [line.partition("#")[0].strip() for line in required]
-    assert metadata["dependencies"] == [line for line in lines if line]
-    least = metadata["requires-python"].removeprefix(">=")
-    assert f"Python {least} or newer" in SCRIPT.with_name("README.md").read_text()
-    target = tomllib.loads(SCRIPT.with_name("pyproject.toml").read_text())["tool"]["ruff"]
-    assert target["target-version"] == f"py{least.replace('.', '')}"
-    assert text.startswith("#!/usr/bin/env python3\n# /// script\n")
-    assert ast.get_docstring(ast.parse(text)) == script.__doc__.rstrip(), "which still stands first"
-
-
-def test_the_bare_file_asks_for_the_build_of_pytorch_that_the_readme_names():
-    uv = script_metadata(SCRIPT.read_text())["tool"]["uv"]
-    (index,) = uv["index"]
-    assert f"torch torchvision --index-url {index['url']}\n" in (
-        SCRIPT.with_name("README.md").read_text()
-    )
-    assert index["explicit"], "other packages come from where they always do"
-    assert uv["sources"] == dict.fromkeys(("torch", "torchvision"), {"index": index["name"]})

@@ -15,18 +15,16 @@ from pathlib import Path
 
 import cifar
 import pytest
-from digits import make_digits
 from patching import set_everywhere
 from photos import make_photos
+from places import ROOT, SCRIPT
 from torch.distributed.run import get_args_parser
 
-import train_split_affinity as script
+from split_affinity.data.digits import write_digits
 from split_affinity.options.command_line import build_parser, parse_arguments
 from train_split_affinity import main
 
-ROOT = Path(script.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPT = Path(script.__file__).name
 # Whatever a command trains, it takes a second with these. A recipe's size grows within them.
 SHORT = "--model squeezenet1_1 --image-size 32 -b 2 --accumulate 2 -j 0 --lr 0.001".split()
 SHORT_RAMP = ["--min-res", "32", "--max-res", "32"]
@@ -51,10 +49,12 @@ def commands(text: str) -> Iterator[list[str]]:
     """
     for line in fenced(text):
         for part in line.split(" && "):
-            if match := re.match(r"(?:\.venv/bin/)?python ((?:tests/)?\w+\.py.*)", part.strip()):
+            if match := re.match(
+                r"(?:\.venv/bin/)?python ((?:tests/|benchmarks/)?\w+\.py.*)", part.strip()
+            ):
                 yield shlex.split(match[1], comments=True)
     for options in re.findall(r"\| `(--recipe .*?)` \|", text):
-        yield [SCRIPT, *shlex.split(options)]
+        yield [SCRIPT.name, *shlex.split(options)]
 
 
 def launches(text: str) -> Iterator[list[str]]:
@@ -84,7 +84,7 @@ def world(tmp_path, torch_cache) -> Path:
     torch_cache(SHORT[1])
     shutil.copytree(photos, root / "imagenet")
     cifar.make_cifar_digits(root / "cifar", 60)
-    make_digits(root / "data/digits")
+    write_digits(root / "data/digits")
     return root
 
 
@@ -95,9 +95,9 @@ def test_the_commands_of_a_page_run(page, world, monkeypatch, capsys):
     set_everywhere(monkeypatch, "ROUNDS", 2)
     cifar.accept(monkeypatch, world / "cifar")
     for program, *arguments in commands(page.read_text()):
-        if program == SCRIPT:
+        if program == SCRIPT.name:
             assert main(shortened(arguments)) == 0, (arguments, capsys.readouterr())
-        elif program in ("tests/digits.py", "tests/photos.py"):
+        elif program == "tests/photos.py":
             monkeypatch.setattr(sys, "argv", [program, *arguments])
             runpy.run_path(str(ROOT / program), run_name="__main__")
         else:  # measurements of minutes
@@ -110,7 +110,7 @@ def test_the_commands_of_a_page_run(page, world, monkeypatch, capsys):
 def test_what_a_page_gives_to_torchrun_makes_sense(page):
     for arguments in launches(page.read_text()):
         given = get_args_parser().parse_args(arguments)
-        assert given.training_script == SCRIPT
+        assert given.training_script == SCRIPT.name
         ranks = int(given.nnodes.split(":")[-1]) * int(given.nproc_per_node)
         parse_arguments(given.training_script_args, ranks=ranks)
 
@@ -118,7 +118,7 @@ def test_what_a_page_gives_to_torchrun_makes_sense(page):
 def test_the_pages_have_commands():
     found = [command for page in PAGES for command in commands(page.read_text())]
     assert len(found) > 10
-    assert [SCRIPT, "--batch-size", "32", "--steps", "50"] in found
+    assert [SCRIPT.name, "--batch-size", "32", "--steps", "50"] in found
     assert any(launches((ROOT / "docs/scaling.md").read_text()))
 
 
@@ -126,7 +126,8 @@ def test_the_pages_have_commands():
 def test_options_on_a_page_exist(page):
     parsers = build_parser(), get_args_parser()
     own = set().union(*(parser._option_string_actions for parser in parsers))
-    programs = (*ROOT.glob("tests/*.py"), *ROOT.glob("deploy/*.py"))
+    folders = ("tests", "benchmarks", "deploy")
+    programs = (file for folder in folders for file in (ROOT / folder).glob("*.py"))
     sources = "".join(path.read_text() for path in programs)
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", page.read_text())) - FOREIGN:
         assert flag in own or f'"{flag}"' in sources, flag

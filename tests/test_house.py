@@ -8,12 +8,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT, SCRIPT
 
-ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "train_split_affinity.py"
 MODULES = sorted((ROOT / "split_affinity").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 IMPORTABLE = [
@@ -21,12 +19,27 @@ IMPORTABLE = [
     for file in MODULES
     if file.name != "__init__.py"
 ]
+TOLD_IN_A_SENTENCE = ("start.py", "__main__.py")
 # What the lanes have instead, and what libgomp would do to the main thread as torch is imported.
 DROPPED = {"OMP_PROC_BIND": "true", "OMP_PLACES": "cores", "GOMP_CPU_AFFINITY": "0"}
 
 
 def lines_of(file):
     return len(file.read_text().splitlines())
+
+
+def test_the_map_names_every_file_in_its_own_words():
+    """docs/house.md has each file with the first paragraph of its docstring."""
+    text = (ROOT / "docs/house.md").read_text()
+    listed = re.findall(r"^\| \[\S+\]\(\.\./(split_affinity/\S+)\) \| (.*) \|$", text, re.MULTILINE)
+    words = {
+        str(file.relative_to(ROOT)): " ".join(
+            ast.get_docstring(ast.parse(file.read_text())).partition("\n\n")[0].split()
+        )
+        for file in MODULES
+        if file.name not in ("__init__.py", *TOLD_IN_A_SENTENCE)
+    }
+    assert dict(listed) == words
 
 
 def test_files_can_be_entered():

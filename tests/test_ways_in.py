@@ -2,6 +2,7 @@
 methods of Python. Run: python -m pytest tests/test_ways_in.py
 """
 
+import ast
 import json
 import os
 import re
@@ -13,13 +14,15 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from places import ROOT, SCRIPT
 
-if sys.version_info >= (3, 11):
+import train_split_affinity as script
+
+try:
     import tomllib
-else:
-    tomllib = pytest.importorskip("tomli")
+except ImportError:  # Python 3.10, where pytest brings it
+    import tomli as tomllib
 
-ROOT = Path(__file__).parents[1]
 TORCHRUN = Path(sysconfig.get_path("scripts"), "torchrun")
 TINY = "--model squeezenet1_1 --image-size 32 -b 2 --num-classes 3".split()
 
@@ -131,3 +134,43 @@ def test_extras_are_the_requirement_files():
     tests = requirements((ROOT / "tests/requirements.txt").read_text().splitlines())
     assert requirements(extras["deploy"]) == deploy
     assert requirements([*extras["test"], *extras["timm"], *extras["tensorboard"]]) == tests
+
+
+def test_readme_prints_the_commands_that_work():
+    readme = (ROOT / "README.md").read_text()
+    setup = "python3 -m venv .venv && .venv/bin/pip install -r"
+    script = ".venv/bin/python train_split_affinity.py --batch-size 32 --steps 50"
+    assert f"{setup} requirements.txt && {script}\n" in readme
+    assert f"{setup} tests/requirements.txt && .venv/bin/python -m pytest\n" in readme
+
+
+def script_metadata(text):
+    """The TOML in a script's comments, found as PEP 723 has it found."""
+    block = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
+    (found,) = (match for match in re.finditer(block, text) if match["type"] == "script")
+    lines = found["content"].splitlines()
+    return tomllib.loads("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines))
+
+
+def test_the_script_says_what_it_needs():
+    """As requirements.txt and the README say it, for `uv run` and the like."""
+    text = SCRIPT.read_text()
+    metadata = script_metadata(text)
+    required = (ROOT / "requirements.txt").read_text().splitlines()
+    lines = [line.partition("#")[0].strip() for line in required]
+    assert metadata["dependencies"] == [line for line in lines if line]
+    least = metadata["requires-python"].removeprefix(">=")
+    assert f"Python {least} or newer" in (ROOT / "README.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["requires-python"] == metadata["requires-python"]
+    assert project["tool"]["ruff"]["target-version"] == f"py{least.replace('.', '')}"
+    assert text.startswith("#!/usr/bin/env python3\n# /// script\n")
+    assert ast.get_docstring(ast.parse(text)) == script.__doc__.rstrip(), "which still stands first"
+
+
+def test_the_script_asks_for_the_build_of_pytorch_that_the_readme_names():
+    uv = script_metadata(SCRIPT.read_text())["tool"]["uv"]
+    (index,) = uv["index"]
+    assert f"torch torchvision --index-url {index['url']}\n" in ((ROOT / "README.md").read_text())
+    assert index["explicit"], "other packages come from where they always do"
+    assert uv["sources"] == dict.fromkeys(("torch", "torchvision"), {"index": index["name"]})

@@ -9,15 +9,15 @@ import os
 from pathlib import Path
 
 import pytest
-from digits import make_digits
 
+from split_affinity.data.digits import write_digits
 from train_split_affinity import main
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory) -> Path:
     """scikit-learn's handwritten digits, as an image folder."""
-    return make_digits(tmp_path_factory.mktemp("digits"))
+    return write_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,13 @@ import checkpoint as cp
 import pytest
 import torch
 
-import train_split_affinity as script
+import split_affinity
 from split_affinity.errors import RunError, UserError
 from split_affinity.machine.plan import plan_cores
 from split_affinity.machine.topology import read_topology
 from split_affinity.models.pretrained import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from split_affinity.options.settings import Settings, as_options
+from train_split_affinity import main as train
 
 
 def test_a_checkpoints_images_are_those_of_its_validation(best, digits):
@@ -87,9 +88,7 @@ def test_what_was_asked_for_is_told_as_it_was_typed(best):
 def test_a_run_on_synthetic_images_has_none_to_show(tmp_path):
     arguments = "--model resnet20 --image-size 32 --num-classes 3 -b 2 -j 0 --steps 1".split()
     folder = str(tmp_path / "out")
-    assert (
-        script.main([*arguments, "--output-dir", folder, "--log-file", str(tmp_path / "log")]) == 0
-    )
+    assert train([*arguments, "--output-dir", folder, "--log-file", str(tmp_path / "log")]) == 0
     with pytest.raises(UserError, match="trained on synthetic images; --data-path DIR"):
         cp.open_images(cp.read_checkpoint(tmp_path / "out/last.pt"))
 
@@ -142,7 +141,7 @@ def test_errors_end_in_one_line(error, code, said, capsys):
 
 def test_a_missing_package_is_named_with_its_remedy(tmp_path):
     shutil.copytree(cp.HERE, tmp_path / "deploy")
-    shutil.copy(script.__file__, tmp_path)
+    shutil.copytree(Path(split_affinity.__file__).parent, tmp_path / "split_affinity")
     (tmp_path / "deploy/onnx.py").write_text("raise ImportError('No module named onnx')")
     command = [sys.executable, tmp_path / "deploy/export.py", "x.pt", "--output-dir", "y"]
     done = subprocess.run(command, capture_output=True, text=True)

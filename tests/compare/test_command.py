@@ -1,0 +1,85 @@
+"""The command compare. Run: python -m pytest tests/compare/test_command.py"""
+
+import dataclasses
+import json
+
+import pytest
+from patching import set_everywhere
+from small import needs_two_cpus
+
+from split_affinity.compare.command import image_flops
+from split_affinity.compare.ways import ROUNDS
+from split_affinity.machine.topology import read_topology
+from split_affinity.models.cost import measure_model
+from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.settings import Settings
+from split_affinity.runs.measurement import measured_settings
+from split_affinity.training.schedules import SCHEDULES
+from train_split_affinity import main
+
+
+@needs_two_cpus
+def test_a_comparison(in_tmp, capfd, monkeypatch):
+    set_everywhere(monkeypatch, "ROUNDS", 2)
+    set_everywhere(monkeypatch, "MOST_REPEATS", 0)
+    arguments = "--model resnet18 --image-size 32 -b 2 --num-classes 5 --steps 1".split()
+    arguments += ["--accumulate", "2"]
+    places = ["--json", "c.json", "--output-dir", "out"]
+    assert main(["compare", *arguments, *places]) == 0
+    printed = capfd.readouterr().out
+    figures = json.loads((in_tmp / "c.json").read_text())
+    ways = [row["way"] for row in figures["ways"]]
+    assert ways[0] == "plain"
+    assert ways[1] in ("plain bf16", "plain nhwc")
+    assert ways[2:] == ["none", *SCHEDULES, "ranks"]
+    none = figures["ways"][2]
+    for row in figures["ways"]:
+        low, high = row["images_per_s_range"]
+        assert 0 < low <= row["images_per_s"] <= high
+        assert row["stray_s"] == 0
+        assert row["peak_memory_bytes"] > 2**27
+        ranks = row["way"] == "ranks"
+        assert (row["bound_share"] is None) == (row["way"].startswith("plain") or ranks)
+        assert row["way"] in printed
+        batches = (2, "2 x 1 x 2", 1) if ranks else (1, "2 x 2", 2)
+        assert (row["ranks"], row["batches"], row["timed_batches"]) == batches
+    assert none["to_none"] == 1
+    assert set(none["matrix_share"]) == {"all"}
+    assert set(figures["ways"][-2]["matrix_share"]) == {"forward", "backward"}
+    assert set(figures["ways"][-1]["matrix_share"]) == {"rank 0", "rank 1"}
+    assert [figures["plans"]["ranks"][key]["name"] for key in ("forward", "backward")] == [
+        "rank 0",
+        "rank 1",
+    ]
+    assert "; ranks: data parallelism, a process on each group of the split" in printed
+    assert figures["verdict"] in printed
+    assert printed.count("images/s: plain") == len(figures["rounds"]) == 2
+    assert sum(each["counts"] for each in figures["rounds"]) == ROUNDS
+    tables = [line for line in printed.splitlines() if line.startswith("|")]
+    assert max(map(len, tables)) <= 80
+    assert (in_tmp / "out/timeline.png").stat().st_size > 10_000
+    log = (in_tmp / "logs.md").read_text()
+    assert log.count("\n## ") == 1
+    assert f"\n{figures['verdict']}\n" in log
+    assert "compare, resnet18, split even" in log
+
+
+def test_the_work_of_a_teacher_is_counted():
+    settings = Settings(model="resnet56", num_classes=10, image_size=32)
+    alone, teacher = (measure_model(name, 10, 32).flops for name in ("resnet56", "resnet18"))
+    assert image_flops(settings) == alone
+    taught = image_flops(dataclasses.replace(settings, teacher="resnet18"))
+    assert taught["forward"] == alone["forward"] + teacher["forward"]
+    assert taught["backward"] == alone["backward"]
+
+
+@pytest.mark.parametrize("option", [["--split", "none"], ["--schedule", "delayed"]])
+def test_compare_chooses_schedules_itself(in_tmp, capsys, option):
+    assert main(["compare", *option]) == 2
+    assert f"{' '.join(option)}: compare runs every schedule" in capsys.readouterr().err
+
+
+def test_a_recipe_can_be_compared(tmp_path):
+    _, settings = parse_arguments(["compare", "--recipe", "cifar10", "--model", "resnet18"])
+    measured = measured_settings(settings, read_topology())
+    assert (measured.epochs, measured.num_classes, measured.image_size) == (None, 1000, 224)

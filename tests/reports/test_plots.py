@@ -1,0 +1,414 @@
+"""Pictures, and tables of confused classes. Run: python -m pytest tests/reports/test_plots.py"""
+
+import dataclasses
+import json
+import math
+
+import machines
+import pytest
+import torch
+from made_up import NO_VALIDATION, RAW, epoch_row, report_on
+from patching import set_everywhere
+from PIL import Image
+from records import PLAN, step
+
+from split_affinity.errors import RunError
+from split_affinity.machine.topology import read_topology
+from split_affinity.reports.confusion import (
+    class_lines,
+    confused_json,
+    confusion_csv,
+    confusion_matrix,
+    draw_confusion,
+    pairs_csv,
+    write_confusion,
+)
+from split_affinity.reports.log import picture_footer
+from split_affinity.reports.plots import RangeTest, draw_curves, draw_gradients, draw_range_test
+from split_affinity.reports.timeline import Panel, draw_timelines, save_figure
+from split_affinity.training.network import Confusion
+from split_affinity.training.update import gradient_warnings
+
+# Gradients
+
+
+@pytest.mark.parametrize(
+    ("norm", "warnings"),
+    [
+        (1e-7, []),
+        (0.5, []),
+        (1e3, []),
+        (9e-8, ["gradients vanish in stem: norm 9.0e-08, below 1e-07"]),
+        (0.0, ["gradients vanish in stem: norm 0.0e+00, below 1e-07"]),
+        (1001.0, ["gradients explode in stem: norm 1.0e+03, above 1000"]),
+        (math.inf, ["gradients explode in stem: norm inf, above 1000"]),
+        (math.nan, ["gradients explode in stem: norm nan, above 1000"]),
+    ],
+)
+def test_gradients_that_vanish_or_explode(norm, warnings):
+    assert list(gradient_warnings({"stem": norm, "fc": 1.0})) == warnings
+
+
+def test_gradients_are_warned_of_once_for_each_part_of_the_model(settings, capsys):
+    report = report_on(settings)
+    history = []
+    for epoch, norms in enumerate(
+        ({"stem": 1.0, "fc": 1.0}, {"stem": 0.0, "fc": 1.0}, {"stem": 0.0, "fc": 2000.0}), start=1
+    ):
+        history.append(epoch_row(epoch, gradient_norms=norms))
+        report.epoch(history[-1], history)
+    report.finish("finished")
+    warnings = [
+        "epoch 2: gradients vanish in stem: norm 0.0e+00, below 1e-07",
+        "epoch 3: gradients explode in fc: norm 2.0e+03, above 1000",
+    ]
+    assert capsys.readouterr().err == "".join(f"warning: {text}\n" for text in warnings)
+    log = settings.log_file.read_text()
+    assert all(f"- warning: {text}\n" in log for text in warnings)
+
+
+# Pictures
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, as well as the files."""
+    saved, save = [], save_figure
+    set_everywhere(
+        monkeypatch, "save_figure", lambda figure, path: (saved.append(figure), save(figure, path))
+    )
+    return saved
+
+
+def assert_picture(path):
+    """A picture that is not blank."""
+    picture = Image.open(path)
+    assert picture.width > 300
+    assert len(picture.convert("RGB").getcolors(2**24)) > 10
+
+
+def lines_of(ax):
+    """(label, y values) of the curves of some axes, marks of an epoch or a rate left out."""
+    curves = (line for line in ax.lines if line.get_linestyle() != "--")
+    return {line.get_label(): list(line.get_ydata()) for line in curves}
+
+
+def test_the_curves(tmp_path, figures):
+    second = epoch_row(2, train_loss=3.0, val_loss=3.5, train_top1=9.0, val_top5=20.0, lr=0.01)
+    draw_curves(tmp_path / "curves.png", "resnet18, 32 px", [epoch_row(), second])
+    assert_picture(tmp_path / "curves.png")
+    losses, accuracies, rates = figures[0].axes
+    assert lines_of(losses) == {"train loss": [4.512, 3.0], "validation loss": [4.389, 3.5]}
+    assert lines_of(accuracies) == {
+        "train top-1": [1.2, 9.0],
+        "train top-5": [5.8, 5.8],
+        "validation top-1": [1.5, 1.5],
+        "validation top-5": [6.2, 20.0],
+    }
+    assert list(rates.lines[0].get_ydata()) == [0.1, 0.01]
+    assert list(rates.lines[0].get_xdata()) == [1, 2]
+    assert figures[0].get_suptitle() == "resnet18, 32 px"
+
+
+def best_of(history, tmp_path, figures):
+    """Where the best epoch is marked in both upper axes, and its entry in the legend."""
+    draw_curves(tmp_path / "curves.png", "title", history)
+    losses, accuracies, rates = figures[-1].axes
+    marks = [
+        [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"]
+        for ax in (losses, accuracies, rates)
+    ]
+    assert marks[0] == marks[1]
+    assert not marks[2]
+    entries = [text.get_text() for text in accuracies.get_legend().get_texts()]
+    return marks[0], [entry for entry in entries if entry.startswith("best")]
+
+
+@pytest.mark.parametrize(
+    ("top1", "marks", "entries"),
+    [
+        ([1.5], [1], ["best: 1.50 % in epoch 1"]),
+        ([1.5, 93.75, 20.0, 93.75], [2], ["best: 93.75 % in epoch 2"]),  # the first, as in best.pt
+        ([None, 0.0, None], [2], ["best: 0.00 % in epoch 2"]),
+        ([None, None], [], []),
+    ],
+)
+def test_the_best_epoch_is_marked(tmp_path, figures, top1, marks, entries):
+    history = [epoch_row(number, val_top1=value) for number, value in enumerate(top1, start=1)]
+    assert best_of(history, tmp_path, figures) == (marks, entries)
+
+
+def test_the_moving_average_s_epoch_is_the_best(tmp_path, figures):
+    """As it is for best.pt: raw weights do not count."""
+    history = [epoch_row(1, val_top1=80.0, **RAW), epoch_row(2, val_top1=70.0, **RAW)]
+    history[1]["val_raw_top1"] = 90.0
+    assert best_of(history, tmp_path, figures) == ([1], ["best: 80.00 % in epoch 1"])
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 200])
+def test_legends_lie_beside_the_curves(tmp_path, figures, epochs):
+    history = [epoch_row(number, **RAW) for number in range(1, epochs + 1)]
+    draw_curves(tmp_path / "curves.png", "title", history)
+    for ax in figures[0].axes[:2]:
+        assert ax.get_legend().get_window_extent().x0 >= ax.bbox.x1
+    ticks = figures[0].axes[-1].get_xticks()
+    assert all(tick == round(tick) for tick in ticks), "there are no halves of epochs"
+
+
+def test_the_footer_names_machine_and_versions(tmp_path):
+    topology = read_topology(machines.write_machine(tmp_path, machines.SMT_FAR))
+    footer = picture_footer(topology)
+    assert footer.startswith("Example CPU @ 3.0GHz, 4 cores, 8 hardware threads; python ")
+    assert f"torch {torch.__version__}, torchvision " in footer
+    assert "\n" not in footer
+
+
+MATRIX = torch.eye(2, dtype=torch.long)
+
+
+PICTURES = {
+    "timeline": lambda *args: draw_timelines(*args, [Panel("", PLAN, [step(1)])], FOOTER),
+    "curves": lambda *args: draw_curves(*args, [epoch_row()], FOOTER),
+    "gradients": lambda *args: draw_gradients(*args, [epoch_row()], FOOTER),
+    "lr": lambda *args: draw_range_test(*args, RangeTest((0.1,), (1.0,), None), FOOTER),
+    "confusion": lambda *args: draw_confusion(*args, MATRIX, ["a", "b"], FOOTER),
+}
+
+
+FOOTER = "Example CPU @ 3.0GHz, 64 cores, 128 hardware threads; " + 12 * "a package 1.2.3, "
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_picture_has_its_footer_below_all_else(tmp_path, figures, name):
+    PICTURES[name](tmp_path / f"{name}.png", "title")
+    upper, lower = figures[0].figure.subfigs
+    (text,) = lower.texts
+    assert text.get_text().replace("\n", " ") == FOOTER.strip()
+    box = text.get_window_extent()
+    assert box.x1 <= lower.bbox.x1
+    assert 0 <= box.y0 < box.y1 <= upper.bbox.y0 + 1
+    assert upper.get_tightbbox().y0 * figures[0].figure.dpi >= upper.bbox.y0 - 1
+
+
+def test_the_curves_of_one_epoch_without_validation(tmp_path, figures):
+    draw_curves(tmp_path / "curves.png", "title", [epoch_row(**NO_VALIDATION)])
+    assert_picture(tmp_path / "curves.png")
+    losses, accuracies, _ = figures[0].axes
+    assert lines_of(losses) == {"train loss": [4.512]}
+    assert set(lines_of(accuracies)) == {"train top-1", "train top-5"}
+
+
+def test_the_curves_of_raw_weights_from_the_epoch_on_that_has_them(tmp_path, figures):
+    rows = [epoch_row(), epoch_row(2, **RAW), epoch_row(3, **RAW | {"val_raw_loss": 4.0})]
+    draw_curves(tmp_path / "curves.png", "title", rows)
+    losses, accuracies, _ = figures[0].axes
+    assert lines_of(losses) == {
+        "train loss": [4.512] * 3,
+        "validation loss": [4.389] * 3,
+        "raw validation loss": [None, 4.1, 4.0],
+    }
+    shown = lines_of(accuracies)
+    assert shown["raw validation top-1"] == [None, 2.5, 2.5]
+    assert "raw validation top-5" not in shown, "never measured"
+
+
+def test_the_gradients(tmp_path, figures):
+    history = [
+        epoch_row(1, gradient_norms={}),
+        epoch_row(2, gradient_norms={"stem": 0.0, "fc": 1.0}),
+        epoch_row(3, gradient_norms={"stem": 0.5, "fc": 1e200}),
+    ]
+    draw_gradients(tmp_path / "gradients.png", "title", history)
+    assert_picture(tmp_path / "gradients.png")
+    (ax,) = figures[0].axes
+    assert ax.get_yscale() == "log"
+    shown = lines_of(ax)
+    assert list(shown) == ["stem", "fc"]
+    assert shown["stem"] == pytest.approx([math.nan, math.nan, 0.5], nan_ok=True)
+    assert shown["fc"] == pytest.approx([math.nan, 1.0, 1e200], nan_ok=True)
+
+
+PAIRS = Confusion({(0, 0): 3, (0, 1): 1, (2, 0): 2, (2, 2): 2})
+
+
+CONFUSION = torch.tensor([[3, 1, 0], [0, 0, 0], [2, 0, 2]])
+
+
+CLASSES = ("bee", "cat", "dog, wet")
+
+
+def test_a_confusion_matrix_of_counted_pairs():
+    assert torch.equal(confusion_matrix(PAIRS, 3), CONFUSION)
+    assert confusion_matrix(Confusion(), 2).tolist() == [[0, 0], [0, 0]]
+
+
+def test_a_confusion_matrix_drawn(tmp_path, figures):
+    draw_confusion(tmp_path / "confusion.png", "title", CONFUSION, CLASSES)
+    assert_picture(tmp_path / "confusion.png")
+    ax = figures[0].axes[0]
+    assert ax.images[0].get_array().tolist() == [[0.75, 0.25, 0.0], [0.0, 0.0, 0.0], [0.5, 0, 0.5]]
+    numbers = {text.get_position(): text.get_text() for text in ax.texts}
+    assert numbers == {(0, 0): "3", (1, 0): "1", (0, 2): "2", (2, 2): "2"}
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(CLASSES)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("predicted class", "true class")
+
+
+def test_names_of_classes_are_no_formulas(tmp_path):
+    draw_confusion(tmp_path / "c.png", "", torch.eye(2, dtype=torch.long), ["$x_$", "$^2$"])
+    assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_a_confusion_matrix_of_many_classes_has_no_room_for_numbers(tmp_path, figures):
+    names = [f"class {number}" for number in range(100)]
+    draw_confusion(tmp_path / "confusion.png", "title", torch.eye(100).long(), names)
+    assert_picture(tmp_path / "confusion.png")
+    assert not figures[0].axes[0].texts
+
+
+def test_a_confusion_matrix_as_text():
+    assert confusion_csv(CONFUSION, CLASSES) == (
+        'true class,bee,cat,"dog, wet"\nbee,3,1,0\ncat,0,0,0\n"dog, wet",2,0,2\n'
+    )
+
+
+def test_the_accuracy_of_each_class_with_the_worst_first():
+    assert class_lines(PAIRS, CLASSES) == [
+        "| class    | right | images right | images |\n"
+        "| :------- | ----: | -----------: | -----: |\n"
+        "| dog, wet | 50.0% |            2 |      4 |\n"
+        "| bee      | 75.0% |            3 |      4 |"
+    ]
+
+
+def test_the_accuracy_of_classes_with_long_names_fits_80_columns():
+    names = ["n" * 40, "m" * 41, "short"]
+    confusion = Confusion({(index, index): 1_281_167 for index in range(3)})
+    (table,) = class_lines(confusion, names)
+    assert {len(line) for line in table.splitlines()} == {78}
+    shown = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert shown == ["m" * 37 + "...", "n" * 40, "short"]
+
+
+def test_of_many_classes_the_worst_are_shown():
+    confusion = Confusion()
+    for right in range(40):  # of 40 images each
+        confusion.update({(right, right): right, (right, 0): 40 - right})
+    table, note = class_lines(confusion, [f"class {number}" for number in range(40)])
+    rows = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert rows == [f"class {number}" for number in range(1, 31)]
+    assert note == "(the worst 30 of 40 classes)"
+
+
+def test_the_pairs_of_classes_that_are_confused_most():
+    """Of equal ones those of the first classes."""
+    confusion = PAIRS + Confusion({(1, 0): 1, (2, 1): 1, (1, 1): 9})
+    assert pairs_csv(confusion, CLASSES) == (
+        "true class,predicted class,images\n"
+        '"dog, wet",bee,2\nbee,cat,1\ncat,bee,1\n"dog, wet",cat,1\n'
+    )
+
+
+def test_the_confused_pairs_in_a_file_for_programs_and_people():
+    """The direction is kept, and each pair has a line of its own."""
+    confusion = PAIRS + Confusion({(1, 0): 1, (1, 1): 5})
+    text = confused_json(confusion, ("bee", "château", "dog"), "a.pt")
+    assert json.loads(text) == {
+        "checkpoint": "a.pt",
+        "images": 14,
+        "top1": 71.4286,
+        "pairs": [
+            {"true": "dog", "taken_for": "bee", "images": 2, "share": 0.5},
+            {"true": "bee", "taken_for": "château", "images": 1, "share": 0.25},
+            {"true": "château", "taken_for": "bee", "images": 1, "share": 0.1667},
+        ],
+    }
+    first, *pairs, last = text.splitlines()
+    assert (first, last) == (
+        '{"checkpoint": "a.pt", "images": 14, "top1": 71.4286, "pairs": [',
+        "]}",
+    )
+    assert pairs[1] == '{"true": "bee", "taken_for": "château", "images": 1, "share": 0.25},'
+
+
+def test_without_a_mistake_no_pair_is_confused():
+    text = confused_json(Confusion({(0, 0): 3, (2, 2): 1}), CLASSES, "a.pt")
+    found = {"checkpoint": "a.pt", "images": 4, "top1": 100.0, "pairs": []}
+    assert json.loads(text) == found
+
+
+def test_of_many_pairs_the_worst_are_written():
+    pairs = {(true, true + 1): images for true, images in enumerate(range(2000, 0, -1))}
+    lines = pairs_csv(Confusion(pairs), range(2001)).splitlines()
+    assert (len(lines), lines[1], lines[-1]) == (1001, "0,1,2000", "999,1000,1001")
+    found = json.loads(confused_json(Confusion(pairs), range(2001), ""))["pairs"]
+    assert len(found) == 1000
+    assert found[-1] == {"true": 999, "taken_for": 1000, "images": 1001, "share": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("largest", "written"),
+    [(3, ["confusion.csv", "confusion.png"]), (2, ["confusion-pairs.csv"])],
+)
+def test_of_too_many_classes_for_a_matrix_the_worst_pairs(
+    tmp_path, monkeypatch, capsys, largest, written
+):
+    set_everywhere(monkeypatch, "LARGEST_MATRIX", largest)
+    folder = tmp_path / "out"
+    write_confusion(folder, "title", PAIRS, CLASSES, "a.pt")
+    assert sorted(path.name for path in folder.iterdir()) == ["confused.json", *written]
+    assert (folder / "confused.json").read_text() == (confused_json(PAIRS, CLASSES, "a.pt"))
+    text = (folder / written[0]).read_text()
+    wide = written[0] == "confusion.csv"
+    assert text == (confusion_csv(CONFUSION, CLASSES) if wide else pairs_csv(PAIRS, CLASSES))
+    line = (
+        f"{folder}/confusion-pairs.csv: the worst confusions; 3 classes are too many for a matrix\n"
+    )
+    assert capsys.readouterr().out == ("" if wide else line)
+
+
+def test_a_range_test_drawn(tmp_path, figures):
+    result = RangeTest((1e-6, 1e-3, 1.0), (2.0, 1.0, 5.0), 1e-4)
+    draw_range_test(tmp_path / "lr.png", "title", result)
+    assert_picture(tmp_path / "lr.png")
+    (ax,) = figures[0].axes
+    assert ax.get_xscale() == "log"
+    assert lines_of(ax)["loss, smoothed"] == [2.0, 1.0, 5.0]
+    assert list(ax.lines[1].get_xdata()) == [1e-4, 1e-4]
+    assert ax.lines[1].get_label() == "suggestion: 0.0001"
+    assert ax.get_ylim() == pytest.approx((0.9, 4.0)), "cut off where the loss explodes"
+
+
+def test_a_run_s_pictures_name_its_machine(settings, tmp_path, monkeypatch):
+    calls = {}
+    for name in ("draw_timelines", "draw_curves", "draw_gradients"):
+        set_everywhere(monkeypatch, name, lambda *args, name=name: calls.update({name: args}))
+    report = report_on(dataclasses.replace(settings, output_dir=tmp_path / "out"))
+    report.step(step(1))
+    report.epoch(epoch_row(), [epoch_row()])
+    report.finish("finished")
+    footer = picture_footer(read_topology())
+    assert [calls[name][-1] for name in sorted(calls)] == [footer] * 3
+    (panel,) = calls["draw_timelines"][2]
+    assert panel.cores == read_topology().cores
+
+
+def test_a_range_test_without_an_explosion_is_drawn_whole(tmp_path, figures):
+    result = RangeTest((1e-6, 1e-3, 1.0), (2.0, 1.0, 3.5), 1e-4)
+    draw_range_test(tmp_path / "lr.png", "title", result)
+    low, high = figures[0].axes[0].get_ylim()
+    assert low < 1.0
+    assert high > 3.5
+
+
+def test_a_range_test_without_a_suggestion_is_drawn_without_its_line(tmp_path, figures):
+    result = RangeTest((1e-6, 1e-3, 1.0), (2.0, 1.9, 3.5), None)
+    draw_range_test(tmp_path / "lr.png", "title", result)
+    assert_picture(tmp_path / "lr.png")
+    (line,) = figures[0].axes[0].lines
+    assert line.get_label() == "loss, smoothed"
+
+
+def test_a_curve_that_cannot_be_written(tmp_path):
+    (tmp_path / "curves.png").mkdir()
+    with pytest.raises(RunError, match="curves.png: cannot be written: Is a directory"):
+        draw_curves(tmp_path / "curves.png", "title", [epoch_row()])

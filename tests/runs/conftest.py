@@ -1,0 +1,34 @@
+"""Fixtures of the tests of runs."""
+
+import pytest
+from patching import set_everywhere
+from small import small_model
+
+from split_affinity.models.registry import OWN_MODELS
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """`--model small`."""
+    monkeypatch.setitem(OWN_MODELS, "small", small_model)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing them takes longer than a run."""
+    for name in ("draw_timelines", "draw_curves", "draw_gradients"):
+        set_everywhere(monkeypatch, name, lambda *args: None)
+
+
+@pytest.fixture
+def epochs(photos_with_val):
+    """Settings of two epochs with three steps each, and a validation of twelve images."""
+    return {
+        "data_path": photos_with_val,
+        "num_classes": None,
+        "steps": None,
+        "epochs": 2,
+        "lr": 0.05,
+        "split": "none",
+        "precision": "fp32",
+    }

@@ -1,0 +1,61 @@
+"""Output that cannot be written. Run: python -m pytest tests/test_terminal.py"""
+
+import contextlib
+import os
+import sys
+
+import pytest
+
+from split_affinity.terminal import lossy_output, say
+
+# Output that cannot be written
+
+
+@contextlib.contextmanager
+def piped(monkeypatch):
+    """Have a pipe as the process's own standard output; gives the descriptor to read from."""
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "w", encoding="ascii") as stream, monkeypatch.context() as patch:
+        for name in ("stdout", "__stdout__"):
+            patch.setattr(sys, name, stream)
+        yield reading
+        assert sys.stdout is stream
+    with contextlib.suppress(OSError):
+        os.close(reading)
+
+
+def test_output_is_taken_as_long_as_somebody_reads_it(monkeypatch):
+    with piped(monkeypatch) as pipe:
+        sys.stdout.write("before\n")  # and still in its buffer
+        with lossy_output():
+            say("Bl\u00fcte")
+            print("printed")
+            assert os.read(pipe, 100) == b"before\nBl\\xfcte\nprinted\n"
+            os.close(pipe)
+            for _ in range(2):
+                say("lost" * 50_000)
+            print("lost", end="")
+
+
+def test_output_beyond_what_a_pipe_holds_is_lost_where_writing_does_not_wait(monkeypatch):
+    with piped(monkeypatch) as pipe, lossy_output():
+        os.set_blocking(sys.stdout.fileno(), False)
+        for _ in range(3):
+            say("text" * 50_000)
+        assert os.read(pipe, 4) == b"text"
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_missing_stream_is_made_up_for_and_missing_again_in_the_end(monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)
+    with lossy_output():
+        say("lost", getattr(sys, name))
+    assert getattr(sys, name) is None
+
+
+def test_streams_of_somebody_else_stay(capsys):
+    streams = sys.stdout, sys.stderr
+    with lossy_output():
+        assert (sys.stdout, sys.stderr) == streams
+        print("shown")
+    assert capsys.readouterr().out == "shown\n"

@@ -1,0 +1,122 @@
+"""Scores, and evaluation. Run: python -m pytest tests/training/test_scores.py"""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from lanes_and_plain import assert_same_state, make_batches, make_tiny_model, make_work
+from small import needs_two_cpus
+from torch import nn
+
+from split_affinity.training.network import Scores, score
+from split_affinity.training.update import MovingAverage
+
+pytestmark = needs_two_cpus
+
+
+# Scores
+
+
+LOGITS = torch.tensor(
+    [
+        [9.0, 8.0, 7.0, 6.0, 5.0, 4.0],
+        [4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+        [0.0, 0.0, 0.0, 9.0, 0.0, -1.0],
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("targets", "top1", "top5"),
+    [
+        ([0, 5, 3], 3, 3),
+        ([4, 1, 3], 1, 3),
+        ([5, 0, 5], 0, 0),
+        ([0, 4, 5], 1, 2),
+    ],
+)
+def test_right_answers(targets, top1, top5):
+    assert score(0.5, LOGITS, torch.tensor(targets)) == Scores(0.5, 3, top1, top5)
+
+
+def test_of_mixed_images_the_larger_share_is_right():
+    targets = torch.tensor(
+        [
+            [0.7, 0.3, 0.0, 0.0, 0.0, 0.0],
+            [0.4, 0.0, 0.0, 0.0, 0.0, 0.6],
+            [0.9, 0.0, 0.0, 0.1, 0.0, 0.0],
+        ]
+    )
+    assert score(0.5, LOGITS, targets) == Scores(0.5, 3, 2, 3)
+
+
+def test_with_fewer_than_five_classes_all_are_among_the_first_five():
+    targets = torch.tensor([1, 1, 2])
+    assert score(0.5, LOGITS[:, :3], targets) == Scores(0.5, 3, 0, 3)
+
+
+def test_scores_keep_no_graph():
+    logits = LOGITS.clone().requires_grad_()
+    scores = score(0.5, logits, torch.tensor([0, 5, 3]))
+    assert all(type(value) in (int, float) for value in dataclasses.astuple(scores))
+
+
+def test_the_figures_of_scores():
+    assert Scores(0.5, 8, 1, 6).figures() == {"loss": 0.5, "top1": 12.5, "top5": 75.0}
+
+
+def make_evaluated(**parts):
+    """A model with all that an evaluation could change, and a batch."""
+    work = make_work(make_tiny_model(), 1, **parts)
+    work.network.model.eval()
+    return work, make_batches(1, side=16)[0]
+
+
+def test_an_evaluation_changes_nothing():
+    work, (images, targets) = make_evaluated()
+    before, random_state = copy.deepcopy(work.network.model), torch.get_rng_state()
+    (scores,), predicted = work.evaluate((images, targets))
+    assert_same_state(work.network.model, before)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(weight.grad is None for weight in work.network.model.parameters())
+    assert work.evaluate((images, targets))[0] == [scores]
+    with torch.no_grad():
+        logits = before(images)
+    assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
+    assert predicted.tolist() == logits.argmax(1).tolist()
+    assert scores.top1 == (predicted == targets).sum()
+
+
+def test_an_evaluation_is_of_the_moving_average_if_there_is_one():
+    """And of the model's own weights beside it."""
+    work, batch = make_evaluated()
+    (own,), _ = work.evaluate(batch)
+    work.average = MovingAverage(work.network.model, 0.9)
+    assert work.evaluate(batch)[0] == [own, own]
+    work.average.values["9.weight"].zero_()
+    work.average.values["9.bias"].copy_(torch.arange(10.0))
+    before = copy.deepcopy(work.average.values)
+    (scores, raw), predicted = work.evaluate(batch)
+    assert predicted.tolist() == [9, 9, 9, 9]
+    assert scores.loss != own.loss
+    assert raw == own
+    assert all(torch.equal(value, before[name]) for name, value in work.average.values.items())
+
+
+def test_an_evaluation_uses_the_buffers_of_the_moving_average():
+    work, batch = make_evaluated()
+    (own,), _ = work.evaluate(batch)
+    work.average = MovingAverage(work.network.model, 0.9)
+    work.average.values["4.running_var"].fill_(100.0)
+    (scores, raw), _ = work.evaluate(batch)
+    assert scores.loss != own.loss
+    assert raw == own
+
+
+def test_an_evaluation_measures_plain_cross_entropy():
+    """Not the loss that is trained, which may be smoothed."""
+    work, batch = make_evaluated()
+    plain, _ = work.evaluate(batch)
+    work.network.loss = nn.CrossEntropyLoss(label_smoothing=0.5)
+    assert work.evaluate(batch)[0] == plain

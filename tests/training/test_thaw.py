@@ -1,0 +1,140 @@
+"""Frozen weights, and their thaw. Run: python -m pytest tests/training/test_thaw.py"""
+
+import copy
+
+import pytest
+import torch
+from lanes_and_plain import (
+    ALL_SCHEDULES,
+    LR,
+    assert_same_state,
+    make_batches,
+    make_stream,
+    make_tiny_model,
+    set_values,
+    with_threads,
+)
+from small import needs_two_cpus
+from torch import nn
+
+from split_affinity.lanes.lane import Lanes
+from split_affinity.models.freezing import begin_training, freeze, trained
+from split_affinity.models.registry import OWN_MODELS
+from split_affinity.options.settings import Settings
+from split_affinity.training.network import Network
+from split_affinity.training.optimizer import build_optimizer
+from split_affinity.training.schedules import SCHEDULES
+from split_affinity.training.update import GradientFlow, MovingAverage, Work
+
+pytestmark = needs_two_cpus
+
+
+@ALL_SCHEDULES
+def test_frozen_weights_stay_and_have_no_copies(schedule, split_plan):
+    model = make_tiny_model()
+    for weight in (*model[0].parameters(), *model[1].parameters()):
+        weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    settings = Settings(lr=0.1)
+    work = Work(
+        Network(model, nn.CrossEntropyLoss()),
+        build_optimizer(model, settings),
+        flow=GradientFlow(model),
+    )
+    frozen = {"0.weight", "0.bias", "1.weight", "1.bias"}
+    with Lanes(split_plan, ()) as lanes:
+        for _ in SCHEDULES[schedule](lanes, work, make_stream(make_batches(4, side=16))):
+            copied = work.end.weights or {}
+            assert not copied or copied.keys() == trained(model).keys()
+    changed = {
+        name for name, value in work.values().items() if not torch.equal(value, before[name])
+    }
+    assert changed.isdisjoint(frozen), "BatchNorm's statistics move, its weights do not"
+    assert changed >= {"3.weight", "9.weight", "1.running_mean"}
+    assert len(work.optimizer.state) == len(trained(model)) == 6
+    assert all(norm > 0 for norm in work.flow.take().values()), "no warning of vanishing gradients"
+
+
+@ALL_SCHEDULES
+@pytest.mark.parametrize("switches", [{}, {"channels_last": True}, {"bf16": True}])
+@pytest.mark.parametrize("grads_to_none", [True, False])
+def test_what_is_frozen_stays_to_the_bit(
+    schedule, switches, grads_to_none, split_plan, monkeypatch
+):
+    """Buffers of batch normalisation too, after steps with decay, clipping and an average."""
+    monkeypatch.setitem(OWN_MODELS, "tiny", lambda num_classes, image_size: make_tiny_model())
+    model = make_tiny_model()
+    settings = Settings(opt="adam", lr=0.1, weight_decay=0.1)
+    frozen = freeze(model, "0,1,3,4", "tiny", 10, 16)
+    before = copy.deepcopy(model.state_dict())
+    network = Network(model, nn.CrossEntropyLoss(), 2, frozen=frozen, **switches)
+    work = Work(
+        network,
+        build_optimizer(model, settings),
+        average=MovingAverage(model, 0.9),
+        clip_grad_norm=0.1,
+        grads_to_none=grads_to_none,
+    )
+    with Lanes(split_plan, ()) as lanes:
+        list(SCHEDULES[schedule](lanes, work, make_stream(make_batches(6, side=16))))
+    for values in (work.values(), work.average.values):
+        changed = {name for name in before if not torch.equal(values[name], before[name])}
+        assert changed == {"9.weight", "9.bias"}
+    assert len(work.optimizer.state) == 2
+
+
+@ALL_SCHEDULES
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_thaw_is_that_of_a_plain_loop(schedule, fused, split_plan):
+    """Two epochs of three steps; in the first one batch normalisation computes with the running
+    statistics of its layers.
+    """
+    batches = make_batches(6, side=16)
+    model, reference = make_tiny_model(), make_tiny_model()
+    frozen = tuple(f"{layer}.{kind}" for layer in (0, 1) for kind in ("weight", "bias"))
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    begin_training(model)
+    settings = Settings(**LR, fused=fused)
+    work = Work(
+        Network(model, nn.CrossEntropyLoss(), frozen=frozen),
+        build_optimizer(model, settings),
+    )
+    torch.manual_seed(3)
+    with Lanes(with_threads(split_plan, 1), ()) as lanes:
+        losses = []
+        for epoch in (batches[:3], batches[3:]):
+            steps = SCHEDULES[schedule](lanes, work, make_stream(epoch))
+            losses += [scores.loss for (scores,) in steps]
+            work.thaw()
+    age = int(schedule == "delayed")
+    reference[:2].eval().requires_grad_(False)
+    assert losses == train_thawing(reference, batches, age, fused)
+    assert_same_state(model, reference)
+
+
+def train_thawing(model, batches, update_age, fused):
+    """A plain loop of three steps with the first two layers frozen, and three of the whole model,
+    with gradients of weights that are some updates old.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    front, rest = list(model[:2].parameters()), list(model[2:].parameters())
+    optimizers = [torch.optim.SGD(rest, **LR, fused=fused)]
+    history, losses = [copy.deepcopy([*front, *rest])], []
+    for step, (images, targets) in enumerate(batches):
+        if step == 3:
+            model[:2].train().requires_grad_(True)
+            optimizers.append(torch.optim.SGD(front, **LR, fused=fused))
+        set_values([*front, *rest], history[max(step - step % 3, step - update_age)])
+        loss = nn.functional.cross_entropy(model(images), targets)
+        loss.backward()
+        losses.append(loss.item())
+        set_values([*front, *rest], history[-1])
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        history.append(copy.deepcopy([*front, *rest]))
+    torch.set_num_threads(before)
+    return losses
