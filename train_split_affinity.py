@@ -28,9 +28,9 @@ cores, and how much of that time strayed outside its group. On two cores the spl
     python train_split_affinity.py compare                       every schedule beside plain loops
 
 This file tells the story, from `main` to the loop over optimizer steps. What it leans on has rooms
-of its own in split_affinity/, each of which imports only from those above it (docs/house.md):
+of its own in split_affinity/; each imports only from those named before it (docs/house.md):
 
-    errors, text, terminal, files    errors of one line, wording, the screen, files that stay whole
+    errors, text, terminal, files, signals    what everything else may use
     options/        every option once, read without PyTorch
     machine/        cores and caches; which cores each group gets
     lanes/          the threads that own the groups, and the audit of where they ran
@@ -61,7 +61,6 @@ if __name__ == "__main__":
     begin()  # PyTorch takes seconds to load: `--help` and wrong options end here
 
 import torch
-from torch import nn
 
 from split_affinity.checkpoints.folder import Checkpoints
 from split_affinity.checkpoints.resume import find_resumed, resume
@@ -77,9 +76,10 @@ from split_affinity.machine.description import (
     read_machine,
 )
 from split_affinity.machine.plan import CorePlan
+from split_affinity.machine.precision import choose_precision
 from split_affinity.machine.topology import Topology, read_topology
 from split_affinity.models.freezing import describe_frozen, is_frozen
-from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.commands import parse_arguments
 from split_affinity.options.settings import Settings, batches_in_step, learning_rate
 from split_affinity.ranks.launch import Launch, launched
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks, connect
@@ -98,10 +98,10 @@ from split_affinity.runs.setup import (
     build_work,
     check_same_images,
     check_subset,
-    choose_precision,
     settled,
 )
 from split_affinity.runs.starting_weights import teacher_lines
+from split_affinity.signals import StopRequest
 from split_affinity.terminal import lossy_output, say, silent, warn
 from split_affinity.text import plural
 from split_affinity.training.optimizer import (
@@ -114,7 +114,6 @@ from split_affinity.training.steps import (
     Diverged,
     Run,
     StepResult,
-    StopRequest,
     check_same_weights,
     hear_others,
     run_schedule,
@@ -137,6 +136,7 @@ def run_together(argv: Sequence[str], launch: Launch) -> int:
     """Run a command on all ranks; the exit code."""
     ranks, folder, error = ONE_PROCESS, None, None
     try:
+        # Of all settings, --timeout alone has to be known before the ranks can talk.
         ranks = connect(launch, parse_arguments(argv, ranks=launch.ranks)[1].timeout)
         command, settings = parse_together(argv, ranks)
         folder = settings.output_dir
@@ -201,7 +201,7 @@ def with_plan(run: Callable[[Settings, Topology, CorePlan, Ranks], Any]) -> Call
 
 def train(
     settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
-) -> nn.Module:
+) -> torch.nn.Module:
     """A whole run; returns the trained model. Raises UserError before anything is written."""
     if not ranks.rank:
         check_tensorboard(settings)
@@ -290,19 +290,6 @@ def set_up(
     return Run(settings, topology, plan, data, train, val, lanes, work, stop, bad, notes)
 
 
-# One optimizer step over the two lanes, as `--schedule sequential` lays it; how `overlap` and
-# `delayed` have both lanes work at once stands beside it in training/schedules.py:
-#
-#     for batch in batches:                                             # --accumulate
-#         output = lanes.forward.run("forward", forward, batch)         # on the forward cores
-#         lanes.backward.run("backward", backward, output)              # on the backward cores
-#     lanes.backward.run("update", update)                              # there, too
-#
-# A lane is a thread that called os.sched_setaffinity and torch.set_num_threads before its first
-# operation, so that all threads that PyTorch starts for it stay on its cores. Around each phase it
-# sees that both still hold (lanes/lane.py); the audit tells who ran where (lanes/audit.py).
-
-
 def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoints) -> None:
     """Train until there is a reason to end, and save what is to be saved. However that goes, the
     report gets an end, and the latest step is saved, unless the run diverged, or a rank has gone.
@@ -313,7 +300,7 @@ def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoint
         while not (outcome := reason_to_end(settings, progress)):
             for result in train_epoch(run, progress):
                 report.step(result)
-                hear_others(run)
+                hear_others(run)  # raises Stopped if a signal has come, here or to another rank
                 report.bad_images(run.bad)
                 if settings.save_steps and result.step % settings.save_steps == 0:
                     save()
@@ -334,6 +321,19 @@ def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoint
         raise
     report.company(run.lanes.lookout.look(SHORTEST_LOOK_S))
     report.finish(outcome)
+
+
+# One optimizer step over the two lanes, as `--schedule sequential` lays it; how `overlap` and
+# `delayed` have both lanes work at once stands beside it in training/schedules.py:
+#
+#     for batch in batches:                                             # --accumulate
+#         output = lanes.forward.run("forward", forward, batch)         # on the forward cores
+#         lanes.backward.run("backward", backward, output)              # on the backward cores
+#     lanes.backward.run("update", update)                              # there, too
+#
+# A lane is a thread that called os.sched_setaffinity and torch.set_num_threads before its first
+# operation, so that all threads that PyTorch starts for it stay on its cores. Around each phase it
+# sees that both still hold (lanes/lane.py); the audit tells who ran where (lanes/audit.py).
 
 
 def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:

@@ -27,11 +27,11 @@ from split_affinity.machine.topology import (
     Topology,
     read_topology,
 )
-from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.commands import parse_arguments
 from split_affinity.reports.tables import describe_run
 from split_affinity.runs.measurement import measured_settings
+from split_affinity.signals import StopRequest
 from split_affinity.text import markdown_table
-from split_affinity.training.steps import StopRequest
 
 ROUNDS = 5
 LABELS = {None: "", "body": ", body frozen"}

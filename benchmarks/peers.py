@@ -32,12 +32,12 @@ from split_affinity.checkpoints.state import versions
 from split_affinity.lanes.lane import tune_allocator
 from split_affinity.machine.description import describe_topology
 from split_affinity.machine.plan import plan_cores
+from split_affinity.machine.precision import choose_precision
 from split_affinity.machine.topology import read_topology
 from split_affinity.options.settings import Settings
 from split_affinity.reports.tables import describe_run
 from split_affinity.runs.find_lr import endless_steps
 from split_affinity.runs.measurement import Elsewhere
-from split_affinity.runs.setup import choose_precision
 from train_split_affinity import prepared
 
 Turns = Generator["float | str | None", int, None]  # takes steps to make, gives images/s

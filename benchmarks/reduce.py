@@ -37,6 +37,7 @@ from split_affinity.machine.plan import (
     CorePlan,
     Group,
 )
+from split_affinity.machine.precision import choose_precision
 from split_affinity.machine.topology import read_topology
 from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import SeveralRanks
@@ -44,10 +45,7 @@ from split_affinity.runs.measurement import (
     Elsewhere,
     send_to_all,
 )
-from split_affinity.runs.setup import (
-    build_work,
-    choose_precision,
-)
+from split_affinity.runs.setup import build_work
 from split_affinity.training.steps import run_schedule
 from split_affinity.training.update import Work
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from split_affinity import PROGRAM
 from split_affinity.errors import UserError
-from split_affinity.options.command_line import (
+from split_affinity.options.commands import (
     installed_version,
     parse_arguments,
     split_arguments,
@@ -22,8 +22,7 @@ from split_affinity.text import readable, tell
 
 ENDED_WITHIN_S = 5  # a launcher ends the other processes of a machine once one has failed
 PACKAGES = ("torch", "torchvision", "PIL", "fsspec", "psutil", "tqdm")
-# What these print on standard output is for other programs, or stands alone.
-ANSWERING = ("predict", "list-models")
+ANSWERING = ("predict", "list-models")  # what they print may be for other programs
 
 
 def begin(argv: Sequence[str] | None = None) -> None:
@@ -50,13 +49,15 @@ def check_early(argv: Sequence[str], launch: Launch) -> str:
 
 
 def announce(command: str, argv: Sequence[str]) -> None:
-    """Say what was asked for, and what takes the next seconds."""
-    from split_affinity.terminal import lossy_output, say  # imports tqdm: not for --help
+    """Say what was asked for, and what takes seconds now; beside answers, to a terminal alone."""
+    from split_affinity.terminal import lossy_output, say, terminal_columns  # tqdm: not for --help
 
     options = "" if command == "list-models" else shlex.join(split_arguments(argv)[1])
+    asked = f"{command} {options}".rstrip()
     with lossy_output():
         stream = sys.stderr if command in ANSWERING else sys.stdout
-        say(f"{command} {options}".rstrip() + "; loading PyTorch, which takes some seconds", stream)
+        if stream is sys.stdout or terminal_columns(stream):
+            say(f"{asked}; loading PyTorch, which takes some seconds", stream)
 
 
 def load_packages() -> None:

@@ -29,7 +29,7 @@ from split_affinity.errors import UserError
 from split_affinity.machine.plan import usable_cores
 from split_affinity.machine.topology import read_topology
 from split_affinity.models.registry import build_model, classifier_names, parameter_count
-from split_affinity.options.command_line import installed_version
+from split_affinity.options.commands import installed_version
 from split_affinity.options.settings import Settings
 from split_affinity.reports.confusion import CONFUSED, PAIRS
 from split_affinity.reports.plots import RangeTest

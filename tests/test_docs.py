@@ -21,7 +21,7 @@ from places import ROOT, SCRIPT
 from torch.distributed.run import get_args_parser
 
 from split_affinity.data.digits import write_digits
-from split_affinity.options.command_line import build_parser, parse_arguments
+from split_affinity.options.commands import build_parser, parse_arguments
 from train_split_affinity import main
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -3,6 +3,7 @@ floors (pyproject.toml). Run: python -m pytest tests/test_house.py
 """
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -132,23 +133,37 @@ def test_dropped_variables_are_told():
         assert f"{name}={value} is ignored: lanes have their own threads" in done.stderr
 
 
+def on_terminal(command, **options):
+    """What a process with standard error on a terminal prints there."""
+    main_end, its_end = os.openpty()
+    with os.fdopen(main_end, "rb", buffering=0) as screen:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=its_end, **options)
+        os.close(its_end)
+        printed = b""
+        with contextlib.suppress(OSError):  # Linux's answer once nobody holds the other end
+            while part := screen.read(4096):
+                printed += part
+    return done.stdout.decode(), printed.decode().replace("\r\n", "\n")
+
+
 def test_the_first_line_says_what_was_asked_for(tmp_path):
-    """It is there before PyTorch is, of which there is none here."""
+    """It is there before PyTorch is, of which there is none here. What other programs may read has
+    it on a terminal alone.
+    """
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    for command, stream in (("--batch-size 32 --steps 50", "stdout"), ("predict a.jpg", "stderr")):
-        words = [*command.split(), *(["--resume", "b.pt"] if stream == "stderr" else [])]
-        done = subprocess.run(
-            [sys.executable, SCRIPT, *words],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment,
-            timeout=60,
-        )
-        assert done.returncode == 2
-        first = getattr(done, stream).splitlines()[0]
-        asked = command if command.startswith("predict") else f"train {command}"
-        assert first.startswith(f"{asked} --resume b.pt" if stream == "stderr" else asked)
-        assert first.endswith("; loading PyTorch, which takes some seconds")
-        assert "cannot load torch" in done.stderr.splitlines()[-1]
+    place = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path)}, "timeout": 60}
+    loading = "; loading PyTorch, which takes some seconds"
+    train = [sys.executable, SCRIPT, "--batch-size", "32", "--steps", "50"]
+    done = subprocess.run(train, capture_output=True, text=True, **place)
+    assert done.returncode == 2
+    assert done.stdout == f"train --batch-size 32 --steps 50{loading}\n"
+    assert done.stderr.count("\n") == 1
+    assert "cannot load torch" in done.stderr
+    predict = [sys.executable, SCRIPT, "predict", "a b.jpg", "--resume", "c.pt"]
+    done = subprocess.run(predict, capture_output=True, text=True, **place)
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "cannot load torch" in done.stderr
+    stdout, screen = on_terminal(predict, **place)
+    assert stdout == ""
+    assert " ".join(screen.split()).startswith(f"predict 'a b.jpg' --resume c.pt{loading} ")

@@ -23,7 +23,7 @@ from split_affinity.checkpoints.state import (
     versions,
 )
 from split_affinity.errors import UserError, memory_errors, one_line
-from split_affinity.options.command_line import ASKED_WITH, command_defaults
+from split_affinity.options.commands import ASKED_WITH, command_defaults
 from split_affinity.options.recipes import FROM_CHECKPOINT, GIVE_WEIGHTS
 from split_affinity.options.settings import Settings, batches_in_step, plain_settings, settings_of
 from split_affinity.options.values import Values
@@ -159,7 +159,7 @@ def defaults_to_go_on(path: Path, state: State, typed: Values, ranks: int = 1) -
     accumulate = taken.accumulate if rest else batches
     taken = dataclasses.replace(taken, accumulate=accumulate, ranks=ranks)
     if (recipe := typed.get("recipe")) not in (None, taken.recipe):
-        typed = command_defaults("train", typed) | typed
+        typed = command_defaults("train", {**typed, "resume": path}) | typed
     defaults = vars(taken) | vars(preprocessing_of(state).overruled(settings_of(typed)))
     for name in typed.keys() & IN_PLACE_OF.keys():
         defaults |= {other: getattr(Settings(), other) for other in IN_PLACE_OF[name]}

@@ -19,10 +19,11 @@ from split_affinity.lanes.contention import COMPANY_SHARE
 from split_affinity.options.settings import Settings
 from split_affinity.reports.timeline import by_start
 from split_affinity.runs.measurement import Elsewhere, phase_times, send_to_all
+from split_affinity.signals import StopRequest
 from split_affinity.terminal import say
 from split_affinity.text import plural
 from split_affinity.training.schedules import step_bound_s
-from split_affinity.training.steps import StepResult, StopRequest
+from split_affinity.training.steps import StepResult
 
 MOST_REPEATS = 3  # of disturbed rounds
 TIME_LIMIT_S = 14 * 60  # for a comparison whose steps nobody has counted

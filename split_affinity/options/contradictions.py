@@ -1,4 +1,8 @@
-"""Options that contradict each other, whatever the machine and the data. Pure."""
+"""Options that contradict each other, whatever the machine and the data. Pure.
+
+Options of cores are checked with the machine (check_core_options in machine/plan.py), those that a
+saved run brings along with the others that are then in force.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from split_affinity.checkpoints.resume import saved_defaults
 from split_affinity.errors import UserError
-from split_affinity.options.command_line import parse_arguments, split_arguments, typed_options
+from split_affinity.options.commands import parse_arguments, split_arguments, typed_options
 from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import Ranks
 from split_affinity.text import as_option, option_text

@@ -55,7 +55,7 @@ def judge_rates(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
     return RangeTest(tuple(rates), smoothed, edge / 10)
 
 
-def find_lr(run: Run) -> RangeTest:
+def range_test(run: Run) -> RangeTest:
     """Learning rate range test (Smith, arXiv 1506.01186): the rate rises from 1e-6 to 10, by the
     same factor after each of `steps` steps (100), until the median loss of half a decade is four
     times the lowest such median.
@@ -106,7 +106,7 @@ def range_test_settings(settings: Settings) -> Settings:
 
 def find_lr_and_report(run: Run) -> RangeTest:
     """The `find-lr` command, once its run is set up: the test, its suggestion, and the plot."""
-    result = find_lr(run)
+    result = range_test(run)
     if run.ranks.rank:
         return result
     for text in run.bad.messages:

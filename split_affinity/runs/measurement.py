@@ -42,10 +42,11 @@ from split_affinity.models.registry import check_model_name
 from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import RankLost
 from split_affinity.runs.setup import build_work, check_writable, settings_in_force
+from split_affinity.signals import StopRequest
 from split_affinity.terminal import say
 from split_affinity.text import plural
 from split_affinity.training.schedules import sequential, step_bound_s
-from split_affinity.training.steps import PHASES, StopRequest
+from split_affinity.training.steps import PHASES
 from split_affinity.training.update import Work
 
 

@@ -20,7 +20,7 @@ from split_affinity.machine.topology import Topology
 from split_affinity.models.cost import describe_model, describe_teacher
 from split_affinity.models.pretrained import describe_weights, find_weights, largest_size
 from split_affinity.models.registry import TIMM, check_model_name, classifier_names, parameter_count
-from split_affinity.options.command_line import installed_version
+from split_affinity.options.commands import installed_version
 from split_affinity.options.data_sets import NAMED_DATA
 from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks, machines_of, rank_lines

@@ -31,17 +31,18 @@ from split_affinity.errors import RunError, UserError, memory_errors
 from split_affinity.files import write_whole
 from split_affinity.lanes.lane import Lanes, coordinating, tune_allocator
 from split_affinity.machine.plan import plan_cores
+from split_affinity.machine.precision import choose_precision
 from split_affinity.machine.topology import Topology
 from split_affinity.models.pretrained import Preprocessing, find_weights
 from split_affinity.models.registry import build_model, check_model_name
 from split_affinity.models.weights import versioned
 from split_affinity.options.settings import Settings, settings_of
-from split_affinity.runs.setup import check_json, choose_precision
+from split_affinity.runs.setup import check_json
 from split_affinity.runs.starting_weights import starting_model
+from split_affinity.signals import StopRequest
 from split_affinity.terminal import say, warn
 from split_affinity.text import plural, readable
 from split_affinity.training.network import Network
-from split_affinity.training.steps import StopRequest
 
 ANSWERS = 5  # classes that predict names
 MANY_PICTURES = 100  # take long enough to show how far it is

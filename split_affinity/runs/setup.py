@@ -21,6 +21,7 @@ from split_affinity.errors import UserError
 from split_affinity.files import check_appendable, write_whole
 from split_affinity.lanes.lane import Lanes, tune_allocator
 from split_affinity.machine.plan import CorePlan
+from split_affinity.machine.precision import choose_precision
 from split_affinity.machine.topology import Topology
 from split_affinity.models.cost import check_memory
 from split_affinity.models.freezing import freeze
@@ -71,16 +72,6 @@ def check_json(path: Path | None) -> None:
 
 
 SUBSET = "subset.json"
-
-
-def choose_precision(settings: Settings, topology: Topology) -> tuple[str, str]:
-    """The precision in force, fp32 or bf16, and the reason for it."""
-    native = f"the CPU computes bfloat16 natively ({topology.bf16})"
-    if not topology.bf16:
-        native = "the CPU has no native bfloat16 arithmetic (AMX, AVX512-BF16 or Arm BF16)"
-    if settings.precision != "auto":
-        return settings.precision, f"as asked; {native}"
-    return ("bf16" if topology.bf16 else "fp32"), native
 
 
 def build_work(

@@ -1,4 +1,7 @@
-"""Schedules: how an optimizer step is laid over the two lanes. A new one is entered in SCHEDULES.
+"""Schedules: how an optimizer step is laid over the two lanes.
+
+A new one is entered in SCHEDULES, in step_bound_s, and in the choices of `--schedule`
+(options/settings.py).
 
 Each is a generator: a `next` runs one step and gives the scores of each of its micro-batches, until
 the batches run out. All share the same phase functions, hold no more than two micro-batches of

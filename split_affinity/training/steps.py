@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +15,7 @@ import torch
 from split_affinity.data.loader import BadImages, Batches, Feed
 from split_affinity.data.pictures import ImageData
 from split_affinity.data.samples import LoadRecord
-from split_affinity.errors import STOP_SIGNALS, RunError, Stopped
+from split_affinity.errors import RunError, Stopped
 from split_affinity.lanes.audit import PhaseRecord
 from split_affinity.lanes.contention import Company
 from split_affinity.lanes.lane import Lanes
@@ -25,6 +23,7 @@ from split_affinity.machine.plan import CorePlan
 from split_affinity.machine.topology import Topology
 from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import RankLost, Ranks
+from split_affinity.signals import StopRequest
 from split_affinity.training.network import NonFiniteLoss, Scores, in_turn, pool
 from split_affinity.training.schedules import SCHEDULES
 from split_affinity.training.update import Work
@@ -77,43 +76,6 @@ class StepResult:
         others = {"company": dataclasses.asdict(self.company)} if self.company else {}
         others |= {"waited_s": self.waited_s} if self.ready_s else {}
         return line | {"stray_s": self.total("stray_s")} | others
-
-
-class StopRequest:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into a request that `check` raises as Stopped:
-    between two optimizer steps, or batches of a validation.
-
-    A second signal ends the process at once, unless there are several ranks, of which the launcher
-    kills those that do not end in time; a SIGHUP that is ignored (nohup) stays so. A context
-    manager: leaving it restores the handlers. Outside the main thread, where Python allows no
-    handlers, it does nothing.
-    """
-
-    def __init__(self, ranks: int = 1):
-        self.signum: int | None = None
-        self._previous: dict[int, Any] = {}
-        self._next = signal.SIG_DFL if ranks == 1 else signal.SIG_IGN
-
-    def check(self) -> None:
-        """Raise Stopped if a signal has come."""
-        if self.signum is not None:
-            raise Stopped(self.signum)
-
-    def _handle(self, signum: int, frame: object) -> None:
-        self.signum = signum
-        for other in self._previous:
-            signal.signal(other, self._next)
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            for signum in STOP_SIGNALS:
-                if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
-                    self._previous[signum] = signal.signal(signum, self._handle)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
 
 
 class Diverged(RunError):

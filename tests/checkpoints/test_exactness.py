@@ -41,8 +41,8 @@ from split_affinity.errors import RunError, Stopped
 from split_affinity.models.own import SmallResNet
 from split_affinity.models.registry import OWN_MODELS
 from split_affinity.options.settings import Settings
+from split_affinity.signals import StopRequest
 from split_affinity.training.network import Network
-from split_affinity.training.steps import StopRequest
 from split_affinity.training.update import MovingAverage, Work
 from train_split_affinity import main
 

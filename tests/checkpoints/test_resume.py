@@ -573,6 +573,7 @@ RUN = Settings(
             {"recipe": "digits", "epochs": 5},
             {
                 **RECIPES["digits"],
+                "dataset": None,  # the images stay those of the saved run
                 "recipe": "digits",
                 "epochs": 5,
                 "steps": None,

@@ -8,10 +8,9 @@ from patching import set_everywhere
 from small import needs_two_cpus
 
 from split_affinity.compare.command import image_flops
-from split_affinity.compare.ways import ROUNDS
 from split_affinity.machine.topology import read_topology
 from split_affinity.models.cost import measure_model
-from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.commands import parse_arguments
 from split_affinity.options.settings import Settings
 from split_affinity.runs.measurement import measured_settings
 from split_affinity.training.schedules import SCHEDULES
@@ -20,7 +19,8 @@ from train_split_affinity import main
 
 @needs_two_cpus
 def test_a_comparison(in_tmp, capfd, monkeypatch):
-    set_everywhere(monkeypatch, "ROUNDS", 2)
+    rounds = 2
+    set_everywhere(monkeypatch, "ROUNDS", rounds)
     set_everywhere(monkeypatch, "MOST_REPEATS", 0)
     arguments = "--model resnet18 --image-size 32 -b 2 --num-classes 5 --steps 1".split()
     arguments += ["--accumulate", "2"]
@@ -53,8 +53,8 @@ def test_a_comparison(in_tmp, capfd, monkeypatch):
     ]
     assert "; ranks: data parallelism, a process on each group of the split" in printed
     assert figures["verdict"] in printed
-    assert printed.count("images/s: plain") == len(figures["rounds"]) == 2
-    assert sum(each["counts"] for each in figures["rounds"]) == ROUNDS
+    assert printed.count("images/s: plain") == len(figures["rounds"]) == rounds
+    assert sum(each["counts"] for each in figures["rounds"]) == rounds
     tables = [line for line in printed.splitlines() if line.startswith("|")]
     assert max(map(len, tables)) <= 80
     assert (in_tmp / "out/timeline.png").stat().st_size > 10_000

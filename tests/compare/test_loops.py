@@ -36,10 +36,11 @@ from split_affinity.models.registry import OWN_MODELS
 from split_affinity.options.settings import Settings
 from split_affinity.reports.timeline import by_start
 from split_affinity.runs.measurement import Elsewhere
+from split_affinity.signals import StopRequest
 from split_affinity.training.network import Teacher, in_turn
 from split_affinity.training.optimizer import build_optimizer
 from split_affinity.training.schedules import SCHEDULES
-from split_affinity.training.steps import StepResult, StopRequest
+from split_affinity.training.steps import StepResult
 
 
 def of_photos(photos, **options):

@@ -11,7 +11,7 @@ from split_affinity.compare.ways import all_ways, micro_batches, of_one_rank, wa
 from split_affinity.errors import UserError
 from split_affinity.machine.plan import Group
 from split_affinity.machine.topology import read_topology
-from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.commands import parse_arguments
 from split_affinity.options.contradictions import contradictions
 from split_affinity.options.settings import Settings, images_in_step
 from split_affinity.training.schedules import SCHEDULES

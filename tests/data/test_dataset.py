@@ -28,7 +28,7 @@ from split_affinity.data.loader import BadImages, validation_feed
 from split_affinity.data.pictures import ImageData
 from split_affinity.data.transforms import validation_transform
 from split_affinity.errors import UserError
-from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.commands import parse_arguments
 from split_affinity.options.settings import Settings
 from train_split_affinity import main
 

@@ -10,7 +10,7 @@ import pytest
 
 from split_affinity.data import digits
 from split_affinity.data.dataset import open_data
-from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.commands import parse_arguments
 from split_affinity.options.settings import Settings, as_options
 from train_split_affinity import main
 

@@ -28,7 +28,7 @@ from split_affinity.data.pictures import BrokenImage, ImageData
 from split_affinity.data.transforms import training_transform
 from split_affinity.errors import UserError
 from split_affinity.machine.topology import read_topology
-from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.commands import parse_arguments
 from split_affinity.options.data_sets import DATA_SETS, NAMED_DATA
 from split_affinity.options.settings import Settings
 from split_affinity.runs.setup import settings_in_force

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.commands import parse_arguments
 from split_affinity.options.recipes import FROM_CHECKPOINT
 
 OUT = Path("out")

@@ -6,7 +6,7 @@ import pytest
 from option_texts import OUT
 
 from split_affinity.errors import UserError
-from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.commands import parse_arguments
 from split_affinity.options.contradictions import contradictions
 from split_affinity.options.recipes import FROM_CHECKPOINT, GIVE_WEIGHTS
 from split_affinity.options.settings import Settings

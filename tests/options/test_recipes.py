@@ -7,7 +7,7 @@ import pytest
 from option_texts import OUT, with_recipe
 
 from split_affinity.errors import UserError
-from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.commands import parse_arguments
 from split_affinity.options.recipes import FROM_CHECKPOINT, RECIPES, recipe_defaults
 from split_affinity.options.settings import Settings, learning_rate
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from split_affinity.errors import UserError
-from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.commands import parse_arguments
 from split_affinity.options.values import (
     BELOW_1,
     COUNT,

@@ -29,7 +29,7 @@ from split_affinity.errors import RunError, UserError
 from split_affinity.files import append_text, replace_text
 from split_affinity.machine.plan import plan_cores
 from split_affinity.machine.topology import Core, Topology, host_kind, read_topology
-from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.commands import parse_arguments
 from split_affinity.options.settings import Settings, as_options, plain_settings
 from split_affinity.reports.log import LOG_HEADER, LogSection, log_heading, log_summary
 from split_affinity.reports.tables import (

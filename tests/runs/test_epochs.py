@@ -40,9 +40,10 @@ from split_affinity.reports.tables import epoch_line
 from split_affinity.runs import evaluation
 from split_affinity.runs.evaluation import validated
 from split_affinity.runs.setup import build_work
+from split_affinity.signals import StopRequest
 from split_affinity.training.network import Confusion, Scores
 from split_affinity.training.schedules import SCHEDULES
-from split_affinity.training.steps import StopRequest, run_schedule
+from split_affinity.training.steps import run_schedule
 from split_affinity.training.update import MovingAverage, Work
 from train_split_affinity import prepared, reason_to_end
 

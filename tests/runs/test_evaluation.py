@@ -11,7 +11,7 @@ from split_affinity.machine.plan import plan_cores
 from split_affinity.machine.topology import read_topology
 from split_affinity.models.own import Hybrid
 from split_affinity.models.registry import OWN_MODELS
-from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.commands import parse_arguments
 from train_split_affinity import main, train
 
 

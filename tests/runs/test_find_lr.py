@@ -12,8 +12,7 @@ from small_runs import ALL_SCHEDULES, TINY, interrupt, with_plan
 
 from split_affinity.errors import RunError, Stopped
 from split_affinity.reports.plots import RangeTest
-from split_affinity.runs.find_lr import find_lr as range_test
-from split_affinity.runs.find_lr import judge_rates
+from split_affinity.runs.find_lr import judge_rates, range_test
 from split_affinity.training.network import NonFiniteLoss, Scores
 from split_affinity.training.schedules import SCHEDULES
 from train_split_affinity import prepared

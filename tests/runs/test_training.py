@@ -20,12 +20,13 @@ from split_affinity import ALLOWED_CPUS, __version__
 from split_affinity.errors import RunError, Stopped, UserError
 from split_affinity.lanes.lane import Lanes, coordinating
 from split_affinity.machine.plan import plan_cores
+from split_affinity.machine.precision import choose_precision
 from split_affinity.machine.topology import read_topology
 from split_affinity.models.cost import check_memory, weight_copies
 from split_affinity.models.registry import OWN_MODELS
 from split_affinity.options.settings import Settings
 from split_affinity.runs.evaluation import VALIDATED_AHEAD
-from split_affinity.runs.setup import build_work, choose_precision
+from split_affinity.runs.setup import build_work
 from split_affinity.training.network import Network
 from split_affinity.training.optimizer import total_steps
 from split_affinity.training.steps import run_schedule

@@ -16,7 +16,7 @@ from torch import nn
 from split_affinity.lanes.lane import Lanes
 from split_affinity.models.freezing import freeze, is_frozen, layer_groups, mostly_frozen
 from split_affinity.models.registry import OWN_MODELS, build_model
-from split_affinity.options.command_line import parse_arguments
+from split_affinity.options.commands import parse_arguments
 from split_affinity.options.recipes import FROM_CHECKPOINT, RECIPES
 from split_affinity.options.settings import Settings, learning_rate
 from split_affinity.runs import setup

@@ -1,4 +1,7 @@
-"""The commands, their `--help`, and the way from a command line to Settings. Knows no PyTorch."""
+"""The commands, their `--help`, and the way from a command line to Settings, without PyTorch.
+
+An option is added in settings.py.
+"""
 
 from __future__ import annotations
 
@@ -40,17 +43,17 @@ def installed_version(package: str) -> str:
 def command_defaults(command: str, typed: Values) -> Values:
     """What takes the place of Settings' own defaults: a recipe's, what suits a data set, and what
     compare has in a step; `typed` are the options given. A recipe's weights give way to a file's,
-    its data set to a folder of images.
+    its data set to a folder of images, or to those of the run that is gone on with.
     """
     recipe, quick, resume = (typed.get(name) for name in ("recipe", "quick", "resume"))
     defaults = recipe_defaults(recipe) if recipe else {}
-    if typed.get("data_path"):
+    resumes = resume and (typed.get("test_only") or resume != Path("auto"))
+    if typed.get("data_path") or resumes:
         defaults.pop("dataset", None)
     if dataset := typed.get("dataset") or defaults.get("dataset"):
         defaults |= NAMED_DATA[dataset].defaults
     if command == "compare" and (quick or not recipe):
         defaults["accumulate"] = 1 if quick else COMPARED_BATCHES
-    resumes = resume and (typed.get("test_only") or resume != Path("auto"))
     if typed.get("init_from") or resumes:
         defaults.pop("weights", None)
     return defaults

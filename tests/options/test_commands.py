@@ -1,6 +1,6 @@
 """Help, and from a command line to settings.
 
-Run: python -m pytest tests/options/test_command_line.py
+Run: python -m pytest tests/options/test_commands.py
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from split_affinity.data.image_folder import VALIDATION_FOLDERS
 from split_affinity.data.named import CIFAR10_FOLDER, SYNTHETIC_CLASSES, SYNTHETIC_IMAGES
 from split_affinity.errors import UserError
-from split_affinity.options.command_line import ALIASES, COMMANDS, build_parser, parse_arguments
+from split_affinity.options.commands import ALIASES, COMMANDS, build_parser, parse_arguments
 from split_affinity.options.data_sets import DATA_SETS
 from split_affinity.options.settings import Settings
 

@@ -1,0 +1,16 @@
+"""Which precision a machine computes in, unless one is asked for: bf16 or fp32. Pure."""
+
+from __future__ import annotations
+
+from split_affinity.machine.topology import Topology
+from split_affinity.options.settings import Settings
+
+
+def choose_precision(settings: Settings, topology: Topology) -> tuple[str, str]:
+    """The precision in force, fp32 or bf16, and the reason for it."""
+    native = f"the CPU computes bfloat16 natively ({topology.bf16})"
+    if not topology.bf16:
+        native = "the CPU has no native bfloat16 arithmetic (AMX, AVX512-BF16 or Arm BF16)"
+    if settings.precision != "auto":
+        return settings.precision, f"as asked; {native}"
+    return ("bf16" if topology.bf16 else "fp32"), native
