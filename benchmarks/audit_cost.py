@@ -7,7 +7,7 @@ is one with as many CPUs as asked for, in the form of a real one (its lines of C
 the interrupts that so many have). Printed are the time that a phase takes beside its work and the
 hand-over, and how much memory the figures of a long run take. The kernel's own time to make up
 /proc/stat for so many CPUs is not in it. The variable AUDITED names the folder of another version
-of the script to measure.
+of the program to measure.
 """
 
 from __future__ import annotations

@@ -18,8 +18,6 @@ from split_affinity.training.network import Network
 from split_affinity.training.update import Work
 
 OVERLAP = {"schedule": "overlap", "accumulate": 2, "batch_size": 2}
-
-
 DELAYED = {"schedule": "delayed"}
 
 

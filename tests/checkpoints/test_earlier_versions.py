@@ -23,8 +23,6 @@ EARLIER_OPTIONS = (
     "--lr-scheduler cosine --mixup-alpha 0.4 --model-ema --clip-grad-norm 1 --seed 3 "
     "--precision fp32 --forward-threads 1 --backward-threads 1 --no-fused --schedule"
 ).split()
-
-
 EARLIER_CPU = "199a5eaa6c75fd7b"
 
 

@@ -47,8 +47,6 @@ from train_split_affinity import main
 # Settings of a resumed run
 
 BASE = Settings(output_dir=Path("out"), epochs=3, lr=0.1, accumulate=2)
-
-
 SAVED = {"settings": plain_settings(BASE), "versions": versions()}
 
 
@@ -497,8 +495,6 @@ def test_the_settings_of_an_earlier_version():
 
 
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
-
-
 NO_FILES = hashlib.sha256().hexdigest()
 
 

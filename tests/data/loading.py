@@ -20,8 +20,6 @@ from split_affinity.models.pretrained import Preprocessing
 from split_affinity.options.settings import Settings
 
 ALL_CPUS = tuple(sorted(ALLOWED_CPUS))
-
-
 ALL_WORKERS = pytest.mark.parametrize("workers", [0, 1, 2])
 
 

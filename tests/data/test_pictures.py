@@ -12,8 +12,6 @@ from split_affinity.data.dataset import open_data
 from split_affinity.data.pictures import load_image, to_rgb
 
 FORMATS = ("png", "tiff", "jpeg", "gif", "webp", "bmp", "ppm")
-
-
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 

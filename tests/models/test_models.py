@@ -32,8 +32,6 @@ from split_affinity.training.schedules import SCHEDULES, sequential
 from split_affinity.training.update import Work
 
 OWN = ("resnet20", "resnet56", "hybrid", "hybrid-light", "hybrid-heavy")
-
-
 HYBRIDS = OWN[1:]
 
 

@@ -23,8 +23,6 @@ def small_vit(mlp=32):
 
 # As in the files that torchvision offers: of models whose names have changed since.
 VIT = r"\.mlp\.(0|3)\.", lambda found: f".mlp.linear_{1 + int(found[1]) // 3}."
-
-
 DENSENET = r"(\.denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2."
 
 

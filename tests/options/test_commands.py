@@ -88,8 +88,6 @@ def test_help_lists_every_command():
 
 
 ALL = [setting.name for setting in dataclasses.fields(Settings)]
-
-
 OF_CORES = """
     split schedule forward_cores backward_cores loader_cores forward_threads backward_threads
 """.split()

@@ -44,8 +44,6 @@ def epoch_row(epoch=1, **values):
 
 
 NO_VALIDATION = {"val_loss": None, "val_top1": None, "val_top5": None}
-
-
 LINE = (
     "epoch: 1  train_loss: 4.512  train_top1: 1.2%  train_top5: 5.8%  val_loss: 4.389  "
     "val_top1: 1.5%  val_top5: 6.2%  timestamp: 2025-10-11T14:02:13Z"

@@ -209,8 +209,6 @@ def rendered(text):
 
 
 HEAD = ["h2", "ul", "details", "summary", "p"]
-
-
 TAIL = ["ul", "table", "table"]
 
 

@@ -229,11 +229,7 @@ def test_the_gradients(tmp_path, figures):
 
 
 PAIRS = Confusion({(0, 0): 3, (0, 1): 1, (2, 0): 2, (2, 2): 2})
-
-
 CONFUSION = torch.tensor([[3, 1, 0], [0, 0, 0], [2, 0, 2]])
-
-
 CLASSES = ("bee", "cat", "dog, wet")
 
 

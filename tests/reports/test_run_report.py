@@ -56,8 +56,6 @@ FROM_A_LOADER = """Caught {} in DataLoader worker process 0.
 Original Traceback (most recent call last):
   File "x.py", line 1, in fetch
 {}"""
-
-
 MEMORY = "out of memory: try a smaller --batch-size (with more --accumulate), or fewer loaders (-j)"
 
 

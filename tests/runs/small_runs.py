@@ -20,8 +20,6 @@ from split_affinity.training.update import Work
 TINY = Settings(
     model="small", image_size=32, batch_size=4, num_classes=5, workers=0, steps=3, lr=0.01
 )
-
-
 ALL_SCHEDULES = pytest.mark.parametrize(
     "schedule", [pytest.param(name, marks=needs_two_cpus) for name in SCHEDULES]
 )

@@ -13,8 +13,6 @@ from split_affinity.training.schedules import SCHEDULES
 from split_affinity.training.update import Work
 
 LR = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
-
-
 ALL_SCHEDULES = pytest.mark.parametrize("schedule", list(SCHEDULES))
 
 
