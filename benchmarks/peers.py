@@ -7,8 +7,8 @@ Both train ResNet-50 on the same pictures, with the same augmentation, loader pr
 and optimizer: the program with `--split none`, and timm's released parts as its own train.py uses
 them (create_model, create_dataset, create_loader with its prefetcher, create_optimizer_v2), with
 its best flags on a CPU: --amp --amp-dtype bfloat16 --channels-last; and these parts once more with
-the program's settings of glibc's allocator, to tell what comes from them. They take turns, each in a
-process of its own; what is printed are images a second and the ratios within each round. With
+the program's settings of glibc's allocator, to tell what comes from them. They take turns, each in
+a process of its own; what is printed are images a second and the ratios within each round. With
 --operators each is profiled instead: the operators that take most of its time.
 """
 
