@@ -54,7 +54,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from split_affinity import DROPPED_VARIABLES, PROGRAM
+try:
+    from split_affinity import DROPPED_VARIABLES, PROGRAM
+except ModuleNotFoundError:  # this file alone was copied
+    print(f"{__file__}: error: the folder split_affinity is not beside it", file=sys.stderr)
+    raise SystemExit(2) from None
 from split_affinity.start import begin
 
 if __name__ == "__main__":
@@ -165,9 +169,7 @@ def last_words(error: BaseException, folder: Path | None) -> str:
 
 
 def exit_code(error: BaseException | None) -> int:
-    """The exit code of a program that ends by an error, or by none: 2 for what the user can mend, 1
-    for what stopped a run, 128 and its number for a signal.
-    """
+    """The exit code: 2 for what the user can mend, 1 for what ended a run, 128 + N for signal N."""
     if isinstance(error, KeyboardInterrupt):
         return Stopped(signal.SIGINT).exit_code
     return getattr(error, "exit_code", RunError.exit_code) if error else 0
@@ -261,13 +263,11 @@ def set_up(
     note: str,
     ranks: Ranks = ONE_PROCESS,
 ) -> Run:
-    """Open loaders, lanes and model, which end with the stack; `note` is the first to tell.
-
-    Loaders come first: no process may be forked once a lane, with its OpenMP team, exists.
-    """
+    """Loader processes, lanes and model, which end with the stack; `note` is the first to tell."""
     stop = stack.enter_context(StopRequest(ranks.size))
     stack.enter_context(coordinating(settings, plan))
     torch.manual_seed(settings.seed)
+    # Loaders come first: no process may be forked once a lane, with its OpenMP team, exists.
     train = training_feed(data, settings, plan.loader_cpus, ranks.rank)
     stack.callback(train.close)
     validates = settings.epochs or settings.test_only
@@ -323,8 +323,8 @@ def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoint
     report.finish(outcome)
 
 
-# One optimizer step over the two lanes, as `--schedule sequential` lays it; how `overlap` and
-# `delayed` have both lanes work at once stands beside it in training/schedules.py:
+# One optimizer step over the two lanes, as `--schedule sequential` lays it. How `overlap` and
+# `delayed` have both lanes work at once stands beside it in training/schedules.py.
 #
 #     for batch in batches:                                             # --accumulate
 #         output = lanes.forward.run("forward", forward, batch)         # on the forward cores

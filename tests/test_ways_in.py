@@ -95,6 +95,15 @@ def test_one_file_is_launched_by_torchrun(pyz, tmp_path):
     assert printed.count("loading PyTorch") == 1
 
 
+def test_the_script_alone_is_not_enough(tmp_path):
+    shutil.copy(SCRIPT, tmp_path)
+    command = [sys.executable, tmp_path / SCRIPT.name, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    error = "error: the folder split_affinity is not beside it"
+    assert done.stderr == f"{tmp_path / SCRIPT.name}: {error}\n"
+
+
 STARTED = """
 import multiprocessing, sys
 from train_split_affinity import main
