@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from places import ROOT, SCRIPT
+from small import read_metrics
 
 import train_split_affinity as script
 
@@ -113,20 +114,20 @@ if __name__ == "__main__":
 """
 
 
-def test_loaders_under_each_start_method(photos_with_val, tmp_path):
+def test_loaders_under_each_start_method(photos, tmp_path):
     """Python 3.14 starts them by a forkserver. They make the same batches."""
     (tmp_path / "started.py").write_text(STARTED)
-    options = [*TINY, "--data-path", photos_with_val, "-j", "2", "--epochs", "1"]
+    options = [*TINY, "--data-path", photos, "-j", "2", "--steps", "3", "--output-dir", "out"]
     options += ["--auto-augment", "ra", "--mixup-alpha", "0.2", "--lr", "0.001"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    epochs = {}
+    losses = {}
     for method in ("fork", "forkserver", "spawn"):
         command = [sys.executable, "started.py", method, *options]
-        printed = run(*command, cwd=tmp_path, env=environment)
-        assert re.search(r"finished after (\d+) of \1 steps", printed)
-        epoch = re.search(r"^epoch: 1 .*$", printed, re.MULTILINE)[0]
-        epochs[method] = re.findall(r"(\w+_loss): +(\S+)", epoch)
-    assert epochs["fork"] == epochs["forkserver"] == epochs["spawn"] != []
+        assert "finished after 3 of 3 steps" in run(*command, cwd=tmp_path, env=environment)
+        losses[method] = [step["loss"] for step in read_metrics(tmp_path / "out", "step")]
+        shutil.rmtree(tmp_path / "out")
+    assert losses["fork"] == losses["forkserver"] == losses["spawn"]
+    assert len(losses["fork"]) == 3
 
 
 def requirements(text):
