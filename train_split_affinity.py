@@ -149,6 +149,7 @@ def run_together(argv: Sequence[str], launch: Launch) -> int:
     except (Exception, KeyboardInterrupt) as raised:
         error = raised
     foreseen = isinstance(error, (UserError, RunError, Stopped))
+    # An error that all ranks end with is said once on each machine.
     if error and not (launch.local_rank and ranks.agreed and foreseen):
         say(f"{PROGRAM}: {last_words(error, folder)}", sys.stderr)
     ranks.close(not error or ranks.agreed)
@@ -156,9 +157,7 @@ def run_together(argv: Sequence[str], launch: Launch) -> int:
 
 
 def last_words(error: BaseException, folder: Path | None) -> str:
-    """What is said of an error that ends the program; of one that nobody foresaw, where its
-    traceback is.
-    """
+    """What is said of an error that ends the program; if unforeseen, where its traceback is."""
     if isinstance(error, KeyboardInterrupt):  # before the run looked after signals itself
         return str(Stopped(signal.SIGINT))
     if isinstance(error, Stopped):
@@ -192,15 +191,6 @@ def print_plan(settings: Settings, topology: Topology, ranks: Ranks = ONE_PROCES
     return plan
 
 
-def with_plan(run: Callable[[Settings, Topology, CorePlan, Ranks], Any]) -> Callable[..., Any]:
-    """What a command does after it has shown the cores and how they are divided."""
-
-    def planned(settings: Settings, topology: Topology, ranks: Ranks) -> Any:
-        return run(settings, topology, print_plan(settings, topology, ranks), ranks)
-
-    return planned
-
-
 def train(
     settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
 ) -> torch.nn.Module:
@@ -220,7 +210,7 @@ def train(
             with ranks.together():
                 checkpoints.hold()  # the loaders, which would share the lock, have been started
                 progress, notes = resume(run, checkpoints)
-                checkpoints.hold(make=True)
+                checkpoints.hold(make=True)  # a folder that was not there before
                 run.bad.messages = progress.bad_images  # one list: what is found is saved
                 check_subset(run, bool(progress.step))
             report = RunReport(run.settings, topology, run.plan, progress, settings, ranks)
@@ -385,6 +375,15 @@ def find_lr(
     """The `find-lr` command, on a run that is set up as one to train."""
     with prepared(range_test_settings(settings), topology, plan, ranks) as run:
         return find_lr_and_report(run)
+
+
+def with_plan(run: Callable[[Settings, Topology, CorePlan, Ranks], Any]) -> Callable[..., Any]:
+    """What a command does after it has shown the cores and how they are divided."""
+
+    def planned(settings: Settings, topology: Topology, ranks: Ranks) -> Any:
+        return run(settings, topology, print_plan(settings, topology, ranks), ranks)
+
+    return planned
 
 
 RUNS: dict[str, Callable[[Settings, Topology, Ranks], Any]] = {
