@@ -25,11 +25,11 @@ PACKAGES = ("torch", "torchvision", "PIL", "fsspec", "psutil", "tqdm")
 ANSWERING = ("predict", "list-models")  # what they print may be for other programs
 
 
-def begin(argv: Sequence[str] | None = None) -> None:
+def begin() -> None:
     """Do what comes before PyTorch, and load that. Ends the program, with its exit code, where
     nothing more was asked for, where options are wrong, and where a package cannot be loaded.
     """
-    argv, launch = sys.argv[1:] if argv is None else argv, launched()
+    argv, launch = sys.argv[1:], launched()
     command = check_early(argv, launch)
     if not launch.rank:
         announce(command, argv)
@@ -66,8 +66,8 @@ def load_packages() -> None:
         for package in PACKAGES:
             importlib.import_module(package)
     except (ImportError, RuntimeError, OSError) as error:
-        print(explain_import_error(error), file=sys.stderr)
-        raise SystemExit(2) from None
+        tell(explain_import_error(error), sys.stderr)
+        raise SystemExit(UserError.exit_code) from None
 
 
 def explain_import_error(error: Exception) -> str:

@@ -469,6 +469,7 @@ def test_an_interrupt_before_the_run_has_begun(in_tmp, capsys, monkeypatch):
 @needs_two_cpus
 def test_openmp_binding_variables_are_dropped(in_tmp):
     environment = {"OMP_PROC_BIND": "true", "GOMP_CPU_AFFINITY": "0", "OMP_DYNAMIC": "true"}
+    environment["OMP_PLACES"] = "cores"
     threads = ["--forward-threads", "2", "--backward-threads", "2"]  # so that there are teams
     done = run_script(*TINY, *threads, "--steps", "2", "--output-dir", "out", **environment)
     assert done.returncode == 0, done.stderr

@@ -117,22 +117,6 @@ def test_variables_of_openmp_are_dropped_before_torch_whichever_module_comes_fir
     assert not any(name.startswith("split_affinity.options") for name in asked)
 
 
-def test_dropped_variables_are_told():
-    environment = os.environ | DROPPED
-    arguments = ["plan", "--model", "squeezenet1_1", "--image-size", "32"]
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        timeout=120,
-    )
-    assert done.returncode == 0
-    for name, value in DROPPED.items():
-        assert f"{name}={value} is ignored: lanes have their own threads" in done.stderr
-
-
 def on_terminal(command, **options):
     """What a process with standard error on a terminal prints there."""
     main_end, its_end = os.openpty()
