@@ -17,7 +17,8 @@ from split_affinity.text import tell
 
 def read_digits(path: Path, part: str, download: bool = False) -> PictureFolder:
     """The digits of a part, `train` or `val`; they are written into `path` if there is nothing yet.
-    `download`, which other data sets need for that, changes nothing. Raises ImportError.
+    `download`, which other data sets need for that, changes nothing. Raises ImportError, or
+    FileNotFoundError for a folder of something else.
     """
     if not path.exists():
         digits = load_digits()
@@ -32,6 +33,9 @@ def read_digits(path: Path, part: str, download: bool = False) -> PictureFolder:
                 raise
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+    if not (path / part).is_dir():
+        remedy = "give a path that does not exist, to have them written there"
+        raise FileNotFoundError(f"it has no folder {part}; {remedy}")
     return PictureFolder(path / part)
 
 

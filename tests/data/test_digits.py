@@ -10,6 +10,7 @@ import pytest
 
 from split_affinity.data import digits
 from split_affinity.data.dataset import open_data
+from split_affinity.errors import UserError
 from split_affinity.options.commands import parse_arguments
 from split_affinity.options.settings import Settings, as_options
 from train_split_affinity import main
@@ -85,10 +86,18 @@ def test_without_scikit_learn_a_line_says_what_to_do(in_tmp, monkeypatch, capsys
     assert not list(in_tmp.iterdir())
 
 
+def test_a_folder_of_something_else_stays_as_it_is(in_tmp):
+    Path("photos").mkdir()
+    error = "--data-path photos: no Digits: it has no folder train; give a path that does not exist"
+    with pytest.raises(UserError, match=error):
+        open_data(settings_of("--dataset digits --data-path photos"))
+    assert not list(Path("photos").iterdir())
+
+
 def test_a_folder_without_all_of_them_is_told(in_tmp):
     open_data(settings_of("--dataset digits"))
     next(Path("data/digits/val/3").iterdir()).unlink()
-    with pytest.raises(Exception, match="Digits has 360 images, of which only 359 are there"):
+    with pytest.raises(UserError, match="Digits has 360 images, of which only 359 are there"):
         open_data(settings_of("--dataset digits"))
 
 
