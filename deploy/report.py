@@ -34,7 +34,7 @@ import figures
 from split_affinity.checkpoints.state import State, best_epoch, saved_settings, versions
 from split_affinity.data.pictures import ImageData
 from split_affinity.errors import UserError
-from split_affinity.files import check_appendable, write_whole
+from split_affinity.files import check_appendable, followed, write_where_asked
 from split_affinity.models.pretrained import Preprocessing
 from split_affinity.options.settings import as_options
 from split_affinity.options.values import whole_number
@@ -510,7 +510,7 @@ def check_place(flag: str, path: Path, checkpoint: Path) -> None:
     try:
         if path.exists() and path.samefile(checkpoint):
             raise UserError(f"{flag} {path}: is the checkpoint")
-        check_appendable(path, path.parent)
+        check_appendable(followed(path), path.parent, any_kind=True)
         if path.is_file() or not path.exists():
             tempfile.TemporaryFile(dir=path.resolve().parent).close()
     except OSError as error:
@@ -562,10 +562,10 @@ def write_files(page: str, judged: figures.Judged, classes: Sequence[str], asked
     """Write what was asked for, and say so."""
     if asked.confused:
         confusion, name = figures.confusion_of(judged), readable(str(asked.checkpoint))
-        write_whole(asked.confused, confused_json(confusion, classes, name))
+        write_where_asked(asked.confused, confused_json(confusion, classes, name))
         say(f"{asked.confused}: the confused pairs, for --augment-confused")
     content = readable(page).encode()
-    write_whole(asked.output, content)
+    write_where_asked(asked.output, content)
     say(f"{asked.output}: {len(content) / 2**20:.1f} MiB")
 
 

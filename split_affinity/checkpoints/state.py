@@ -25,6 +25,7 @@ from split_affinity import PROGRAM, __version__
 from split_affinity.data.named import CIFAR10
 from split_affinity.data.pictures import derived_seed
 from split_affinity.errors import UserError, one_line
+from split_affinity.files import new_file, open_itself
 from split_affinity.models.pretrained import Preprocessing
 from split_affinity.models.weights import Weights, versioned
 from split_affinity.options.settings import Settings, plain_settings, settings_of
@@ -259,7 +260,7 @@ class Digested(io.BufferedWriter):
     """A file to write; `digest` is the SHA-256 of what was written."""
 
     def __init__(self, path: Path):
-        super().__init__(io.FileIO(path, "w"))
+        super().__init__(new_file(path))
         self.digest = hashlib.sha256()
 
     def write(self, data: Any) -> int:
@@ -272,7 +273,7 @@ def verify_checkpoint(path: Path) -> None:
     """Raise BadCheckpoint unless a file ends with the seal of all that stands before it."""
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_itself(path.resolve(), os.O_RDONLY), "rb") as file:
             left = max(0, os.fstat(file.fileno()).st_size - SEAL_BYTES)
             while left and (data := file.read(min(left, 1 << 20))):
                 digest.update(data)
@@ -347,7 +348,7 @@ def fault_of_values(weights: Weights) -> str:
 
 def is_sealed(path: Path) -> bool:
     """Whether a file ends as a checkpoint of this program does, damaged or not. Raises OSError."""
-    with path.open("rb") as file:
+    with os.fdopen(open_itself(path.resolve(), os.O_RDONLY), "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - SEAL_BYTES))
         return file.read().startswith(SEAL)

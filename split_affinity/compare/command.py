@@ -17,7 +17,7 @@ from split_affinity.compare.rounds import run_rounds
 from split_affinity.compare.verdict import Compared, Comparison
 from split_affinity.compare.ways import all_ways, is_loading, way_settings
 from split_affinity.errors import UserError
-from split_affinity.files import append_text, write_whole
+from split_affinity.files import append_text, write_where_asked
 from split_affinity.machine.description import describe_topology
 from split_affinity.machine.topology import Topology
 from split_affinity.models.cost import check_memory, measure_model
@@ -54,7 +54,7 @@ def compare(settings: Settings, topology: Topology) -> list[Compared]:
     say("\n".join(["", *comparison_notes(found), *tables_of(found), "", found.verdict]))
     append_text(settings.log_file, comparison_section(found), LOG_HEADER)
     if settings.json:
-        write_whole(settings.json, comparison_json(found))
+        write_where_asked(settings.json, comparison_json(found))
     if settings.output_dir:
         settings.output_dir.mkdir(parents=True, exist_ok=True)
         draw_comparison(settings.output_dir / TIMELINE, found)

@@ -8,7 +8,7 @@ import itertools
 from split_affinity.data.dataset import describe_data, open_data
 from split_affinity.data.named import READERS, SYNTHETIC_CLASSES
 from split_affinity.errors import RunError, UserError
-from split_affinity.files import write_whole
+from split_affinity.files import write_where_asked
 from split_affinity.machine.description import (
     describe_plan,
     describe_topology,
@@ -77,7 +77,7 @@ def print_model(
         say(describe_teacher(teacher, *shape))
     if settings.record and not ranks.rank:
         try:
-            write_whole(settings.record, machine_text(topology))
+            write_where_asked(settings.record, machine_text(topology))
         except RunError as error:
             raise UserError(f"--record {error}") from None
         say(f"machine recorded in {settings.record}")

@@ -28,7 +28,7 @@ from split_affinity.data.loader import Feed, picture_feed
 from split_affinity.data.pictures import pictures_in
 from split_affinity.data.samples import Batch
 from split_affinity.errors import RunError, UserError, memory_errors
-from split_affinity.files import write_whole
+from split_affinity.files import write_where_asked
 from split_affinity.lanes.lane import Lanes, coordinating, tune_allocator
 from split_affinity.machine.plan import plan_cores
 from split_affinity.machine.precision import choose_precision
@@ -181,7 +181,7 @@ def predict(settings: Settings, topology: Topology) -> list[Answer]:
             broken += unread
             bar.update(len(shares) + len(unread))
     if settings.json:
-        write_whole(settings.json, answers_json(settings, trained, answers, broken))
+        write_where_asked(settings.json, answers_json(settings, trained, answers, broken))
     if broken:
         raise RunError(f"{len(broken)} of {plural(len(paths), 'picture')} cannot be read")
     return answers

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from split_affinity.data.classes import with_known_classes
 from split_affinity.data.dataset import describe_data, open_data
 from split_affinity.data.pictures import ImageData, derived_seed
 from split_affinity.errors import UserError
-from split_affinity.files import check_appendable, write_whole
+from split_affinity.files import check_appendable, followed, write_whole
 from split_affinity.lanes.lane import Lanes, tune_allocator
 from split_affinity.machine.plan import CorePlan
 from split_affinity.machine.precision import choose_precision
@@ -46,14 +48,16 @@ def check_writable(settings: Settings) -> None:
     log, output = settings.log_file, settings.output_dir
     flag = f"--log-file {log}"
     try:
-        check_appendable(log, log.parent)
+        check_appendable(log, log.parent, any_kind=True)
         if output:
             flag = f"--output-dir {output}"
             existing = next(path for path in (output, *output.absolute().parents) if path.exists())
             tempfile.TemporaryFile(dir=existing).close()  # files are replaced by new ones
             for name in (METRICS, TIMELINE, TRACE, CURVES, GRADIENTS, LAST):
                 check_appendable(output / name, existing)
-            if settings.tensorboard and (output / TENSORBOARD).exists():
+            if settings.tensorboard and os.path.lexists(output / TENSORBOARD):
+                if (output / TENSORBOARD).is_symlink():
+                    raise OSError(errno.ELOOP, f"{TENSORBOARD} is a link, which is not followed")
                 tempfile.TemporaryFile(dir=output / TENSORBOARD).close()
     except OSError as error:
         raise UserError(f"{flag}: cannot be written: {error.strerror}") from None
@@ -64,7 +68,7 @@ def check_json(path: Path | None) -> None:
     """Raise UserError if the file of `--json` cannot be written; leaves no trace."""
     try:
         if path:
-            check_appendable(path, path.parent)
+            check_appendable(followed(path), path.parent, any_kind=True)
         if path and path.is_file():
             tempfile.TemporaryFile(dir=path.resolve().parent).close()
     except OSError as error:
@@ -184,7 +188,7 @@ def check_subset(run: Run, resumed: bool) -> None:
     path = settings.output_dir / SUBSET
     chosen = {"subset": settings.subset, "seed": settings.seed, "indices": run.data.chosen}
     text = json.dumps(chosen) + "\n"
-    if resumed and path.exists() and path.read_bytes() != text.encode():
+    if resumed and path.is_file() and path.read_bytes() != text.encode():
         raise UserError(f"{path}: not the images that --subset {settings.subset:g} chooses now")
     write_whole(path, text)
 

@@ -16,10 +16,12 @@ import subprocess
 import sys
 
 import pytest
+from patching import set_everywhere
 from places import SCRIPT
 from saved_runs import (
     contents,
     differences,
+    metrics,
     output,
     raise_,
     save_epochs,
@@ -247,15 +249,18 @@ def test_a_file_system_without_locks_is_told(in_tmp, monkeypatch, capsys, argume
     error = OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     def no_lock(file, operation):
-        if operation & fcntl.LOCK_NB:  # the log, too, is locked while it is written
-            raise error
+        raise error
 
     monkeypatch.setattr(fcntl, "flock", no_lock)
+    set_everywhere(monkeypatch, "WITHOUT_LOCK", set())
     assert main([*arguments, "--epochs", "1", *output(in_tmp / "out")]) == 0
     assert capsys.readouterr().err == (
         f"warning: {in_tmp / 'out'} cannot be locked (No locks available): see to it that no "
-        "other run is started there\n"
+        f"other run is started there\nwarning: {in_tmp / 'logs.md'}: its file system has no locks "
+        "(No locks available): it is written without a lock\n"
     )
+    assert len(metrics(in_tmp / "out", "step")) == 3
+    assert "images/s" in (in_tmp / "logs.md").read_text()
     assert step_of(in_tmp / "out") == 3
 
 

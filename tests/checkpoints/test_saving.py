@@ -22,7 +22,7 @@ from torch import nn
 from split_affinity.checkpoints.folder import Checkpoints
 from split_affinity.checkpoints.state import Progress, read_checkpoint
 from split_affinity.errors import RunError, Stopped
-from split_affinity.files import append_text, write_whole
+from split_affinity.files import append_text, write_where_asked, write_whole
 from split_affinity.options.settings import Settings
 from split_affinity.reports.log import LogSection
 from split_affinity.reports.run_report import RunReport
@@ -144,13 +144,15 @@ def test_names_that_a_kill_kept_from_being_given(in_tmp, monkeypatch, train):
 # Disks that take no more
 
 
-def test_a_full_disk_costs_no_checkpoint(tmp_path):
+def test_a_full_disk_costs_no_checkpoint(tmp_path, monkeypatch):
     warnings = []
     checkpoints = Checkpoints(Settings(output_dir=tmp_path), warnings.append)
     for step in (1, 2):
         checkpoints.save(tiny_work(), Progress(step=step))
-    (tmp_path / "last.pt.tmp").symlink_to("/dev/full")
-    checkpoints.save(tiny_work(), Progress(step=3))
+    no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", functools.partial(raise_, no_space))
+        checkpoints.save(tiny_work(), Progress(step=3))
     assert warnings == [
         f"{tmp_path / 'last.pt'}: not saved: No space left on device; earlier checkpoints "
         "are untouched"
@@ -371,14 +373,14 @@ def test_a_link_stays_a_link(tmp_path):
     link, file = tmp_path / "c.json", tmp_path / "elsewhere/file"
     link.symlink_to("elsewhere/file")
     for text in ("new", "newer"):
-        write_whole(link, text)
+        write_where_asked(link, text)
         assert (link.is_symlink(), file.read_text()) == (True, text)
     assert [path.name for path in file.parent.iterdir()] == ["file"]
 
 
 def test_a_pipe_is_written_to():
     reading, writing = os.pipe()
-    write_whole(Path(f"/dev/fd/{writing}"), "text\n")
+    write_where_asked(Path(f"/dev/fd/{writing}"), "text\n")
     assert os.read(reading, 100) == b"text\n"
     os.close(reading)
     os.close(writing)

@@ -387,14 +387,14 @@ def test_a_log_that_is_a_pipe_is_written_to_in_order(tmp_path):
 
 def test_a_log_that_can_only_be_appended_to(tmp_path, monkeypatch):
     """As one that `chattr +a` protects."""
-    path, open_file = tmp_path / "logs.md", Path.open
+    path, open_file = tmp_path / "logs.md", os.open
 
-    def protected(self, mode="r", *args, **kwargs):
-        if mode == "r+b":
+    def protected(file, flags, *args, **kwargs):
+        if file == path and flags & os.O_ACCMODE == os.O_RDWR:
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-        return open_file(self, mode, *args, **kwargs)
+        return open_file(file, flags, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", protected)
+    monkeypatch.setattr(os, "open", protected)
     path.write_text("mine\n")
     log = log_on(path)
     log.add_epoch("epoch: 1")
