@@ -67,8 +67,11 @@ def open_itself(path: Path, flags: int, any_kind: bool = False) -> int:
             reason = "a symbolic link, which is not followed; name the file itself"
             raise OSError(errno.ELOOP, reason) from None
         raise
-    if not any_kind and not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    kind = os.fstat(descriptor).st_mode
+    if not any_kind and not stat.S_ISREG(kind):
         os.close(descriptor)
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         raise OSError(errno.EINVAL, "no regular file")
     os.set_blocking(descriptor, True)
     return descriptor

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from split_affinity import ALLOWED_CPUS
 from split_affinity.checkpoints.folder import Checkpoints
 from split_affinity.checkpoints.state import (
     ON_RESUME,
@@ -25,9 +26,10 @@ from split_affinity.checkpoints.state import (
 from split_affinity.errors import UserError, memory_errors, one_line
 from split_affinity.options.commands import ASKED_WITH, command_defaults
 from split_affinity.options.recipes import FROM_CHECKPOINT, GIVE_WEIGHTS
+from split_affinity.options.saved import LEFT
 from split_affinity.options.settings import Settings, batches_in_step, plain_settings, settings_of
 from split_affinity.options.values import Values
-from split_affinity.text import plural
+from split_affinity.text import as_option, plural
 from split_affinity.training.steps import Run
 
 
@@ -109,6 +111,9 @@ def find_resumed(settings: Settings, checkpoints: Checkpoints) -> tuple[Path, St
     return (settings.resume, read_checkpoint(settings.resume)) if settings.resume else None
 
 
+# Files that make a difference to the numbers, and which a run has to be given again.
+NAMED_FILES = ("augment_confused", "teacher_weights")
+
 # Options that leave no room for others which a saved run brings with it.
 IN_PLACE_OF = {
     "split": ("forward_cores", "backward_cores", "forward_threads", "backward_threads"),
@@ -163,11 +168,17 @@ def defaults_to_go_on(path: Path, state: State, typed: Values, ranks: int = 1) -
     defaults = vars(taken) | vars(preprocessing_of(state).overruled(settings_of(typed)))
     for name in typed.keys() & IN_PLACE_OF.keys():
         defaults |= {other: getattr(Settings(), other) for other in IN_PLACE_OF[name]}
-    defaults["output_dir"] = path.parent if taken.output_dir else None
-    if not taken.log_file.parent.is_dir():
-        defaults["log_file"] = Settings().log_file
-    if typed.get("test_only"):
-        defaults["mirror"] = None
+    defaults["output_dir"] = path.parent
+    for name in () if typed.get("test_only") else NAMED_FILES:
+        place = saved_settings(state)[name]
+        if place and not getattr(taken, name) and name not in typed:
+            raise UserError(
+                f"{path}: its run had {as_option(name, place)}; no checkpoint says which files are "
+                "read: give that again"
+            )
+    for name in ("forward_threads", "backward_threads"):
+        if (defaults[name] or 0) > len(ALLOWED_CPUS):
+            defaults[name] = None  # of a larger machine, or of nobody who means well
     if not {"data_path", "download"} & typed.keys():
         defaults["data_path"] = find_again(path, state, taken.data_path)
     return defaults | (typed if recipe else {})
@@ -175,11 +186,11 @@ def defaults_to_go_on(path: Path, state: State, typed: Values, ranks: int = 1) -
 
 def find_again(path: Path, state: State, absolute: Path | None) -> Path | None:
     """Where the images of a saved run are: as they were, or as they were given then, seen from this
-    folder. Raises UserError if they are gone.
+    folder. They are read alone: nothing is made there. Raises UserError if they are gone.
     """
     as_given = settings_of(saved_settings(state)).data_path
     for place in filter(None, (absolute, as_given)):
-        if place.exists():
+        if place.is_dir():
             return place
     if absolute:
         reason = f"its images are no longer in {absolute}"
@@ -251,6 +262,16 @@ def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
     if folder and path.resolve().parent == folder.resolve():
         checkpoints.keep(path, progress)
     notes = [f"resumed from {path}, after step {progress.step}"]
+    was_in = settings_to_go_on(state).data_path
+    if was_in and was_in == (settings.data_path and settings.data_path.absolute()):
+        notes.append(f"its images are in {was_in}, as they were")
+    given = {
+        as_option(name, True)
+        for name in LEFT
+        if getattr(settings, name) != getattr(Settings(), name)
+    }
+    if left := [flag for flag in state["left"] if flag not in given]:
+        notes.append(f"{', '.join(left)}: not taken from a checkpoint; give them again, if wanted")
     if differences:
         notes.append(f"numbers can differ from those of an unbroken run: {', '.join(differences)}")
     return progress, notes

@@ -22,12 +22,22 @@ import torch
 import torchvision
 
 from split_affinity import PROGRAM, __version__
+from split_affinity.checkpoints.schema import (
+    fault_of_archive,
+    fault_of_content,
+    fault_of_sizes,
+    fault_of_weights,
+    like,
+    like_optimizer,
+)
 from split_affinity.data.named import CIFAR10
 from split_affinity.data.pictures import derived_seed
 from split_affinity.errors import UserError, one_line
 from split_affinity.files import new_file, open_itself
 from split_affinity.models.pretrained import Preprocessing
-from split_affinity.models.weights import Weights, versioned
+from split_affinity.models.weights import versioned
+from split_affinity.options.contradictions import is_name
+from split_affinity.options.saved import TAKEN, options_left, settings_brought
 from split_affinity.options.settings import Settings, plain_settings, settings_of
 from split_affinity.options.values import Values
 from split_affinity.training.optimizer import begin_momentum, planned_steps
@@ -37,22 +47,13 @@ CHECKPOINT_FORMAT = "train_split_affinity 1"
 SEAL = b"\nsha256 "
 SEAL_BYTES = len(SEAL) + 64 + 1  # 64 hexadecimal digits and a line feed
 
-# Settings that name a file or a folder, those that a machine decides where they are not given, and
-# those that a run which goes on does not take from the saved one: how that began, what it printed.
-PLACES = "data_path augment_confused teacher_weights mirror log_file".split()
+# What a machine decides where it is not given.
 BY_MACHINE = "loader_cores forward_threads backward_threads precision tuned_malloc".split()
-NOT_TAKEN = """
-    resume weights init_from test_only download machine record quick preload pictures
-    json ranks timeout""".split()
 
 # What becomes of another value of each setting when a run is resumed: see `option`.
 ON_RESUME = {each.name: each.metadata["on_resume"] for each in dataclasses.fields(Settings)}
 
 State = dict[str, Any]  # what a checkpoint holds, or its part on the data: plain types, tensors
-STATE_FIELDS = set(
-    """format model average optimizer scheduler flow ahead random_state progress settings versions
-    data asked ranks""".split()
-)
 
 
 class BadCheckpoint(UserError):
@@ -161,28 +162,29 @@ def saved_settings(state: State) -> Values:
 
 def asked_again(asked: Settings, in_force: Settings) -> Values:
     """Settings that a run which goes on takes in place of those that were in force, in plain types:
-    what was left to the data or the machine is decided anew, and what lies somewhere is found from
-    any folder.
+    what was left to the data or the machine is decided anew, and the images are found from any
+    folder.
     """
     values, decided = plain_settings(asked), plain_settings(in_force)
-    for name in PLACES:
-        place = getattr(asked, name)
-        if isinstance(place, Path) or (place and Path(place).exists()):
-            values[name] = os.fspath(Path(place).absolute())
+    if asked.data_path:
+        values["data_path"] = os.fspath(asked.data_path.absolute())
     ready = vars(Preprocessing())
     return {key: values[key] for key in values if values[key] != decided[key] and key not in ready}
 
 
 def settings_to_go_on(state: State) -> Settings:
-    """The settings that a run takes from the saved one which it goes on with. Versions that did not
-    save what was asked for had these decided anew each time.
+    """The settings that a run takes from the saved one which it goes on with, and where that had
+    its images. Versions that did not save what was asked for had these decided anew each time.
     """
     asked = state.get("asked")
     if asked is None:
         plain = plain_settings(Settings())
         asked = {name: plain[name] for name in BY_MACHINE}
-    taken = saved_settings(state) | asked
-    return settings_of({name: value for name, value in taken.items() if name not in NOT_TAKEN})
+    saved = saved_settings(state) | asked
+    taken = {name: saved[name] for name in (*TAKEN, "data_path")}
+    if is_name(saved["teacher_weights"] or ""):
+        taken["teacher_weights"] = saved["teacher_weights"]
+    return settings_of(taken)
 
 
 def preprocessing_of(state: State) -> Preprocessing:
@@ -208,11 +210,15 @@ def restore_state(state: State, work: Work, settings: Settings) -> Progress:
     own = [dict(group, params=None) for group in work.optimizer.param_groups]
     progress = Progress(**state["progress"])
     model = work.network.model
-    model.load_state_dict(versioned(state["model"], model))
-    work.optimizer.load_state_dict(state["optimizer"])
     ours, saved = plain_settings(settings), saved_settings(state)
-    if all(saved[name] == ours[name] for name in ours if ON_RESUME[name] == "rate"):
-        work.scheduler.load_state_dict(state["scheduler"])
+    same = all(saved[name] == ours[name] for name in ours if ON_RESUME[name] == "rate")
+    optimizer = like_optimizer(work.optimizer, state["optimizer"])
+    if same:
+        scheduler = like(work.scheduler.state_dict(), state["scheduler"], "scheduler")
+    model.load_state_dict(versioned(state["model"], model))
+    work.optimizer.load_state_dict(optimizer)
+    if same:
+        work.scheduler.load_state_dict(scheduler)
     else:
         for group, values in zip(work.optimizer.param_groups, own, strict=True):
             group |= values | {"params": group["params"]}
@@ -290,10 +296,20 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> State:
-    """A saved state, verified. Raises BadCheckpoint."""
+    """A saved state, verified: whole, and of what a state is made of. Of its settings those are
+    left that a run may take from it (options/saved.py); the options of all others are in `left`.
+    Raises BadCheckpoint.
+    """
     verify_checkpoint(path)
     state = load_plain(path)
-    if fault := fault_of_state(state):
+    fault = fault_of_state(state)
+    if fault := fault or fault_of_sizes(state, path.stat().st_size):
+        raise BadCheckpoint(f"{path}: {fault}")
+    state["left"] = options_left(state["settings"])
+    for name in ("settings", "asked"):
+        if state.get(name) is not None:
+            state[name] = settings_brought(state[name])
+    if fault := fault_of_weights(state):
         raise BadCheckpoint(f"{path}: {fault}")
     return state
 
@@ -303,9 +319,13 @@ def load_plain(path: Path, *harmless: type) -> Any:
     Nothing that a file holds is run. Raises BadCheckpoint.
     """
     try:
+        if fault := fault_of_archive(path):
+            raise BadCheckpoint(f"{path}: {fault}")
         with warnings.catch_warnings(), torch.serialization.safe_globals([*harmless]):
             warnings.simplefilter("ignore")  # of the kinds of files that cannot be read
             return torch.load(path, map_location="cpu", weights_only=True)
+    except BadCheckpoint:
+        raise
     except Exception as error:  # torch raises many kinds
         reason = "not a file of torch.save, or cut short"
         if isinstance(error, (RuntimeError, OSError)):
@@ -324,26 +344,7 @@ def fault_of_state(state: Any) -> str:
         if name == ours and number.isdigit() and int(number) > int(known):
             return f"made by a newer version of this program (format {number}; this one: {known})"
         return f"no checkpoint of this program ({CHECKPOINT_FORMAT})"
-    progress = state.get("progress")
-    for what, found, names, optional in (
-        ("", state, STATE_FIELDS, {"data", "asked", "ranks"}),
-        ("progress.", progress, {one.name for one in dataclasses.fields(Progress)}, set()),
-    ):
-        if not isinstance(found, dict):
-            return f"{what.rstrip('.')} is not what it should be"
-        if missing := sorted(names - optional - found.keys()):
-            return f"{what}{missing[0]} is missing"
-        if unknown := sorted(map(str, found.keys() - names)):
-            return f"{what}{unknown[0]} is unknown to this version"
-    return fault_of_values(state["model"])
-
-
-def fault_of_values(weights: Weights) -> str:
-    """What keeps weights from being of any use, if anything."""
-    for name, value in weights.items():
-        if value.is_floating_point() and not value.float().isfinite().all():
-            return f"{name} holds values that are infinite or no numbers: the run had diverged"
-    return ""
+    return fault_of_content(state)
 
 
 def is_sealed(path: Path) -> bool:

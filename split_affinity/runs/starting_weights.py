@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from split_affinity.checkpoints.resume import check_same_classes
+from split_affinity.checkpoints.schema import fault_of_tensors
 from split_affinity.checkpoints.state import (
     CHECKPOINT_FORMAT,
     BadCheckpoint,
-    fault_of_values,
     is_sealed,
     load_plain,
     read_checkpoint,
@@ -101,7 +101,7 @@ def plain_weights(path: Path, content: Any) -> SavedWeights:
     content = content[part] if part else content
     tensors = {str(name): each for name, each in content.items() if torch.is_tensor(each)}
     weights = {WRAPPERS.sub("", name): value for name, value in tensors.items()}
-    fault = fault_of_values(weights) if weights else "no state dict: it holds no tensors by name"
+    fault = fault_of_tensors(weights) if weights else "no state dict: it holds no tensors by name"
     if fault:
         raise BadCheckpoint(f"{path}: {fault}")
     return SavedWeights(weights, part=part)

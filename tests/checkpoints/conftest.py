@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from patching import set_everywhere
-from saved_runs import output
+from saved_runs import output, tiny_model
 from small import small_model
 
 import train_split_affinity as script
@@ -20,6 +20,7 @@ def small_runs():
     """`--model small`, and no pictures: drawing them takes longer than the runs of these tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(OWN_MODELS, "small", small_model)
+        patch.setitem(OWN_MODELS, "tiny", tiny_model)
         for name in ("draw_timelines", "draw_curves", "draw_gradients"):
             set_everywhere(patch, name, lambda *args: None)
         yield

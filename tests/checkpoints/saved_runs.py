@@ -12,6 +12,7 @@ from kill import differing
 from torch import nn
 
 from split_affinity.checkpoints.state import read_checkpoint
+from split_affinity.options.settings import Settings
 from split_affinity.reports.run_report import RunReport
 from split_affinity.reports.timeline import new_figure, save_figure
 from split_affinity.training.network import Network
@@ -40,8 +41,8 @@ def interrupt(monkeypatch, method, calls, signum=signal.SIGTERM):
 
 
 def differences(first, second):
-    """Where two states differ; settings, in force and asked for, and versions do not count."""
-    parts = (first.keys() | second.keys()) - {"settings", "asked", "versions"}
+    """Where two states differ; settings, in force, asked for or left, and versions do not count."""
+    parts = (first.keys() | second.keys()) - {"settings", "asked", "left", "versions"}
     return [path for part in parts for path in differing(first[part], second[part], part)]
 
 
@@ -96,15 +97,29 @@ def work_on(model):
     return Work(network, torch.optim.SGD(model.parameters(), 0.1))
 
 
+def tiny_model(num_classes, image_size):
+    return nn.Linear(3, num_classes)
+
+
 def tiny_work():
-    return work_on(nn.Linear(3, 2))
+    return work_on(tiny_model(2, 0))
+
+
+def tiny_run(folder, **settings):
+    """Settings of a run that saves `tiny_work`."""
+    return Settings(output_dir=folder, model="tiny", num_classes=2, **settings)
+
+
+def row_of(epoch, top1):
+    """The figures of an epoch, as far as checkpoints look at them."""
+    return {"epoch": epoch, "val_top1": top1, "gradient_norms": {}}
 
 
 def save_epochs(checkpoints, progress, top1):
     """Save the ends of epochs of ten steps with those accuracies."""
     for value in top1:
         progress.step += 10
-        progress.end_epoch({"val_top1": value}, 2)
+        progress.end_epoch(row_of(progress.epoch + 1, value), 2)
         checkpoints.save(tiny_work(), progress)
     return progress
 

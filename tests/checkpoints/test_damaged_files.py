@@ -19,6 +19,7 @@ from saved_runs import (
     output,
     save_epochs,
     state_of,
+    tiny_run,
 )
 from torch import nn
 
@@ -31,7 +32,6 @@ from split_affinity.checkpoints.state import (
     read_checkpoint,
     seal,
 )
-from split_affinity.options.settings import Settings
 from split_affinity.training.network import Network
 from train_split_affinity import main
 
@@ -138,7 +138,7 @@ def test_damaged_files(copied, damage):
         read_checkpoint(bad)
     assert "\n" not in str(caught.value)
     warnings = []
-    path, state = Checkpoints(Settings(output_dir=copied), warnings.append).newest_good()
+    path, state = Checkpoints(tiny_run(copied), warnings.append).newest_good()
     assert path == copied / "previous.pt"
     assert state["progress"]["epoch"] == 1
     assert warnings == [f"{caught.value}; the one before it is tried"]
@@ -257,7 +257,7 @@ def test_auto_names_the_damaged_one_and_goes_on_from_the_one_before(
 
 def test_auto_uses_the_newest_that_is_left(tmp_path):
     warnings = []
-    checkpoints = Checkpoints(Settings(output_dir=tmp_path, save_freq=2), warnings.append)
+    checkpoints = Checkpoints(tiny_run(tmp_path, save_freq=2), warnings.append)
     save_epochs(checkpoints, Progress(), [50.0, 40.0, 30.0, 20.0, 10.0])
     for name, used in (
         ("last.pt", "previous.pt"),
@@ -290,4 +290,4 @@ def test_auto_without_checkpoints_begins_anew(tmp_path, exists):
     if exists:
         folder.mkdir()
         (folder / "last.pt.tmp").write_bytes(b"half of a")
-    assert Checkpoints(Settings(output_dir=folder), pytest.fail).newest_good() is None
+    assert Checkpoints(tiny_run(folder), pytest.fail).newest_good() is None

@@ -29,6 +29,7 @@ from saved_runs import (
     output,
     state_of,
     step_of,
+    tiny_run,
     tiny_work,
 )
 from small import TINY, needs_two_cpus
@@ -40,7 +41,6 @@ from split_affinity.data.loader import Batches
 from split_affinity.errors import RunError, Stopped
 from split_affinity.models.own import SmallResNet
 from split_affinity.models.registry import OWN_MODELS
-from split_affinity.options.settings import Settings
 from split_affinity.signals import StopRequest
 from split_affinity.training.network import Network
 from split_affinity.training.update import MovingAverage, Work
@@ -356,7 +356,7 @@ def test_a_run_that_diverged_is_not_saved(in_tmp, train):
 
 def test_weights_that_are_no_numbers_do_not_take_the_place_of_good_ones(tmp_path):
     warnings = []
-    checkpoints = Checkpoints(Settings(output_dir=tmp_path), warnings.append)
+    checkpoints = Checkpoints(tiny_run(tmp_path), warnings.append)
     checkpoints.save(tiny_work(), Progress(step=1))
     for step, value in ((2, math.inf), (3, math.nan)):
         work = tiny_work()

@@ -24,9 +24,11 @@ from saved_runs import (
     metrics,
     output,
     raise_,
+    row_of,
     save_epochs,
     state_of,
     step_of,
+    tiny_run,
     tiny_work,
 )
 from small import TINY
@@ -105,7 +107,7 @@ def test_which_checkpoints_are_kept(tmp_path, monkeypatch, links):
     if not links:  # some network disks
         error = OSError(errno.EPERM, os.strerror(errno.EPERM))
         monkeypatch.setattr(os, "link", functools.partial(raise_, error))
-    checkpoints = Checkpoints(Settings(output_dir=tmp_path, keep_best=2, save_freq=3), pytest.fail)
+    checkpoints = Checkpoints(tiny_run(tmp_path, keep_best=2, save_freq=3), pytest.fail)
     progress = Progress()
     for top1, best, kept in (
         (50.0, 1, ["best-0001.pt"]),
@@ -116,7 +118,7 @@ def test_which_checkpoints_are_kept(tmp_path, monkeypatch, links):
         (80.0, 6, ["best-0002.pt", "best-0006.pt", "epoch-0003.pt", "epoch-0006.pt"]),
     ):
         progress.step += 10
-        progress.end_epoch({"val_top1": top1}, 2)
+        progress.end_epoch(row_of(progress.epoch + 1, top1), 2)
         checkpoints.save(tiny_work(), progress)
         epoch = progress.epoch
         expected = kept + ["best.pt", "last.pt"] + ["previous.pt"] * (epoch > 1)
@@ -132,7 +134,7 @@ def test_which_checkpoints_are_kept(tmp_path, monkeypatch, links):
 
 def test_from_epoch_10000_on(tmp_path):
     """Names get a digit more, and count as the others do."""
-    checkpoints = Checkpoints(Settings(output_dir=tmp_path, keep_best=2, save_freq=1), pytest.fail)
+    checkpoints = Checkpoints(tiny_run(tmp_path, keep_best=2, save_freq=1), pytest.fail)
     progress = Progress(epoch=9997)
     save_epochs(checkpoints, progress, [30.0, 20.0, 40.0, 50.0])
     best = sorted(path.name for path in tmp_path.glob("best-*"))
@@ -146,7 +148,7 @@ def test_from_epoch_10000_on(tmp_path):
 
 def test_the_best_of_later_epochs_outlive_a_run_that_goes_on_from_an_earlier_one(tmp_path):
     """They are no longer in its list, but nobody asked for their removal."""
-    checkpoints = Checkpoints(Settings(output_dir=tmp_path, keep_best=1, save_freq=1), pytest.fail)
+    checkpoints = Checkpoints(tiny_run(tmp_path, keep_best=1, save_freq=1), pytest.fail)
     save_epochs(checkpoints, Progress(), [50.0, 60.0, 70.0])
     progress = Progress(**state_of(tmp_path, "epoch-0001.pt")["progress"])
     save_epochs(checkpoints, progress, [40.0])
@@ -157,13 +159,13 @@ def test_the_best_of_later_epochs_outlive_a_run_that_goes_on_from_an_earlier_one
 
 def test_no_other_names_are_left(tmp_path):
     """The best epoch stays the same here: rename(2) between links to one file does nothing."""
-    checkpoints = Checkpoints(Settings(output_dir=tmp_path, save_freq=1), pytest.fail)
+    checkpoints = Checkpoints(tiny_run(tmp_path, save_freq=1), pytest.fail)
     save_epochs(checkpoints, Progress(), [50.0, 40.0])
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_saves_within_an_epoch_leave_the_best_alone(tmp_path):
-    checkpoints = Checkpoints(Settings(output_dir=tmp_path, save_freq=1), pytest.fail)
+    checkpoints = Checkpoints(tiny_run(tmp_path, save_freq=1), pytest.fail)
     progress = save_epochs(checkpoints, Progress(), [50.0])
     for _ in range(3):
         progress.add_step(images=4, loss=1.0, top1=1, top5=2, batches=1)
@@ -178,14 +180,14 @@ def test_saves_within_an_epoch_leave_the_best_alone(tmp_path):
 def test_files_of_other_names_are_left_alone(tmp_path):
     for name in ("best-mine.pt", "notes-1.txt"):
         (tmp_path / name).write_bytes(b"mine")
-    checkpoints = Checkpoints(Settings(output_dir=tmp_path, keep_best=1), pytest.fail)
+    checkpoints = Checkpoints(tiny_run(tmp_path, keep_best=1), pytest.fail)
     save_epochs(checkpoints, Progress(), [50.0, 60.0])
     for name in ("best-mine.pt", "notes-1.txt"):
         assert (tmp_path / name).read_bytes() == b"mine"
 
 
 def test_a_state_is_saved_once(tmp_path):
-    checkpoints = Checkpoints(Settings(output_dir=tmp_path), pytest.fail)
+    checkpoints = Checkpoints(tiny_run(tmp_path), pytest.fail)
     progress = Progress(step=1)
     for _ in range(2):
         checkpoints.save(tiny_work(), progress)
@@ -193,7 +195,7 @@ def test_a_state_is_saved_once(tmp_path):
 
 
 def test_no_validation_means_no_best(tmp_path):
-    checkpoints = Checkpoints(Settings(output_dir=tmp_path, save_freq=2), pytest.fail)
+    checkpoints = Checkpoints(tiny_run(tmp_path, save_freq=2), pytest.fail)
     save_epochs(checkpoints, Progress(), [None, None])
     assert sorted(os.listdir(tmp_path)) == ["epoch-0002.pt", "last.pt", "previous.pt"]
 
@@ -208,7 +210,7 @@ def test_without_a_folder_nothing_is_saved(in_tmp):
 
 def test_a_folder_belongs_to_one_process(tmp_path):
     folder = tmp_path / "out"
-    first, second = (Checkpoints(Settings(output_dir=folder), pytest.fail) for _ in range(2))
+    first, second = (Checkpoints(tiny_run(folder), pytest.fail) for _ in range(2))
     first.hold()
     assert not folder.exists(), "nothing is made before the run is known to begin"
     first.hold(make=True)
@@ -285,7 +287,7 @@ def test_a_second_run_is_refused_until_the_first_one_is_killed(
         process.kill()
         process.wait()
         assert (in_tmp / "out/metrics.jsonl").read_text().startswith(before)
-        _, state = Checkpoints(Settings(output_dir=in_tmp / "out"), pytest.fail).newest_good()
+        _, state = Checkpoints(tiny_run(in_tmp / "out"), pytest.fail).newest_good()
         assert main([*options, str(state["progress"]["step"] + 1)]) == 0
 
 

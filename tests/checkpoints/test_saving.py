@@ -15,7 +15,17 @@ from pathlib import Path
 import pytest
 import torch
 from patching import set_everywhere
-from saved_runs import interrupt, output, picture, raise_, save_epochs, step_of, tiny_work, work_on
+from saved_runs import (
+    interrupt,
+    output,
+    picture,
+    raise_,
+    save_epochs,
+    step_of,
+    tiny_run,
+    tiny_work,
+    work_on,
+)
 from small import TINY
 from torch import nn
 
@@ -23,7 +33,6 @@ from split_affinity.checkpoints.folder import Checkpoints
 from split_affinity.checkpoints.state import Progress, read_checkpoint
 from split_affinity.errors import RunError, Stopped
 from split_affinity.files import append_text, write_where_asked, write_whole
-from split_affinity.options.settings import Settings
 from split_affinity.reports.log import LogSection
 from split_affinity.reports.run_report import RunReport
 from split_affinity.runs import evaluation
@@ -70,7 +79,7 @@ def at_each_operation(tmp_path, prepare, save):
     for operation in itertools.count(1):
         folder = tmp_path / str(operation)
         folder.mkdir()
-        checkpoints = Checkpoints(Settings(output_dir=folder, keep_best=2), pytest.fail)
+        checkpoints = Checkpoints(tiny_run(folder, keep_best=2), pytest.fail)
         progress = prepare(checkpoints)
         with pytest.MonkeyPatch.context() as patch:
             kill_at(patch, operation)
@@ -98,7 +107,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path):
         for path in folder.glob("*.pt"):
             read_checkpoint(path)
         warnings = []
-        checkpoints = Checkpoints(Settings(output_dir=folder, keep_best=2), warnings.append)
+        checkpoints = Checkpoints(tiny_run(folder, keep_best=2), warnings.append)
         path, state = checkpoints.newest_good()
         seen.add((path.name, state["progress"]["step"]))
         progress = Progress(**state["progress"])
@@ -123,7 +132,7 @@ def test_killed_at_any_moment_of_the_save_after_a_damaged_one(tmp_path):
         checkpoints.save(tiny_work(), Progress(step=3))
 
     for folder in at_each_operation(tmp_path, prepare, save):
-        checkpoints = Checkpoints(Settings(output_dir=folder), lambda text: None)
+        checkpoints = Checkpoints(tiny_run(folder), lambda text: None)
         assert checkpoints.newest_good()[1]["progress"]["step"] in (1, 3)
 
 
@@ -146,7 +155,7 @@ def test_names_that_a_kill_kept_from_being_given(in_tmp, monkeypatch, train):
 
 def test_a_full_disk_costs_no_checkpoint(tmp_path, monkeypatch):
     warnings = []
-    checkpoints = Checkpoints(Settings(output_dir=tmp_path), warnings.append)
+    checkpoints = Checkpoints(tiny_run(tmp_path), warnings.append)
     for step in (1, 2):
         checkpoints.save(tiny_work(), Progress(step=step))
     no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -212,7 +221,7 @@ def test_a_name_that_cannot_be_given_is_told(in_tmp, monkeypatch, capsys, argume
 def test_a_written_file_that_reads_differently_is_not_kept(tmp_path, monkeypatch):
     """What the disk made of it is looked at before the name is given."""
     warnings = []
-    checkpoints = Checkpoints(Settings(output_dir=tmp_path), warnings.append)
+    checkpoints = Checkpoints(tiny_run(tmp_path), warnings.append)
     checkpoints.save(tiny_work(), Progress(step=1))
     fsync = os.fsync
 
@@ -277,7 +286,7 @@ def test_a_full_disk_is_called_full(small_disk):
     (small_disk / "filler").write_bytes(bytes(20_000_000))
     warnings = []
     work = work_on(nn.Linear(2000, 1000))
-    Checkpoints(Settings(output_dir=small_disk), warnings.append).save(work, Progress(step=1))
+    Checkpoints(tiny_run(small_disk), warnings.append).save(work, Progress(step=1))
     assert len(warnings) == 1
     assert "No space left on device" in warnings[0]
 
