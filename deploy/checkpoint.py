@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from split_affinity.checkpoints.resume import check_classes
-from split_affinity.checkpoints.state import PLACES, State, saved_settings, settings_to_go_on
+from split_affinity.checkpoints.state import State, saved_settings, settings_to_go_on
 from split_affinity.checkpoints.state import read_checkpoint as read_state
 from split_affinity.data.dataset import open_data
 from split_affinity.data.pictures import ImageData
@@ -44,6 +44,7 @@ from split_affinity.files import write_traceback
 from split_affinity.machine.plan import plan_cores
 from split_affinity.machine.topology import read_topology
 from split_affinity.models.pretrained import Preprocessing
+from split_affinity.options.saved import PATHS
 from split_affinity.options.settings import Settings, settings_of
 from split_affinity.options.values import whole_number
 from split_affinity.runs.predict import Trained, trained_model
@@ -154,7 +155,7 @@ def settings_as_given(state: State, native: Preprocessing) -> Settings:
     pictures are made ready.
     """
     asked = state.get("asked") or {}  # earlier versions did not save it
-    typed = {name: value for name, value in asked.items() if name not in PLACES}
+    typed = {name: value for name, value in asked.items() if name not in PATHS}
     settings = settings_of(saved_settings(state) | typed)
     followed = dict.fromkeys(("val_resize", "interpolation", "mean", "std"))
     derived = native.overruled(dataclasses.replace(settings, **followed))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import files_up_to
 from patching import set_everywhere
 from saved_runs import (
     interrupt,
@@ -170,6 +171,32 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.tmp"))
     checkpoints.save(tiny_work(), Progress(step=3))
     assert (step_of(tmp_path), step_of(tmp_path, "previous.pt")) == (3, 2)
+
+
+def test_a_limit_on_the_size_of_files_costs_no_checkpoint(tmp_path):
+    """As `ulimit -f` sets it, or some clusters do."""
+    warnings = []
+    checkpoints = Checkpoints(tiny_run(tmp_path), warnings.append)
+    checkpoints.save(tiny_work(), Progress(step=1))
+    with files_up_to(1000):
+        checkpoints.save(tiny_work(), Progress(step=2))
+    (told,) = warnings
+    assert told.startswith(f"{tmp_path / 'last.pt'}: not saved: ")
+    assert told.endswith("; earlier checkpoints are untouched")
+    assert step_of(tmp_path) == 1
+    assert not list(tmp_path.glob("*.tmp"))
+    checkpoints.save(tiny_work(), Progress(step=3))
+    assert (step_of(tmp_path), step_of(tmp_path, "previous.pt")) == (3, 1)
+
+
+def test_a_clock_that_jumps_back_changes_nothing(tmp_path):
+    """The newest is known by its name, not by its time."""
+    checkpoints = Checkpoints(tiny_run(tmp_path), pytest.fail)
+    for step in (1, 2):
+        checkpoints.save(tiny_work(), Progress(step=step))
+        os.utime(tmp_path / "last.pt", (2e9 - 1e8 * step,) * 2)
+    assert checkpoints.newest_good()[0].name == "last.pt"
+    assert (step_of(tmp_path), step_of(tmp_path, "previous.pt")) == (2, 1)
 
 
 def patch_from_epoch_2(monkeypatch, patch, owner, error):

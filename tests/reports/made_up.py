@@ -1,8 +1,5 @@
 """Epochs and reports that are made up."""
 
-import contextlib
-import resource
-
 from records import PLAN
 
 from split_affinity.checkpoints.state import Progress
@@ -10,17 +7,6 @@ from split_affinity.machine.topology import read_topology
 from split_affinity.reports.run_report import RunReport
 
 LISTS = "0,2,4,6,8,10,12,14,16,18,20", "1,3,5,7,9,11,13,15,17,19,21"
-
-
-@contextlib.contextmanager
-def files_up_to(size_bytes):
-    """No file can become larger: what was there stays writable, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # Epochs

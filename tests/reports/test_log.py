@@ -20,7 +20,8 @@ import cmarkgfm
 import machines
 import pytest
 from cmarkgfm.cmark import Options
-from made_up import LINE, epoch_row, files_up_to, report_on
+from limits import files_up_to
+from made_up import LINE, epoch_row, report_on
 from patching import set_everywhere
 from records import PLAN, step, summarise
 

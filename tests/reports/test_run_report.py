@@ -5,7 +5,8 @@ import math
 import re
 
 import pytest
-from made_up import LINE, NO_VALIDATION, RAW, epoch_row, files_up_to, report_on
+from limits import files_up_to
+from made_up import LINE, NO_VALIDATION, RAW, epoch_row, report_on
 from patching import set_everywhere
 from records import step, summarise
 from small import read_metrics, scalars_in
