@@ -7,6 +7,8 @@ import datetime
 import difflib
 import io
 import os
+import re
+import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -61,8 +63,25 @@ def as_option(name: str, value: Any) -> str:
 def readable(text: str) -> str:
     r"""Text that UTF-8 can hold: bytes of a file's name that Python could not decode, and has as
     lone surrogates, become the characters that they are in UTF-8, or else escapes such as \xe9.
+    Other surrogates, which JSON can bring, are escaped.
     """
+    text = re.sub("[\ud800-\udc7f\udd00-\udfff]", lambda found: repr(found[0])[1:-1], text)
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+# What steers a terminal or reorders a line and is not seen itself: control characters, format
+# characters (bidirectional overrides, zero-width ones), separators of lines and paragraphs.
+UNSEEN = ("Cc", "Cf", "Zl", "Zp")
+
+
+def shown(text: str) -> str:
+    r"""Foreign text, a file's or a class's name say, as one line that is safe on a terminal: what
+    is not seen is escaped as in Python, \n, \x1b, \u202e. Twice is as once.
+    """
+    return "".join(
+        repr(each)[1:-1] if unicodedata.category(each) in UNSEEN else each
+        for each in readable(text)
+    )
 
 
 def tell(text: str, stream: Any) -> None:
