@@ -23,6 +23,7 @@ from split_affinity.data.dataset import open_data
 from split_affinity.data.loader import Batches, LoaderDied
 from split_affinity.data.samples import Loaded
 from split_affinity.errors import STOP_SIGNALS, RunError, UserError, likely_reason, memory_errors
+from split_affinity.files import write_traceback
 from split_affinity.lanes.audit import PhaseRecord
 from split_affinity.lanes.lane import Lanes, coordinating, tune_allocator
 from split_affinity.machine.plan import (
@@ -49,6 +50,8 @@ from split_affinity.training.schedules import sequential, step_bound_s
 from split_affinity.training.steps import PHASES
 from split_affinity.training.update import Work
 
+ENDED_WITHIN_S = 5  # a process whose pipe is closed
+
 
 class Elsewhere(Iterator[Any]):
     """A generator that runs in a process of its own: the one that `function(*args)` makes.
@@ -71,6 +74,21 @@ class Elsewhere(Iterator[Any]):
     def __next__(self) -> Any:
         return send_to_all([self], None)[0]
 
+    def why_gone(self) -> RunError:
+        """Why the process has ended by itself. The system kills what takes too much memory, and
+        nothing else is likely to.
+        """
+        self._process.join(ENDED_WITHIN_S)
+        code = self._process.exitcode
+        if code == -signal.SIGKILL:
+            return RunError("a measuring process was killed (out of memory?)")
+        how = f"exit code {code}"
+        if code is None:
+            how = "no word"
+        elif code < 0:
+            how = signal.Signals(-code).name
+        return RunError(f"a measuring process ended by itself, with {how}")
+
     def close(self) -> None:
         """End the process and its loaders, whatever they are doing."""
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -86,21 +104,25 @@ def send_to_all(processes: Sequence[Elsewhere], value: Any) -> list[Any]:
     result of each. The first error is raised at once, since others may wait for the one that had
     it; of several, one that tells more than that another has gone.
     """
-    pipes = [process.pipe for process in processes]
+    asked = {process.pipe: process for process in processes}
     results: dict[Any, Any] = {}
-    try:
-        for pipe in pipes:
+    for pipe, process in asked.items():
+        try:
             pipe.send(value)
-        while len(results) < len(pipes):
-            processes[0].check_stop()
-            for pipe in multiprocessing.connection.wait(set(pipes).difference(results), 0.1):
+        except OSError:
+            results[pipe] = process.why_gone()
+    while True:
+        errors = [each for each in results.values() if isinstance(each, Exception)]
+        if errors:
+            raise min(errors, key=lambda error: isinstance(error, RankLost))
+        if len(results) == len(asked):
+            return [results[pipe] for pipe in asked]
+        processes[0].check_stop()
+        for pipe in multiprocessing.connection.wait(asked.keys() - results, 0.1):
+            try:
                 results[pipe] = pipe.recv()
-            errors = [each for each in results.values() if isinstance(each, Exception)]
-            if errors:
-                raise min(errors, key=lambda error: isinstance(error, RankLost))
-    except (EOFError, OSError):
-        raise RunError("a measuring process ended by itself (out of memory?)") from None
-    return [results[pipe] for pipe in pipes]
+            except (EOFError, OSError):
+                results[pipe] = asked[pipe].why_gone()
 
 
 def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) -> None:
@@ -123,6 +145,9 @@ def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) ->
                 result = error
             except LoaderDied as error:
                 result = RunError(likely_reason(error))
+            except Exception as error:  # its traceback would not reach the one who asks
+                place = write_traceback(None, error)
+                result = RunError(f"a measuring process: {likely_reason(error)}; {place}")
             pipe.send(result)
 
 

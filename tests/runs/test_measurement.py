@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import machines
 import psutil
@@ -63,9 +64,12 @@ def broken(error):
     raise error
 
 
-def dying():
+def dying(signum):
+    """Ends by a signal, or, without one, by itself."""
     yield 1
-    os._exit(9)
+    if not signum:
+        os._exit(9)
+    os.kill(os.getpid(), signum)
 
 
 def endless():
@@ -125,11 +129,34 @@ def test_loaders_elsewhere_are_those_of_a_run_and_end_with_it():
         pytest.fail("the loader lives on")
 
 
-def test_a_process_that_dies_is_an_error():
-    with contextlib.closing(Elsewhere(never, dying)) as results:
+@pytest.mark.parametrize(
+    ("signum", "message"),
+    [
+        (signal.SIGKILL, r"^a measuring process was killed \(out of memory\?\)$"),
+        (signal.SIGABRT, "^a measuring process ended by itself, with SIGABRT$"),
+        (None, "^a measuring process ended by itself, with exit code 9$"),
+    ],
+)
+def test_a_process_that_dies_is_an_error(signum, message):
+    """Only one that was killed may have had too little memory."""
+    with contextlib.closing(Elsewhere(never, dying, signum)) as results:
         assert next(results) == 1
-        with pytest.raises(RunError, match="ended by itself"):
+        for _ in range(2):  # asked once more, it is still the same
+            with pytest.raises(RunError, match=message):
+                next(results)
+
+
+def test_an_error_elsewhere_that_nobody_foresaw_is_told_in_its_own_words(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    error = ZeroDivisionError("division by zero\nin two lines")
+    with contextlib.closing(Elsewhere(never, broken, error)) as results:
+        assert next(results) == 1
+        with pytest.raises(RunError) as told:
             next(results)
+    reason, _, place = str(told.value).partition("; traceback in ")
+    unforeseen = "an error that was not foreseen: ZeroDivisionError: division by zero"
+    assert reason == f"a measuring process: {unforeseen}"
+    assert "in broken\n    raise error\n" in Path(place).read_text()
 
 
 def echo(delay_s):
