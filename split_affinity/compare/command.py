@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from split_affinity.compare.loops import ByLane
 from split_affinity.compare.report import (
@@ -16,8 +17,8 @@ from split_affinity.compare.report import (
 from split_affinity.compare.rounds import run_rounds
 from split_affinity.compare.verdict import Compared, Comparison
 from split_affinity.compare.ways import all_ways, is_loading, way_settings
-from split_affinity.errors import UserError
-from split_affinity.files import append_text, write_where_asked
+from split_affinity.errors import RunError, UserError, likely_reason
+from split_affinity.files import append_text, write_traceback, write_where_asked
 from split_affinity.machine.description import describe_topology
 from split_affinity.machine.topology import Topology
 from split_affinity.models.cost import check_memory, measure_model
@@ -52,13 +53,30 @@ def compare(settings: Settings, topology: Topology) -> list[Compared]:
     seconds = time.perf_counter() - begun_s
     found = Comparison(asked, settings, topology, ways, rounds, image_flops(settings), seconds)
     say("\n".join(["", *comparison_notes(found), *tables_of(found), "", found.verdict]))
-    append_text(settings.log_file, comparison_section(found), LOG_HEADER)
-    if settings.json:
-        write_where_asked(settings.json, comparison_json(found))
-    if settings.output_dir:
-        settings.output_dir.mkdir(parents=True, exist_ok=True)
-        draw_comparison(settings.output_dir / TIMELINE, found)
+    write_comparison(found)
     return found.rows
+
+
+def write_comparison(found: Comparison) -> None:
+    """Write what took minutes to measure: the figures, the picture, and a section of logs.md. What
+    cannot be written costs none of the others; RunError, in the end, says all that is missing.
+    """
+    settings, reasons = found.settings, []
+    writers: list[Callable[[], None]] = []
+    if settings.json:
+        writers.append(lambda: write_where_asked(settings.json, comparison_json(found)))
+    if settings.output_dir:
+        writers.append(lambda: draw_comparison(settings.output_dir / TIMELINE, found))
+    writers.append(lambda: append_text(settings.log_file, comparison_section(found), LOG_HEADER))
+    for write in writers:
+        try:
+            write()
+        except RunError as error:
+            reasons.append(str(error))
+        except Exception as error:
+            reasons.append(f"{likely_reason(error)}; {write_traceback(None, error)}")
+    if reasons:
+        raise RunError("; ".join(reasons))
 
 
 def image_flops(settings: Settings) -> ByLane:

@@ -141,8 +141,9 @@ def comparison_json(found: Comparison) -> str:
 
 def draw_comparison(path: Path, found: Comparison) -> None:
     """The timelines of one lane and of the schedules in the seventh round, over the same span of
-    time, in which each has a whole step.
+    time, in which each has a whole step. Makes the folder if it is not there.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     panels = []
     for way, row in zip(found.ways, found.rows, strict=True):
         if not way.plain:

@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import resource
+import tempfile
 
 import pytest
 from patching import set_everywhere
-from small import needs_two_cpus
+from rounds_made_up import make_round
+from small import TINY, needs_two_cpus
 
 from split_affinity.compare.command import image_flops
 from split_affinity.machine.topology import read_topology
@@ -62,6 +65,85 @@ def test_a_comparison(in_tmp, capfd, monkeypatch):
     assert log.count("\n## ") == 1
     assert f"\n{figures['verdict']}\n" in log
     assert "compare, resnet18, split even" in log
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """A comparison whose rounds take no time, of all ways that are compared."""
+
+    def round_of(way):
+        lanes = [group.name for group in way.plan.groups]
+        each = make_round(1.0, rates=dict.fromkeys(lanes, 1e9))
+        records = [
+            dataclasses.replace(record, lane=lane)
+            for record, lane in zip(each.steps[0].records, (lanes[0], lanes[-1]), strict=True)
+        ]
+        steps = (dataclasses.replace(each.steps[0], records=tuple(records)),)
+        return dataclasses.replace(each, steps=steps, busy=dict.fromkeys(lanes, 0.5))
+
+    def rounds(ways, *others):
+        return {way.name: [round_of(way)] * 7 for way in ways}
+
+    set_everywhere(monkeypatch, "run_rounds", rounds)
+    return ["compare", *TINY, "--accumulate", "2"]
+
+
+PLACES = {"--json": "c.json", "--output-dir": "out", "--log-file": "logs.md"}
+
+
+@pytest.fixture
+def full_log(in_tmp):
+    """A log that can take no more, beside files that can."""
+    with (in_tmp / "full.md").open("wb") as file:
+        file.truncate(2**24)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**24, before[1]))
+    yield "full.md"
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@needs_two_cpus
+@pytest.mark.parametrize(
+    ("full", "reasons", "written"),
+    [
+        (["--log-file"], ["full.md: cannot be written: File too large"], ["c.json", "out"]),
+        (["--json"], ["/dev/full: cannot be written: No space left on device"], ["logs.md", "out"]),
+        (
+            ["--json", "--log-file"],
+            [
+                "/dev/full: cannot be written: No space left on device",
+                "full.md: cannot be written: File too large",
+            ],
+            ["out"],
+        ),
+    ],
+)
+def test_a_full_disk_costs_no_more_than_what_it_does_not_take(
+    in_tmp, capsys, measured, full_log, full, reasons, written
+):
+    """It took minutes to measure."""
+    places = PLACES | {"--log-file": full_log} if "--log-file" in full else dict(PLACES)
+    places |= {"--json": "/dev/full"} if "--json" in full else {}
+    assert main([*measured, *(text for pair in places.items() for text in pair)]) == 1
+    said = capsys.readouterr()
+    assert said.err == f"train_split_affinity.py: error: {'; '.join(reasons)}\n"
+    assert "Verdict: " in said.out
+    assert {path.name for path in in_tmp.iterdir()} == {*written, "full.md"}
+    assert (in_tmp / "out/timeline.png").stat().st_size > 10_000
+
+
+@needs_two_cpus
+def test_a_picture_that_cannot_be_drawn_costs_neither_figures_nor_log(
+    in_tmp, capsys, measured, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(in_tmp))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    set_everywhere(monkeypatch, "draw_comparison", lambda *args: 1 / 0)
+    assert main([*measured, *(text for pair in PLACES.items() for text in pair)]) == 1
+    reason = "an error that was not foreseen: ZeroDivisionError: division by zero; traceback in "
+    assert reason in capsys.readouterr().err
+    assert (in_tmp / "c.json").stat().st_size
+    assert "## " in (in_tmp / "logs.md").read_text()
 
 
 def test_the_work_of_a_teacher_is_counted():
