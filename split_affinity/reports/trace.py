@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -44,11 +45,16 @@ def by_one_clock(steps_by_rank: Sequence[Sequence[StepResult]]) -> list[list[Ste
     return aligned
 
 
+def beginning_s(steps: Iterable[StepResult]) -> float:
+    """When the first phase of some steps began, or the loading of their first batch."""
+    return min(span.start_s for step in steps for span in (*step.records, *step.loads))
+
+
 def trace_of_ranks(
     plans: Sequence[CorePlan], steps_by_rank: Sequence[Sequence[StepResult]]
 ) -> dict[str, Any]:
     """The steps of several ranks by one clock, as in `trace_events`: each rank is a process."""
-    zero_s = min(span.start_s for steps in steps_by_rank for step in steps for span in step.records)
+    zero_s = beginning_s(itertools.chain.from_iterable(steps_by_rank))
     events = []
     for rank, (plan, steps) in enumerate(zip(plans, steps_by_rank, strict=True)):
         names = {"name": "process_name", "ph": "M", "pid": rank, "args": {"name": f"rank {rank}"}}
@@ -65,13 +71,11 @@ def trace_events(
     A batch is shown only once a step has taken it, so the last ones that were loaded are missing.
     """
     loads = [load for step in steps for load in step.loads]
-    records = [record for step in steps for record in step.records]
     names: dict[str | int, str] = {group.name: f"{group.name} lane" for group in plan.groups}
     for loader in sorted({load.loader for load in loads}):
         names[loader] = "main thread" if loader < 0 else f"loader {loader}"
     rows = {key: number for number, key in enumerate(names)}
-    if zero_s is None:
-        zero_s = min(span.start_s for span in (*records, *loads))
+    zero_s = beginning_s(steps) if zero_s is None else zero_s
     events = [
         {"name": "thread_name", "ph": "M", "pid": rank, "tid": rows[key], "args": {"name": name}}
         for key, name in names.items()
