@@ -274,12 +274,25 @@ def busy_in_phase(
     """
     spread_s = dict.fromkeys(cpus, record.cpu_s / len(cpus))
     if not record.cpu_busy_s or record.duration_s < SHORT_PHASE_S:
-        return record.used_on_s or spread_s, None
+        return with_room(record.used_on_s or spread_s, cpus, record.duration_s), None
     own_s = {cpu: min(record.used_on_s.get(cpu, 0.0), record.cpu_busy_s[cpu]) for cpu in cpus}
     rest_s = {cpu: record.cpu_busy_s[cpu] - own_s[cpu] for cpu in cpus}
     moved = (record.cpu_s - sum(own_s.values())) / (sum(rest_s.values()) or 1.0)
     others_s = {cpu: max(0.0, 1 - moved) * rest_s[cpu] for cpu in cpus}
     return {cpu: record.cpu_busy_s[cpu] - others_s[cpu] for cpu in cpus}, others_s
+
+
+def with_room(busy_s: dict[int, float], cpus: Sequence[int], duration_s: float) -> dict[int, float]:
+    """Seconds by CPU, of which none has more than the phase lasted: threads that have moved are all
+    seen where they were last, and what cannot have been there was where there was room.
+    """
+    most_s = {cpu: min(busy_s.get(cpu, 0.0), duration_s) for cpu in cpus}
+    beyond_s = sum(busy_s.values()) - sum(most_s.values())
+    room_s = len(cpus) * duration_s - sum(most_s.values())
+    if beyond_s <= 0:
+        return busy_s
+    part = min(1.0, beyond_s / room_s) if room_s > 0 else 0.0
+    return {cpu: own_s + part * (duration_s - own_s) for cpu, own_s in most_s.items()}
 
 
 def stacked(

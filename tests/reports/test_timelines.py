@@ -33,7 +33,7 @@ from split_affinity.reports.timeline import (
     spaced,
     steps_to_draw,
 )
-from split_affinity.reports.trace import trace_events
+from split_affinity.reports.trace import trace_events, trace_of_ranks
 from split_affinity.training.steps import PHASES, StepResult
 
 
@@ -173,6 +173,11 @@ def test_the_bars_of_a_panel():
         (0.04, 0.03, {1: 0.02, 2: 0.01}, {1: 0.05, 2: 0.0}, {1: 0.02, 2: 0.01}, None),
         (0.04, 0.03, {1: 0.03}, {1: 0.0, 2: 0.05}, {1: 0.03}, None),
         (0.04, 0.06, {}, {}, {1: 0.03, 2: 0.03}, None),
+        # Both threads were last seen on CPU 1, which cannot have worked longer than the phase.
+        (0.04, 0.06, {1: 0.06}, {1: 0.05, 2: 0.05}, {1: 0.04, 2: 0.02}, None),
+        (0.04, 0.08, {2: 0.08}, {}, {1: 0.04, 2: 0.04}, None),
+        (0.04, 0.09, {2: 0.09}, {}, {1: 0.04, 2: 0.04}, None),
+        (1.0, 1.5, {1: 1.5}, {1: 1.0, 2: 1.0}, {1: 1.0, 2: 0.5}, {1: 0.0, 2: 0.5}),
         # The system hides the kernel's count.
         (1.0, 1.5, {1: 1.0, 2: 0.5}, {}, {1: 1.0, 2: 0.5}, None),
     ],
@@ -184,6 +189,14 @@ def test_what_a_core_was_busy_with(duration_s, cpu_s, used_on_s, cpu_busy_s, own
     own, others = busy_in_phase(made, (1, 2))
     assert own == pytest.approx(own_s)
     assert others == (others_s and pytest.approx(others_s))
+
+
+def test_time_beyond_a_phase_s_duration_goes_where_there_was_room():
+    """Of three CPUs, one was last seen by three threads, another by one."""
+    made = record("backward", 0.0, 0.04, cpu_s=0.09, used_on_s={1: 0.07, 2: 0.02}, cpu_busy_s={})
+    own, _ = busy_in_phase(made, (1, 2, 3))
+    assert own == pytest.approx({1: 0.04, 2: 0.03, 3: 0.02})
+    assert own.keys() == {1, 2, 3}
 
 
 def test_a_single_core_s_short_phases_are_exact_without_a_closer_look():
@@ -459,9 +472,19 @@ def test_the_trace():
     assert ("main thread", "load", 1_500_000.0, 1_000_000.0) in spans
     assert ("backward lane", "backward 1", 1_500_000.0, pytest.approx(100_000)) in spans
     assert len(spans) == 8
+    assert min(event["ts"] for event in events if event["ph"] == "X") == 0
     (update,) = (event for event in events if event["name"] == "update")
     assert update["cat"] == "update"
     assert update["args"] == {"step": 1, "cpu_s": 0.1, "stray_s": 0.0, "cores": "1-2"}
+
+
+def test_the_trace_of_ranks_begins_with_the_batch_that_was_loaded_first():
+    """On any of them: it can have been loaded long before the first phase that is shown."""
+    loads = [LoadRecord(1, -0.5, -0.25)], [LoadRecord(-1, -2.0, -1.5), LoadRecord(0, 0.5, 1.0)], []
+    steps = [[StepResult(1, 1.0, 8, 5.0, step(1).records, tuple(each))] for each in loads]
+    events = trace_of_ranks([PLAN] * 3, steps)["traceEvents"]
+    begins = [[e["ts"] for e in events if e["ph"] == "X" and e["pid"] == rank] for rank in range(3)]
+    assert [min(each) for each in begins] == [1_500_000.0, 0.0, 2_000_000.0]
 
 
 @pytest.mark.parametrize(
