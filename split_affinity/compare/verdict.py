@@ -140,9 +140,19 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """The verdict, with a word of warning if disturbed rounds count."""
+        """The verdict, with a word of warning if disturbed rounds count; none, and no advice, if
+        most of them are disturbed.
+        """
         used = rounds_used(self.rounds)
         disturbed = len(set(used).difference(clean_rounds(self.rounds)))
+        # Where most are undisturbed, medians lie between their figures, whatever the others are.
+        needed = len(used) // 2 + 1
+        if len(used) - disturbed < needed:
+            return (
+                f"No verdict, and no advice: {disturbed} of the {plural(len(used), 'round')} were "
+                f"disturbed by others, whose doing the figures may be; {needed} undisturbed "
+                "ones are needed. Compare once more while nothing else runs on this machine."
+            )
         warning = f" But {disturbed} of the {plural(len(used), 'round')} were disturbed by others."
         return verdict(self.rows) + (warning if disturbed else "")
 

@@ -9,7 +9,12 @@ from patching import set_everywhere
 from records import PLAN
 from rounds_made_up import disturbed, make_round
 
-from split_affinity.compare.report import comparison_json, draw_comparison, tables_of
+from split_affinity.compare.report import (
+    comparison_json,
+    comparison_section,
+    draw_comparison,
+    tables_of,
+)
 from split_affinity.compare.rounds import round_of_ranks
 from split_affinity.compare.verdict import Comparison
 from split_affinity.compare.ways import Way, plan_of_ranks, way_settings
@@ -82,6 +87,30 @@ def test_a_verdict_from_disturbed_rounds_says_so():
     assert "disturbed" not in quiet.verdict
     assert loud.verdict.endswith(" But 2 of the 7 rounds were disturbed by others.")
     assert [each["counts"] for each in json.loads(comparison_json(loud))["rounds"]] == [True] * 7
+
+
+@pytest.mark.parametrize("disturbed_rounds", [4, 7])
+def test_mostly_disturbed_rounds_allow_no_verdict_and_no_advice(disturbed_rounds):
+    """However clear their figures seem to be: those of one lane are disturbed, all in one way."""
+    slow = disturbed(make_round(4.0), 0.5)
+    rounds = [*[make_round(1.0)] * (7 - disturbed_rounds), *[slow] * disturbed_rounds]
+    found = make_comparison(none=rounds)
+    assert found.verdict == (
+        f"No verdict, and no advice: {disturbed_rounds} of the 7 rounds were disturbed by others, "
+        "whose doing the figures may be; 4 undisturbed ones are needed. Compare once more while "
+        "nothing else runs on this machine."
+    )
+    written = json.loads(comparison_json(found))["verdict"], comparison_section(found)
+    assert all(found.verdict in text for text in written)
+    assert not any("Verdict: " in text or "For speed alone" in text for text in written)
+
+
+def test_three_disturbed_rounds_cannot_move_a_median_beyond_undisturbed_ones():
+    slow = disturbed(make_round(4.0), 0.5)
+    found = make_comparison(none=[*[make_round(1.0)] * 4, *[slow] * 3])
+    assert found.verdict.startswith("Verdict: no difference beyond the noise. ")
+    assert found.verdict.endswith(" But 3 of the 7 rounds were disturbed by others.")
+    assert {row.to_none for row in found.rows} == {1.0}
 
 
 def test_a_picture_has_a_whole_step_of_each_way_with_lanes(monkeypatch, tmp_path):
