@@ -18,7 +18,7 @@ from split_affinity.options.commands import (
     split_arguments,
 )
 from split_affinity.ranks.launch import Launch, launched
-from split_affinity.text import readable, tell
+from split_affinity.text import readable, tell, without_login
 
 ENDED_WITHIN_S = 5  # a launcher ends the other processes of a machine once one has failed
 PACKAGES = ("torch", "torchvision", "PIL", "fsspec", "psutil", "tqdm")
@@ -52,7 +52,8 @@ def announce(command: str, argv: Sequence[str]) -> None:
     """Say what was asked for, and what takes seconds now; beside answers, to a terminal alone."""
     from split_affinity.terminal import lossy_output, say, terminal_columns  # tqdm: not for --help
 
-    options = "" if command == "list-models" else shlex.join(split_arguments(argv)[1])
+    typed = () if command == "list-models" else map(without_login, split_arguments(argv)[1])
+    options = shlex.join(typed)
     asked = f"{command} {options}".rstrip()
     with lossy_output():
         stream = sys.stderr if command in ANSWERING else sys.stdout

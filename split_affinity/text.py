@@ -49,9 +49,37 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
 
 
+# Where a chain of fsspec's, as simplecache::s3://bucket/run, has its next address.
+CHAINED = re.compile(r"::(?=\w+(?:://|::|$))")
+ACCOUNTS = ("abfs", "abfss", "wasb", "wasbs")  # container@account: a name by itself is no secret
+
+
+def without_login(url: str) -> str:
+    """An address without user and password, and without its query, where tokens and signatures
+    stand; of a chain of addresses each. Other text stays as it is.
+    """
+    bare = []
+    for part in CHAINED.split(url):
+        scheme, separator, place = part.partition("://")
+        login = re.match(r"[^/?#]*@", place)
+        if not login and re.match(r"[^/?#@\[]*:(?!\d*(?:[/?#]|$))", place):
+            login = re.match(r".*@", place)  # a password has characters that should be escaped
+        if separator and login and (":" in login[0] or not scheme.endswith(ACCOUNTS)):
+            place = place[login.end() :]
+        bare.append(scheme + separator + (re.sub(r"\?.+", "?...", place) if separator else place))
+    return "::".join(bare)
+
+
+def without_logins(text: str) -> str:
+    """Text such as an error's, whose addresses have lost what `without_login` takes from them."""
+    return re.sub(r"[\w:+.-]+://\S+", lambda found: without_login(found[0]), text)
+
+
 def option_text(value: Any) -> str:
-    """A setting's value as it is written on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    """A setting's value as it is written on the command line; addresses without a login."""
+    return (
+        ",".join(map(option_text, value)) if isinstance(value, tuple) else without_login(str(value))
+    )
 
 
 def as_option(name: str, value: Any) -> str:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import queue
 import re
-import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import fsspec
-
+from split_affinity.checkpoints.mirror import Mirror
 from split_affinity.checkpoints.state import (
     BadCheckpoint,
     Progress,
@@ -23,93 +19,14 @@ from split_affinity.checkpoints.state import (
     verify_checkpoint,
     write_verified,
 )
-from split_affinity.errors import UserError, one_line
 from split_affinity.files import LOCK, flush_folder, link_file, lock_folder, why_not_saved
 from split_affinity.options.settings import Settings
 from split_affinity.options.values import Values
 from split_affinity.ranks.ranks import ONE_PROCESS, RankLost, Ranks
-from split_affinity.text import plural
 from split_affinity.training.update import Part, Work
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 KEPT = re.compile(r"(best|epoch)-(\d{4,})\.pt")
-
-UPLOAD_ATTEMPTS, LAST_UPLOADS_S = 3, 60
-
-
-class Mirror:
-    """Copies files to an address of fsspec, and removes them there, in the background, one after
-    the other.
-
-    `messages` collects what failed. A file that waits is copied as it is when its turn comes.
-    """
-
-    def __init__(self, url: str):
-        try:
-            self._filesystem, self._root = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError, OSError) as error:
-            raise UserError(f"--mirror {url}: {one_line(error)}") from None
-        self.messages: list[str] = []
-        self._queue: queue.Queue[tuple[str, Path] | None] = queue.Queue()
-        self._waiting: list[tuple[str, Path]] = []
-        self._running: list[tuple[str, Path]] = []
-        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
-        self._thread.start()
-
-    def copy(self, path: Path) -> None:
-        """Have a file copied, soon."""
-        self._add("copied", path)
-
-    def remove(self, path: Path) -> None:
-        """Have the copy of a file removed, soon."""
-        self._add("removed", path)
-
-    def close(self) -> None:
-        """Wait for what is left to do, but no longer than a minute."""
-        self._queue.put(None)
-        self._thread.join(LAST_UPLOADS_S)
-        left = (*self._running, *self._waiting) if self._thread.is_alive() else ()
-        for done in dict.fromkeys(done for done, _ in left):
-            names = ", ".join(sorted({path.name for each, path in left if each == done}))
-            self.messages.append(f"mirror: {names} not {done} within {LAST_UPLOADS_S} s")
-
-    def _add(self, done: str, path: Path) -> None:
-        if (done, path) not in self._waiting:
-            self._waiting.append((done, path))
-            self._queue.put((done, path))
-
-    def _work(self) -> None:
-        while job := self._queue.get():
-            self._running = [job]
-            self._waiting.remove(job)
-            done, path = job
-            act = self._upload if done == "copied" else self._delete
-            for attempt in range(1, UPLOAD_ATTEMPTS + 1):
-                try:
-                    act(path)
-                    break
-                except Exception as error:  # whatever the other side raises
-                    if attempt < UPLOAD_ATTEMPTS:
-                        time.sleep(attempt)
-                        continue
-                    tries = plural(attempt, "attempt")
-                    text = f"mirror: {path.name} not {done} in {tries}: {one_line(error)}"
-                    self.messages.append(text)
-
-    def _upload(self, path: Path) -> None:
-        """Under another name first, so that the other side never has half a file. What is gone
-        here meanwhile, no longer among the best, say, is left out.
-        """
-        target = f"{self._root}/{path.name}"
-        if path.exists():
-            self._filesystem.makedirs(self._root, exist_ok=True)
-            self._filesystem.put_file(str(path), target + ".part")
-            self._filesystem.mv(target + ".part", target)
-
-    def _delete(self, path: Path) -> None:
-        target = f"{self._root}/{path.name}"
-        if self._filesystem.exists(target):
-            self._filesystem.rm_file(target)
 
 
 class Checkpoints:

@@ -29,7 +29,15 @@ from split_affinity.options.settings import (
     SpeedSettings,
 )
 from split_affinity.options.values import Values
-from split_affinity.text import as_option, nearest, nearest_of_each, option_text, tell
+from split_affinity.text import (
+    as_option,
+    nearest,
+    nearest_of_each,
+    option_text,
+    tell,
+    without_login,
+    without_logins,
+)
 
 
 def installed_version(package: str) -> str:
@@ -160,7 +168,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> None:
-        raise UserError(message)
+        raise UserError(without_logins(message))
 
     def print_help(self, file: Any = None) -> None:
         """As ArgumentParser's own, for a reader who may leave."""
@@ -294,7 +302,8 @@ def parse_arguments(
     command, options = split_arguments(argv)
     if command not in COMMANDS:
         hint = nearest(command, COMMANDS)
-        raise UserError(f"unknown command {command!r} (choose from {', '.join(COMMANDS)}){hint}")
+        shown = without_login(command)
+        raise UserError(f"unknown command {shown!r} (choose from {', '.join(COMMANDS)}){hint}")
     typed = typed_options(command, options)
     if typed.pop("list_models"):
         return "list-models", Settings()

@@ -32,7 +32,7 @@ from split_affinity.options.values import (
     parse_split,
     whole_number,
 )
-from split_affinity.text import format_cpu_list, option_text, readable
+from split_affinity.text import format_cpu_list, option_text, readable, without_login
 
 MOST_CLASSES = 10**7
 MOST_SYNTHETIC_IMAGES = 2**17  # in a step; more than any published training had
@@ -228,7 +228,8 @@ class CheckpointSettings:
         "(default: none)", type=COUNT)
     keep_best: int = free(3, "checkpoints to keep, best top-1 first", type=COUNT)
     mirror: str | None = free(None, "address to copy checkpoints to, in the background: any that "
-        "fsspec knows (s3:// with s3fs installed)", metavar="URL")
+        "fsspec knows (s3:// with s3fs installed); a login in it is not shown, nor saved",
+        metavar="URL")
 
 
 @dataclass(frozen=True)
@@ -332,11 +333,14 @@ class Settings(ReportSettings, PredictionSettings, ComparisonSettings, SpeedSett
 
 
 def plain_settings(settings: Settings) -> dict[str, Any]:
-    """Settings as JSON types."""
-    return {
-        key: readable(str(value)) if isinstance(value, Path) else value
-        for key, value in dataclasses.asdict(settings).items()
-    }
+    """Settings as JSON types, without the logins of addresses: this is what is saved and shown."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path):
+            return readable(str(value))
+        return without_login(value) if isinstance(value, str) else value
+
+    return {key: plain(value) for key, value in dataclasses.asdict(settings).items()}
 
 
 def batches_in_step(settings: Settings) -> int:

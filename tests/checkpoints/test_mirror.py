@@ -1,5 +1,8 @@
 """Copies at another address. Run: python -m pytest tests/checkpoints/test_mirror.py"""
 
+import contextlib
+import re
+import socket
 import threading
 import time
 from pathlib import Path
@@ -10,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from patching import set_everywhere
 from saved_runs import output, step_of
 
-from split_affinity.checkpoints.folder import Mirror
+from split_affinity.checkpoints.mirror import Mirror
 from train_split_affinity import main
 
 # The mirror
@@ -193,3 +196,115 @@ def test_an_unknown_address_is_an_error(in_tmp, capsys, arguments, url, reason):
     assert reason in error
     assert error.count("\n") == 1
     assert not list(in_tmp.iterdir())
+
+
+def test_a_port_that_is_none_is_an_error_without_a_part_of_the_password(in_tmp, capsys, arguments):
+    url = "ftp://me:se/cret@host/far"
+    assert main([*arguments, *output(in_tmp / "out"), "--mirror", url]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train_split_affinity.py: error: --mirror ftp://host/far: no address")
+    assert "'se'" not in error
+    assert error.count("\n") == 1
+    assert not list(in_tmp.iterdir())
+
+
+# What is at the other end of ftp://
+
+
+@pytest.fixture
+def ftp_server():
+    """Starts a server of FTP that says some lines, one at each line that it gets, and then nothing;
+    without any it accepts and is silent. Returns its address.
+    """
+    servers, closed = [], threading.Event()
+
+    def answer(connection, lines):
+        stream = connection.makefile("rw", newline="\r\n")
+        with contextlib.suppress(OSError), connection, stream:
+            for line in lines:
+                stream.write(f"{line}\n")
+                stream.flush()
+                stream.readline()
+            closed.wait()
+
+    def serve(server, lines):
+        with contextlib.suppress(OSError):
+            while True:
+                arguments = server.accept()[0], lines
+                threading.Thread(target=answer, args=arguments, daemon=True).start()
+
+    def start(*lines):
+        servers.append(socket.create_server(("127.0.0.1", 0)))
+        threading.Thread(target=serve, args=(servers[-1], lines), daemon=True).start()
+        return f"ftp://me:secret@127.0.0.1:{servers[-1].getsockname()[1]}/far"
+
+    yield start
+    closed.set()
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """A mirror that waits and pauses hardly at all."""
+    set_everywhere(monkeypatch, "ANSWER_S", 0.2)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+def test_a_server_that_says_nothing_ends_and_holds_no_run(
+    impatient, ftp_server, in_tmp, capsys, arguments
+):
+    url = ftp_server()
+    shown = url.replace("me:secret@", "")
+    before_s = time.monotonic()
+    assert main([*arguments, *output(in_tmp / "out"), "--epochs", "1", "--mirror", url]) == 0
+    assert time.monotonic() - before_s < 20
+    captured = capsys.readouterr()
+    lines = captured.err.replace("warning: mirror: ", "").splitlines()
+    assert re.fullmatch(
+        rf"\S+ not copied within 0\.\d+ s: {shown} gives no answer", first := lines.pop(0)
+    )
+    names = {"last.pt", "best.pt", "best-0001.pt"} - {first.split()[0]}
+    assert sorted(lines) == [
+        f"{name} not copied since {shown} gives no answer" for name in sorted(names)
+    ]
+    assert step_of(in_tmp / "out") == 3
+
+
+def test_a_refused_login_is_a_warning(ftp_server, impatient, in_tmp, capsys, arguments):
+    url = ftp_server("220 hello", "331 and your password?", "530 me:secret is not known here")
+    options = [*arguments, *output(in_tmp / "out"), "--steps", "1", "--mirror", url]
+    assert main(options) == 0
+    captured = capsys.readouterr()
+    assert "warning: mirror: last.pt not copied in 3 attempts: 530 " in captured.err
+    assert step_of(in_tmp / "out") == 1
+
+
+def test_nobody_who_listens_is_a_warning(impatient, in_tmp, capsys, arguments):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"ftp://127.0.0.1:{server.getsockname()[1]}/far"
+    options = [*arguments, *output(in_tmp / "out"), "--steps", "1", "--mirror", url]
+    assert main(options) == 0
+    assert "warning: mirror: last.pt not copied in 3 attempts: " in capsys.readouterr().err
+    assert step_of(in_tmp / "out") == 1
+
+
+def test_a_connection_that_is_lost_is_made_again(monkeypatch, tmp_path, far):
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"a state")
+    made, put_file = [], MemoryFileSystem.put_file
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+    def put(self, *args, **options):
+        if len(made) < 2:
+            raise EOFError
+        return put_file(self, *args, **options)
+
+    def connect(url, connect=fsspec.core.url_to_fs):
+        made.append(url)
+        return connect(url)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put)
+    monkeypatch.setattr(fsspec.core, "url_to_fs", connect)
+    assert mirror_files(far, path) == []
+    assert made == [far, far]
