@@ -76,14 +76,12 @@ from split_affinity.data.pictures import ImageData
 from split_affinity.errors import RunError, Stopped, UserError, likely_reason, memory_errors
 from split_affinity.files import write_traceback
 from split_affinity.lanes.lane import Lanes, coordinating
-from split_affinity.machine.description import (
-    read_machine,
-)
+from split_affinity.machine.description import read_machine
 from split_affinity.machine.plan import CorePlan
 from split_affinity.machine.precision import choose_precision
 from split_affinity.machine.topology import Topology, read_topology
 from split_affinity.models.freezing import describe_frozen, is_frozen
-from split_affinity.options.commands import parse_arguments
+from split_affinity.options.commands import how_to_go_on, parse_arguments
 from split_affinity.options.settings import Settings, batches_in_step, learning_rate
 from split_affinity.ranks.launch import Launch, launched
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks, connect
@@ -105,7 +103,7 @@ from split_affinity.runs.setup import (
     settled,
 )
 from split_affinity.runs.starting_weights import teacher_lines
-from split_affinity.signals import StopRequest
+from split_affinity.signals import StopRequest, ending_at_once
 from split_affinity.terminal import lossy_output, say, silent, warn
 from split_affinity.text import plural
 from split_affinity.training.optimizer import (
@@ -130,14 +128,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine if there are several ranks.
     """
     launch, argv = launched(), sys.argv[1:] if argv is None else argv
-    with silent() if launch.rank else contextlib.nullcontext():
+    hushed = silent() if launch.rank else contextlib.nullcontext()
+    with hushed, ending_at_once(not launch.local_rank):
         for name, value in DROPPED_VARIABLES.items() if not launch.rank else ():
             warn(f"{name}={value} is ignored: lanes have their own threads")
         return run_together(argv, launch)
 
 
 def run_together(argv: Sequence[str], launch: Launch) -> int:
-    """Run a command on all ranks; the exit code."""
+    """Run a command on all ranks. Returns the exit code: 2 for what the user can mend, 1 for what
+    ended a run, 128 + N for signal N.
+    """
     ranks, folder, error = ONE_PROCESS, None, None
     try:
         # Of all settings, --timeout alone has to be known before the ranks can talk.
@@ -147,31 +148,23 @@ def run_together(argv: Sequence[str], launch: Launch) -> int:
         machine = read_machine(settings.machine) if settings.machine else read_topology()
         RUNS[command](settings, ranks.meet(machine), ranks)
     except (Exception, KeyboardInterrupt) as raised:
-        error = raised
+        error = Stopped(signal.SIGINT) if type(raised) is KeyboardInterrupt else raised
     foreseen = isinstance(error, (UserError, RunError, Stopped))
-    # An error that all ranks end with is said once on each machine.
-    if error and not (launch.local_rank and ranks.agreed and foreseen):
+    # An error that all ranks end with is said once on each machine; a signal is told of already.
+    told = isinstance(error, KeyboardInterrupt) or (launch.local_rank and ranks.agreed and foreseen)
+    if error and not told:
         say(f"{PROGRAM}: {last_words(error, folder)}", sys.stderr)
     ranks.close(not error or ranks.agreed)
-    return exit_code(error)
+    return getattr(error, "exit_code", RunError.exit_code) if error else 0
 
 
-def last_words(error: BaseException, folder: Path | None) -> str:
+def last_words(error: Exception, folder: Path | None) -> str:
     """What is said of an error that ends the program; if unforeseen, where its traceback is."""
-    if isinstance(error, KeyboardInterrupt):  # before the run looked after signals itself
-        return str(Stopped(signal.SIGINT))
     if isinstance(error, Stopped):
         return str(error)
     if isinstance(error, (UserError, RunError)):
         return f"error: {error}"
     return f"error: {likely_reason(error)}; {write_traceback(folder, error)}"
-
-
-def exit_code(error: BaseException | None) -> int:
-    """The exit code: 2 for what the user can mend, 1 for what ended a run, 128 + N for signal N."""
-    if isinstance(error, KeyboardInterrupt):
-        return Stopped(signal.SIGINT).exit_code
-    return getattr(error, "exit_code", RunError.exit_code) if error else 0
 
 
 def print_plan(settings: Settings, topology: Topology, ranks: Ranks = ONE_PROCESS) -> CorePlan:
@@ -205,7 +198,8 @@ def train(
         checkpoints = Checkpoints(run.settings, warn, data, asked, ranks)
         with contextlib.closing(checkpoints):
             if run.settings.test_only:
-                test(run, ranks.first(find_resumed, run.settings, checkpoints))
+                with run.stop:
+                    test(run, ranks.first(find_resumed, run.settings, checkpoints))
                 return run.work.network.model
             with ranks.together():
                 checkpoints.hold()  # the loaders, which would share the lock, have been started
@@ -224,7 +218,8 @@ def train(
                 report.warn(text, text)
             if run.settings.epochs and not run.settings.output_dir:
                 report.warn("unsaved", "nothing will be saved without --output-dir")
-            fit(run, progress, report, checkpoints)
+            with run.stop:
+                fit(run, progress, report, checkpoints, settings)
     return run.work.network.model
 
 
@@ -254,7 +249,7 @@ def set_up(
     ranks: Ranks = ONE_PROCESS,
 ) -> Run:
     """Loader processes, lanes and model, which end with the stack; `note` is the first to tell."""
-    stop = stack.enter_context(StopRequest(ranks.size))
+    stop = StopRequest(ranks.size, "" if ranks.rank else "this step")
     stack.enter_context(coordinating(settings, plan))
     torch.manual_seed(settings.seed)
     # Loaders come first: no process may be forked once a lane, with its OpenMP team, exists.
@@ -280,11 +275,13 @@ def set_up(
     return Run(settings, topology, plan, data, train, val, lanes, work, stop, bad, notes)
 
 
-def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoints) -> None:
+def fit(
+    run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoints, asked: Settings
+) -> None:
     """Train until there is a reason to end, and save what is to be saved. However that goes, the
     report gets an end, and the latest step is saved, unless the run diverged, or a rank has gone.
     """
-    settings = run.settings
+    settings, run.stop.saves = run.settings, bool(run.settings.output_dir)
     save = partial(checkpoints.save, run.work, progress)
     try:
         while not (outcome := reason_to_end(settings, progress)):
@@ -308,7 +305,10 @@ def fit(run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoint
         if together and not isinstance(error, Diverged):
             save()
         report.finish(likely_reason(error), together)
+        if checkpoints.exist() and not isinstance(error, Diverged):
+            say(how_to_go_on(asked))
         raise
+    run.stop.begin("the report")
     report.company(run.lanes.lookout.look(SHORTEST_LOOK_S))
     report.finish(outcome)
 
@@ -340,11 +340,12 @@ def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
     if run.work.network.frozen and not is_frozen(settings, progress.epoch):
         say(f"thawed: epoch {progress.epoch + 1} trains all weights")
         run.lanes.backward.call(run.work.thaw)
+    run.stop.begin("this step")
     batches = run.train.batches(run.bad, progress.epoch + 1, progress.batches, stop)
     for result in run_schedule(settings, run.lanes, run.work, batches, progress.step + 1):
-        counts = result.images, result.loss, result.top1, result.top5
-        progress.add_step(*counts, taken)
+        progress.add_step(result.images, result.loss, result.top1, result.top5, taken)
         progress.lr = result.lr
+        run.stop.begin("this step", result.step_s)
         yield dataclasses.replace(result, company=run.lanes.lookout.look())
 
 
@@ -373,7 +374,7 @@ def find_lr(
     settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
 ) -> RangeTest:
     """The `find-lr` command, on a run that is set up as one to train."""
-    with prepared(range_test_settings(settings), topology, plan, ranks) as run:
+    with prepared(range_test_settings(settings), topology, plan, ranks) as run, run.stop:
         return find_lr_and_report(run)
 
 

@@ -18,6 +18,7 @@ from split_affinity.options.commands import (
     split_arguments,
 )
 from split_affinity.ranks.launch import Launch, launched
+from split_affinity.signals import end_while_loading
 from split_affinity.text import readable, tell, without_login
 
 ENDED_WITHIN_S = 5  # a launcher ends the other processes of a machine once one has failed
@@ -30,6 +31,7 @@ def begin() -> None:
     nothing more was asked for, where options are wrong, and where a package cannot be loaded.
     """
     argv, launch = sys.argv[1:], launched()
+    end_while_loading(not launch.local_rank)
     command = check_early(argv, launch)
     if not launch.rank:
         announce(command, argv)

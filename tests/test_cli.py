@@ -402,7 +402,9 @@ def test_signals_to_the_whole_process_group(in_tmp, photos, signum, code):
     os.killpg(process.pid, signum)
     out, error = process.communicate(timeout=60)
     assert process.returncode == code
-    assert error == f"train_split_affinity.py: stopped by {signum.name}\n"
+    answer, last = error.replace("train_split_affinity.py: ", "").splitlines()
+    assert answer == f"{signum.name}: finishing this step; once more: end at once"
+    assert last == f"stopped by {signum.name}"
     assert f"stopped by {signum.name} after " in out
     assert "| backward" in out
     assert f"- outcome: stopped by {signum.name} after " in Path("logs.md").read_text()

@@ -101,6 +101,7 @@ class Lane:
         self.records: list[PhaseRecord] = []
         self.notes: list[str] = []
         self._audit = audit
+        self._ident = 0  # of its thread, for Python
         self._look_at_s: dict[str, float] = {}  # by phase: when to look closely again
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=f"{group.name} lane")
         try:
@@ -119,8 +120,17 @@ class Lane:
         return self.submit(phase, function, *args).result()
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run something on the lane's thread that is not a phase, such as building a model."""
-        return self._executor.submit(self._inside_group, function, args).result()
+        """Run something on the lane's thread that is not a phase, such as building a model. What
+        interrupts the wait for it interrupts it too: a download, say.
+        """
+        future = self._executor.submit(self._inside_group, function, args)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            if future.running():
+                ident, error = ctypes.c_ulong(self._ident), ctypes.py_object(KeyboardInterrupt)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, error)
+            raise
 
     def adopt(self, function: Callable[..., Any], *args: Any) -> Any:
         """As `call`, for what starts threads of its own, as gloo does: they inherit the mask, and
@@ -156,6 +166,7 @@ class Lane:
 
     def _start_team(self) -> None:
         """Start the lane's workers, inside the mask, and register them."""
+        self._ident = threading.get_ident()
         lane_and_workers = {threading.get_native_id(), *start_team()}
         if (threads := torch.get_num_threads()) < self.group.threads:
             self.notes.append(

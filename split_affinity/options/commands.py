@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from split_affinity.options.settings import (
     DataSettings,
     Settings,
     SpeedSettings,
+    as_options,
 )
 from split_affinity.options.values import Values
 from split_affinity.text import (
@@ -286,6 +288,19 @@ def split_arguments(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
     """The command, which may be left out, and its options."""
     command, *options = argv if argv and not argv[0].startswith("-") else ["train", *argv]
     return command, options
+
+
+def how_to_go_on(settings: Settings) -> str:
+    """The command that goes on with the run of those settings, begun as the running one was."""
+    started, name = Path(sys.argv[0]), Path(PROGRAM).stem
+    ours = started.stem.replace("-", "_") == name or started.parent.name == "split_affinity"
+    words = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    typed = shlex.join(words) if ours else PROGRAM
+    options = as_options(dataclasses.replace(settings, resume=Path("auto")))
+    start = "to go on" if settings.ranks == 1 else "to go on, with torchrun as before"
+    mirror = settings.mirror or ""
+    login = "" if mirror == without_login(mirror) else " (--mirror with its login)"
+    return f"{start}: {typed if settings.ranks == 1 else PROGRAM} {options}{login}"
 
 
 def parse_arguments(

@@ -41,6 +41,7 @@ def validated(run: Run) -> Iterator[tuple[list[Scores], torch.Tensor, torch.Tens
     taken = dict.fromkeys((run.lanes.forward, run.lanes.backward), 0)
     waiting: deque[tuple[Future, torch.Tensor]] = deque()
     batches = run.val.batches(run.bad)
+    run.stop.begin("this batch")
     try:
         while batches.left or waiting:
             run.stop.check()

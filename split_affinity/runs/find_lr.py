@@ -77,6 +77,7 @@ def range_test(run: Run) -> RangeTest:
     with contextlib.suppress(Diverged):  # which is what the test is looking for
         for result in itertools.islice(endless_steps(run), count):
             hear_others(run)
+            run.stop.begin("this step", result.step_s)
             rates.append(result.lr)
             losses.append(result.loss)
             medians.append(statistics.median(losses[-2 * quarter_decade(rates) - 1 :]))

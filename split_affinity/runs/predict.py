@@ -143,7 +143,6 @@ def set_up_to_ask(
     with the stack.
     """
     plan = plan_cores(topology, settings)
-    stop = stack.enter_context(StopRequest())
     stack.enter_context(coordinating(settings, plan))
     if settings.tuned_malloc:
         tune_allocator()
@@ -153,6 +152,7 @@ def set_up_to_ask(
     feed = picture_feed(paths, trained.ready, settings, plan.loader_cpus)
     stack.callback(feed.close)
     lanes = stack.enter_context(Lanes(plan, topology.online))
+    stop = stack.enter_context(StopRequest())
     how = {"bf16": settings.precision == "bf16", "channels_last": settings.channels_last}
     network = Network(trained.model, nn.CrossEntropyLoss(), **how)
     return trained, answered(feed, partial(lanes.forward.call, probabilities, network), stop)

@@ -24,7 +24,7 @@ from train_split_affinity import prepared
 def test_a_range_test_leaves_the_model_and_the_disk_alone(in_tmp, epochs, schedule):
     asked = {"split": "even", "schedule": schedule, "accumulate": 2, "batch_size": 2, "steps": 8}
     settings = dataclasses.replace(TINY, **epochs | asked)
-    with with_plan(prepared, settings) as run:
+    with with_plan(prepared, settings) as run, run.stop:
         before = copy.deepcopy(run.work.network.model)
         result = range_test(run)
         for name, value in run.work.network.model.state_dict().items():
@@ -49,7 +49,7 @@ def say_losses(monkeypatch, *losses):
 
 def find_lr(**settings):
     chosen = dataclasses.replace(TINY, **{"split": "none"} | settings)
-    with with_plan(prepared, chosen) as run:
+    with with_plan(prepared, chosen) as run, run.stop:
         return range_test(run)
 
 
