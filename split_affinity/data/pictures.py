@@ -18,6 +18,16 @@ from torchvision.transforms import v2
 from split_affinity.errors import RunError, UserError, one_line
 from split_affinity.models.pretrained import Preprocessing
 
+# The formats that are opened, whatever a file is called; JPEG includes MPO, and PPM PGM. Pillow
+# knows more, but starts a program for some (Ghostscript for EPS), and a data set is a stranger's.
+# Those that an old Pillow lacks are left out, since it would stumble over their names.
+Image.init()
+PICTURE_FORMATS = tuple(
+    name
+    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
+    if name in Image.OPEN
+)
+
 
 class BrokenImage(RunError):
     """A file of the data set that cannot be read as an image; the message names it."""
@@ -30,7 +40,7 @@ def load_image(path: str) -> Image.Image:
     which says nothing of the file.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=PICTURE_FORMATS) as picture:
             picture.load()
             with contextlib.suppress(Exception):  # damaged EXIF data do not spoil a picture
                 ImageOps.exif_transpose(picture, in_place=True)

@@ -86,7 +86,7 @@ def test_broken_images_are_left_out_and_counted_once(breakable, workers):
 def test_a_picture_that_nobody_has_room_for_is_not_broken(photos, monkeypatch, error):
     path = next(photos.glob("train/*/*.jpg"))
 
-    def fail(path):
+    def fail(path, formats):
         raise error
 
     monkeypatch.setattr(Image, "open", fail)

@@ -1,15 +1,17 @@
 """Pictures of all kinds become RGB. Run: python -m pytest tests/data/test_pictures.py"""
 
 import contextlib
+import re
 import warnings
 
 import numpy as np
 import pytest
 from loading import AUGMENTED, assert_same_batches, load, noise, small, whereabouts
-from PIL import Image
+from PIL import Image, features
+from places import ROOT
 
 from split_affinity.data.dataset import open_data
-from split_affinity.data.pictures import load_image, to_rgb
+from split_affinity.data.pictures import PICTURE_FORMATS, BrokenImage, load_image, to_rgb
 
 FORMATS = ("png", "tiff", "jpeg", "gif", "webp", "bmp", "ppm")
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -172,3 +174,44 @@ def test_damaged_exif_data_spoil_no_picture(tmp_path, exif):
         loaded = load_image(tmp_path / "x.jpg")
     assert np.array_equal(np.asarray(loaded), expected)
     assert not warned
+
+
+def test_a_file_called_a_picture_starts_no_program(tmp_path, monkeypatch):
+    """PostScript, which Pillow gives to Ghostscript."""
+    program, started = tmp_path / "bin/gs", tmp_path / "started"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\necho $* >> {started}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    Image.fromarray(noise(16)).save(tmp_path / "photo.jpg", "EPS")
+    with pytest.raises(BrokenImage, match=rf"^broken image {tmp_path}/photo.jpg: "):
+        load_image(str(tmp_path / "photo.jpg"))
+    assert not started.exists()
+
+
+OPENED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
+
+
+@pytest.mark.parametrize("name", OPENED)
+def test_formats_that_pictures_have(tmp_path, name):
+    if name == "AVIF" and "avif" not in features.get_supported():
+        pytest.skip("this Pillow knows no AVIF")
+    path = tmp_path / "picture.jpg"
+    more = {"append_images": [Image.new("RGB", (16, 16))]} if name == "MPO" else {}
+    Image.fromarray(noise(16)).save(path, name, **more)
+    assert np.array_equal(np.asarray(load_image(str(path))), np.asarray(as_pillow_converts(path)))
+
+
+@pytest.mark.parametrize("name", ["EPS", "PDF", "PCX", "TGA", "ICO", "SGI"])
+def test_other_formats_are_broken_images(tmp_path, name):
+    Image.fromarray(noise(16)).save(tmp_path / "picture.jpg", name)
+    with pytest.raises(BrokenImage, match="cannot identify image file"):
+        load_image(str(tmp_path / "picture.jpg"))
+
+
+def test_no_file_is_opened_as_any_format_that_pillow_knows():
+    sources = [*(ROOT / "split_affinity").rglob("*.py"), ROOT / "train_split_affinity.py"]
+    calls = re.findall(r"Image\.open\(.*", "".join(path.read_text() for path in sources))
+    assert calls
+    assert all("formats=PICTURE_FORMATS" in call for call in calls)
+    assert not {"EPS", "WMF"}.intersection(PICTURE_FORMATS)
