@@ -71,7 +71,7 @@ from split_affinity.checkpoints.resume import find_resumed, resume
 from split_affinity.checkpoints.state import Progress, asked_again
 from split_affinity.compare.command import compare
 from split_affinity.data.dataset import describe_images
-from split_affinity.data.loader import BadImages, training_feed, validation_feed
+from split_affinity.data.loader import BadImages, open_feeds
 from split_affinity.data.pictures import ImageData
 from split_affinity.errors import RunError, Stopped, UserError, likely_reason, memory_errors
 from split_affinity.files import write_traceback
@@ -253,12 +253,7 @@ def set_up(
     stack.enter_context(coordinating(settings, plan))
     torch.manual_seed(settings.seed)
     # Loaders come first: no process may be forked once a lane, with its OpenMP team, exists.
-    train = training_feed(data, settings, plan.loader_cpus, ranks.rank)
-    stack.callback(train.close)
-    validates = settings.epochs or settings.test_only
-    val = validation_feed(data, settings, plan.loader_cpus, ranks.rank) if validates else None
-    if val:
-        stack.callback(val.close)
+    train, val = open_feeds(stack, data, settings, plan.loader_cpus, ranks.rank, stop.check)
     lanes = stack.enter_context(Lanes(plan, topology.online))
     plan = lanes.plan
     counts = steps_in_epoch(settings, len(train)), planned_steps(settings, len(train))
@@ -341,7 +336,8 @@ def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
         say(f"thawed: epoch {progress.epoch + 1} trains all weights")
         run.lanes.backward.call(run.work.thaw)
     run.stop.begin("this step")
-    batches = run.train.batches(run.bad, progress.epoch + 1, progress.batches, stop)
+    with run.ranks.together():
+        batches = run.train.batches(run.bad, progress.epoch + 1, progress.batches, stop)
     for result in run_schedule(settings, run.lanes, run.work, batches, progress.step + 1):
         progress.add_step(result.images, result.loss, result.top1, result.top5, taken)
         progress.lr = result.lr

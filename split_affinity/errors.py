@@ -53,10 +53,16 @@ LIKELY_REASONS = (
     ),
     (r"Too many open files", "too many open files: raise `ulimit -n`, or try fewer loaders (-j)"),
     (
+        r"AF_UNIX path too long",
+        "no folder with a path short enough for sockets: let TMPDIR name one, or load without "
+        "loader processes (-j 0)",
+    ),
+    (
         r"can't start new thread",
         "no room for another thread: raise the limits of memory (ulimit -v) and of processes (-u), "
         "or try fewer loaders (-j)",
     ),
+    (r"LoaderFailed", "a loader failed: try fewer loaders (-j), or none (-j 0)"),
 )
 
 

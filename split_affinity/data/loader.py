@@ -10,13 +10,18 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import multiprocessing.queues
 import multiprocessing.util
+import os
 import resource
 import signal
+import tempfile
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
 
 import psutil
 import torch
@@ -30,24 +35,63 @@ from split_affinity.data.transforms import (
     transform_of_epoch,
     validation_transform,
 )
-from split_affinity.errors import STOP_SIGNALS, RunError, UserError, one_line
+from split_affinity.errors import STOP_SIGNALS, RunError, Stopped, UserError, one_line
 from split_affinity.lanes.lane import confine_thread
 from split_affinity.models.pretrained import Preprocessing
 from split_affinity.options.settings import Settings
-from split_affinity.text import format_cpu_list
+from split_affinity.terminal import warn
+from split_affinity.text import format_cpu_list, plural
+
+LOOK_S = 2.0  # that a batch may take before it is looked whether one can still come
+PATIENCE_S = 60.0  # that a batch may take before it is told
+LONGEST_WORDS_BYTES = 1000  # what a pipe takes at once, be there who else writes
+
+# A socket's path has 103 bytes on macOS, 107 on Linux; 32 are multiprocessing's own names in it.
+LONGEST_FOLDER_BYTES = 103 - len("/pymp-12345678/listener-12345678")
 
 
-def start_loader(cpus: Sequence[int], worker: int) -> None:
-    """Confine a loader process, and leave signals to the main process.
+def start_loader(cpus: Sequence[int], last_words: Connection, worker: int) -> None:
+    """Confine a loader process, leave signals to the main process, and have the process end if it
+    cannot hand over what it has loaded.
 
     The mask is set after torch is up, since a lazy OpenMP start can reset it [pytorch 99625].
     """
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+    end_by_errors(multiprocessing.queues.Queue, partial(end_loader, last_words, worker))
     mask = confine_thread(cpus)
     if mask != set(cpus):
         asked, given = format_cpu_list(cpus), format_cpu_list(mask)
         raise RuntimeError(f"loader {worker}: cores {asked} asked for, {given} given")
+
+
+def end_loader(last_words: Connection, worker: int, error: Exception, *of: object) -> NoReturn:
+    """End a loader process by an error, which the main process is told."""
+    try:
+        text = f"loader {worker} cannot hand over a batch: {one_line(error)}"
+        last_words.send_bytes(text.encode(errors="replace")[:LONGEST_WORDS_BYTES])
+    finally:
+        os._exit(1)
+
+
+def end_by_errors(queues: type, end: Callable[..., NoReturn]) -> None:
+    """Have queues of this process call `end` where they would lose what is put into them, with no
+    more than a traceback on the screen: whoever is at the other end would wait for it for ever
+    [pytorch 142884].
+
+    An error can arise where something is put, if no thread can be started for the queue, and later
+    in that thread, which needs another thread and a socket to hand tensors over.
+    """
+    put = queues.put
+
+    def put_or_end(*args: Any, **options: Any) -> None:
+        try:
+            put(*args, **options)
+        except Exception as error:
+            end(error)
+
+    queues.put = put_or_end
+    queues._on_queue_feeder_error = staticmethod(end)
 
 
 class BadImages:
@@ -126,6 +170,31 @@ class LoaderDied(Exception):
         super().__init__(f"loader process {pid} was ended by {cause}")
 
 
+class LoaderFailed(Exception):
+    """A loader process could not hand over what it had loaded, and ended; the text is its own."""
+
+
+def make_socket_folder() -> None:
+    """Choose the folder for the sockets through which batches are handed over, for this process and
+    its loaders: where temporary files are kept, or else, if the path of that is too long for a
+    socket's, the first place that is not.
+
+    The folder is this process's, which goes with it. Loaders are killed, and their own would stay.
+    """
+    places = [tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
+    usual, short = places[0], [each for each in places if fits_sockets(each)]
+    try:
+        tempfile.tempdir = short[0] if short else usual
+        multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = usual
+
+
+def fits_sockets(folder: str) -> bool:
+    """Whether sockets can be made below a folder."""
+    return len(os.fsencode(folder)) <= LONGEST_FOLDER_BYTES and os.access(folder, os.W_OK | os.X_OK)
+
+
 @contextlib.contextmanager
 def child_signal_kept() -> Iterator[None]:
     """Leave SIGCHLD as it was: DataLoader has it raise, anywhere in the main thread, when a loader
@@ -158,27 +227,37 @@ def check_open_files(workers: int) -> None:
             raise UserError(f"{reason}: {remedy}") from None
 
 
+def unheard() -> None:
+    """What a feed calls while it waits, if nothing can come meanwhile."""
+
+
 class Feed:
     """The batches of a data set, epoch after epoch, made by loader processes that live on.
 
     The processes start at once: none may be forked once a lane, with its OpenMP team, exists. Close
-    it, since they ignore signals.
+    it, since they ignore signals. `hear` is called while a batch is waited for, and may raise.
     """
 
     def __init__(
-        self, samples: Samples, order: EpochOrder, settings: Settings, cpus: Sequence[int]
+        self,
+        samples: Samples,
+        order: EpochOrder,
+        settings: Settings,
+        cpus: Sequence[int],
+        hear: Callable[[], None] = unheard,
     ):
         # torch advises no more loaders than the main thread has cores; ours share them on purpose.
         warnings.filterwarnings("ignore", "This DataLoader will create")
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # damaged EXIF data
-        self._order = order
+        self._order, self._hear, self._waited_s = order, hear, 0.0
+        self._last_words, told = multiprocessing.Pipe(duplex=False)
         self._loader = DataLoader(
             samples,
             batch_size=None,  # a sample is a whole batch already
             sampler=order,
             num_workers=settings.workers,
             persistent_workers=settings.workers > 0,
-            worker_init_fn=partial(start_loader, tuple(cpus)),
+            worker_init_fn=partial(start_loader, tuple(cpus), told),
             generator=torch.Generator().manual_seed(settings.seed),
         )
         if settings.workers:
@@ -190,17 +269,38 @@ class Feed:
         """Start the loader processes: all, or none with a RunError."""
         before = multiprocessing.active_children()
         try:
-            # Batches are handed over through sockets in a temporary folder: let that be this
-            # process's, which goes with it. Loaders are killed, and their own would stay.
-            multiprocessing.util.get_temp_dir()
+            make_socket_folder()
             with child_signal_kept():
-                iter(self._loader)
+                iterator = iter(self._loader)
         except OSError as error:  # no more processes or semaphores
             for process in set(multiprocessing.active_children()).difference(before):
                 process.kill()
             atexit.register(repr, error)  # keeps torch's half-made iterator, whose end would fail
             reason = one_line(error)
             raise RunError(f"loader processes cannot start: {reason}; try a lower -j") from None
+        iterator._try_get_data = partial(self._await, iterator._try_get_data)
+
+    def _await(self, get: Callable[[float], tuple[bool, Any]]) -> tuple[bool, Any]:
+        """Whether a batch has come, and the batch: what DataLoader calls again and again until one
+        has. DataLoader itself, by `get`, notices no more than that a process has ended.
+        """
+        has_come, batch = get(LOOK_S)
+        if has_come:
+            self._waited_s = 0.0
+            return has_come, batch
+        self._raise_last_words()
+        self._hear()
+        self._waited_s += LOOK_S
+        if self._waited_s == PATIENCE_S:
+            loaders = plural(len(self._loader._iterator._workers), "loader process")
+            reason = "are its images on a disk or a network that is slow, or gone?"
+            warn(f"no batch for {PATIENCE_S:.0f} s, though {loaders} live: {reason}")
+        return has_come, batch
+
+    def _raise_last_words(self) -> None:
+        """Raise LoaderFailed if a loader could not hand something over."""
+        if self._last_words.poll():
+            raise LoaderFailed(self._last_words.recv_bytes().decode())
 
     def __len__(self) -> int:
         """Batches in an epoch, those of all ranks together."""
@@ -214,14 +314,17 @@ class Feed:
 
     def __iter__(self) -> Iterator[Loaded]:
         """The batches of the span that was begun. Raises LoaderDied if a process has ended, of
-        which DataLoader tells in many ways.
+        which DataLoader tells in many ways, or LoaderFailed.
         """
         try:
             yield from self._loader
+        except Stopped:
+            raise
         except Exception as error:
             iterator = getattr(self._loader, "_iterator", None)
             for process in iterator._workers if iterator else ():
                 process.join(0.1)  # it may just be dying
+                self._raise_last_words()
                 if process.exitcode:
                     raise LoaderDied(process.pid, process.exitcode) from error
             raise
@@ -244,17 +347,27 @@ class Feed:
             indices.close()
 
 
-def training_feed(data: ImageData, settings: Settings, cpus: Sequence[int], rank: int = 0) -> Feed:
+def training_feed(
+    data: ImageData,
+    settings: Settings,
+    cpus: Sequence[int],
+    rank: int = 0,
+    hear: Callable[[], None] = unheard,
+) -> Feed:
     """Shuffled, augmented training images; what does not fill a batch is left out of an epoch."""
     transform_in, mix = partial(transform_of_epoch, data, settings), mixing_transform(settings)
     samples = Samples(data.train, settings.seed, transform_in, mix, data.confused)
     dealt = rank, settings.ranks
     order = EpochOrder(data.chosen, settings.batch_size, settings.seed, dealt)
-    return Feed(samples, order, settings, cpus)
+    return Feed(samples, order, settings, cpus, hear)
 
 
 def validation_feed(
-    data: ImageData, settings: Settings, cpus: Sequence[int], rank: int = 0
+    data: ImageData,
+    settings: Settings,
+    cpus: Sequence[int],
+    rank: int = 0,
+    hear: Callable[[], None] = unheard,
 ) -> Feed | None:
     """The validation images in order, if there are any."""
     if data.val is None:
@@ -263,11 +376,28 @@ def validation_feed(
     samples = Samples(data.val, settings.seed, partial(same_transform, transform))
     dealt = rank, settings.ranks
     order = EpochOrder(range(len(data.val)), settings.batch_size, None, dealt)
-    return Feed(samples, order, settings, cpus)
+    return Feed(samples, order, settings, cpus, hear)
+
+
+def open_feeds(
+    stack: contextlib.ExitStack, data: ImageData, settings: Settings, *source: Any
+) -> tuple[Feed, Feed | None]:
+    """What a run trains on, and what it validates with if it does; they end with the stack."""
+    train = training_feed(data, settings, *source)
+    stack.callback(train.close)
+    validates = settings.epochs or settings.test_only
+    val = validation_feed(data, settings, *source) if validates else None
+    if val:
+        stack.callback(val.close)
+    return train, val
 
 
 def picture_feed(
-    paths: Sequence[str], ready: Preprocessing, settings: Settings, cpus: Sequence[int]
+    paths: Sequence[str],
+    ready: Preprocessing,
+    settings: Settings,
+    cpus: Sequence[int],
+    hear: Callable[[], None] = unheard,
 ) -> Feed:
     """Pictures in order, made ready as to validate; no more loaders than there are batches."""
     batches = math.ceil(len(paths) / settings.batch_size)
@@ -275,6 +405,6 @@ def picture_feed(
     transform = partial(same_transform, validation_transform(ready))
     order = EpochOrder(range(len(paths)), settings.batch_size, None)
     samples = Samples(NewPictures(paths), settings.seed, transform)
-    feed = Feed(samples, order, dataclasses.replace(settings, workers=workers), cpus)
+    feed = Feed(samples, order, dataclasses.replace(settings, workers=workers), cpus, hear)
     order.begin(1)
     return feed
