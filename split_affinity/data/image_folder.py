@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,37 @@ from split_affinity.text import readable
 
 VALIDATION_FOLDERS = ("val", "valid", "validation")  # the first that exists is used
 
+# What people call the parts of a data set: Train, x_train, train2017, ValidationSet, test_images.
+PART_WORDS = {
+    "train": re.compile("x?(train|training|trn)(set|data|images)?"),
+    "val": re.compile("x?(val|valid|validation|dev)(set|data|images)?"),
+    "test": re.compile("x?(test|testing|eval|evaluation)(set|data|images)?"),
+}
+
+
+def part_of(name: str) -> str:
+    """The part of a data set that a folder's name stands for: train, val or test; else nothing."""
+    words = [word.lower() for word in re.findall("[A-Z]*[a-z]+|[A-Z]+", name)]
+    parts = [part for part, known in PART_WORDS.items() if any(map(known.fullmatch, words))]
+    return parts[0] if parts else ""
+
+
+def find_parts(path: Path, folders: Sequence[str]) -> tuple[str, str]:
+    """Which of the folders in a data set's are the images to train and to validate with; nothing
+    for none. A folder that is not just called train may well be a class (trains are vehicles); it
+    is taken for the part where another part, or nothing else, stands beside it.
+    """
+    named = {part: [each for each in folders if part_of(each) == part] for part in PART_WORDS}
+    train = "train" if "train" in folders else ""
+    if not train and named["train"] and (named["val"] or named["test"] or len(folders) == 1):
+        train, *more = named["train"]
+        if more:
+            several = ", ".join(named["train"])
+            raise UserError(f"--data-path {path}: which of {several} is to train on? Keep one")
+    exact = [name for name in VALIDATION_FOLDERS if name in folders]
+    val = [*exact, *named["val"]] if train else []
+    return train, val[0] if val else ""
+
 
 def folder_data(path: Path) -> ImageData:
     """An image folder: `path/train` and perhaps `path/val`, or `path` itself, with a folder per
@@ -23,23 +55,33 @@ def folder_data(path: Path) -> ImageData:
     if not path.is_dir():
         reason = "is a file, not a folder" if path.exists() else "does not exist"
         raise UserError(f"--data-path {path} {reason}; give an image folder: DIR/<class>/*.jpg")
-    parted = (path / "train").is_dir()
-    parts = [name for name in VALIDATION_FOLDERS if parted and (path / name).is_dir()][:1]
-    train = open_image_folder(path, path / "train" if parted else path)
-    val = open_image_folder(path, path / parts[0]) if parts else None
+    _, beside, _ = next(os.walk(path), ("", [], []))
+    folders = sorted(name for name in beside if name[0] != ".")
+    parts = find_parts(path, folders)
+    train = open_image_folder(path, path / parts[0])
+    val = open_image_folder(path, path / parts[1]) if parts[1] else None
+    check_classes(path, train, val)
+    left_out = [*train.left_out, *(val.left_out if val else ())]
+    if parts[0]:
+        unused = [name for name in folders if name not in parts]
+        left_out += [("unused folder", str(path / name)) for name in unused]
+    classes = tuple(map(readable, train.classes))
+    return ImageData("folder", train, val, classes, left_out=left_out)
+
+
+def check_classes(path: Path, train: PictureFolder, val: PictureFolder | None) -> None:
+    """Raise UserError for classes that there is nothing to learn of."""
+    kinds = set(map(part_of, train.classes))
+    if "" not in kinds and (len(kinds) > 1 or len(train.classes) == 1):
+        names = ", ".join(train.classes)
+        needed = "DIR/train/<class>/*.jpg, or DIR/<class>/*.jpg"
+        raise UserError(f"--data-path {path}: {names}: parts, not classes; needed is {needed}")
     if len(train.classes) < 2:
         only = f"one class only ({train.classes[0]})"
         raise UserError(f"--data-path {path}: {only}; at least two are needed")
     if val and val.classes != train.classes:
         name = sorted(set(val.classes) ^ set(train.classes))[0]
         raise UserError(f"--data-path {path}: class {name} is not in both of train and val")
-    left_out = [*train.left_out, *(val.left_out if val else ())]
-    if parted:
-        _, beside, _ = next(os.walk(path), ("", [], []))
-        unused = sorted(name for name in {*beside} - {"train", *parts} if name[0] != ".")
-        left_out += [("unused folder", str(path / name)) for name in unused]
-    classes = tuple(map(readable, train.classes))
-    return ImageData("folder", train, val, classes, left_out=left_out)
 
 
 def what_is(entry: os.DirEntry, above: Sequence[Path]) -> str:

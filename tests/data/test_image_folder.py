@@ -299,3 +299,67 @@ def test_the_head_of_a_run_says_what_was_found(tmp_path, in_tmp, capsys, command
     lines = capsys.readouterr().out.splitlines()
     place = lines.index("data      2 images of 2 classes (a, b) to train on, none to validate with")
     assert lines[place + 1] == f"left out  1 unused folder ({root}/data/test)"
+
+
+SPELLINGS = [
+    ("Train", "Val"),
+    ("TRAIN", "VALID"),
+    ("training", "validation"),
+    ("x_train", "x_val"),
+    ("train2017", "val2017"),
+    ("TrainSet", "ValidationSet"),
+    ("trainset", "devset"),
+    ("images_train", "images-val"),
+    ("seg_train", "seg_dev"),
+    ("train", "Val"),
+]
+
+
+@pytest.mark.parametrize(("train", "val"), SPELLINGS)
+def test_parts_are_known_in_any_spelling(tmp_path, train, val):
+    parts = train, val, "Test"
+    root = folder_of(tmp_path, *(f"{part}/{name}/1.png" for part in parts for name in "ab"))
+    data = folder_data(root)
+    assert data.classes == ("a", "b")
+    assert (Path(data.train.root).name, Path(data.val.root).name) == (train, val)
+    assert data.left_out == [("unused folder", str(root / "Test"))]
+
+
+def test_a_folder_to_train_on_without_others(tmp_path):
+    data = folder_data(folder_of(tmp_path / "alone", "Train/a/1.png", "Train/b/1.png"))
+    assert (data.classes, data.val) == (("a", "b"), None)
+    names = [f"{part}/{name}/1.png" for part in ("Training", "Testing") for name in "ab"]
+    data = folder_data(folder_of(tmp_path / "tested", *names))
+    assert (data.classes, data.val) == (("a", "b"), None)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("Train", "bus", "car"),
+        ("bullet_train", "steam_train"),
+        ("invalid", "valid"),
+        ("contrast", "test"),
+    ],
+)
+def test_classes_that_are_called_like_parts(tmp_path, classes):
+    assert (
+        folder_data(folder_of(tmp_path, *(f"{name}/1.png" for name in classes))).classes == classes
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "error"),
+    [
+        (["test/a", "val/a"], "test, val: parts, not classes; needed is DIR/train/<class>/"),
+        (["Test/a"], "Test: parts, not classes; needed is DIR/train/<class>/"),
+        (["train/test", "train/train"], "test, train: parts, not classes; needed is "),
+        (["Train", "Val"], "no images: no class folder in {root}/Train$"),
+        (["Train/a", "training/a", "val/a"], "which of Train, training is to train on"),
+        (["Train/a", "Train/b", "Val/a"], "class b is not in both of train and val"),
+    ],
+)
+def test_parts_alone_are_refused(tmp_path, names, error):
+    root = folder_of(tmp_path, *(f"{name}/1.png" for name in names))
+    with pytest.raises(UserError, match=f"^--data-path {root}: {error.format(root=root)}"):
+        folder_data(root)
