@@ -146,7 +146,7 @@ def warm_up(
 
     If it does not fit, each has to give it back after a round, and to fetch it again in the next.
     """
-    free_bytes = psutil.virtual_memory().available
+    free_bytes = free_memory_bytes()
     firsts: dict[str, Round] = {}
     paces = {}
     for way in ways:
@@ -158,6 +158,14 @@ def warm_up(
         paces[way.name] = find_pace(way, first, time.perf_counter() - start_s)
     peak_bytes = sum(first.peak_memory_bytes for first in firsts.values())
     return peak_bytes < 0.9 * free_bytes, paces
+
+
+def free_memory_bytes() -> int:
+    """Memory that no process uses; 0, as the safe side, where the system does not tell."""
+    try:
+        return psutil.virtual_memory().available
+    except (OSError, LookupError):
+        return 0
 
 
 def with_phases(way: Way, result: Round, others: dict[str, Round]) -> Round:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
+from pathlib import Path
 
 import psutil
 import torch
@@ -216,7 +217,7 @@ def check_open_files(workers: int) -> None:
     """
     # For each loader the main process has 3, and 2 for each of its 2 batches; a loader inherits up
     # to 4 for each. 16 are for batches in use, a loader's own, and the run's files.
-    needed = psutil.Process().num_fds() + 16 + 8 * workers
+    needed = open_files() + 16 + 8 * workers
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < needed:
         try:
@@ -229,6 +230,15 @@ def check_open_files(workers: int) -> None:
 
 def unheard() -> None:
     """What a feed calls while it waits, if nothing can come meanwhile."""
+
+
+def open_files() -> int:
+    """How many files the process has open; without /proc, up to the first number that is free."""
+    try:
+        return psutil.Process().num_fds()
+    except (psutil.Error, OSError):
+        with Path(os.devnull).open() as file:
+            return file.fileno()
 
 
 class Feed:

@@ -23,7 +23,7 @@ import psutil
 
 from split_affinity.files import read_text
 from split_affinity.machine.plan import CorePlan, Group
-from split_affinity.text import format_cpu_list
+from split_affinity.text import format_cpu_list, plural
 
 # One object each for all records without a closer look, of which a long run has many.
 UNKNOWN: dict[int, float] = {}
@@ -107,7 +107,8 @@ def last_cpu(tid: int) -> int:
 
 
 def thread_clocks_ns(known: Collection[int] = ()) -> dict[int, int]:
-    """CPU time so far of each thread; without /proc, the process's own clock stands for all.
+    """CPU time so far of each thread. Without /proc Python's own threads are known alone, and those
+    of a lane among them; thread 0 stands for all others.
 
     `known` are the threads of an earlier reading, which spare listing them if they are as many as
     there are, and none of them has ended. A thread that is born and ends between two readings goes
@@ -116,19 +117,38 @@ def thread_clocks_ns(known: Collection[int] = ()) -> dict[int, int]:
     with contextlib.suppress(OSError):
         if known and Path("/proc/self/task").stat().st_nlink == 2 + len(known):
             return dict(zip(known, map(thread_cpu_ns, known), strict=True))
-    clocks = {}
-    for tid in thread_ids():
+    clocks, listed = {}, thread_ids()
+    for tid in listed or python_threads():
         with contextlib.suppress(OSError):  # ended since it was listed
             clocks[tid] = thread_cpu_ns(tid)
-    return clocks or {0: time.process_time_ns()}
+    if not listed:
+        clocks[0] = time.process_time_ns() - sum(clocks.values())
+    return clocks
+
+
+def python_threads() -> set[int]:
+    """Kernel ids of the threads that the interpreter knows; none where the system has no affinity,
+    by which their time is told apart.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return set()
+    return {thread.native_id for thread in threading.enumerate()}
+
+
+def cpu_times() -> list[Any]:
+    """Seconds since boot of each online logical CPU in each of its states (proc_stat(5));
+    empty where the system does not show them.
+    """
+    try:
+        return psutil.cpu_times(percpu=True)
+    except (OSError, ValueError, TypeError):  # no /proc/stat, or none that psutil understands
+        return []
 
 
 def cpu_busy_s() -> list[float]:
-    """Seconds that each online logical CPU has worked since boot, for anybody (proc_stat(5))."""
+    """Seconds that each online logical CPU has worked since boot, for anybody."""
     names = ("user", "nice", "system", "irq", "softirq")
-    return [
-        sum(getattr(times, name, 0.0) for name in names) for times in psutil.cpu_times(percpu=True)
-    ]
+    return [sum(getattr(times, name, 0.0) for name in names) for times in cpu_times()]
 
 
 def children_cpu_ns() -> int:
@@ -141,6 +161,17 @@ def children_cpu_ns() -> int:
             living_ns += process_cpu_ns(process.pid)
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     return living_ns + round(1e9 * (ended.ru_utime + ended.ru_stime))
+
+
+def hidden_figures(plan: CorePlan, online: Sequence[int]) -> Iterator[str]:
+    """What a run cannot know of a plan's cores, since the system does not show it."""
+    if (shown := len(cpu_times())) != len(online):
+        yield (
+            f"/proc/stat shows the times of {shown} of {plural(len(online), 'CPU')}: how busy each "
+            "was, and what others took of the cores, is unknown"
+        )
+    if len(plan.groups) > 1 and not thread_ids():
+        yield "/proc/self/task does not show the process's threads: stray time is unknown"
 
 
 @dataclass(frozen=True)
@@ -178,7 +209,7 @@ class Audit:
         """Share the CPU time between two readings out over the fields of a PhaseRecord."""
         totals = Counter()
         used_on_s = Counter()
-        python = {thread.native_id for thread in threading.enumerate()} - set(self.born_for)
+        python = python_threads() - set(self.born_for)
         for tid, now_ns in after_ns.items():
             used_s = (now_ns - before_ns.get(tid, 0)) / 1e9
             if used_s <= 0:
@@ -186,11 +217,12 @@ class Audit:
             try:
                 mask = os.sched_getaffinity(tid) if tid else group.cpu_set
                 role = thread_role(mask, group, self.born_for.get(tid), tid in python)
-                if role == "cpu_s" and tid and look:
-                    used_on_s[last_cpu(tid)] += used_s
-            except (OSError, IndexError):  # the thread ended just now: nobody can tell where it ran
+            except OSError:  # the thread ended just now: nobody can tell where it ran
                 role = "stray_s"
             totals[role] += used_s
+            if role == "cpu_s" and tid and look:
+                with contextlib.suppress(IndexError):  # ended just now, or hidden
+                    used_on_s[last_cpu(tid)] += used_s
         roles = ("cpu_s", "stray_s", "other_lane_s", "python_s")
         used = {role: totals[role] for role in roles}
         if look:

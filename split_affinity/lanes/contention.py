@@ -11,9 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-import psutil
-
-from split_affinity.lanes.audit import LOOK_SHARE, children_cpu_ns, thread_clocks_ns
+from split_affinity.lanes.audit import LOOK_SHARE, children_cpu_ns, cpu_times, thread_clocks_ns
 from split_affinity.machine.plan import CorePlan
 
 COMPANY_SHARE = 0.1  # of a lane's cores: if others take that much, it is told
@@ -52,7 +50,7 @@ def read_usage(known: Collection[int] = ()) -> Usage:
     """Read the clocks; `known` are the threads of an earlier reading. Interrupts are left out of
     what is busy: no process is to blame for them.
     """
-    at_s, cpus = time.perf_counter(), psutil.cpu_times(percpu=True)
+    at_s, cpus = time.perf_counter(), cpu_times()
     return Usage(
         at_s=at_s,
         busy_s=[times.user + times.nice + times.system for times in cpus],

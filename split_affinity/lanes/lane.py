@@ -22,7 +22,13 @@ import torch
 
 from split_affinity import process_cpus
 from split_affinity.errors import RunError
-from split_affinity.lanes.audit import LOOK_SHARE, Audit, PhaseRecord, thread_ids
+from split_affinity.lanes.audit import (
+    LOOK_SHARE,
+    Audit,
+    PhaseRecord,
+    hidden_figures,
+    thread_ids,
+)
 from split_affinity.lanes.contention import Lookout
 from split_affinity.machine.plan import CorePlan, Group
 from split_affinity.options.settings import Settings
@@ -213,12 +219,13 @@ class Lanes:
         self.forward, self.backward = self._lanes[0], self._lanes[-1]
         groups = {"forward": self.forward.group, "backward": self.backward.group}
         self.plan = dataclasses.replace(plan, **groups)
+        self._hidden = list(hidden_figures(self.plan, online))
         self.lookout = Lookout(self.plan, online)
 
     @property
     def notes(self) -> list[str]:
         """What the user should know about the lanes."""
-        return [note for lane in self._lanes for note in lane.notes]
+        return [*(note for lane in self._lanes for note in lane.notes), *self._hidden]
 
     def take_records(self) -> tuple[PhaseRecord, ...]:
         """The phases since the last call, by start time; forgets them."""

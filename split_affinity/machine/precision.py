@@ -10,7 +10,7 @@ def choose_precision(settings: Settings, topology: Topology) -> tuple[str, str]:
     """The precision in force, fp32 or bf16, and the reason for it."""
     native = f"the CPU computes bfloat16 natively ({topology.bf16})"
     if not topology.bf16:
-        native = "the CPU has no native bfloat16 arithmetic (AMX, AVX512-BF16 or Arm BF16)"
+        native = "the CPU shows no native bfloat16 arithmetic (AMX, AVX512-BF16 or Arm BF16)"
     if settings.precision != "auto":
         return settings.precision, f"as asked; {native}"
     return ("bf16" if topology.bf16 else "fp32"), native

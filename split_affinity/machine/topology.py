@@ -68,7 +68,7 @@ def cpus_of(cores: Iterable[Core]) -> tuple[int, ...]:
 def read_number(path: Path, default: int) -> int:
     """A system file that holds one number; `default` where it is missing or negative."""
     text = read_text(path)
-    return int(text) if text.isdigit() else default
+    return int(text) if text.isdecimal() else default
 
 
 def read_cpus(path: Path) -> tuple[int, ...]:
@@ -213,7 +213,7 @@ def read_memory(root: Path) -> float:
     limits = [size_bytes.get("MemTotal", math.inf)]
     for directory in cgroups(root, "memory"):
         texts = (read_text(directory / f"memory.{name}") for name in ("max", "limit_in_bytes"))
-        limits += [int(text) for text in texts if text.isdigit()]
+        limits += [int(text) for text in texts if text.isdecimal()]
     return min(limits) + size_bytes.get("SwapTotal", 0)
 
 
@@ -225,13 +225,11 @@ def cgroups(root: Path, controller: str) -> Iterator[Path]:
     sees its own cgroup there, and a path outside that part cannot be looked at.
     """
     path_of = {}  # by controller; v2 has one path for all, under the empty name
-    for line in read_text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        path_of |= dict.fromkeys(controllers.split(","), PurePosixPath(path))
-    for line in read_text(root / "proc/self/mountinfo").splitlines():
-        mount, _, source = line.partition(" - ")
-        mount_root, mount_point = mount.split()[3:5]
-        kind, _, options = source.split()[:3]
+    for line in read_text(root / "proc/self/cgroup").split("\n"):
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if path:
+            path_of |= dict.fromkeys(controllers.split(","), PurePosixPath(path))
+    for mount_root, mount_point, kind, options in mounts(root):
         has_limits = kind == "cgroup2" or (kind == "cgroup" and controller in options.split(","))
         path = path_of.get("" if kind == "cgroup2" else controller)
         if not has_limits or path is None:
@@ -241,6 +239,26 @@ def cgroups(root: Path, controller: str) -> Iterator[Path]:
             inside /= path.relative_to(mount_root)
         for directory in (inside, *inside.parents):
             yield root / mount_point.lstrip("/") / str(directory).lstrip("/")
+
+
+def mounts(root: Path) -> Iterator[tuple[str, str, str, str]]:
+    """The process's mounts: what of the file system each shows, where, the kind of file system, and
+    its options. Lines that have no such fields are left out.
+
+    Fields end at single blanks, lines at line feeds (proc_pid_mountinfo(5)): a source can be empty,
+    and a name can have any other white space.
+    """
+    for line in read_text(root / "proc/self/mountinfo").split("\n"):
+        mount, _, source = line.partition(" - ")
+        fields, source_fields = mount.split(" "), source.split(" ")
+        if len(fields) >= 5 and len(source_fields) >= 3:
+            kind, _, options = source_fields[:3]
+            yield unescaped(fields[3]), unescaped(fields[4]), kind, options
+
+
+def unescaped(name: str) -> str:
+    """A name of /proc/self/mountinfo, where blanks and the like are octal numbers."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), name)
 
 
 def machine_metrics(topology: Topology) -> dict[str, Any]:

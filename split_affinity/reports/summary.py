@@ -97,6 +97,11 @@ class Summary:
     memory_by_node: dict[int, int]
     waited_s: tuple[float, ...] = ()
 
+    @property
+    def threads_seen(self) -> bool:
+        """Whether the system showed where threads ran, without which stray time is unknown."""
+        return any(phase.seen_on != format_cpu_list(()) for phase in self.phases)
+
 
 class Tally:
     """What the summary needs of a run, in bounded memory: totals over all steps, and the latest

@@ -32,6 +32,7 @@ def phase_table(summary: Summary, with_cores: bool = True) -> str:
     rows = []
     for phase in summary.phases:
         median, p95, stray = (f"{ms:.1f}" for ms in (phase.median_ms, phase.p95_ms, phase.stray_ms))
+        stray = stray if summary.threads_seen else "-"
         threads, share, busy = str(phase.threads), f"{phase.share:.1%}", f"{phase.busy:.0%}"
         rows.append((phase.phase, phase.cores, threads, median, p95, share, busy, stray))
     rest = "no phase (data, hand-over)" if with_cores else "no phase"
@@ -50,7 +51,8 @@ def cpu_table(summary: Summary) -> str:
         partly = [cpu for cpu, share in phase.cpu_busy.items() if 0.05 <= share < 0.5]
         each = " ".join(f"{cpu}:{share:.0%}" for cpu, share in phase.cpu_busy.items()) or "unknown"
         lists = format_cpu_list(busy), format_cpu_list(partly)
-        rows.append((phase.phase, *lists, each, phase.seen_on))
+        seen_on = phase.seen_on if summary.threads_seen else "unknown"
+        rows.append((phase.phase, *lists, each, seen_on))
     header = ("phase", "busy (50 % or more)", "partly (5 to 50 %)", "each CPU", "threads seen on")
     return markdown_table(header, rows)
 
@@ -84,6 +86,9 @@ def memory_lines(by_node: dict[int, int], topology: Topology, plan: CorePlan) ->
 def summary_lines(summary: Summary) -> list[str]:
     """Throughput, memory and placement in sentences."""
     strayed = "some work could leave the phase's cores" if summary.stray_s else "no work strayed"
+    stray = f"{1e3 * summary.stray_s:.1f} ms: {strayed}"
+    if not summary.threads_seen:
+        stray = "unknown: the system does not show threads"
     waiting_s = summary.waiting_s
     company = summary.company and [*company_texts(summary.company, COMPANY_IN_SUMMARY)]
     busy = ", ".join(f"{name} cores {share:.0%}" for name, share in summary.busy.items())
@@ -92,7 +97,7 @@ def summary_lines(summary: Summary) -> list[str]:
         f"{plural(summary.warmup_steps, 'warm-up step')} left out; "
         f"loss {summary.loss_first:.4f} first, {summary.loss_last:.4f} last",
         f"peak memory {summary.peak_memory_bytes / 2**30:.2f} GiB, loader processes not counted; "
-        f"stray time {1e3 * summary.stray_s:.1f} ms: {strayed}",
+        f"stray time {stray}",
         f"busy over whole steps: {busy}; CPU time beside that: "
         f"main thread {summary.main_thread_s:.2f} s"
         + (f", waiting threads of the other lane {waiting_s:.2f} s" if waiting_s >= 0.005 else ""),
@@ -129,10 +134,11 @@ def rank_table(hosts: Sequence[Host], summaries: Sequence[Summary]) -> str:
     rows = []
     for rank, (host, summary) in enumerate(zip(hosts, summaries, strict=True)):
         median_ms = {each.phase: f"{each.median_ms:.1f}" for each in summary.phases}
-        waited, stray = 1e3 * summary.waited_s[rank], 1e3 * summary.stray_s
+        waited = f"{1e3 * summary.waited_s[rank]:.1f}"
+        stray = f"{1e3 * summary.stray_s:.1f}" if summary.threads_seen else "-"
         name = textwrap.shorten(host.name, 14, placeholder="...") if " " in host.name else host.name
         times = [median_ms.get(phase, "-") for phase in phases]
-        rows.append((f"{rank} {name[:14]}", *times, f"{waited:.1f}", f"{stray:.1f}"))
+        rows.append((f"{rank} {name[:14]}", *times, waited, stray))
     return markdown_table(("rank, ms a step", *phases, "waited", "stray"), rows)
 
 

@@ -149,7 +149,7 @@ def set_up_to_ask(
     trained = model_to_ask(settings)
     if settings.channels_last:
         trained.model.to(memory_format=torch.channels_last)
-    feed = picture_feed(paths, trained.ready, settings, plan.loader_cpus, stop.check)
+    feed = picture_feed(paths, trained.ready, settings, plan.loader_cpus)
     stack.callback(feed.close)
     lanes = stack.enter_context(Lanes(plan, topology.online))
     stop = stack.enter_context(StopRequest())

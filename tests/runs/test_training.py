@@ -296,9 +296,9 @@ def test_the_switches_reach_the_work(one_lane_plan):
     ("asked", "bf16", "chosen", "reason"),
     [
         ("auto", "amx_bf16", "bf16", "the CPU computes bfloat16 natively (amx_bf16)"),
-        ("auto", "", "fp32", "the CPU has no native bfloat16 arithmetic"),
+        ("auto", "", "fp32", "the CPU shows no native bfloat16 arithmetic"),
         ("fp32", "amx_bf16", "fp32", "as asked; the CPU computes bfloat16 natively"),
-        ("bf16", "", "bf16", "as asked; the CPU has no native bfloat16 arithmetic"),
+        ("bf16", "", "bf16", "as asked; the CPU shows no native bfloat16 arithmetic"),
     ],
 )
 def test_the_precision_and_its_reason(asked, bf16, chosen, reason):
