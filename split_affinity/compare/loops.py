@@ -24,6 +24,7 @@ from split_affinity.data.samples import Batch, Loaded
 from split_affinity.lanes.contention import Lookout
 from split_affinity.lanes.lane import (
     Lanes,
+    confine_thread,
     coordinating,
     give_memory_back,
     start_team,
@@ -147,7 +148,7 @@ class PlainLoop:
         torch.set_num_threads(1)  # no team yet: loaders are forked, and its threads are counted
         self._supply = stack.enter_context(supplied(settings, way.plan.loader_cpus))
         if group.cpu_set < process_cpus():  # of cores that were listed
-            os.sched_setaffinity(0, group.cpus)
+            confine_thread(group.cpus)
             threads = group.threads
         torch.set_num_threads(threads)
         start_team()

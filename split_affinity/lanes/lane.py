@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import os
 import platform
 import threading
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from split_affinity import process_cpus
+from split_affinity import AFFINITY_REFUSED, process_cpus
 from split_affinity.errors import RunError
 from split_affinity.lanes.audit import (
     LOOK_SHARE,
@@ -39,15 +40,23 @@ def confine_thread(cpus: Iterable[int]) -> frozenset[int]:
     """Keep the calling thread on `cpus`; returns the mask in force.
 
     The mask is read back: the kernel silently drops CPUs that a container manager has taken away.
-    Raises RunError if none of them is left. Where the system has no affinity, nothing happens.
+    Raises RunError if none of them is left. Where the system has no affinity, or refuses it to
+    everybody, nothing happens; nor where the mask is as it should be.
     """
-    if not hasattr(os, "sched_setaffinity"):
-        return frozenset(cpus)
+    wanted = frozenset(cpus)
+    if AFFINITY_REFUSED or not hasattr(os, "sched_setaffinity"):
+        return wanted
+    if process_cpus() == wanted:
+        return wanted
     try:
-        os.sched_setaffinity(0, cpus)
+        os.sched_setaffinity(0, wanted)
     except OSError as error:
-        asked, allowed = format_cpu_list(cpus), format_cpu_list(process_cpus())
-        raise RunError(f"the system allows none of the cores {asked}, only {allowed}") from error
+        asked, allowed = format_cpu_list(wanted), format_cpu_list(process_cpus())
+        reason = f"the system allows none of the cores {asked}, only {allowed}"
+        if error.errno != errno.EINVAL:
+            reason = f"the system does not keep a thread on cores {asked} any more"
+            reason += f" (sched_setaffinity: {error.strerror})"
+        raise RunError(reason) from error
     return process_cpus()
 
 
@@ -59,7 +68,8 @@ def confined_to(cpus: Iterable[int]) -> Iterator[None]:
     try:
         yield
     finally:
-        confine_thread(before)
+        with contextlib.suppress(RunError):  # which would hide how the while ended
+            confine_thread(before)
 
 
 def tune_allocator() -> str:

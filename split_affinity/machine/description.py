@@ -70,6 +70,7 @@ MACHINE_FIELDS = {
 def machine_text(topology: Topology) -> str:
     """A machine's description in JSON: all that a plan depends on, CPUs as lists."""
     values = {"format": MACHINE_FORMAT, "version": MACHINE_VERSION, **dataclasses.asdict(topology)}
+    del values["affinity_refused"]
     for core in values["cores"]:
         core["cpus"] = format_cpu_list(core["cpus"])
     if topology.memory_bytes == math.inf:
@@ -126,7 +127,8 @@ def read_machine(path: Path) -> Topology:
             return parse_machine(path.read_text("utf-8", "replace"))
         online = frozenset(read_cpus(path / "sys/devices/system/cpu/online"))
         if online:
-            return dataclasses.replace(read_topology(path, online), has_affinity=True)
+            there = read_topology(path, online)
+            return dataclasses.replace(there, has_affinity=True, affinity_refused="")
         reason = "a folder without sys/devices/system/cpu/online"
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"

@@ -119,7 +119,10 @@ def check_core_options(topology: Topology, settings: CoreSettings) -> None:
     if not topology.has_affinity and (given or settings.split != "none"):
         asked = next(iter(given), f"--split {settings.split}")
         system = "its system" if settings.machine else platform.system()
-        raise UserError(f"{asked}: {system} cannot keep threads on cores; only --split none works")
+        reason = f"{system} cannot keep threads on cores"
+        if topology.affinity_refused:
+            reason = f"the system keeps no thread on cores ({topology.affinity_refused})"
+        raise UserError(f"{asked}: {reason}; only --split none works")
     for flag, cpus in given.items():
         check_cpus(topology, flag, cpus)
     for flag, other in itertools.permutations(("--forward-cores", "--backward-cores")):
@@ -233,6 +236,8 @@ def plan_notes(topology: Topology, forward: Group, backward: Group) -> Iterator[
     if topology.quota_cpus is not None and topology.quota_cpus < allowed:
         quota = f"CPU quota of {topology.quota_cpus:g} CPUs"
         yield f"{quota}: {used} of {plural(allowed, 'allowed core')} used"
+    if topology.affinity_refused:
+        yield f"the system keeps no thread on cores ({topology.affinity_refused})"
     if forward is not backward and forward.cpus == backward.cpus:
         yield "one core: both groups share it, nothing is separated"
     for core in topology.cores if forward.cpus != backward.cpus else ():

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from split_affinity import ALLOWED_CPUS
+from split_affinity import AFFINITY_REFUSED, ALLOWED_CPUS
 from split_affinity.files import read_text
 from split_affinity.options.values import parse_cpu_list
 from split_affinity.text import format_cpu_list
@@ -42,7 +42,8 @@ class Core:
 class Topology:
     """A machine as one process may use it. `quota_cpus` is the cgroup's CPU quota, if any; `bf16`
     names the instructions that compute in bfloat16, empty where there are none; `memory_bytes` are
-    infinite where nothing is known.
+    infinite where nothing is known. `affinity_refused` says why the system keeps no thread on
+    cores though it could; it is no part of a machine's description.
     """
 
     cpu_model: str
@@ -53,6 +54,7 @@ class Topology:
     has_affinity: bool
     bf16: str = ""
     memory_bytes: float = math.inf
+    affinity_refused: str = ""
 
     @property
     def online(self) -> tuple[int, ...]:
@@ -101,9 +103,10 @@ def read_topology(root: Path = Path("/"), allowed: frozenset[int] = ALLOWED_CPUS
         offline=frozenset(read_cpus(system / "offline")),
         allowed=allowed,
         quota_cpus=read_quota(root),
-        has_affinity=hasattr(os, "sched_setaffinity"),
+        has_affinity=hasattr(os, "sched_setaffinity") and not AFFINITY_REFUSED,
         bf16=read_bf16(root),
         memory_bytes=read_memory(root),
+        affinity_refused=AFFINITY_REFUSED,
     )
 
 

@@ -142,6 +142,8 @@ def set_up_to_ask(
     """A trained model and what it says of pictures, batch by batch; loader processes and lanes end
     with the stack.
     """
+    if settings.split == "even" and not topology.has_affinity:  # the default, which cannot be here
+        settings = dataclasses.replace(settings, split="none")
     plan = plan_cores(topology, settings)
     stack.enter_context(coordinating(settings, plan))
     if settings.tuned_malloc:

@@ -1,22 +1,30 @@
-"""Systems that hide files. Run: python -m pytest tests/machine/test_odd_systems.py"""
+"""Systems that hide files, or refuse calls.
 
+Run: python -m pytest tests/machine/test_odd_systems.py
+"""
+
+import errno
 import os
 import time
+from pathlib import Path
 
 import machines
 import psutil
 import pytest
-from odd_systems import run_oddly
+from odd_systems import GET_AFFINITY, SET_AFFINITY, run_oddly
 from patching import set_everywhere
 from places import SCRIPT
 from small import TINY, needs_two_cpus, read_metrics
 
+from split_affinity import ALLOWED_CPUS, affinity_refusal, process_cpus
 from split_affinity.compare.rounds import free_memory_bytes
 from split_affinity.data.loader import open_files
+from split_affinity.errors import RunError
 from split_affinity.lanes.audit import cpu_busy_s, cpu_times, hidden_figures
 from split_affinity.lanes.contention import read_usage
 from split_affinity.lanes.lane import Lanes
 from split_affinity.machine.topology import read_memory, read_quota, read_topology
+from split_affinity.text import format_cpu_list
 
 TWO_STEPS = [SCRIPT, *TINY, "--steps", "2"]
 ODD_MOUNTS = [
@@ -160,3 +168,94 @@ def burn():
     start_s = time.thread_time()
     while time.thread_time() - start_s < 0.06:
         pass
+
+
+# Affinity that a filter of system calls refuses
+
+REFUSED = {
+    f"{SET_AFFINITY}={errno.EPERM}": "sched_setaffinity: Operation not permitted",
+    f"{SET_AFFINITY},{GET_AFFINITY}={errno.ENOSYS}": "sched_getaffinity: Function not implemented",
+}
+
+
+@pytest.mark.parametrize(("what", "reason"), REFUSED.items())
+def test_one_lane_trains_without_affinity(in_tmp, what, reason):
+    options = ["--split", "none", "-j", "1", "--output-dir", "out"]
+    done = run_oddly(what, *TWO_STEPS, *options)
+    assert done.returncode == 0, done.stderr
+    assert f"all       cores {format_cpu_list(ALLOWED_CPUS)}, " in done.stdout
+    assert done.stdout.count(f"note: the system keeps no thread on cores ({reason})\n") == 1
+    assert "finished after 2 of 2 steps" in done.stdout
+    assert not warnings_of(done)
+    run, *steps, _ = read_metrics(in_tmp / "out")
+    assert run["plan"]["forward"]["cpus"] == sorted(ALLOWED_CPUS)
+    assert all(step["stray_s"] == 0 for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        ([SCRIPT, *TINY, "--steps", "2"], "--split even"),
+        ([SCRIPT, "plan", *TINY, "--split", "none", "--loader-cores", "0"], "--loader-cores"),
+        ([SCRIPT, "compare", *TINY, "--split", "1:2"], "--split 1:2"),
+    ],
+)
+def test_a_split_says_why_it_cannot_be(in_tmp, command, asked):
+    done = run_oddly(f"{SET_AFFINITY}={errno.EPERM}", *command)
+    reason = "the system keeps no thread on cores (sched_setaffinity: Operation not permitted)"
+    assert done.stderr == (
+        f"train_split_affinity.py: error: {asked}: {reason}; only --split none works\n"
+    )
+    assert done.returncode == 2
+    assert not list(in_tmp.iterdir())
+
+
+def test_a_plan_for_another_machine_needs_no_affinity(in_tmp):
+    machines.write_machine(in_tmp / "server", machines.SIXTEEN_CORES)
+    done = run_oddly(f"{GET_AFFINITY}={errno.EPERM}", SCRIPT, "plan", *TINY, "--machine", "server")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "forward   cores 0-7,16-23, 8 threads: forward pass" in done.stdout
+
+
+def test_predict_needs_no_affinity(in_tmp, photos):
+    what = f"{SET_AFFINITY},{GET_AFFINITY}={errno.EPERM}"
+    options = [*TINY[:-2], "-j", "1", "--split", "none", "--steps", "1", "--output-dir", "out"]
+    assert run_oddly(what, SCRIPT, *options).returncode == 0
+    pictures = sorted(photos.rglob("*.jpg"))[:2]
+    done = run_oddly(what, SCRIPT, "predict", "--resume", "out/last.pt", *pictures, "-j", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line for line in done.stdout.splitlines() if line in map(str, pictures)]
+
+
+@needs_two_cpus
+def test_affinity_that_is_refused_later(monkeypatch, split_plan, one_lane_plan):
+    """Threads stay where they are; only one that would have to move cannot go on."""
+
+    def refuse(thread, cpus):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    with Lanes(split_plan, read_topology().online) as lanes:
+        monkeypatch.setattr(os, "sched_setaffinity", refuse)
+        assert lanes.forward.run("forward", process_cpus) == split_plan.forward.cpu_set
+        assert lanes.backward.run("backward", process_cpus) == split_plan.backward.cpu_set
+        with Lanes(one_lane_plan, read_topology().online) as single:
+            assert single.forward.run("forward", process_cpus) == ALLOWED_CPUS
+        with pytest.raises(RunError) as caught, Lanes(split_plan, ()):
+            pass
+    assert str(caught.value) == (
+        f"the system does not keep a thread on cores {split_plan.forward.cpus[0]} any more "
+        "(sched_setaffinity: Operation not permitted)"
+    )
+
+
+def test_the_mask_is_read_from_proc_where_the_call_is_refused(monkeypatch):
+    def refuse(thread):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "sched_getaffinity", refuse)
+    assert process_cpus() == ALLOWED_CPUS
+    assert affinity_refusal() == "sched_getaffinity: Function not implemented"
+    monkeypatch.setattr(Path, "read_text", lambda self, *args: "Cpus_allowed_list:\t0-2,5,8-9\n")
+    assert process_cpus() == {0, 1, 2, 5, 8, 9}
+    monkeypatch.setattr(Path, "read_text", lambda self, *args: "")
+    assert process_cpus() == frozenset(range(os.cpu_count()))
