@@ -88,7 +88,7 @@ def plan_cores(topology: Topology, settings: CoreSettings) -> CorePlan:
     fast and slow cores, and sockets, NUMA nodes and L3 domains stay whole where the sizes allow.
     """
     check_core_options(topology, settings)
-    usable = usable_cores(topology)
+    usable, notes = usable_cores(topology), []
     if settings.split == "none":
         threads = settings.forward_threads or settings.backward_threads
         forward = backward = make_group(topology, "all", cpus_of(usable), threads)
@@ -96,11 +96,12 @@ def plan_cores(topology: Topology, settings: CoreSettings) -> CorePlan:
         cpus = settings.forward_cores, settings.backward_cores
         if cpus == (None, None):
             cpus = divide_cores(usable, settings.split.replace("even", "1:1"))
+            notes += ratio_notes(usable, settings.split)
         forward = make_group(topology, "forward", cpus[0], settings.forward_threads)
         backward = make_group(topology, "backward", cpus[1], settings.backward_threads)
-    notes = tuple(plan_notes(topology, forward, backward))
+    notes += plan_notes(topology, forward, backward)
     loader_cpus = settings.loader_cores or forward.cpus
-    return CorePlan(split_name(settings), forward, backward, loader_cpus, notes)
+    return CorePlan(split_name(settings), forward, backward, loader_cpus, tuple(notes))
 
 
 def split_name(settings: CoreSettings) -> str:
@@ -261,13 +262,33 @@ def divide_cores(cores: Sequence[Core], split: str) -> tuple[tuple[int, ...], tu
 
     A single core is divided into its hardware threads; if it has but one, both groups get it.
     """
-    if len(cores) == 1:
-        cores = [dataclasses.replace(cores[0], cpus=(cpu,)) for cpu in cores[0].cpus]
+    cores = divisible(cores)
     if len(cores) == 1:
         return cores[0].cpus, cores[0].cpus
     count = forward_count(len(cores), *map(int, split.split(":")))
     forward = [core for kind, share in share_by_kind(cores, count) for core in take(kind, share)]
     return cpus_of(forward), cpus_of(core for core in cores if core not in forward)
+
+
+def divisible(cores: Sequence[Core]) -> Sequence[Core]:
+    """What a group cannot have a part of: cores; of a single core its hardware threads, each as a
+    core of its own.
+    """
+    if len(cores) > 1:
+        return cores
+    return [dataclasses.replace(cores[0], cpus=(cpu,)) for cpu in cores[0].cpus]
+
+
+def ratio_notes(cores: Sequence[Core], split: str) -> Iterator[str]:
+    """What became of a ratio that was asked for, if so many cores cannot be divided in it."""
+    count = len(divisible(cores))
+    if split == "even" or count == 1:
+        return
+    forward, backward = map(int, split.split(":"))
+    given = forward_count(count, forward, backward)
+    if given * backward != (count - given) * forward:
+        what = "core" if len(cores) > 1 else "hardware thread"
+        yield f"split {split} of {plural(count, what)} became {given}:{count - given}"
 
 
 def forward_count(count: int, forward: int, backward: int) -> int:

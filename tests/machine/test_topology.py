@@ -288,6 +288,38 @@ def test_ratios_are_rounded_to_cores(count, ratio, forward):
     assert forward_count(count, *ratio) == forward
 
 
+@pytest.mark.parametrize(
+    ("rows", "split", "notes"),
+    [
+        (machines.TWO, "1:3", ("split 1:3 of 2 cores became 1:1",)),
+        (machines.TWO, "2:2", ()),
+        (machines.THREE, "1:2", ()),
+        (machines.THREE, "1:99", ("split 1:99 of 3 cores became 1:2",)),
+        (machines.SEVEN, "1:1", ("split 1:1 of 7 cores became 3:4",)),
+        (machines.SEVEN, "even", ()),  # an odd core goes to the backward group
+        (machines.SEVEN, "none", ()),
+        (machines.SMT_FAR, "2:6", ()),
+        (machines.SMT_FAR, "2:1", ("split 2:1 of 4 cores became 3:1",)),
+        (machines.ONE, "1:3", ("one core: both groups share it, nothing is separated",)),
+    ],
+)
+def test_what_became_of_a_ratio_is_said(tmp_path, rows, split, notes):
+    assert plan(read(tmp_path, rows), split=split).notes == notes
+
+
+def test_what_became_of_a_ratio_in_one_core(tmp_path):
+    topology = read(tmp_path, machines.ONE_CORE_TWO_THREADS)
+    first, _ = plan(topology, split="1:3").notes
+    assert first == "split 1:3 of 2 hardware threads became 1:1"
+    assert len(plan(topology, split="1:1").notes) == 1
+
+
+def test_a_ratio_within_a_quota(tmp_path):
+    files = machines.CGROUP_V2 | QUOTA_V2
+    notes = plan(read(tmp_path, machines.SEVEN, files=files), split="1:2").notes
+    assert "split 1:2 of 2 cores became 1:1" in notes
+
+
 def test_split_none_is_one_lane_over_all_cores(tmp_path):
     made = plan(read(tmp_path, machines.SMT_FAR), split="none")
     assert made.forward is made.backward
