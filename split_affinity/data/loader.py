@@ -21,8 +21,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any, NoReturn
 from pathlib import Path
+from typing import Any, NoReturn
 
 import psutil
 import torch

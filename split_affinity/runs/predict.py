@@ -151,10 +151,11 @@ def set_up_to_ask(
     trained = model_to_ask(settings)
     if settings.channels_last:
         trained.model.to(memory_format=torch.channels_last)
-    feed = picture_feed(paths, trained.ready, settings, plan.loader_cpus)
+    stop = StopRequest()
+    feed = picture_feed(paths, trained.ready, settings, plan.loader_cpus, stop.check)
     stack.callback(feed.close)
     lanes = stack.enter_context(Lanes(plan, topology.online))
-    stop = stack.enter_context(StopRequest())
+    stack.enter_context(stop)
     how = {"bf16": settings.precision == "bf16", "channels_last": settings.channels_last}
     network = Network(trained.model, nn.CrossEntropyLoss(), **how)
     return trained, answered(feed, partial(lanes.forward.call, probabilities, network), stop)
