@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import re
 import shutil
@@ -17,7 +18,7 @@ with cp.needed_packages():
     from PIL import Image
 
 SOURCE = cp.HERE / "space"
-PROGRAM = "app.py", "pictures.py", "threads.py", "requirements.txt"
+PROGRAM = "app.py", "answers.py", "pictures.py", "threads.py", "uploads.py", "requirements.txt"
 MODELS = "model.onnx", "model.int8.onnx"
 LARGEST_EXAMPLE_PX = 1024
 LARGE_FILES = "".join(
@@ -93,12 +94,12 @@ def read_me(title: str, card: str) -> str:
 
 
 def gradio_version() -> str:
-    """The version of Gradio that is installed, or else the lowest that the page runs with."""
-    try:
-        return importlib.metadata.version("gradio")
-    except importlib.metadata.PackageNotFoundError:
-        text = (SOURCE / "requirements.txt").read_text()
-        return re.search(r"^gradio>=([\d.]+)", text, re.MULTILINE)[1]
+    """The version of Gradio that is installed, or else the lowest that is safe for the page."""
+    text = (SOURCE / "requirements.txt").read_text()
+    known = [re.search(r"^gradio>=([\d.]+)", text, re.MULTILINE)[1]]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        known.append(importlib.metadata.version("gradio"))
+    return max(known, key=lambda version: [int(part) for part in re.findall(r"\d+", version)])
 
 
 def write_examples(folder: Path, pictures: Sequence[tuple[str, Image.Image]]) -> None:

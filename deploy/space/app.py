@@ -5,87 +5,33 @@ All that it knows of classes, and of how pictures are made ready, stands in the 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 # Nobody is told of what is done here; read while the packages below are imported.
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", ORT_DISABLE_TELEMETRY="1")
 import gradio as gr
-import numpy as np
-import onnxruntime
-import pictures
-import threads
-from PIL import Image
+import uploads
+from answers import Demo, open_demo
+from starlette.middleware import Middleware
 
 HERE = Path(__file__).resolve().parent
-FILES = {"fp32": "model.onnx", "int8": "model.int8.onnx"}
 CSS = ".image-frame img { width: 100%; height: 100%; object-fit: contain; }"  # small ones as well
 KEPT_S, CLEANED_EVERY_S = 60, 15  # uploads, which requests that wait in the queue still need
+AT_ONCE, WAITING = 4, 64  # requests: one that takes long does not stop the others
 
 
-@dataclass(frozen=True)
-class Demo:
-    """Models by precision; the classes, and how pictures are made ready; what is asked of them."""
-
-    models: dict[str, onnxruntime.InferenceSession]
-    classes: list[str]
-    ready: dict[str, Any]
-
-    def has_maps(self) -> bool:
-        """Whether the models say where they see a class, beside how likely it is."""
-        return all(len(model.get_outputs()) > 1 for model in self.models.values())
-
-    def predict(self, picture: str | None, heat_map=False, of_class="", precision="fp32"):
-        """What a picture shows: its classes with their probabilities; if a heat map is asked for,
-        a picture of where a class is seen (the likeliest if none is named); how long that took.
-        """
-        if picture is None:
-            return None, None, "", None
-        begin = time.perf_counter()
-        try:
-            square = pictures.middle(pictures.open_picture(picture), self.ready)
-        except pictures.Unusable as error:
-            raise gr.Error(str(error), print_exception=False) from None
-        read_ms = 1e3 * (time.perf_counter() - begin)
-        shares, heat, took = self.answer(square, heat_map, of_class, precision)
-        return shares, heat, f"{took}, {read_ms:.1f} ms to read the picture", square
-
-    def answer(self, square: Image.Image | None, heat_map: bool, of_class: str, precision: str):
-        """The same for a picture that was read before."""
-        if square is None:
-            return None, None, ""
-        begin = time.perf_counter()
-        images = pictures.to_input(square, self.ready)
-        logits, *maps = self.models[precision].run(None, {"images": images})
-        model_ms = 1e3 * (time.perf_counter() - begin)
-        shares = np.exp(logits[0] - logits[0].max())
-        shares /= shares.sum()
-        number = self.classes.index(of_class) if of_class else shares.argmax()
-        heat = pictures.heat_map(square, maps[0][0, number]) if heat_map and maps else None
-        named = dict(zip(self.classes, shares.tolist(), strict=True))
-        return named, heat, f"{model_ms:.1f} ms in the model ({precision})"
-
-
-def open_demo(folder: Path) -> Demo:
-    """The models that are in a folder, and what their files say of them."""
-    options = onnxruntime.SessionOptions()
-    cpus = threads.available_cpus()
-    options.intra_op_num_threads = threads.allowed_threads(cpus, threads.quotas())
-    found = {name: folder / file for name, file in FILES.items() if (folder / file).is_file()}
-    models = {name: onnxruntime.InferenceSession(file, options) for name, file in found.items()}
-    facts = models["fp32"].get_modelmeta().custom_metadata_map
-    return Demo(models, json.loads(facts["classes"]), json.loads(facts["preprocessing"]))
+async def fetch_nothing(*_: object, **__: object) -> str:
+    """In place of Gradio's download of an address that a request names in place of an upload."""
+    raise gr.Error("Nothing is fetched from elsewhere.", print_exception=False)
 
 
 def build_page(demo: Demo, title: str, card: str) -> gr.Blocks:
     """The page, with the model card, in Markdown, on a tab of its own."""
     gr.set_static_paths([HERE / "examples"])  # to stay, unlike what is uploaded
+    gr.processing_utils.async_ssrf_protected_download = fetch_nothing
     with gr.Blocks(title=title, delete_cache=(CLEANED_EVERY_S, KEPT_S)) as page:
         gr.Markdown(f"# {title}")
         with gr.Tab("Try it"), gr.Row():
@@ -99,7 +45,7 @@ def build_form(demo: Demo) -> None:
     """Two columns, of what is asked and of the answer, and what happens when."""
     with gr.Column():
         picture = gr.Image(type="filepath", label="Picture", height=320, buttons=[])
-        picture.preprocess = lambda sent: sent and sent.path  # the file as it is, not opened yet
+        picture.preprocess = lambda sent: sent and sent.path  # not looked at yet
         examples = gr.Examples(sorted(map(str, (HERE / "examples").iterdir())), picture)
         both = "int8" in demo.models
         precision = gr.Radio([*demo.models], value="fp32", label="Model", visible=both)
@@ -114,7 +60,7 @@ def build_form(demo: Demo) -> None:
     square = gr.State(time_to_live=3600)
     options, told = [show, of_class, precision], [bars, heat, took]
     asked, kept = [picture, *options], [*told, square]
-    in_turn = {"concurrency_id": "model", "concurrency_limit": 1, "trigger_mode": "always_last"}
+    in_turn = {"concurrency_limit": AT_ONCE, "concurrency_id": "all", "trigger_mode": "always_last"}
     asking = picture.upload(demo.predict, asked, kept, api_name="predict", **in_turn)
     hidden = {"api_visibility": "private", "show_progress": "hidden"}
     examples.load_input_event.success(demo.predict, asked, kept, **hidden, **in_turn)
@@ -136,13 +82,15 @@ def read_card(folder: Path) -> tuple[str, str]:
 def main() -> None:
     """Serve the page until it is stopped."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    with tempfile.TemporaryDirectory() as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = uploads
-        page = build_page(open_demo(HERE), *read_card(HERE)).queue(max_size=256)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        demo = open_demo(HERE, (Path(folder), HERE / "examples"))
+        page = build_page(demo, *read_card(HERE)).queue(max_size=WAITING, api_open=False)
         theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-        limits = {"max_file_size": "20mb", "state_session_capacity": 500}
+        limits = {"max_file_size": uploads.LARGEST_BYTES, "state_session_capacity": 500}
         bare = {"footer_links": ["api"], "run_history": False, "ssr_mode": False}
-        page.launch(theme=theme, css=CSS, **limits, **bare)
+        alone = {"app_kwargs": {"middleware": [Middleware(uploads.NothingFromElsewhere)]}}
+        page.launch(theme=theme, css=CSS, **limits, **bare, **alone)
 
 
 if __name__ == "__main__":

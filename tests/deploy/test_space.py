@@ -4,7 +4,7 @@ own, without a network. Run: python -m pytest tests/deploy/test_space.py
 
 from __future__ import annotations
 
-import importlib.util
+import io
 import json
 import os
 import re
@@ -24,7 +24,10 @@ import formats
 import numpy as np
 import onnx
 import onnxruntime
+import pictures
 import pytest
+import threads
+import uploads
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from huggingface_hub import SpaceCard
@@ -32,7 +35,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 from scipy.special import softmax
 
-from split_affinity.data.pictures import load_image
+from split_affinity.data.pictures import PICTURE_FORMATS, load_image
 from split_affinity.data.transforms import validation_transform
 from split_affinity.models.pretrained import Preprocessing
 from train_split_affinity import main
@@ -42,18 +45,6 @@ START = [sys.executable, "app.py"]
 QUICKLY = "import app; app.KEPT_S, app.CLEANED_EVERY_S = 5, 1; app.main()"
 READY = {"image_size": 32, "val_resize": 40, "interpolation": "bilinear"}
 CLASS_WITH_HTML = "<img src=x onerror=alert(1)> & co"
-
-
-def space_module(name: str):
-    """A module of the page, without Gradio and without a server."""
-    spec = importlib.util.spec_from_file_location(f"space_{name}", demo.SOURCE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-pictures = space_module("pictures")
-threads = space_module("threads")
 
 
 @dataclass(frozen=True)
@@ -341,6 +332,132 @@ def test_nothing_but_uploads_and_examples_is_served(page, path):
         urllib.request.urlopen(f"{page.url}/gradio_api/file={path}")
 
 
+def sent(page: Server, given: object) -> str:
+    """What the page answers to a request that names a file in its own way, without a client."""
+    body = json.dumps({"data": [given, False, "", "fp32"]}).encode()
+    address, kind = f"{page.url}/gradio_api/call/predict", {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(address, body, kind)) as answer:
+        event = json.load(answer)["event_id"]
+    deadline, told = time.monotonic() + 30, ""
+    with urllib.request.urlopen(f"{address}/{event}", timeout=30) as stream:
+        while part := stream.readline().decode():
+            told += part
+            assert time.monotonic() < deadline, f"no answer about {given}"
+    return told
+
+
+META = {"meta": {"_type": "gradio.FileData"}}
+
+
+def elsewhere(folder: Path, page: Server) -> list[Path]:
+    """Places that nobody is to look at: a picture, links to it and to its folder from where uploads
+    are, what blocks whoever opens it, and the page's own files.
+    """
+    rgb().save(folder / "private.png")
+    temporary = next(page.uploads.rglob("rgb.png")).parents[1]  # Gradio's folder
+    links = [(temporary / "link.png", folder / "private.png"), (temporary / "folder", folder)]
+    for link, target in links:
+        link.symlink_to(target)
+    pipes = [folder / "pipe.png", temporary / "pipe.png"]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    through = temporary / "folder" / "private.png"
+    up = temporary / ".." / ".." / ".." / folder.relative_to("/") / "private.png"
+    own = [page.folder / "README.md", page.folder / "model.onnx", temporary, temporary / "none"]
+    devices = [Path("/dev/ptmx"), Path("/dev/zero"), Path("/proc/self/environ")]
+    return [folder / "private.png", links[0][0], through, up, *pipes, *own, *devices]
+
+
+def test_nothing_but_uploads_and_examples_is_opened(page, client, kinds, tmp_path):
+    """Whatever a request names, with or without the mark of a file that Gradio checks itself."""
+    ask(client, kinds / "rgb.png")
+    example = sorted((page.folder / "examples").iterdir())[0]
+    for mark in ({}, META):
+        assert "event: complete" in sent(page, {"path": str(example)} | mark)
+    for place in elsewhere(tmp_path, page):
+        for mark in ({}, META):
+            answer = sent(page, {"path": str(place)} | mark)
+            assert "event: error" in answer and "confidence" not in answer, place
+    assert "event: error" in sent(page, {"path": "a\0b"})
+    assert ask(client, kinds / "rgb.png")[0]
+
+
+def test_no_address_is_fetched(page):
+    address = f"{page.url}/config"
+    for mark in ({}, META):
+        assert "event: error" in sent(page, {"path": address} | mark)
+    for path in (f"file={address}", f"file/{address}", f"file=%68ttp{address[4:]}"):
+        with pytest.raises(urllib.error.HTTPError, match="403") as refused:
+            urllib.request.urlopen(f"{page.url}/gradio_api/{path}")
+        assert refused.value.read() == b"Nothing is fetched from elsewhere."
+
+
+def test_no_request_goes_past_the_queue(page):
+    body = json.dumps({"data": [None, False, "", "fp32"]}).encode()
+    for path in ("run/predict", "api/predict"):
+        asked = urllib.request.Request(f"{page.url}/gradio_api/{path}", body)
+        asked.add_header("Content-Type", "application/json")
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(asked)
+
+
+@pytest.mark.parametrize("kind", ["outside", "link", "pipe", "folder", "huge", "name", "socket"])
+def test_what_is_no_upload_is_refused_at_once(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(uploads, "LARGEST_BYTES", 2000)
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (tmp_path / "outside").write_bytes(b"secret")
+    (inside / "link").symlink_to(tmp_path / "outside")
+    os.mkfifo(inside / "pipe")
+    (inside / "folder").mkdir()
+    (inside / "huge").write_bytes(bytes(2001))
+    (inside / "upload").write_bytes(bytes(2000))
+    monkeypatch.chdir(inside)  # a socket's name is short
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("socket")
+    place = {"outside": tmp_path / "outside", "name": inside / ("x" * 400)}.get(kind, inside / kind)
+    with pytest.raises(pictures.Unusable, match="uploaded here"):
+        uploads.read_upload(str(place), [inside])
+    assert uploads.read_upload(str(inside / "upload"), [inside]).read() == bytes(2000)
+
+
+def slow_jpeg(scans: int) -> bytes:
+    """A small file of a large picture, whose last scan comes again and again: hours of work."""
+    file = io.BytesIO()
+    Image.new("L", (8192, 8192), 128).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + scans * last + data[-2:]
+
+
+def test_a_picture_is_not_read_longer_than_a_while(monkeypatch):
+    monkeypatch.setattr(uploads, "READ_S", 0.5)
+    begin = time.monotonic()
+    with pytest.raises(pictures.Unusable, match="takes too long"):
+        pictures.open_picture(uploads.InTime(slow_jpeg(50_000)))
+    assert time.monotonic() - begin < 20
+
+
+def test_one_slow_request_does_not_stop_the_others(folder, serve, kinds, tmp_path):
+    server = serve(folder, [sys.executable, "-c", "import app; app.uploads.READ_S = 15; app.main()"])
+    (tmp_path / "slow.jpg").write_bytes(slow_jpeg(50_000))
+    with ThreadPoolExecutor(1) as others:
+        slow = others.submit(ask, visitor(server), tmp_path / "slow.jpg")
+        time.sleep(1)
+        assert ask(visitor(server), kinds / "rgb.png")[0]
+        assert not slow.done()
+        with pytest.raises(AppError, match="takes too long"):
+            slow.result(60)
+
+
+def test_the_formats_are_the_trainers(tmp_path):
+    """None that starts another program, such as Ghostscript for PostScript."""
+    assert pictures.PICTURE_FORMATS == PICTURE_FORMATS
+    rgb().save(tmp_path / "drawing.jpg", "EPS")
+    with pytest.raises(pictures.Unusable, match="damaged, or not a picture"):
+        pictures.open_picture(tmp_path / "drawing.jpg")
+
+
 def test_a_model_without_maps_or_int8_and_uploads_that_go(folder, serve, kinds, tmp_path):
     plain = tmp_path / "plain"
     shutil.copytree(folder, plain)
@@ -423,7 +540,7 @@ def test_a_folder_has_all_that_a_space_needs(odd_folder):
     assert "hf upload USER/NAME . . --repo-type space" in card.text
     assert "*.onnx filter=lfs" in (odd_folder / ".gitattributes").read_text()
     assert "https://huggingface.co/spaces/" in (odd_folder / "hf_space_link.txt").read_text()
-    for name in ("app.py", "pictures.py", "threads.py", "requirements.txt"):
+    for name in demo.PROGRAM:
         assert (odd_folder / name).read_bytes() == (demo.SOURCE / name).read_bytes()
 
 
@@ -440,13 +557,17 @@ def test_examples_have_names_that_every_file_system_takes(odd_folder):
     assert max(Image.open(examples[3]).size) == demo.LARGEST_EXAMPLE_PX
 
 
-def test_without_gradio_the_version_is_the_lowest_that_will_do(monkeypatch):
+def test_the_version_is_no_lower_than_what_is_safe(monkeypatch):
     def is_missing(name):
         raise demo.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(demo.importlib.metadata, "version", is_missing)
     asked = re.search(r"gradio>=(\S+),<7", (demo.SOURCE / "requirements.txt").read_text())[1]
     assert demo.gradio_version() == asked
+    monkeypatch.setattr(demo.importlib.metadata, "version", lambda name: "6.9.0")  # not safe
+    assert demo.gradio_version() == asked
+    monkeypatch.setattr(demo.importlib.metadata, "version", lambda name: "6.100.0")
+    assert demo.gradio_version() == "6.100.0"
 
 
 def test_the_program_stays_one_that_is_read_at_a_sitting():
@@ -537,6 +658,7 @@ def test_a_visitor_clicks_an_example_and_reads_the_card(visit, page):
 
 
 def test_a_visitor_with_a_broken_file_is_told_once(visit, page, kinds, tmp_path):
+    before = len(page.log.read_text())
     choose(visit, kinds / "rgb.png")
     expect(visit.get_by_text("ms in the model")).to_be_visible()
     (tmp_path / "broken.png").write_bytes((kinds / "rgb.png").read_bytes()[:200])
@@ -545,7 +667,7 @@ def test_a_visitor_with_a_broken_file_is_told_once(visit, page, kinds, tmp_path)
     expect(visit.get_by_text("ms in the model")).to_have_count(0)
     choose(visit, kinds / "turned.jpg")
     expect(visit.get_by_text("ms in the model")).to_be_visible()
-    assert "Traceback" not in page.log.read_text()
+    assert "Traceback" not in page.log.read_text()[before:]
 
 
 COPY_A_PICTURE = """async () => {
