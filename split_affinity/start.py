@@ -5,10 +5,14 @@ options that are wrong, say what was asked, and explain a PyTorch that cannot be
 from __future__ import annotations
 
 import importlib
+import re
+import resource
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from split_affinity import PROGRAM
 from split_affinity.errors import UserError
@@ -23,6 +27,13 @@ from split_affinity.text import readable, tell, without_login
 
 ENDED_WITHIN_S = 5  # a launcher ends the other processes of a machine once one has failed
 PACKAGES = ("torch", "torchvision", "PIL", "fsspec", "psutil", "tqdm")
+PIP_NAMES = {"PIL": "pillow"}  # where that is not the name to import
+# What Python, glibc and OpenBLAS say where the system does not give what an import asks for.
+TOO_FEW_THREADS = "start new thread|Resource temporarily unavailable"
+TOO_LITTLE_MEMORY = (
+    "failed to map segment|[Cc]annot allocate memory(?! in static TLS)|[Oo]ut of memory|bad_alloc"
+)
+ENOUGH_BYTES = 8 * 2**30  # of address space: PyTorch takes a half of that
 ANSWERING = ("predict", "list-models")  # what they print may be for other programs
 
 
@@ -33,6 +44,7 @@ def begin() -> None:
     argv, launch = sys.argv[1:], launched()
     end_while_loading(not launch.local_rank)
     command = check_early(argv, launch)
+    load_packages(("tqdm",))  # which `announce` needs
     if not launch.rank:
         announce(command, argv)
     load_packages()
@@ -63,21 +75,64 @@ def announce(command: str, argv: Sequence[str]) -> None:
             say(f"{asked}; loading PyTorch, which takes some seconds", stream)
 
 
-def load_packages() -> None:
+def load_packages(packages: Sequence[str] = PACKAGES) -> None:
     """Import what takes seconds. Ends the program with one line if that cannot be."""
+    package = packages[0]
     try:
-        for package in PACKAGES:
+        if packages == PACKAGES:
+            check_address_space()
+        for package in packages:
             importlib.import_module(package)
-    except (ImportError, RuntimeError, OSError) as error:
-        tell(explain_import_error(error), sys.stderr)
+    except Exception as error:
+        tell(f"{PROGRAM}: error: {explain_import_error(error, package)}", sys.stderr)
         raise SystemExit(UserError.exit_code) from None
 
 
-def explain_import_error(error: Exception) -> str:
-    """One line that says which packages do not fit together and how to mend it."""
-    versions = (f"{package} {installed_version(package)}" for package in ("torch", "torchvision"))
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return (
-        f"{PROGRAM}: error: cannot load {' with '.join(versions)}: {reason}; a torch "
-        "release needs the torchvision made for it: pip install --upgrade -r requirements.txt"
+def check_address_space() -> None:
+    """Raise MemoryError if the packages have too little room under `ulimit -v`. Where that is low,
+    a process of its own tries: C++ and OpenBLAS end one that cannot have what they ask for.
+    """
+    limit_bytes = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if not 0 <= limit_bytes < ENOUGH_BYTES:
+        return
+    # An exception is none of these ends: it is explained when it comes here, too.
+    code = f"try:\n import {', '.join(PACKAGES)}\nexcept Exception:\n pass"
+    trial = subprocess.run(
+        [sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True
     )
+    if trial.returncode:
+        lines = trial.stderr.decode(errors="replace").split("\n")
+        raise MemoryError(next(filter(str.strip, reversed(lines)), "ended").strip(" ."))
+
+
+def explain_import_error(error: Exception, package: str = "torch") -> str:
+    """Why a package cannot be loaded, and what helps, in one line: it is missing, limits of the
+    system are too low, PyTorch and torchvision do not fit together, or it is damaged. An error that
+    names no package is taken for one of `package`.
+    """
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    missing = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and missing and not find_spec(missing):
+        name = PIP_NAMES.get(missing, missing)
+        return f"cannot load {name}, which is not installed: pip install {name}"
+    if re.search(TOO_FEW_THREADS, str(error)):
+        limit = limit_here("-u", resource.RLIMIT_NPROC, 1)
+        return f"cannot load {package}: {reason}; more threads are needed: raise {limit}"
+    if isinstance(error, MemoryError) or re.search(TOO_LITTLE_MEMORY, str(error)):
+        limit = limit_here("-v", resource.RLIMIT_AS, 1024)
+        return f"cannot load {package}: {reason}; too little memory or address space: raise {limit}"
+    if package in ("torch", "torchvision"):
+        versions = " with ".join(f"{each} {installed_version(each)}" for each in PACKAGES[:2])
+        return (
+            f"cannot load {versions}: {reason}; a torch release needs the torchvision made for "
+            "it: pip install --upgrade -r requirements.txt"
+        )
+    name = PIP_NAMES.get(package, package)
+    again = f"pip install --force-reinstall {name}"
+    return f"cannot load {name} {installed_version(name)}: {reason}; install it again: {again}"
+
+
+def limit_here(flag: str, limit: int, unit_bytes: int) -> str:
+    """A limit of this process, as the shell calls it, and what it is."""
+    value = resource.getrlimit(limit)[0]
+    return f"`ulimit {flag}` (here {value // unit_bytes if value >= 0 else 'unlimited'})"
