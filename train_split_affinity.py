@@ -104,8 +104,8 @@ from split_affinity.runs.setup import (
 )
 from split_affinity.runs.starting_weights import teacher_lines
 from split_affinity.signals import StopRequest, ending_at_once
-from split_affinity.terminal import lossy_output, say, silent, warn
-from split_affinity.text import plural
+from split_affinity.terminal import lossy_output, say, say_lines, silent, warn
+from split_affinity.text import plural, shown
 from split_affinity.training.optimizer import (
     planned_steps,
     steps_in_epoch,
@@ -163,8 +163,8 @@ def last_words(error: Exception, folder: Path | None) -> str:
     if isinstance(error, Stopped):
         return str(error)
     if isinstance(error, (UserError, RunError)):
-        return f"error: {error}"
-    return f"error: {likely_reason(error)}; {write_traceback(folder, error)}"
+        return shown(f"error: {error}")
+    return f"error: {shown(likely_reason(error))}; {write_traceback(folder, error)}"
 
 
 def print_plan(settings: Settings, topology: Topology, ranks: Ranks = ONE_PROCESS) -> CorePlan:
@@ -212,8 +212,7 @@ def train(
             if is_frozen(run.settings, progress.epoch):
                 network = run.work.network
                 notes.append(describe_frozen(run.settings, network.model, network.frozen))
-            for text in (*notes, *teacher_lines(run.settings)):
-                say(text)
+            say_lines((*notes, *teacher_lines(run.settings)))
             for text in run.notes:
                 report.warn(text, text)
             if run.settings.epochs and not run.settings.output_dir:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from split_affinity.errors import RunError, UserError, one_line
 from split_affinity.terminal import warn
-from split_affinity.text import readable
+from split_affinity.text import readable, shown
 
 
 def read_text(path: Path) -> str:
@@ -284,12 +284,12 @@ def write_traceback(folder: Path | None, error: Exception) -> str:
     if folder:
         with contextlib.suppress(RunError):
             write_whole(folder / TRACEBACK, text)
-            return f"traceback in {folder / TRACEBACK}"
+            return f"traceback in {shown(str(folder / TRACEBACK))}"
     with contextlib.suppress(OSError):
         name, ending = Path(TRACEBACK).stem, Path(TRACEBACK).suffix
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", prefix=f"{name}-", suffix=ending, delete=False
         ) as file:
             file.write(text)
-        return f"traceback in {file.name}"
+        return f"traceback in {shown(file.name)}"
     return text

@@ -23,7 +23,7 @@ from split_affinity.options.commands import (
 )
 from split_affinity.ranks.launch import Launch, launched
 from split_affinity.signals import end_while_loading
-from split_affinity.text import readable, tell, without_login
+from split_affinity.text import shown, tell, without_login
 
 ENDED_WITHIN_S = 5  # a launcher ends the other processes of a machine once one has failed
 PACKAGES = ("torch", "torchvision", "PIL", "fsspec", "psutil", "tqdm")
@@ -58,7 +58,7 @@ def check_early(argv: Sequence[str], launch: Launch) -> str:
         if launch.local_rank:  # which the launcher ends as soon as the first one has said why
             time.sleep(ENDED_WITHIN_S)
         else:
-            tell(f"{PROGRAM}: error: {readable(str(error))}", sys.stderr)
+            tell(f"{PROGRAM}: error: {shown(str(error))}", sys.stderr)
         raise SystemExit(error.exit_code) from None
 
 
@@ -72,7 +72,7 @@ def announce(command: str, argv: Sequence[str]) -> None:
     with lossy_output():
         stream = sys.stderr if command in ANSWERING else sys.stdout
         if stream is sys.stdout or terminal_columns(stream):
-            say(f"{asked}; loading PyTorch, which takes some seconds", stream)
+            say(f"{shown(asked)}; loading PyTorch, which takes some seconds", stream)
 
 
 def load_packages(packages: Sequence[str] = PACKAGES) -> None:

@@ -7,13 +7,13 @@ import io
 import os
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from split_affinity.text import readable
+from split_affinity.text import shown, shown_lines
 
 
 class Lossy(io.FileIO):
@@ -64,10 +64,17 @@ def lossy_output() -> Iterator[None]:
 
 
 def say(text: str, file: Any = None) -> None:
-    """Print above the progress bar, at once: into a pipe, too, lines shall come as they arise."""
+    """Print above the progress bar, at once: into a pipe, too, lines shall come as they arise.
+    Nothing in it steers the terminal, but for line feeds: foreign text is to be `shown` before.
+    """
     file = file or sys.stdout
-    tqdm.write(fitted(readable(text), terminal_columns(file)), file=file)
+    tqdm.write(fitted(shown_lines(text), terminal_columns(file)), file=file)
     file.flush()
+
+
+def say_lines(lines: Iterable[str]) -> None:
+    """Print lines, as `say`, each of which is one whatever foreign text is in it."""
+    say("\n".join(map(shown, lines)))
 
 
 def terminal_columns(stream: Any) -> int | None:
@@ -92,8 +99,8 @@ def fitted(text: str, columns: int | None) -> str:
 
 
 def warn(text: str) -> None:
-    """Print a warning on standard error."""
-    say(f"warning: {text}", sys.stderr)
+    """Print a warning, one line, on standard error."""
+    say(shown(f"warning: {text}"), sys.stderr)
 
 
 @contextlib.contextmanager

@@ -112,20 +112,46 @@ def shown(text: str) -> str:
     )
 
 
+def shown_lines(text: str) -> str:
+    """Text of several lines, each as `shown`."""
+    return "\n".join(map(shown, text.split("\n")))
+
+
+def in_markdown(text: str) -> str:
+    """Foreign text as `shown`, to stand in a paragraph, a list's item, a heading or a table's cell
+    of Markdown: nothing in it is a link, an image, HTML, code, a column, a heading or a quotation.
+    Emphasis is left as it is, and so are addresses, which a reader sees.
+    """
+    # A backslash escapes what can make structure; one that is there already shall not.
+    escape = r"(\\(?=[!-/:-@\[-`{-~]|$)|[\[\]<|`]|&(?=#?\w+;)|^[#>~])"
+    return re.sub(escape, r"\\\1", shown(text))
+
+
+def code_span(text: str) -> str:
+    """Foreign text as code in a line of Markdown, between as many backticks as it takes."""
+    text = shown(text)
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence, blank = "`" * (longest + 1), " " * bool(longest)
+    return f"{fence}{blank}{text}{blank}{fence}"
+
+
 def tell(text: str, stream: Any) -> None:
     """Print what a program ends with, as far as somebody takes it: a stream may be closed, the
     reader of a pipe have gone, a disk be full.
     """
     try:
         if stream:
-            print(text, file=stream, flush=True)
+            print(shown_lines(text), file=stream, flush=True)
     except OSError:  # nor shall the interpreter's own flush fail, when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well as Markdown and on a terminal; first column left, others right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    """A table that reads well as Markdown and on a terminal; first column left, others right. Cells
+    can be foreign text.
+    """
+    header, rows = [*map(in_markdown, header)], [[*map(in_markdown, row)] for row in rows]
+    widths = [max(2, *map(len, column)) for column in zip(header, *rows, strict=True)]
     rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = []
     for first, *rest in (header, rule, *rows):
@@ -139,11 +165,23 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+FORMULA_STARTS = tuple("=+-@\uff1d\uff0b\uff0d\uff20")  # wide ones, too, in some languages
+
+
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """Rows as comma-separated values."""
+    """Rows as comma-separated values, which may be foreign text: that is as `shown`, and what
+    spreadsheets would run as a formula has an apostrophe before it, by which they know a text.
+    """
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    safe = ([in_cell(value) if isinstance(value, str) else value for value in row] for row in rows)
+    csv.writer(text, lineterminator="\n").writerows(safe)
     return text.getvalue()
+
+
+def in_cell(text: str) -> str:
+    """Foreign text for a spreadsheet; see `csv_text`."""
+    text = shown(text)
+    return f"'{text}" if text.startswith(FORMULA_STARTS) else text
 
 
 def span_text(seconds: float) -> str:

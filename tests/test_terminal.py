@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from split_affinity.terminal import lossy_output, say
+from split_affinity.terminal import lossy_output, say, say_lines, warn
+from split_affinity.text import tell
 
 # Output that cannot be written
 
@@ -51,6 +52,17 @@ def test_a_missing_stream_is_made_up_for_and_missing_again_in_the_end(monkeypatc
     with lossy_output():
         say("lost", getattr(sys, name))
     assert getattr(sys, name) is None
+
+
+def test_what_is_said_does_not_steer_the_terminal(capsys):
+    """Line feeds of the program's own are left; a warning is one line, whatever is in it."""
+    say("a\x1b[31mb\r\u202e\nc\x07")
+    say_lines(["d\ne", "f\tg"])
+    warn("x\n# y")
+    tell("z\x9b\nend", sys.stdout)
+    printed = capsys.readouterr()
+    assert printed.out == "a\\x1b[31mb\\r\\u202e\nc\\x07\nd\\ne\nf\\tg\nz\\x9b\nend\n"
+    assert printed.err == "warning: x\\n# y\n"
 
 
 def test_streams_of_somebody_else_stay(capsys):

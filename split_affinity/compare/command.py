@@ -28,7 +28,7 @@ from split_affinity.reports.log import LOG_HEADER
 from split_affinity.reports.tables import TIMELINE
 from split_affinity.runs.measurement import measured_settings
 from split_affinity.runs.setup import check_writable
-from split_affinity.terminal import say
+from split_affinity.terminal import say, say_lines
 
 
 def compare(settings: Settings, topology: Topology) -> list[Compared]:
@@ -48,11 +48,12 @@ def compare(settings: Settings, topology: Topology) -> list[Compared]:
     for chosen in way_settings(settings).values():
         check_input_shape(meta_model(*shape), settings.model, chosen.batch_size, shape[2])
     ways = all_ways(settings, topology)
-    say("\n".join(split_lines(ways)))
+    say_lines(split_lines(ways))
     rounds = run_rounds(ways, topology.online, begun_s, bool(settings.output_dir))
     seconds = time.perf_counter() - begun_s
     found = Comparison(asked, settings, topology, ways, rounds, image_flops(settings), seconds)
-    say("\n".join(["", *comparison_notes(found), *tables_of(found), "", found.verdict]))
+    say_lines(["", *comparison_notes(found)])
+    say("\n".join([*tables_of(found), "", found.verdict]))
     write_comparison(found)
     return found.rows
 

@@ -19,7 +19,7 @@ from split_affinity.options.settings import as_options, plain_settings
 from split_affinity.reports.log import picture_footer
 from split_affinity.reports.tables import describe_run
 from split_affinity.reports.timeline import Panel, draw_timelines, steps_to_draw
-from split_affinity.text import markdown_table, plural, speed_text, utc_now
+from split_affinity.text import code_span, in_markdown, markdown_table, plural, speed_text, utc_now
 
 
 def comparison_notes(found: Comparison) -> list[str]:
@@ -100,16 +100,17 @@ def lanes_text(figures: ByLane, pattern: str) -> str:
 
 def comparison_section(found: Comparison) -> str:
     """A comparison's section of logs.md."""
+    versions_used = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = (
-        f"machine: {describe_topology(found.topology)}; {host_kind()}",
-        *split_lines(found.ways),
-        f"settings: `compare {as_options(found.asked)}`",
-        f"versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
-        *comparison_notes(found),
+        in_markdown(f"machine: {describe_topology(found.topology)}; {host_kind()}"),
+        *map(in_markdown, split_lines(found.ways)),
+        f"settings: {code_span(f'compare {as_options(found.asked)}')}",
+        in_markdown(f"versions: {versions_used}"),
+        *map(in_markdown, comparison_notes(found)),
         f"took {found.seconds / 60:.1f} minutes",
     )
     title = f"compare, {found.settings.model}, split {split_name(found.settings)}"
-    heading = f"\n## {utc_now()} {title}\n"
+    heading = f"\n## {utc_now()} {in_markdown(title)}\n"
     items = "\n".join(f"- {line}" for line in lines)
     return "\n".join([heading, items, *tables_of(found), "", found.verdict]) + "\n"
 

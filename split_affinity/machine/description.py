@@ -19,7 +19,7 @@ from split_affinity.machine.plan import CorePlan
 from split_affinity.machine.topology import BF16_FLAGS, Core, Topology, read_cpus, read_topology
 from split_affinity.options.settings import Settings
 from split_affinity.options.values import COUNT, COUNT_FROM_0, number, parse_cpu_list, whole_number
-from split_affinity.text import format_cpu_list, plural
+from split_affinity.text import format_cpu_list, plural, shown
 
 MACHINE_FORMAT, MACHINE_VERSION = "train_split_affinity machine", 1
 
@@ -142,8 +142,9 @@ def describe_topology(topology: Topology) -> str:
     sockets = plural(len({core.package for core in topology.cores}), "socket")
     threads = plural(len(topology.online), "hardware thread")
     quota = f", CPU quota {topology.quota_cpus:g}" if topology.quota_cpus is not None else ""
+    model = shown(topology.cpu_model)
     return (
-        f"{topology.cpu_model}: {sockets}, {plural(len(topology.cores), 'core')}, {threads}; "
+        f"{model}: {sockets}, {plural(len(topology.cores), 'core')}, {threads}; "
         f"allowed: {format_cpu_list(topology.allowed)}{quota}"
     )
 

@@ -17,7 +17,7 @@ from split_affinity.errors import UserError
 from split_affinity.files import read_text
 from split_affinity.machine.topology import Core, Topology, cpus_of
 from split_affinity.options.settings import CoreSettings
-from split_affinity.text import format_cpu_list, plural
+from split_affinity.text import format_cpu_list, plural, shown
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Host:
 
 def this_host(topology: Topology) -> Host:
     """The machine of this process, told apart by the id that the kernel draws when it starts."""
-    name = platform.node()
+    name = shown(platform.node())
     kernel = read_text(Path("/proc/sys/kernel/random/boot_id")) or name
     return Host(kernel, name, topology, str(torch.__version__))
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import itertools
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from split_affinity.files import write_whole
+from split_affinity.reports.labels import labels_of
 from split_affinity.reports.timeline import new_figure, save_figure
-from split_affinity.terminal import say
-from split_affinity.text import csv_text, markdown_table
+from split_affinity.terminal import say_lines
+from split_affinity.text import UNSEEN, csv_text, markdown_table, shown
 from split_affinity.training.network import Confusion
 
 CONFUSION, PAIRS, CONFUSED = "confusion", "confusion-pairs.csv", "confused.json"
 
 CLASSES_TO_SHOW, PAIRS_TO_WRITE = 30, 1000
 LONGEST_NAME = 40  # of a class, so that its row fits 80 columns
+USUAL_LETTERS, LETTER_INCHES = 12, 0.08  # of names beside a picture; what longer ones need
 LARGEST_MATRIX = 4000  # classes: to draw that many takes 1 GiB, twice as many four times that
 
 
@@ -34,24 +38,34 @@ def confusion_matrix(confusion: Confusion, count: int) -> torch.Tensor:
 def draw_confusion(
     path: Path, title: str, matrix: torch.Tensor, classes: Sequence[str], footer: str = ""
 ) -> None:
-    """A confusion matrix, as shares of each row's class; with counts if there is room."""
+    """A confusion matrix, as shares of each row's class; with names and counts if there is room.
+    Says which numbers stand for names that a picture cannot show.
+    """
     count = len(classes)
+    labels = labels_of(classes if count <= CLASSES_TO_SHOW else ())
     side_inches = min(12, 3 + 0.45 * count)
+    longest = max(map(len, labels.texts), default=0)
+    side_inches += LETTER_INCHES * max(0, longest - USUAL_LETTERS)
     figure = new_figure(side_inches + 1, side_inches, footer)
     ax = figure.subplots()
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     image = ax.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=ax, label="share of the true class", shrink=0.8)
-    if count <= CLASSES_TO_SHOW:
-        ax.set_xticks(range(count), classes, rotation=90, parse_math=False)
-        ax.set_yticks(range(count), classes, parse_math=False)
+    if labels.texts:
+        style = {"fontfamily": labels.families, "parse_math": False}
+        ax.set_xticks(range(count), labels.texts, rotation=90, **style)
+        ax.set_yticks(range(count), labels.texts, **style)
         for row, column in matrix.nonzero().tolist():
             colour = "white" if shares[row, column] > 0.6 else "black"
             text = str(matrix[row, column].item())
             ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
     ax.set(xlabel="predicted class", ylabel="true class")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(shown(title), fontsize=10, parse_math=False)
     save_figure(figure, path)
+    if labels.numbered:
+        listed = ", ".join(f"no. {number} {name}" for number, name in labels.numbered.items())
+        reason = "the fonts here lack characters of these names, or they are alike in short"
+        say_lines([f"note: {path} has numbers for some classes: {reason}: {listed}"])
 
 
 def confusion_csv(matrix: torch.Tensor, classes: Sequence[str]) -> str:
@@ -88,10 +102,21 @@ def confused_json(confusion: Confusion, classes: Sequence[str], checkpoint: str)
         }
         for (true, predicted), images in worst_pairs(confusion)
     )
-    listed = ",\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    listed = ",\n".join(map(json_line, lines))
     head = {"checkpoint": checkpoint, "images": count, "top1": top1, "pairs": []}
-    text = json.dumps(head, ensure_ascii=False).removesuffix("]}")
+    text = json_line(head).removesuffix("]}")
     return f"{text}\n{listed}\n]}}\n"
+
+
+def json_line(value: Any) -> str:
+    """A value as JSON in one line, where letters stay as they are, and what is not seen is escaped:
+    a file is looked at on a terminal, too.
+    """
+    escaped = (*UNSEEN, "Cs")  # and lone surrogates, which UTF-8 cannot hold
+    return "".join(
+        json.dumps(each)[1:-1] if unicodedata.category(each) in escaped else each
+        for each in json.dumps(value, ensure_ascii=False)
+    )
 
 
 def write_confusion(
@@ -110,7 +135,8 @@ def write_confusion(
     count = len(classes)
     if count > LARGEST_MATRIX:
         write_whole(folder / PAIRS, pairs_csv(confusion, classes))
-        say(f"{folder / PAIRS}: the worst confusions; {count} classes are too many for a matrix")
+        many = f"{count} classes are too many for a matrix"
+        say_lines([f"{folder / PAIRS}: the worst confusions; {many}"])
         return
     matrix = confusion_matrix(confusion, count)
     write_whole(folder / f"{CONFUSION}.csv", confusion_csv(matrix, classes))
@@ -130,7 +156,8 @@ def class_lines(confusion: Confusion, classes: Sequence[str]) -> list[str]:
     found = []
     for true, total in images_by_class(confusion).items():
         right = confusion[true, true]
-        found.append((right / total, classes[true], f"{right / total:.1%}", str(right), str(total)))
+        name, counts = shown(classes[true]), (str(right), str(total))
+        found.append((right / total, name, f"{right / total:.1%}", *counts))
     rows = [
         (name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 3] + "...", *cells)
         for _, name, *cells in sorted(found)[:CLASSES_TO_SHOW]

@@ -15,7 +15,15 @@ from split_affinity.options.settings import Settings, as_options, plain_settings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks, machines_of, rank_lines
 from split_affinity.reports.summary import Summary
 from split_affinity.reports.tables import cpu_table, phase_table, summary_lines
-from split_affinity.text import format_cpu_list, option_text, plural, utc_now
+from split_affinity.text import (
+    code_span,
+    format_cpu_list,
+    in_markdown,
+    option_text,
+    plural,
+    shown,
+    utc_now,
+)
 
 FENCE = "```\n"
 LOG_HEADER = """\
@@ -41,7 +49,8 @@ def picture_footer(topology: Topology) -> str:
     """What the figures of a picture depend on: the machine and the versions, in a line."""
     threads, cores = len(topology.online), len(topology.cores)
     machine = f"{topology.cpu_model}, {plural(cores, 'core')}, {plural(threads, 'hardware thread')}"
-    return f"{machine}; {', '.join(f'{name} {version}' for name, version in versions().items())}"
+    used = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return shown(f"{machine}; {used}")
 
 
 def log_heading(
@@ -68,12 +77,13 @@ def log_heading(
         f"detected cores: {format_cpu_list(topology.online)} (logical CPUs online)",
         *(rank_lines(ranks) or describe_plan(plan, settings)),
         f"versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
-        f"settings: {f'`{options}`' if options else 'the defaults'}",
     ]
-    all_settings = ", ".join(f"{key} {value}" for key, value in in_force.items())
+    asked_for = f"settings: {code_span(options) if options else 'the defaults'}"
+    listed = [*map(in_markdown, lines), asked_for]
+    all_settings = in_markdown(", ".join(f"{key} {value}" for key, value in in_force.items()))
     folded = f"<details><summary>all settings in force</summary>\n\n{all_settings}\n\n</details>"
-    listed = "\n".join(f"- {line}" for line in lines)
-    return f"\n## {utc_now()} {title}\n\n{listed}\n\n{folded}\n\n"
+    items = "\n".join(f"- {line}" for line in listed)
+    return f"\n## {utc_now()} {in_markdown(title)}\n\n{items}\n\n{folded}\n\n"
 
 
 def log_summary(
@@ -92,7 +102,7 @@ def log_summary(
         *(summary_lines(summary) if summary else ()),
     ]
     tables = ["", phase_table(summary), "", cpu_table(summary)] if summary else []
-    return "\n".join([*(f"- {line}" for line in lines), *tables, *others]) + "\n"
+    return "\n".join([*(f"- {in_markdown(line)}" for line in lines), *tables, *others]) + "\n"
 
 
 class LogSection:

@@ -11,6 +11,7 @@ from typing import Any
 from split_affinity.checkpoints.state import best_epoch
 from split_affinity.reports.tables import PARTS
 from split_affinity.reports.timeline import new_figure, save_figure
+from split_affinity.text import shown
 
 
 def draw_curves(
@@ -92,7 +93,7 @@ def save_axes(figure: Any, path: Path, title: str, x_label: str) -> None:
     """Write a picture whose axes share the x axis, with its title and a light frame and grid."""
     from matplotlib.ticker import MaxNLocator
 
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(shown(title), fontsize=10, parse_math=False)
     figure.axes[-1].set_xlabel(x_label)
     if x_label == "epoch":
         figure.axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -55,8 +55,8 @@ from split_affinity.reports.tables import (
 from split_affinity.reports.tensorboard import EventFile, epoch_scalars, step_scalars
 from split_affinity.reports.timeline import Panel, draw_timelines, steps_to_draw
 from split_affinity.reports.trace import by_one_clock, trace_events, trace_of_ranks
-from split_affinity.terminal import say, warn
-from split_affinity.text import plural, readable, span_text
+from split_affinity.terminal import say, say_lines, warn
+from split_affinity.text import plural, shown, span_text
 from split_affinity.training.optimizer import steps_in_epoch, total_steps
 from split_affinity.training.steps import StepResult
 from split_affinity.training.update import gradient_warnings
@@ -244,13 +244,15 @@ class RunReport:
         if self._ranks.rank:
             return
         done = f"{self._progress.step} of {plural(self._total, 'step')}"
-        outcome = readable(f"{outcome} after {done}")
+        outcome = shown(f"{outcome} after {done}")
         summary, hosts = every[0].summary, self._ranks.hosts
         results = result_lines(self._settings, self._progress, (TIMELINE, TRACE) if summary else ())
         tables = [*summary_lines(summary), "", phase_table(summary, False)] if summary else []
         several = [each.summary for each in every] if summary and len(every) > 1 else []
         tables += ["", rank_table(hosts, several)] if several else []
-        say("\n".join(["", *results, f"log in {self._settings.log_file}", "", outcome, *tables]))
+        say_lines(["", *results, f"log in {self._settings.log_file}", "", outcome])
+        if tables:
+            say("\n".join(tables))
         figures = dataclasses.asdict(summary) if summary else {}
         figures |= {"ranks": list(map(dataclasses.asdict, several))} if several else {}
         self._write_metrics({"type": "summary", "outcome": outcome, **figures})
@@ -266,14 +268,14 @@ class RunReport:
     def _draw(self, every: Sequence[RankFigures]) -> None:
         """timeline.png and trace.json of the latest steps, in place of those of an earlier run."""
         steps, folder = list(self._tally.latest), self._settings.output_dir
-        shown = steps_to_draw(steps)
-        what = f"steps {shown[0].step} to {shown[-1].step}, split {self._plan.split}"
+        drawn = steps_to_draw(steps)
+        what = f"steps {drawn[0].step} to {drawn[-1].step}, split {self._plan.split}"
         what = f"{self._settings.schedule}, {what}"
-        panels = [Panel(what, self._plan, shown, self._topology.cores, self._tally.looks)]
+        panels = [Panel(what, self._plan, drawn, self._topology.cores, self._tally.looks)]
         trace = partial(trace_events, self._plan, steps)
         if len(every) > 1:
             aligned = by_one_clock([each.steps for each in every])
-            panels = rank_panels(what, self._ranks, every, aligned, len(shown))
+            panels = rank_panels(what, self._ranks, every, aligned, len(drawn))
             trace = partial(trace_of_ranks, self._ranks.plans, aligned)
         title, footer = describe_run(self._settings), picture_footer(self._topology)
         self._write(draw_timelines, folder / TIMELINE, title, panels, footer)

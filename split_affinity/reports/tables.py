@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from split_affinity.machine.plan import CorePlan, Host
 from split_affinity.machine.topology import Topology, cpus_of
 from split_affinity.options.settings import Settings
 from split_affinity.reports.summary import Summary
-from split_affinity.text import format_cpu_list, markdown_table, plural, span_text
+from split_affinity.text import format_cpu_list, markdown_table, plural, shown, span_text
 from split_affinity.training.steps import PHASES, StepResult
 
 COMPANY_IN_SUMMARY = 0.02  # below that it may be the error of the clocks
@@ -146,9 +147,12 @@ def tables_of_ranks(hosts: Sequence[Host], summaries: Sequence[Summary]) -> list
     """What logs.md has beside the first rank's tables, each after an empty line."""
     lines = ["", rank_table(hosts, summaries)]
     for rank, summary in enumerate(summaries[1:], 1):
-        title = f"rank {rank} on {hosts[rank].name}"
+        title = html.escape(shown(f"rank {rank} on {hosts[rank].name}"))
         tables = f"{phase_table(summary)}\n\n{cpu_table(summary)}"
-        lines += ["", f"<details><summary>{title}</summary>\n\n{tables}\n\n</details>"]
+        lines += [
+            "",
+            f"<details><summary>{title}</summary>\n\n{tables}\n\n</details>",
+        ]
     return lines
 
 

@@ -13,6 +13,7 @@ from split_affinity.errors import UserError, one_line
 from split_affinity.files import append_bytes
 from split_affinity.options.settings import Settings
 from split_affinity.reports.tables import EPOCH_FIELDS, RAW_FIELDS
+from split_affinity.text import shown
 from split_affinity.training.network import Scores
 from split_affinity.training.steps import StepResult
 
@@ -51,7 +52,8 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, first_step: int):
-        name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"
+        host = shown(platform.node()).replace("/", "_")
+        name = f"events.out.tfevents.{time.time():.6f}.{host}.{os.getpid()}"
         self._path = folder / name
         purge = event_record(step=first_step, session_log={"status": "START"})
         self._header = event_record(file_version="brain.Event:2") + purge

@@ -18,7 +18,7 @@ from split_affinity.lanes.contention import COMPANY_SHARE, Company
 from split_affinity.machine.plan import CorePlan, Group
 from split_affinity.machine.topology import Core
 from split_affinity.reports.summary import STEPS_TO_DRAW
-from split_affinity.text import format_cpu_list
+from split_affinity.text import format_cpu_list, shown
 from split_affinity.training.steps import StepResult
 
 COLOURS = {"forward": "#4477aa", "backward": "#cc6677", "reduce": "#aa3377", "update": "#228833"}
@@ -198,12 +198,12 @@ def draw_timelines(path: Path, title: str, panels: Sequence[Panel], footer: str 
     for ax, panel in zip(axes, panels, strict=True):
         draw_panel(ax, panel, span_s)
     axes[-1].set_xlabel("seconds")
-    shown = {label for ax in axes for label in ax.get_legend_handles_labels()[1]}
-    patches = [Patch(color=COLOURS[key], label=key) for key in COLOURS if key in shown]
+    drawn = {label for ax in axes for label in ax.get_legend_handles_labels()[1]}
+    patches = [Patch(color=COLOURS[key], label=key) for key in COLOURS if key in drawn]
     columns = len(patches) if len(patches) <= 6 else 4
     style = {"ncols": columns, "frameon": False, "fontsize": 9, "title_fontsize": 9}
     figure.legend(handles=patches, title=EXPLANATION, loc="outside lower center", **style)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(shown(title), fontsize=10, parse_math=False)
     save_figure(figure, path)
 
 
@@ -368,7 +368,7 @@ def draw_panel(ax: Any, panel: Panel, span_s: float) -> None:
     ax.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=size)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlim(0, span_s)
-    ax.set_title(panel.title, loc="left", fontsize=9)
+    ax.set_title(shown(panel.title), loc="left", fontsize=9, parse_math=False)
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
     ax.tick_params(left=False)

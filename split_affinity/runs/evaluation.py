@@ -23,7 +23,7 @@ from split_affinity.reports.confusion import class_lines, write_confusion
 from split_affinity.reports.log import picture_footer
 from split_affinity.reports.run_report import RunReport
 from split_affinity.reports.tables import EPOCH_FIELDS, PARTS, describe_run
-from split_affinity.terminal import say, warn
+from split_affinity.terminal import say, say_lines, warn
 from split_affinity.text import plural, readable, utc_now
 from split_affinity.training.network import Confusion, Scores, in_turn, pool
 from split_affinity.training.steps import Run
@@ -140,7 +140,7 @@ def load_to_test(run: Run, path: Path, state: State) -> None:
         model.load_state_dict(versioned(state["average"] or state["model"], model))
         run.work.average = MovingAverage(model, 0.0) if state["average"] else None
         model.load_state_dict(versioned(state["model"], model))
-    say(f"{path}: epoch {state['progress']['epoch']}, step {state['progress']['step']}")
+    say_lines([f"{path}: epoch {state['progress']['epoch']}, step {state['progress']['step']}"])
 
 
 def test(run: Run, found: tuple[Path, State] | None) -> None:

@@ -26,7 +26,7 @@ from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks, machines_of, rank_lines
 from split_affinity.runs.measurement import plan_for
 from split_affinity.runs.starting_weights import teacher_name
-from split_affinity.terminal import say
+from split_affinity.terminal import say, say_lines
 
 
 def imagined(settings: Settings, topology: Topology) -> Ranks:
@@ -68,11 +68,12 @@ def print_model(
     if exists:
         data = open_data(settings)
         classes, native_size = len(data.classes), data.native.image_size
-        say("\n".join(describe_data(data)))
+        say_lines(describe_data(data))
     shape = settings.num_classes or classes, largest_size(settings, native_size)
     if path and not exists:
-        say(f"note: {path} does not exist yet: {shape[0]} classes, {shape[1]} px taken instead")
-    say("\n".join(describe_model(settings, *shape)))
+        instead = f"{shape[0]} classes, {shape[1]} px taken instead"
+        say_lines([f"note: {path} does not exist yet: {instead}"])
+    say_lines(describe_model(settings, *shape))
     if teacher := teacher_name(settings):
         say(describe_teacher(teacher, *shape))
     if settings.record and not ranks.rank:
@@ -80,7 +81,7 @@ def print_model(
             write_where_asked(settings.record, machine_text(topology))
         except RunError as error:
             raise UserError(f"--record {error}") from None
-        say(f"machine recorded in {settings.record}")
+        say_lines([f"machine recorded in {settings.record}"])
 
 
 def list_models(settings: Settings, topology: Topology, ranks: Ranks = ONE_PROCESS) -> None:

@@ -41,7 +41,7 @@ from split_affinity.runs.setup import check_json
 from split_affinity.runs.starting_weights import starting_model
 from split_affinity.signals import StopRequest
 from split_affinity.terminal import say, warn
-from split_affinity.text import plural, readable
+from split_affinity.text import plural, readable, shown
 from split_affinity.training.network import Network
 
 ANSWERS = 5  # classes that predict names
@@ -110,7 +110,8 @@ class Answer:
 
     def __str__(self) -> str:
         pairs = zip(self.probabilities, self.classes, strict=True)
-        return "\n".join([self.path, *(f"{100 * share:10.2f} %  {name}" for share, name in pairs)])
+        lines = [self.path, *(f"{100 * share:10.2f} %  {name}" for share, name in pairs)]
+        return "\n".join(map(shown, lines))
 
 
 def probabilities(network: Network, batch: Batch) -> dict[int, torch.Tensor]:

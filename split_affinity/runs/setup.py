@@ -33,7 +33,7 @@ from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks
 from split_affinity.reports.tables import CURVES, GRADIENTS, METRICS, TENSORBOARD, TIMELINE, TRACE
 from split_affinity.runs.starting_weights import build_teacher, starting_model, teacher_name
-from split_affinity.terminal import say
+from split_affinity.terminal import say_lines
 from split_affinity.training.network import Network
 from split_affinity.training.optimizer import (
     build_lr_scheduler,
@@ -168,7 +168,7 @@ def settled(
     check_validation(settings, data)
     if not ranks.rank:
         check_writable(settings)
-    say("\n".join(describe_data(data)))
+    say_lines(describe_data(data))
     if settings.test_only and settings.weights:
         data = with_known_classes(data, settings)
     note = tune_allocator() if settings.tuned_malloc else ""

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from matplotlib.text import Text
 from patching import set_everywhere
 from records import PLAN
+from rendered import page_of
 from rounds_made_up import disturbed, make_round
 
 from split_affinity.compare.report import (
@@ -111,6 +113,22 @@ def test_three_disturbed_rounds_cannot_move_a_median_beyond_undisturbed_ones():
     assert found.verdict.startswith("Verdict: no difference beyond the noise. ")
     assert found.verdict.endswith(" But 3 of the 7 rounds were disturbed by others.")
     assert {row.to_none for row in found.rows} == {1.0}
+
+
+def test_foreign_text_makes_no_structure_in_a_comparison_s_section():
+    name = "a\n# heading\n![x](http:h)<img>|`\x1b"
+    found = make_comparison()
+    asked = dataclasses.replace(found.asked, data_path=Path(name), model=name)
+    settings = dataclasses.replace(found.settings, data_path=Path(name), model=name)
+    machine = dataclasses.replace(found.topology, cpu_model=name)
+    section = comparison_section(
+        dataclasses.replace(found, asked=asked, settings=settings, topology=machine)
+    )
+    tags = page_of(section).tags
+    assert tags.count("h2") == 1
+    assert tags.count("li") == section.count("\n- ")
+    assert not {"h1", "img", "a"} & {*tags}
+    assert "\x1b" not in section
 
 
 def test_a_picture_has_a_whole_step_of_each_way_with_lanes(monkeypatch, tmp_path):

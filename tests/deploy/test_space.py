@@ -439,7 +439,9 @@ def test_a_picture_is_not_read_longer_than_a_while(monkeypatch):
 
 
 def test_one_slow_request_does_not_stop_the_others(folder, serve, kinds, tmp_path):
-    server = serve(folder, [sys.executable, "-c", "import app; app.uploads.READ_S = 15; app.main()"])
+    server = serve(
+        folder, [sys.executable, "-c", "import app; app.uploads.READ_S = 15; app.main()"]
+    )
     (tmp_path / "slow.jpg").write_bytes(slow_jpeg(50_000))
     with ThreadPoolExecutor(1) as others:
         slow = others.submit(ask, visitor(server), tmp_path / "slow.jpg")

@@ -8,6 +8,7 @@ import machines
 import pytest
 import torch
 from made_up import NO_VALIDATION, RAW, epoch_row, report_on
+from matplotlib import font_manager
 from patching import set_everywhere
 from PIL import Image
 from records import PLAN, step
@@ -249,9 +250,76 @@ def test_a_confusion_matrix_drawn(tmp_path, figures):
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("predicted class", "true class")
 
 
-def test_names_of_classes_are_no_formulas(tmp_path):
-    draw_confusion(tmp_path / "c.png", "", torch.eye(2, dtype=torch.long), ["$x_$", "$^2$"])
+def test_names_of_classes_and_titles_are_no_formulas(tmp_path):
+    draw_confusion(tmp_path / "c.png", "$x_$", torch.eye(2, dtype=torch.long), ["$x_$", "$^2$"])
     assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_that_are_long_are_short_in_a_picture(tmp_path, figures):
+    """Beginning and end of them; those that are the same then are numbers. The matrix keeps its
+    place, and everything is in the picture.
+    """
+    names = [
+        220 * "a",
+        "b" * 100 + "1",
+        f"c{99 * '_'}1{99 * '_'}",
+        f"c{99 * '_'}2{99 * '_'}",
+        "short",
+    ]
+    draw_confusion(tmp_path / "c.png", "title", torch.eye(5).long(), names)
+    assert_picture(tmp_path / "c.png")
+    ax = figures[0].axes[0]
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels == [
+        f"{20 * 'a'}...{9 * 'a'}",
+        f"{20 * 'b'}...{8 * 'b'}1",
+        "no. 3",
+        "no. 4",
+        "short",
+    ]
+    whole = figures[0].figure.bbox
+    assert ax.get_window_extent().height > 0.3 * whole.height
+    box = ax.get_tightbbox()
+    assert 0 <= box.x0 < box.x1 <= whole.x1 and 0 <= box.y0 < box.y1 <= whole.y1
+
+
+def characters_of_fonts():
+    """The characters of matplotlib's own font, and those that another of its fonts has beside."""
+    files = {font.name: font.fname for font in font_manager.fontManager.ttflist}
+    own, other = (
+        {*map(chr, font_manager.get_font(files[name]).get_charmap())}
+        for name in ("DejaVu Sans", "STIXGeneral")
+    )
+    return own, sorted(each for each in other - own if each.isalpha())
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_drawn_by_a_font_that_has_their_characters(tmp_path, figures, capsys):
+    own, others = characters_of_fonts()
+    assert others
+    draw_confusion(tmp_path / "c.png", "", torch.eye(2).long(), ["bee", others[0]])
+    labels = figures[0].axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == ["bee", others[0]]
+    assert labels[0].get_fontfamily()[0] == "sans-serif"
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_that_no_font_can_draw_are_numbers_which_are_told_once(tmp_path, figures, capsys):
+    """Without a page of warnings."""
+    nowhere = "\U0001f9ff\u4e00\U00013000"
+    set_of_fonts = characters_of_fonts()[0]
+    assert not {*nowhere} <= set_of_fonts
+    draw_confusion(tmp_path / "c.png", "", torch.eye(3).long(), ["bee", nowhere, "b\x1be"])
+    labels = [label.get_text() for label in figures[0].axes[0].get_xticklabels()]
+    assert labels == ["bee", "no. 2", r"b\x1be"]
+    printed = capsys.readouterr()
+    assert printed.out == (
+        f"note: {tmp_path / 'c.png'} has numbers for some classes: the fonts here lack characters "
+        f"of these names, or they are alike in short: no. 2 {nowhere}\n"
+    )
+    assert not printed.err
 
 
 def test_a_confusion_matrix_of_many_classes_has_no_room_for_numbers(tmp_path, figures):
@@ -324,6 +392,16 @@ def test_the_confused_pairs_in_a_file_for_programs_and_people():
         "]}",
     )
     assert pairs[1] == '{"true": "bee", "taken_for": "château", "images": 1, "share": 0.25},'
+
+
+def test_what_is_not_seen_is_escaped_in_the_file_of_confused_pairs():
+    """In JSON's own way: a program gets the names as they are."""
+    names = ["Bl\u00fcte", "a\u202eb\x9b\x7f\n", "\ud800"]
+    text = confused_json(PAIRS, names, "x.pt")
+    assert '"Bl\u00fcte"' in text
+    assert not any(each in text for each in "\u202e\x9b\x7f\ud800")
+    pairs = json.loads(text)["pairs"]
+    assert {pair[key] for pair in pairs for key in ("true", "taken_for")} == {*names}
 
 
 def test_without_a_mistake_no_pair_is_confused():

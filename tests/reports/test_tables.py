@@ -1,12 +1,16 @@
 """Tables of a summary. Run: python -m pytest tests/reports/test_tables.py"""
 
+import dataclasses
+
 from made_up import LISTS
 from records import PLAN, record, step, summarise
+from rendered import page_of
 
 from split_affinity.lanes.audit import placement_warnings
-from split_affinity.machine.plan import CorePlan, Group
+from split_affinity.machine.plan import CorePlan, Group, Host
+from split_affinity.machine.topology import read_topology
 from split_affinity.options.values import parse_cpu_list
-from split_affinity.reports.tables import cpu_table, phase_table
+from split_affinity.reports.tables import cpu_table, phase_table, tables_of_ranks
 from split_affinity.text import markdown_table
 
 
@@ -72,3 +76,14 @@ def test_the_cpu_table_names_busy_and_partly_busy_cpus():
 
 def test_unknown_cpu_times_are_called_unknown():
     assert "unknown" in cpu_table(summarise([step(1, cpu_busy_s={})], PLAN))
+
+
+def test_the_name_of_a_rank_s_machine_is_no_markdown_and_no_html():
+    name = "a|b</summary>\n# heading <img src=x>"
+    hosts = [Host("kernel", name, read_topology(), "2.0")] * 2
+    summary = dataclasses.replace(summarise([step(1)], PLAN), waited_s=(0.0, 0.1))
+    lines = tables_of_ranks(hosts, [summary] * 2)
+    tags = page_of("\n".join(lines)).tags
+    assert tags.count("table") == 3
+    assert tags.count("summary") == 1
+    assert not {"h1", "img"} & {*tags}
