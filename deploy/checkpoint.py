@@ -26,7 +26,12 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from split_affinity.checkpoints.resume import check_classes
-from split_affinity.checkpoints.state import State, saved_settings, settings_to_go_on
+from split_affinity.checkpoints.state import (
+    BadCheckpoint,
+    State,
+    saved_settings,
+    settings_to_go_on,
+)
 from split_affinity.checkpoints.state import read_checkpoint as read_state
 from split_affinity.data.dataset import open_data
 from split_affinity.data.pictures import ImageData
@@ -146,6 +151,8 @@ class Checkpoint:
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint, verified. Raises BadCheckpoint."""
+    if path.is_fifo() or path.is_char_device():  # which may have no end, nor a beginning
+        raise BadCheckpoint(f"{path}: no regular file")
     state = read_state(path)
     return Checkpoint(path, state, trained_model(path, state, Settings()))
 

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import base64
-import collections
 import hashlib
 import importlib.metadata
 import io
-import json
-import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +27,7 @@ import advice
 import charts
 import feature_maps
 import figures
+import run_records
 
 from split_affinity.checkpoints.state import State, best_epoch, saved_settings, versions
 from split_affinity.data.pictures import ImageData
@@ -42,7 +40,7 @@ from split_affinity.reports.confusion import confused_json, images_by_class, wor
 from split_affinity.reports.tables import METRICS, PARTS
 from split_affinity.runs.evaluation import warn_of_known_images
 from split_affinity.terminal import say
-from split_affinity.text import format_cpu_list, option_text, plural, readable, utc_now
+from split_affinity.text import option_text, plural, readable, utc_now
 from split_affinity.training.network import Confusion
 
 with cp.needed_packages():
@@ -58,7 +56,6 @@ PER_CLASS = 20  # at most, or the file gets too large to be sent
 SHOWN_CLASSES, SHOWN_PAIRS, SHOWN_OF_PAIR = 20, 6, 3
 MATRIX_CLASSES, LISTED_CLASSES = 20, 1000
 THUMBNAIL_PX, SMALL_PX = 160, 64
-LATEST_STEPS = 2000
 
 
 # ---- What the model makes of the validation images -----------------------------------------------
@@ -261,94 +258,6 @@ def pictures_of_pairs(
 # ---- The training --------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Phase:
-    """What a phase of a step took: on which cores (a list of logical CPUs, and threads), the
-    median in ms, and the share of the time; what was not recorded is None.
-    """
-
-    name: str
-    cores: str
-    median_ms: float
-    share: float | None
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What metrics.jsonl says of a run: its machine, its core plan, and the time per phase."""
-
-    machine: str
-    plan: Sequence[str]
-    phases: Sequence[Phase]
-    images_per_s: float | None
-
-
-def read_records(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None, list[dict[str, Any]]]:
-    """The latest run of a metrics.jsonl, its summary if it came to one, and its latest steps, of
-    which there can be millions: they are taken apart last. Raises OSError, ValueError.
-    """
-    run, summary, steps = {}, None, collections.deque(maxlen=LATEST_STEPS)
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if line.startswith('{"type": "run"'):
-                run, summary = json.loads(line), None
-                steps.clear()
-            elif line.startswith('{"type": "step"') and line.endswith("}\n"):
-                steps.append(line)
-            elif line.startswith('{"type": "summary"'):
-                summary = json.loads(line)
-    return run, summary, [json.loads(line) for line in steps]
-
-
-def phases_of(summary: dict[str, Any] | None, steps: Sequence[dict[str, Any]]) -> list[Phase]:
-    """The time per phase: from the summary, or of a run without one from its steps."""
-    if summary:
-        return [
-            Phase(
-                each["phase"],
-                f"{each['cores']} ({plural(each['threads'], 'thread')})",
-                float(each["median_ms"]),
-                float(each["share"]),
-            )
-            for each in summary["phases"]
-        ]
-    names = [name for name in ("forward", "backward", "update", "refresh") if steps]
-    medians = {name: statistics.median(step[f"{name}_s"] for step in steps) for name in names}
-    return [Phase(name, "", 1000 * value, None) for name, value in medians.items() if value]
-
-
-def plan_lines(plan: dict[str, Any]) -> list[str]:
-    """A core plan, a line for each group."""
-    groups = [plan[name] for name in ("forward", "backward") if plan.get(name)]
-    lines = {
-        f"{group['name']}: CPUs {format_cpu_list(group['cpus'])}, "
-        f"{plural(group['threads'], 'thread')}": None
-        for group in groups
-    }
-    loaders = f"loaders and main thread: CPUs {format_cpu_list(plan['loader_cpus'])}"
-    return [f"split {plan['split']}", *lines, loaders]
-
-
-def recorded_run(checkpoint: cp.Checkpoint) -> Recorded | None:
-    """What is recorded beside a checkpoint of the run that it is from; None if that is not there,
-    is of another model, or cannot be understood.
-    """
-    try:
-        run, summary, steps = read_records(checkpoint.path.parent / METRICS)
-        if run["settings"]["model"] != checkpoint.trained.settings.model:
-            return None
-        machine = run["machine"]
-        cores = plural(machine["cores"], "core")
-        return Recorded(
-            f"{machine['cpu_model']}, {cores}, {run['host_kind']}",
-            plan_lines(run["plan"]),
-            phases_of(summary, steps),
-            summary and float(summary["images_per_s"]),
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-
-
 def settings_in_force(state: State) -> dict[str, str]:
     """All settings that have a value, as text."""
     values = saved_settings(state).items()
@@ -467,7 +376,9 @@ def told_of_scores(
     }
 
 
-def told_of_training(checkpoint: cp.Checkpoint, native: Preprocessing) -> dict[str, Any]:
+def told_of_training(
+    checkpoint: cp.Checkpoint, native: Preprocessing, recorded: run_records.Recorded | None
+) -> dict[str, Any]:
     """What the page says of the training."""
     state, history = checkpoint.state, checkpoint.state["progress"]["history"]
     best = best_epoch(history)
@@ -479,13 +390,19 @@ def told_of_training(checkpoint: cp.Checkpoint, native: Preprocessing) -> dict[s
         "curves": curves_of(history, best and best["epoch"]),
         "given": as_options(cp.settings_as_given(state, native)),
         "in_force": settings_in_force(state),
-        "recorded": recorded_run(checkpoint),
+        "recorded": recorded,
         "versions": state["versions"],
         "own_versions": package_versions(),
     }
 
 
-def render(gallery: Gallery, data: ImageData, why_no_layer: str, asked: Any) -> str:
+def render(
+    gallery: Gallery,
+    data: ImageData,
+    recorded: run_records.Recorded | None,
+    why_no_layer: str,
+    asked: Any,
+) -> str:
     """The report as HTML."""
     checkpoint, judged = gallery.checkpoint, gallery.judged
     by_class = figures.class_figures(judged, checkpoint.classes)
@@ -501,7 +418,7 @@ def render(gallery: Gallery, data: ImageData, why_no_layer: str, asked: Any) -> 
         made_at=utc_now(),
         **told_of_scores(judged, by_class, checkpoint.classes),
         **told_of_pictures(gallery, by_class, asked),
-        **told_of_training(checkpoint, data.native),
+        **told_of_training(checkpoint, data.native, recorded),
     )
 
 
@@ -575,6 +492,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = build_parser().parse_args(argv)
     check_places(asked)
     checkpoint = cp.read_checkpoint(asked.checkpoint)
+    metrics, model = checkpoint.path.parent / METRICS, checkpoint.trained.settings.model
+    recorded = run_records.recorded_run(metrics, model)
     data = cp.open_images(checkpoint, asked.data_path)
     layer, why_no_layer = find_layer(checkpoint, asked.layer)
     warn_of_known_images(checkpoint.path, checkpoint.state, data)
@@ -585,7 +504,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     top1, top5 = 100 * scores.top1.value, 100 * scores.top5.value
     count = plural(len(judged), "image")
     say(f"{count}: loss {scores.loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %")
-    page = render(Gallery(checkpoint, data.val, judged, layer), data, why_no_layer, asked)
+    gallery = Gallery(checkpoint, data.val, judged, layer)
+    page = render(gallery, data, recorded, why_no_layer, asked)
     write_files(page, judged, checkpoint.classes, asked)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 from html import escape
@@ -24,6 +25,7 @@ import heat_maps
 import numpy as np
 import pytest
 import report
+import run_records
 import torch
 from PIL import Image
 from sklearn import metrics
@@ -468,6 +470,80 @@ def test_records_beside_the_checkpoint_may_be_missing(
     options = "--data-path", few, "--per-class", "0"
     text = Page(reported(copy / "best.pt", *options)[0]).text
     assert ("core plan" in text, "are not known" in text) == (expected, not expected)
+
+
+DEEP = "[" * 200_000 + "]" * 200_000
+HOSTILE = {  # what of a run's records is changed, and what is said of it
+    "nested": (("run", "plan", DEEP), "nested too deeply"),
+    "nested summary": (("summary", "phases", DEEP), "nested too deeply"),
+    "nested step": (("step", "forward_s", DEEP), "nested too deeply"),
+    "400 digits": (("summary", "images_per_s", "9" * 400), "images_per_s is not a number"),
+    "5000 digits": (("summary", "images_per_s", "9" * 5000), "4300 digits"),
+    "400 digits of a step": (("step", "forward_s", "9" * 400), "forward_s is not a number"),
+    "infinite": (("summary", "images_per_s", "1e400"), "images_per_s is not a number"),
+    "no number": (("summary", "images_per_s", "NaN"), "images_per_s is not a number"),
+    "text for a number": (("summary", "images_per_s", '"9"'), "images_per_s is not a number"),
+    "a list of settings": (("run", "settings", "[1]"), "settings is not an object"),
+    "text for a plan": (("run", "plan", '"p"'), "plan is not an object"),
+    "a name that is none": (("run", "host_kind", '{"a": 1}'), "host_kind is not a text"),
+    "CPUs that are none": (("run", "plan", '{"split": "", "loader_cpus": ["a"]}'), "not a count"),
+    "a CPU far away": (("run", "plan", '{"split": "", "loader_cpus": [9e9]}'), "not a count"),
+    "phases of nothing": (("summary", "phases", "[[]]"), "a record is not an object"),
+    "no JSON": (("run", "plan", "{plan}"), "Expecting property name"),
+}
+
+
+def with_entry(file: Path, kind: str, name: str, value: str) -> None:
+    """Change a value, JSON text, in all records of a kind; steps count where no summary is."""
+    lines = file.read_text().splitlines(keepends=True)
+    if kind == "step":
+        lines = [line for line in lines if not line.startswith('{"type": "summary"')]
+    for place, line in enumerate(lines):
+        if line.startswith(f'{{"type": "{kind}"'):
+            before, found, after = line.partition(f'"{name}": ')
+            _, length = json.JSONDecoder().raw_decode(after)
+            lines[place] = before + found + value + after[length:]
+    file.write_text("".join(lines))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_records_of_a_stranger_are_refused_in_a_line(best, tmp_path, name):
+    change, said = HOSTILE[name]
+    file = Path(shutil.copy(best.parent / "metrics.jsonl", tmp_path))
+    assert run_records.recorded_run(file, "resnet20").phases
+    with_entry(file, *change)
+    with pytest.raises(UserError, match=said) as caught:
+        run_records.recorded_run(file, "resnet20")
+    assert str(caught.value).startswith(f"{file}: not what a run records: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "folder", "nested", "400 digits"])
+def test_what_is_no_record_of_a_run_ends_in_one_line(best, reported, tmp_path, what):
+    copy = shutil.copytree(best.parent, tmp_path / "out")
+    file = copy / "metrics.jsonl"
+    if what in HOSTILE:
+        with_entry(file, *HOSTILE[what][0])
+    else:
+        file.unlink()
+        make = {"pipe": os.mkfifo, "folder": Path.mkdir}
+        make.get(what, lambda path: path.symlink_to("/dev/zero"))(file)
+    printed = reported(copy / "best.pt", code=2)[1].err
+    assert f"{file}: not what a run records: " in printed
+
+
+@pytest.mark.parametrize("name", ["host_kind", "plan"])
+def test_what_earlier_versions_did_not_write_is_not_known(best, tmp_path, name):
+    file = Path(shutil.copy(best.parent / "metrics.jsonl", tmp_path))
+    with_entry(file, "run", name, "null")
+    assert run_records.recorded_run(file, "resnet20") is None
+    (tmp_path / "empty").touch()
+    assert run_records.recorded_run(tmp_path / "empty", "resnet20") is None
+
+
+def test_a_checkpoint_is_a_regular_file(reported, tmp_path):
+    os.mkfifo(tmp_path / "best.pt")
+    assert "best.pt: no regular file" in reported(tmp_path / "best.pt", code=2)[1].err
 
 
 def test_wrong_use_ends_in_one_line(best, reported, tmp_path, digits):
