@@ -1,6 +1,6 @@
 """What a checkpoint may hold: types, ranges, shapes and sizes, checked before any of it is used.
 
-The seal at a checkpoint's end proves that the file is whole, not that who made it is honest.
+The seal at a checkpoint's end proves that the file is check_count, not that who made it is honest.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ def check_kind(is_right: bool, value: Any, where: str, allowed: str) -> None:
         raise Fault(f"{where} is {described(value)}, not {allowed}")
 
 
-def whole(value: Any, where: str) -> None:
+def check_count(value: Any, where: str) -> None:
     """A count."""
     right = type(value) is int and 0 <= value <= LARGEST_NUMBER
     check_kind(right, value, where, f"a whole number from 0 to {LARGEST_NUMBER}")
 
 
-def finite(value: Any, where: str) -> None:
+def check_number(value: Any, where: str) -> None:
     """A number."""
     right = type(value) in (int, float) and abs(value) <= 1e300  # compares exactly, NaN is not
     check_kind(right, value, where, "a finite number")
 
 
-def text(value: Any, where: str) -> None:
+def check_text(value: Any, where: str) -> None:
     """A text, of any characters."""
     right = type(value) is str and len(value) <= LONGEST_TEXT
     check_kind(right, value, where, f"a text of at most {LONGEST_TEXT} characters")
@@ -82,12 +82,12 @@ def any_of(*kinds: type) -> Check:
     def check_type(value: Any, where: str) -> None:
         check_kind(type(value) in kinds, value, where, names)
         if type(value) in (int, float):
-            finite(value, where)
+            check_number(value, where)
 
     return check_type
 
 
-def entries(values: Any, where: str, *kinds: type) -> None:
+def check_entries(values: Any, where: str, *kinds: type) -> None:
     """Raise Fault unless a value is a collection, and not too long."""
     check_kind(
         isinstance(values, kinds), values, where, "a table" if kinds == (dict,) else "a list"
@@ -100,7 +100,7 @@ def list_of(check: Check) -> Check:
     """A list of values that pass `check`."""
 
     def check_list(values: Any, where: str) -> None:
-        entries(values, where, list, tuple)
+        check_entries(values, where, list, tuple)
         for number, value in enumerate(values):
             check(value, f"{where}[{number}]")
 
@@ -111,7 +111,7 @@ def table_of(check: Check, keys: type = str) -> Check:
     """A dictionary of values that pass `check`."""
 
     def check_table(values: Any, where: str) -> None:
-        entries(values, where, dict)
+        check_entries(values, where, dict)
         for key, value in values.items():
             check_kind(type(key) is keys, key, f"a key of {where}", f"of type {keys.__name__}")
             check(value, f"{where}.{str(key)[:60]}")
@@ -125,7 +125,7 @@ def fields(required: dict[str, Check], others: dict[str, Check] | None = None) -
 
     def check_fields(values: Any, where: str) -> None:
         prefix = f"{where}." if where else ""
-        entries(values, where or "the content", dict)
+        check_entries(values, where or "the content", dict)
         if missing := sorted(required.keys() - values.keys()):
             raise Fault(f"{prefix}{missing[0]} is missing")
         if unknown := sorted(str(key)[:60] for key in values.keys() - known.keys()):
@@ -136,7 +136,7 @@ def fields(required: dict[str, Check], others: dict[str, Check] | None = None) -
     return check_fields
 
 
-def tensor(value: Any, where: str) -> None:
+def check_tensor(value: Any, where: str) -> None:
     """A plain tensor that has all its elements: it claims no more than is in memory."""
     right = isinstance(value, torch.Tensor) and type(value) in (torch.Tensor, torch.nn.Parameter)
     right = right and value.layout == torch.strided and value.device.type == "cpu"
@@ -147,24 +147,24 @@ def tensor(value: Any, where: str) -> None:
         raise Fault(f"{where} claims {claimed} bytes, of which the file has {there}")
 
 
-def weights(values: Any, where: str) -> None:
+def check_weights(values: Any, where: str) -> None:
     """Tensors by name, of finite numbers."""
-    table_of(tensor)(values, where)
+    table_of(check_tensor)(values, where)
     for name, value in values.items():
         if value.is_floating_point() and not value.isfinite().all():
             reason = "holds values that are infinite or no numbers: the run had diverged"
             raise Fault(f"{name[:200]} {reason}")
 
 
-def random_state(value: Any, where: str) -> None:
+def check_random_state(value: Any, where: str) -> None:
     """What torch.set_rng_state takes."""
-    tensor(value, where)
+    check_tensor(value, where)
     own = torch.get_rng_state()
     right = (value.dtype, value.shape) == (own.dtype, own.shape)
     check_kind(right, value, where, f"a state of torch's generator, of {len(own)} bytes")
 
 
-def brought_settings(values: Any, where: str) -> None:
+def check_settings(values: Any, where: str) -> None:
     """Settings by name, those that are taken checked as if they had been typed."""
     table_of(lambda value, where: None)(values, where)
     try:
@@ -173,82 +173,86 @@ def brought_settings(values: Any, where: str) -> None:
         raise Fault(f"{where}.{error}") from None
 
 
-def nested(value: Any, where: str, depth: int = 6) -> None:
+def check_nested(value: Any, where: str, depth: int = 6) -> None:
     """Numbers, texts and tensors in lists and tables: what an optimizer or a scheduler tells."""
     if isinstance(value, (dict, list, tuple)):
         check_kind(depth > 0, value, where, "nested so deeply")
-        entries(value, where, dict, list, tuple)
+        check_entries(value, where, dict, list, tuple)
         for key, each in value.items() if isinstance(value, dict) else enumerate(value):
             check_kind(type(key) in (int, str), key, f"a key of {where}", "a number or a text")
-            nested(each, f"{where}.{str(key)[:60]}", depth - 1)
+            check_nested(each, f"{where}.{str(key)[:60]}", depth - 1)
     elif isinstance(value, torch.Tensor):
-        tensor(value, where)
+        check_tensor(value, where)
     else:
         any_of(bool, int, float, str, type(None))(value, where)
 
 
-def history_row(row: Any, where: str) -> None:
+def check_row(row: Any, where: str) -> None:
     """The figures of an epoch; of layer groups a table of their own."""
-    entries(row, where, dict)
+    check_entries(row, where, dict)
     if missing := [name for name in ("epoch", "val_top1", "gradient_norms") if name not in row]:
         raise Fault(f"{where}.{missing[0]} is missing")
-    whole(row["epoch"], f"{where}.epoch")
-    optional(finite)(row["val_top1"], f"{where}.val_top1")
-    table_of(finite)(row["gradient_norms"], f"{where}.gradient_norms")
+    check_count(row["epoch"], f"{where}.epoch")
+    optional(check_number)(row["val_top1"], f"{where}.val_top1")
+    table_of(check_number)(row["gradient_norms"], f"{where}.gradient_norms")
     others = {name: value for name, value in row.items() if name != "gradient_norms"}
     table_of(any_of(int, float, str, bool, type(None)))(others, where)
 
 
-def best_epoch_pair(pair: Any, where: str) -> None:
+def check_best(pair: Any, where: str) -> None:
     """An accuracy, and the epoch that had it."""
-    list_of(finite)(pair, where)
+    list_of(check_number)(pair, where)
     check_kind(len(pair) == 2, pair, where, "an accuracy and an epoch")
     check_kind(0 <= pair[0] <= 100, pair[0], f"{where}[0]", "from 0 to 100")
-    whole(pair[1], f"{where}[1]")
+    check_count(pair[1], f"{where}[1]")
 
 
-def param_group(group: Any, where: str) -> None:
+def check_group(group: Any, where: str) -> None:
     """How an optimizer treats some weights, and the numbers of these."""
-    table_of(nested)(group, where)
-    list_of(whole)(group.get("params"), f"{where}.params")
+    table_of(check_nested)(group, where)
+    list_of(check_count)(group.get("params"), f"{where}.params")
 
 
 PROGRESS = {
-    **dict.fromkeys("step epoch batches images top1 top5 epoch_batches".split(), whole),
-    "loss_sum": finite,
-    "lr": finite,
-    "best": list_of(best_epoch_pair),
-    "history": list_of(history_row),
-    "bad_images": list_of(text),
+    **dict.fromkeys("step epoch batches images top1 top5 epoch_batches".split(), check_count),
+    "loss_sum": check_number,
+    "lr": check_number,
+    "best": list_of(check_best),
+    "history": list_of(check_row),
+    "bad_images": list_of(check_text),
 }
-PART = fields({"buffers": weights, "average": weights, "random_state": random_state})
+PART = fields(
+    {"buffers": check_weights, "average": check_weights, "random_state": check_random_state}
+)
 STATE = fields(
     {
-        "format": text,
-        "model": weights,
-        "average": optional(weights),
+        "format": check_text,
+        "model": check_weights,
+        "average": optional(check_weights),
         "optimizer": fields(
             {
-                "state": table_of(table_of(nested), keys=int),
-                "param_groups": list_of(param_group),
+                "state": table_of(table_of(check_nested), keys=int),
+                "param_groups": list_of(check_group),
             }
         ),
-        "scheduler": optional(table_of(nested)),
-        "flow": optional(fields({"sums": table_of(finite), "measured": whole, "steps": whole})),
-        "ahead": optional(weights),
-        "random_state": random_state,
+        "scheduler": optional(table_of(check_nested)),
+        "flow": optional(
+            fields({"sums": table_of(check_number), "measured": check_count, "steps": check_count})
+        ),
+        "ahead": optional(check_weights),
+        "random_state": check_random_state,
         "progress": fields(PROGRESS),
-        "settings": brought_settings,
-        "versions": table_of(text),
+        "settings": check_settings,
+        "versions": table_of(check_text),
     },
     {
         "data": optional(
             fields(
-                {"classes": list_of(text), "images": whole, "fingerprint": text},
-                {"confused": list_of(text)},
+                {"classes": list_of(check_text), "images": check_count, "fingerprint": check_text},
+                {"confused": list_of(check_text)},
             )
         ),
-        "asked": optional(brought_settings),
+        "asked": optional(check_settings),
         "ranks": optional(list_of(PART)),
     },
 )
@@ -258,7 +262,7 @@ def fault_of_content(state: dict[str, Any]) -> str:
     """What is wrong with the content of a checkpoint by itself, if anything."""
     try:
         STATE(state, "")
-        check_progress(state["progress"], state["settings"])
+        check_progress(state["progress"], settings_brought(state["settings"]))
     except Fault as fault:
         return str(fault)
     return ""
@@ -267,7 +271,7 @@ def fault_of_content(state: dict[str, Any]) -> str:
 def fault_of_tensors(found: Weights) -> str:
     """What is wrong with weights of another program by themselves, if anything."""
     try:
-        weights(found, "its content")
+        check_weights(found, "its content")
     except Fault as fault:
         return str(fault)
     return ""
@@ -368,7 +372,7 @@ def like(own: Any, saved: Any, where: str) -> Any:
     versions of PyTorch had in it besides is left out. Raises Fault for values of other kinds.
     """
     if isinstance(own, dict):
-        entries(saved, where, dict)
+        check_entries(saved, where, dict)
         found = {}
         for key, value in own.items():
             if key not in saved and not isinstance(value, (bool, type(None))):
@@ -376,14 +380,14 @@ def like(own: Any, saved: Any, where: str) -> Any:
             found[key] = like(value, saved[key], f"{where}.{key}") if key in saved else value
         return type(own)(found)  # a Counter, too
     if isinstance(own, (list, tuple)):
-        entries(saved, where, list, tuple)
+        check_entries(saved, where, list, tuple)
         check_kind(len(saved) == len(own), saved, where, f"a list of {len(own)} entries")
         pairs = zip(own, saved, strict=True)
         return type(own)(like(*pair, f"{where}[{n}]") for n, pair in enumerate(pairs))
     if isinstance(own, bool) or own is None:
         any_of(bool, type(None))(saved, where)
     elif isinstance(own, (int, float)):
-        finite(saved, where)
+        check_number(saved, where)
         check_kind(abs(saved) <= LARGEST_NUMBER, saved, where, f"at most {LARGEST_NUMBER}")
     else:
         check_kind(type(saved) is type(own) and saved == own, saved, where, described(own))
