@@ -414,7 +414,7 @@ def picture_feed(
     workers = min(settings.workers, batches) if batches > 1 else 0
     transform = partial(same_transform, validation_transform(ready))
     order = EpochOrder(range(len(paths)), settings.batch_size, None)
-    samples = Samples(NewPictures(paths), settings.seed, transform)
+    samples = Samples(NewPictures(paths), settings.seed, transform, alone=True)
     feed = Feed(samples, order, dataclasses.replace(settings, workers=workers), cpus, hear)
     order.begin(1)
     return feed

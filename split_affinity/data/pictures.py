@@ -29,6 +29,9 @@ PICTURE_FORMATS = tuple(
 )
 
 
+NO_ROOM = "there is not enough memory for it"
+
+
 class BrokenImage(RunError):
     """A file of the data set that cannot be read as an image; the message names it."""
 
@@ -44,7 +47,9 @@ def load_image(path: str) -> Image.Image:
             picture.load()
             with contextlib.suppress(Exception):  # damaged EXIF data do not spoil a picture
                 ImageOps.exif_transpose(picture, in_place=True)
-            return to_rgb(picture)
+            whole = to_rgb(picture)
+            whole.filename = path  # which Pillow keeps for pictures just opened
+            return whole
     except Exception as error:  # Pillow raises many kinds, SyntaxError among them
         wanting = errno.EMFILE, errno.ENFILE, errno.ENOMEM
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in wanting:
@@ -131,10 +136,15 @@ def picture_files(place: Path) -> Iterator[Path]:
 
 
 class NewPictures(Dataset):
-    """Pictures without classes: each has its own number in place of that."""
+    """Pictures without classes: each has its own number in place of that. One that there is no
+    memory for counts as broken, as it shall not cost the others their answers.
+    """
 
     def __init__(self, paths: Sequence[str]):
         self._paths = paths
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return load_image(self._paths[index]), index
+        try:
+            return load_image(self._paths[index]), index
+        except MemoryError:
+            raise BrokenImage(f"broken image {self._paths[index]}: {NO_ROOM}") from None

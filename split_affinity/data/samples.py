@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from split_affinity.data.pictures import BrokenImage, derived_seed
+from split_affinity.data.pictures import NO_ROOM, BrokenImage, derived_seed
+from split_affinity.errors import one_line
 
 # Images (n, 3, size, size), and class indices (n,) or, of mixed images, probabilities (n, classes).
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -69,7 +70,8 @@ SampleKey = tuple[int, int]  # epoch and index
 
 class Samples(Dataset):
     """Whole batches of a data set's pictures, by their keys, through the transform of the epoch;
-    those of `confused` classes through `transform_in(epoch, True)`.
+    those of `confused` classes through `transform_in(epoch, True)`. Each stands `alone` if no other
+    shall be lost for it: one that there is no memory for is then left out, like a broken one.
 
     torch's global generator is seeded for every sample, since torchvision's transforms draw from
     it, and then put back: without loader processes, the model's dropout uses the same one.
@@ -82,8 +84,9 @@ class Samples(Dataset):
         transform_in: Callable[..., v2.Transform],
         mix: v2.Transform | None = None,
         confused: Sequence[int] | None = None,
+        alone: bool = False,
     ):
-        self._pictures, self._seed, self._mix = pictures, seed, mix
+        self._pictures, self._seed, self._mix, self._alone = pictures, seed, mix, alone
         self._transform_in, self._confused = transform_in, confused
 
     def __getitem__(self, keys: Sequence[SampleKey]) -> Loaded:
@@ -116,7 +119,16 @@ class Samples(Dataset):
     ) -> tuple[torch.Tensor, int]:
         torch.default_generator.manual_seed(derived_seed(self._seed, epoch, index))
         picture, target = self._pictures[index]
-        return of_class.get(int(target), usual)(picture), int(target)
+        try:
+            return of_class.get(int(target), usual)(picture), int(target)
+        except Exception as error:
+            memory = isinstance(error, MemoryError) or "allocate memory" in str(error)
+            if memory and not self._alone:
+                raise
+            width, height = picture.size
+            name = f"{getattr(picture, 'filename', index)} of {width} x {height} pixels"
+            reason = NO_ROOM if memory else one_line(error)
+            raise BrokenImage(f"broken image {name}: {reason}") from error
 
 
 class EpochOrder:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 
 from split_affinity.data.pictures import ImageData
 from split_affinity.models.pretrained import Preprocessing
 from split_affinity.options.settings import RESIZING_STEP, DataSettings, Settings
+
+# A longer side in shorter ones, up to which a picture is resized whole, as torchvision does it, and
+# as the demo page does, which takes no longer ones.
+LONGEST_SHAPE = 100
 
 
 def image_size_in(settings: DataSettings, epoch: int) -> int:
@@ -62,11 +68,34 @@ def training_transform(
     return v2.Compose([*steps, *to_tensor(ready), v2.RandomErasing(settings.random_erase)])
 
 
+def resized(ready: Preprocessing, picture: Image.Image) -> Image.Image:
+    """A picture whose shorter side has `val_resize` pixels; of one that is much longer than that
+    only the middle, as much as is cut out: whole, a line of pixels would take gigabytes.
+    """
+    how, short = v2.InterpolationMode(ready.interpolation), min(picture.size)
+    if max(picture.size) <= LONGEST_SHAPE * short:
+        return v2.functional.resize(picture, [ready.val_resize], how, antialias=True)
+    long = int(ready.val_resize * max(picture.size) / short)
+    kept = min(long, ready.image_size)
+    start = round((long - kept) / 2)  # as CenterCrop rounds
+    scale = max(picture.size) / long
+    # Pillow has a box in 32 bits: it shall be measured from a place nearby, but farther off than
+    # any pixel that interpolation looks at.
+    near = max(0, math.floor((start - 4) * scale) - 4)
+    far = min(max(picture.size), math.ceil((start + kept + 4) * scale) + 4)
+    box = start * scale - near, min((start + kept) * scale, far) - near
+    filters = Image.Resampling[ready.interpolation.upper()]
+    if picture.width > picture.height:
+        picture = picture.crop((near, 0, far, short))
+        return picture.resize((kept, ready.val_resize), filters, (box[0], 0, box[1], short))
+    picture = picture.crop((0, near, short, far))
+    return picture.resize((ready.val_resize, kept), filters, (0, box[0], short, box[1]))
+
+
 def validation_transform(ready: Preprocessing) -> v2.Transform:
     """A picture's middle, as a tensor (3, image_size, image_size)."""
-    how = v2.InterpolationMode(ready.interpolation)
-    resize = v2.Resize(ready.val_resize, how, antialias=True)
-    return v2.Compose([resize, v2.CenterCrop(ready.image_size), *to_tensor(ready)])
+    cut = v2.CenterCrop(ready.image_size)
+    return v2.Compose([partial(resized, ready), cut, *to_tensor(ready)])
 
 
 def mixing_transform(settings: Settings) -> v2.Transform | None:

@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import multiprocessing
+import resource
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torchvision
@@ -32,6 +35,7 @@ from split_affinity.data.samples import Samples
 from split_affinity.data.transforms import (
     image_size_in,
     mixing_transform,
+    to_tensor,
     training_transform,
     validation_transform,
 )
@@ -440,3 +444,55 @@ def test_images_of_cifar10_cannot_shrink(cifar, in_tmp, capsys):
     cheap = ["--model", "squeezenet1_1", "-b", "2", "-j", "0", "--split", "none"]
     assert main(["--data-path", str(cifar), *ramp, *cheap]) == 2
     assert "--min-res 64 --max-res 32" in capsys.readouterr().err
+
+
+INTERPOLATIONS = st.sampled_from(["nearest", "bilinear", "bicubic"])
+SIDES = st.integers(1, 120)
+
+
+def by_torchvision(ready):
+    how = v2.InterpolationMode(ready.interpolation)
+    resize = v2.Resize(ready.val_resize, how, antialias=True)
+    return v2.Compose([resize, v2.CenterCrop(ready.image_size), *to_tensor(ready)])
+
+
+@given(SIDES, SIDES, st.integers(1, 50), st.integers(1, 50), INTERPOLATIONS)
+def test_the_middle_is_torchvision_s_to_the_last_bit(width, height, size, short, how):
+    ready = Preprocessing(size, short, how)
+    width = min(width, 100 * height)
+    height = min(height, 100 * width)
+    picture = Image.fromarray(np.resize(noise(), (height, width, 3)))
+    assert torch.equal(validation_transform(ready)(picture), by_torchvision(ready)(picture))
+
+
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 50), st.integers(1, 50), INTERPOLATIONS)
+def test_the_middle_of_a_long_picture_is_the_same_too(narrow, more, size, short, how):
+    """Smooth ones, as interpolation in another order rounds otherwise by a level or two."""
+    ready = Preprocessing(size, short, how, (0, 0, 0), (1, 1, 1))
+    waves = 127 + 100 * np.sin(np.arange(101 * narrow + 37 * more) / 20)
+    pixels = np.uint8(np.broadcast_to(waves, (narrow, len(waves))))
+    for lying in (pixels, pixels.T):
+        picture = Image.fromarray(np.ascontiguousarray(lying)).convert("RGB")
+        ours, theirs = validation_transform(ready)(picture), by_torchvision(ready)(picture)
+        assert ours.shape == theirs.shape == (3, size, size)
+        assert (ours - theirs).abs().max() <= (6 if how == "nearest" else 2.1) / 255
+
+
+def make_ready_in_little_memory():
+    """With 300 MB more than a process has."""
+    torch.set_num_threads(1)  # of the parent's team there are no threads in a fork
+    most = psutil.Process().memory_info().vms + 300 * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    for size in ((1, 30_000), (30_000, 1), (2, 150_000), (1, 100), (100, 1)):
+        picture = Image.new("RGB", size, (255, 255, 255))
+        for transformed in (validation_transform(Preprocessing()), transform(224, min_scale=0.08)):
+            assert transformed(picture).shape == (3, 224, 224)
+
+
+def test_a_line_of_pixels_takes_little_memory():
+    process = multiprocessing.get_context("fork").Process(target=make_ready_in_little_memory)
+    process.start()
+    process.join(60)
+    code = process.exitcode
+    process.kill()
+    assert code == 0

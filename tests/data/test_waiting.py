@@ -7,6 +7,7 @@ import signal
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -25,11 +26,11 @@ from train_split_affinity import main
 LONG_NAME = "t" * 80
 
 
-def ended(run, within_s=30, signum=None):
+def ended(run, within_s=60, signum=None, method="spawn"):
     """How a process ends that runs a function, after a signal perhaps, which is sent as soon as the
     function calls what it is given; None if it does not end.
     """
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context(method)
     ready = context.Event()
     process = context.Process(target=run, args=(ready.set,))
     process.start()
@@ -61,7 +62,7 @@ def load_two_batches(ready=None):
 
 
 def test_a_long_path_for_temporary_files(long_temporary_folder):
-    assert ended(load_two_batches) == 0
+    assert ended(load_two_batches, method="fork") == 0
     assert not [*long_temporary_folder.iterdir()]
 
 
@@ -96,13 +97,14 @@ def train_without_threads_in_loaders(allowed, ready):
         start(thread)
 
     threading.Thread.start = start_if_allowed
+    multiprocessing.set_start_method("fork", force=True)  # loaders shall have the same
     os._exit(main([*TINY, "--steps", "2", "-j", "2"]))
 
 
 @pytest.mark.parametrize("allowed", ["none", "QueueFeederThread"])
 def test_loaders_that_cannot_start_a_thread_end_the_run(in_tmp, capfd, allowed):
     """The thread that sends what is in a queue, or the one that hands tensors over."""
-    assert ended(lambda ready: train_without_threads_in_loaders(allowed, ready)) == 1
+    assert ended(partial(train_without_threads_in_loaders, allowed)) == 1
     errors = capfd.readouterr().err
     told = [line for line in errors.splitlines() if line.startswith("train_split_affinity.py: ")]
     assert len(told) == 1
@@ -119,12 +121,13 @@ def load_for_ever(ready):
         time.sleep(1000)
 
     SyntheticImages.__getitem__ = get
+    multiprocessing.set_start_method("fork", force=True)  # loaders shall have the same
     os._exit(main([*TINY, "-b", "1", "--steps", "2", "-j", "1"]))
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_signals_are_heard_while_a_batch_is_waited_for(in_tmp, capfd, signum):
-    assert ended(load_for_ever, 20, signum) == 128 + signum
+    assert ended(load_for_ever, signum=signum) == 128 + signum
     assert f": stopped by {signum.name}\n" in capfd.readouterr().err
 
 

@@ -21,7 +21,7 @@ from split_affinity.checkpoints.state import read_checkpoint, versions
 from split_affinity.data.classes import named_classes
 from split_affinity.data.loader import Feed, picture_feed
 from split_affinity.data.pictures import load_image
-from split_affinity.data.transforms import validation_transform
+from split_affinity.data.transforms import resized, validation_transform
 from split_affinity.models.own import Hybrid
 from split_affinity.models.pretrained import IMAGENET_MEAN, Preprocessing, Pretrained
 from split_affinity.models.registry import OWN_MODELS
@@ -259,6 +259,36 @@ def test_a_broken_picture_is_named_and_the_rest_is_done(ask, photos_with_val, wo
     assert error == "train_split_affinity.py: error: 3 of 6 pictures cannot be read"
     answers, _ = ask("1.jpg", code=1)
     assert answers["pictures"] == []
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("place", ["load_image", "resized"])
+def test_a_picture_too_large_for_the_memory_costs_no_other_its_answer(
+    ask, photos_with_val, monkeypatch, place, workers
+):
+    folder = Path("pictures")
+    shutil.copytree(photos_with_val / "val/temple", folder)
+    Image.new("RGB", (77, 99)).save(folder / "huge.png")
+    real = {"load_image": load_image, "resized": resized}[place]
+
+    def fail(*args):
+        if "huge" in str(args) or (77, 99) in [getattr(each, "size", None) for each in args]:
+            raise MemoryError
+        return real(*args)
+
+    set_everywhere(monkeypatch, place, fail)
+    answers, captured = ask("-j", workers, "-b", "3", folder, code=1)
+    assert len(answers["pictures"]) == 6
+    assert answers["broken"][0].startswith("broken image pictures/huge.png")
+    assert captured.err.count("huge.png") == 1
+    assert "there is not enough memory for it" in captured.err
+
+
+def test_lines_of_pixels_are_answered(ask, photos_with_val):
+    for number, size in enumerate([(1, 30_000), (30_000, 1), (1, 1)]):
+        Image.new("RGB", size).save(f"{number}.png")
+    answers, _ = ask("0.png", "1.png", "2.png", photos_with_val / "val/flower")
+    assert len(answers["pictures"]) == 9
 
 
 def test_pictures_are_read_as_in_training(ask, photos_with_val):
