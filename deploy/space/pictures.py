@@ -81,6 +81,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         low, high = next(((0, top) for top in tops if low >= 0 and high <= top), (low, high))
         with np.errstate(all="ignore"):
             values = (values - low) * np.float32(255 / (high - low))
+        if getattr(picture, "tag_v2", {}).get(262) == 0:  # a TIFF whose lowest value is white
+            values = 255 - values
         values = np.nan_to_num(values, nan=0, posinf=255, neginf=0).round().clip(0, 255)
         picture = Image.fromarray(values.astype(np.uint8))
     picture.info.pop("transparency", None)  # which Pillow would warn of, if it is a palette's

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ PICTURE_FORMATS = tuple(
     if name in Image.OPEN
 )
 
+
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF files, and a value of it
 
 NO_ROOM = "there is not enough memory for it"
 
@@ -62,7 +65,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
     Grey of more than 8 bits, which Pillow would clip, is scaled, dark and bright pictures alike:
     whole numbers from 0 to 65535 by 1/257, floats from 0 to 1 by 255, floats from 0 to 255 not at
-    all. Only values beyond go from their own lowest to their own highest. NaN becomes black.
+    all. Only values beyond go from their own lowest to their own highest. NaN becomes black. In a
+    TIFF the lowest value may be white, which Pillow heeds in 8 bits alone.
     """
     if picture.mode.startswith(("I", "F")):
         values = v2.functional.pil_to_tensor(picture.convert("F"))
@@ -70,7 +74,10 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         low, high = finite.aminmax() if len(finite) else (0, 1)
         tops = (1, 255) if picture.mode == "F" else (65535,)
         low, high = next(((0, top) for top in tops if low >= 0 and high <= top), (low, high))
-        values = ((values - low) * (255 / (high - low))).nan_to_num(0, 255, 0)
+        values = (values - low) * (255 / (high - low))
+        if getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
+            values = 255 - values
+        values = values.nan_to_num(0, 255, 0)
         picture = v2.functional.to_pil_image(values.round().clamp(0, 255).byte())
     picture.info.pop("transparency", None)  # which Pillow would warn of, if it is a palette's
     return picture.convert("RGB")
@@ -111,28 +118,45 @@ def derived_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def pictures_in(text: str) -> list[str]:
+def pictures_in(text: str) -> tuple[list[str], list[str]]:
     """The picture files that an argument of `predict` names: a file, whatever its name; a folder's,
-    with all below it, or a pattern's, by their endings. Raises UserError if there are none.
+    with all below it, or a pattern's, by their endings; and why folders there cannot be read.
+    Raises UserError if there is no picture.
     """
     if Path(text).exists() and not Path(text).is_dir():
-        return [text]
+        return [text], []
     places = [text] if Path(text).is_dir() else glob.glob(text, recursive=True)  # noqa: PTH207
     if not places:
         raise UserError(f"{text}: no such file or folder")
-    files = {str(file) for place in places for file in picture_files(Path(place))}
+    unread: list[str] = []
+    files = {str(file) for place in places for file in picture_files(Path(place), unread, set())}
     if not files:
         kinds = ", ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
-        raise UserError(f"{text}: no picture there ({kinds})")
-    return sorted(files)
+        raise UserError(unread[0] if unread else f"{text}: no picture there ({kinds})")
+    return sorted(files), unread
 
 
-def picture_files(place: Path) -> Iterator[Path]:
-    """A file if it is a picture by its ending, or all such files below a folder; none is hidden."""
-    for file in place.rglob("*") if place.is_dir() else (place,):
-        hidden = any(part[0] == "." for part in file.relative_to(place).parts)
-        if torchvision.datasets.folder.is_image_file(file.name) and not hidden and file.is_file():
-            yield file
+def picture_files(place: Path, unread: list[str], seen: set[str]) -> Iterator[Path]:
+    """A file if it is a picture by its ending, or all such files below a folder; none is hidden.
+    Links to folders are followed, to each folder once: `seen` are those without links. `unread`
+    takes in why a folder cannot be read.
+    """
+    if not place.is_dir():
+        if torchvision.datasets.folder.is_image_file(place.name) and place.is_file():
+            yield place
+        return
+    real = os.path.realpath(place)
+    if real in seen:
+        return
+    seen.add(real)
+    try:
+        names = sorted(entry.name for entry in os.scandir(place))
+    except OSError as error:
+        unread.append(f"{place}: folder cannot be read: {error.strerror}")
+        return
+    for name in names:
+        if name[0] != ".":
+            yield from picture_files(place / name, unread, seen)
 
 
 class NewPictures(Dataset):

@@ -164,9 +164,11 @@ def set_up_to_ask(
 
 def predict(settings: Settings, topology: Topology) -> list[Answer]:
     """The `predict` command: print the likeliest classes of pictures, and write them. Raises
-    RunError, in the end, if some pictures cannot be read.
+    RunError, in the end, if some pictures or folders cannot be read.
     """
-    paths = [path for text in settings.pictures for path in pictures_in(text)]
+    found = [pictures_in(text) for text in settings.pictures]
+    paths = [path for pictures, _ in found for path in pictures]
+    unread_folders = list(dict.fromkeys(text for _, unread in found for text in unread))
     check_json(settings.json)
     precision = choose_precision(settings, topology)[0]
     settings = dataclasses.replace(settings, precision=precision)
@@ -184,10 +186,15 @@ def predict(settings: Settings, topology: Topology) -> list[Answer]:
                 warn(text)
             broken += unread
             bar.update(len(shares) + len(unread))
+    for text in unread_folders:
+        warn(text)
     if settings.json:
-        write_where_asked(settings.json, answers_json(settings, trained, answers, broken))
-    if broken:
-        raise RunError(f"{len(broken)} of {plural(len(paths), 'picture')} cannot be read")
+        missing = [*broken, *unread_folders]
+        write_where_asked(settings.json, answers_json(settings, trained, answers, missing))
+    failed = [f"{len(broken)} of {plural(len(paths), 'picture')}"] if broken else []
+    failed += [plural(len(unread_folders), "folder")] if unread_folders else []
+    if failed:
+        raise RunError(f"{' and '.join(failed)} cannot be read")
     return answers
 
 

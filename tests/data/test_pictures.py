@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import struct
 import warnings
 
 import numpy as np
@@ -134,6 +135,30 @@ def test_images_of_16_bits_train_as_those_of_8(tmp_path):
         for name in ("uint8", "uint16")
     )
     assert_same_batches(eight, sixteen)
+
+
+@pytest.mark.parametrize("white_is_zero", [False, True])
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_tiffs_whose_lowest_value_is_white(tmp_path, kind, white_is_zero):
+    """Written value by value, as Pillow turns over what it writes by itself."""
+    values = GREY.astype(kind) * {np.uint16: 257, np.float32: 1 / 255}.get(kind, 1)
+    tags = [
+        (256, 3, 16),
+        (257, 3, 16),
+        (258, 3, values.itemsize * 8),
+        (259, 3, 1),
+        (262, 3, 0 if white_is_zero else 1),
+        (273, 4, 8 + 2 + 10 * 12 + 4),
+        (277, 3, 1),
+        (278, 3, 16),
+        (279, 4, values.nbytes),
+        (339, 3, 3 if kind is np.float32 else 1),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, form, 1, value) for tag, form, value in tags)
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    (tmp_path / "x.tiff").write_bytes(head + entries + bytes(4) + values.astype(kind).tobytes())
+    loaded = np.asarray(load_image(str(tmp_path / "x.tiff")))[..., 0]
+    assert np.array_equal(loaded, 255 - GREY if white_is_zero else GREY)
 
 
 @pytest.mark.parametrize("name", ["png", "tiff", "jpeg", "webp"])

@@ -284,6 +284,47 @@ def test_a_picture_too_large_for_the_memory_costs_no_other_its_answer(
     assert "there is not enough memory for it" in captured.err
 
 
+def test_folders_that_links_lead_to(ask, photos_with_val):
+    """As in training: those elsewhere too, each once, and no loop."""
+    Path("new/deep").mkdir(parents=True)
+    shutil.copy(photos_with_val / "val/flower/0001.jpg", "new/deep/1.jpg")
+    Path("new/linked").symlink_to(photos_with_val / "val/temple")
+    Path("new/linked too").symlink_to("linked")
+    Path("new/loop").symlink_to("..")
+    Path("new/nowhere").symlink_to("nothing")
+    answers, captured = ask("new")
+    assert [*of_path(answers)] == [
+        "new/deep/1.jpg",
+        *(f"new/linked/{number:04}.jpg" for number in range(6)),
+    ]
+    assert captured.err == ""
+
+
+def test_a_folder_that_cannot_be_read_is_named(ask, photos_with_val, monkeypatch):
+    """The system lets the superuser read anything, so the refusal is a stand-in."""
+    shutil.copytree(photos_with_val / "val/temple", "new/temple")
+    shutil.copytree(photos_with_val / "val/temple", "new/secret")
+    real = os.scandir
+
+    def scan(place):
+        if "secret" in str(place):
+            raise PermissionError(13, "Permission denied", str(place))
+        return real(place)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    told = "new/secret: folder cannot be read: Permission denied"
+    for arguments in (["new"], ["new", "new/temple/0001.jpg", "n*"]):
+        answers, captured = ask(*arguments, code=1)
+        assert len(of_path(answers)) == 6
+        assert answers["broken"] == [told]
+        ending = "train_split_affinity.py: error: 1 folder cannot be read"
+        assert captured.err.splitlines() == [f"warning: {told}", ending]
+    Path("new/temple/1.jpg").write_text("no picture")
+    _, captured = ask("new", code=1)
+    assert "error: 1 of 7 pictures and 1 folder cannot be read\n" in captured.err
+    assert main(["predict", "--weights", "DEFAULT", "new/secret"]) == 2
+
+
 def test_lines_of_pixels_are_answered(ask, photos_with_val):
     for number, size in enumerate([(1, 30_000), (30_000, 1), (1, 1)]):
         Image.new("RGB", size).save(f"{number}.png")
