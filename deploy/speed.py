@@ -1,7 +1,8 @@
 """What each way to run a model is worth: accuracy on all validation images, size, speed.
 
 The ways take turns in rounds, on the same cores with as many threads, so that whatever else the
-machine does meets all of them; ratios are taken within a round.
+machine does meets all of them; ratios are taken within a round. Rounds that others disturb are
+repeated, and where most are disturbed all the same, there are no ratios.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ import torch
 
 from split_affinity.data.pictures import ImageData
 from split_affinity.errors import Stopped, one_line
+from split_affinity.lanes.contention import COMPANY_SHARE, Company, Lookout
 from split_affinity.machine.plan import plan_cores
 from split_affinity.machine.topology import read_topology
 from split_affinity.options.settings import Settings
+from split_affinity.reports.tables import company_texts
 from split_affinity.text import format_cpu_list, markdown_table, plural, speed_text
 
 with cp.needed_packages():
@@ -38,7 +41,7 @@ with cp.needed_packages():
 
 LOGITS = "logits"
 ONE, MANY = 1, 32  # images at once: how soon an answer comes, and how many come
-ROUNDS = 5
+ROUNDS, MOST_REPEATS = 5, 3  # of disturbed ones
 TURN_S = 1.0  # of measured calls, at the least, in a round
 LOST_POINTS = 1.0  # of top-1: more is too much
 LOOKED_AT = 8  # images, for the errors of layers
@@ -60,26 +63,42 @@ class Way:
 
 @dataclass(frozen=True)
 class Turns:
-    """What a way's turns measured, at one number of images at once: for each round images a second
-    and their ratio to those of PyTorch in fp32; `calls_ms` are how long all calls took.
+    """What a way's turns measured, at one number of images at once: for each round that counts
+    images a second and their ratio to those of PyTorch in fp32; `calls_ms` are how long all calls
+    took; `disturbed` tells, of each such round that others disturbed, what they took.
     """
 
     images_per_s: tuple[float, ...]
     to_eager: tuple[float, ...]
     calls_ms: tuple[float, ...]
+    disturbed: tuple[str, ...] = ()
+
+    @property
+    def needed(self) -> int:
+        """How many undisturbed rounds a ratio takes: medians then lie between their figures."""
+        return len(self.images_per_s) // 2 + 1
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether there are so many."""
+        return len(self.images_per_s) - len(self.disturbed) >= self.needed
 
     def figures(self) -> dict[str, Any]:
-        """Medians, and of rounds the lowest and the highest, as JSON types."""
+        """Medians, and of rounds the lowest and the highest, as JSON types; no ratio of too few
+        undisturbed rounds.
+        """
         p50, p95 = torch.tensor(self.calls_ms, dtype=torch.float64).quantile(
             torch.tensor([0.5, 0.95], dtype=torch.float64)
         )
+        ends = [min(self.to_eager), max(self.to_eager)]
         return {
             "images_per_s": statistics.median(self.images_per_s),
             "images_per_s_range": [min(self.images_per_s), max(self.images_per_s)],
-            "to_eager": statistics.median(self.to_eager),
-            "to_eager_range": [min(self.to_eager), max(self.to_eager)],
+            "to_eager": statistics.median(self.to_eager) if self.is_judged else None,
+            "to_eager_range": ends if self.is_judged else None,
             "latency_ms": p50.item(),
             "latency_p95_ms": p95.item(),
+            "disturbed_rounds": len(self.disturbed),
         }
 
 
@@ -164,7 +183,8 @@ def speed_table(found: Comparison) -> str:
             figures = turns.figures()
             low, high = map(speed_text, figures["images_per_s_range"])
             speed = speed_text(figures["images_per_s"])
-            cells += [speed, f"{low}-{high}", f"{figures['to_eager']:.2f}"]
+            ratio = f"{figures['to_eager']:.2f}" if turns.is_judged else "none"
+            cells += [speed, f"{low}-{high}", ratio]
         rows.append((way.name, *cells))
     counts = found.ways[0].turns
     heads = itertools.chain(*((f"img/s, {count}", "range", "ratio") for count in counts))
@@ -180,6 +200,7 @@ def sentences(found: Comparison) -> Iterator[str]:
         f"{format_cpu_list(found.cpus)} ({found.cpu_model}), {ONE} or {MANY} images at "
         f"once; ratio: to {EAGER}, within a round"
     )
+    yield from disturbances(found)
     yield from found.notes
     if found.lost_points > LOST_POINTS:
         layers = ", ".join(f"{name} ({error:.1%})" for name, error in found.worst)
@@ -189,25 +210,50 @@ def sentences(found: Comparison) -> Iterator[str]:
         )
 
 
+def disturbances(found: Comparison) -> Iterator[str]:
+    """Who disturbed the rounds, if anybody did, and what cannot be told for that."""
+    for count, turns in found.ways[0].turns.items():
+        if not turns.disturbed:
+            continue
+        rounds = plural(len(turns.images_per_s), "round")
+        told = (
+            f"with {plural(count, 'image')} at once, {len(turns.disturbed)} of {rounds} were "
+            f"disturbed, in one of which {turns.disturbed[0]}"
+        )
+        if not turns.is_judged:
+            told += (
+                f": no ratio, and no verdict on speed; {turns.needed} undisturbed rounds are "
+                "needed. Measure once more while nothing else runs on this machine"
+            )
+        yield told
+
+
 @contextlib.contextmanager
 def kept_on(cpus: Sequence[int]) -> Iterator[None]:
     """Keep all threads of the process on these logical CPUs meanwhile; those that they start have
-    that from them. Where the system cannot do that (macOS), nothing happens.
+    that from them. Where the system cannot do that (macOS), or refuses it, nothing happens.
     """
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
     before = {}
-    for thread in map(int, os.listdir("/proc/self/task")):
-        with contextlib.suppress(ProcessLookupError):
+    for thread in own_threads():
+        with contextlib.suppress(OSError):  # ended just now, or it is refused
             before[thread] = os.sched_getaffinity(thread)
             os.sched_setaffinity(thread, cpus)
     try:
         yield
     finally:
-        for thread in map(int, os.listdir("/proc/self/task")):
-            with contextlib.suppress(ProcessLookupError):
+        for thread in own_threads() if os.getpid() in before else ():
+            with contextlib.suppress(OSError):
                 os.sched_setaffinity(thread, before.get(thread, before[os.getpid()]))
+
+
+def own_threads() -> list[int]:
+    """The process's threads; none where they cannot be kept on cores, or are hidden."""
+    try:
+        return (
+            [*map(int, os.listdir("/proc/self/task"))] if hasattr(os, "sched_setaffinity") else []
+        )
+    except OSError:
+        return []
 
 
 def eager(model: torch.nn.Module) -> Run:
@@ -337,7 +383,9 @@ def calls_s(run: Run, images: torch.Tensor) -> list[float]:
     return times_s
 
 
-def turns_of(rounds: Sequence[Sequence[list[float]]], images: int) -> list[Turns]:
+def turns_of(
+    rounds: Sequence[Sequence[list[float]]], images: int, disturbed: Sequence[str] = ()
+) -> list[Turns]:
     """What came of rounds, each of a list of seconds for each way, the first way being PyTorch in
     fp32, with so many images a call.
     """
@@ -347,16 +395,37 @@ def turns_of(rounds: Sequence[Sequence[list[float]]], images: int) -> list[Turns
             tuple(each[way] for each in speeds),
             tuple(each[way] / each[0] for each in speeds),
             tuple(1e3 * call_s for each in rounds for call_s in each[way]),
+            tuple(disturbed),
         )
         for way in range(len(rounds[0]))
     ]
 
 
-def time_ways(ways: Sequence[Way], images: torch.Tensor) -> list[Turns]:
-    """The turns of the ways with these images, in rounds: A B C, A B C."""
-    course = tqdm(range(ROUNDS), unit=" rounds", leave=False, disable=None)
-    rounds = [[calls_s(way.run, images) for way in ways] for _ in course]
-    return turns_of(rounds, len(images))
+def share_of(company: Company | None) -> float:
+    """The largest share of the cores that others took; 0 where nobody can tell."""
+    return max(company.stolen, *company.others.values()) if company else 0.0
+
+
+def time_ways(ways: Sequence[Way], images: torch.Tensor, lookout: Lookout) -> list[Turns]:
+    """The turns of the ways with these images, in rounds: A B C, A B C; in the end others for those
+    disturbed. The ROUNDS that others disturbed least count.
+    """
+    rounds: list[list[list[float]]] = []
+    companies: list[Company | None] = []
+    clean = 0
+    with tqdm(total=ROUNDS, unit=" rounds", leave=False, disable=None) as bar:
+        while clean < ROUNDS and len(rounds) < ROUNDS + MOST_REPEATS:
+            lookout.look(0)
+            rounds.append([calls_s(way.run, images) for way in ways])
+            companies.append(lookout.look(0))
+            is_clean = share_of(companies[-1]) < COMPANY_SHARE
+            clean += is_clean
+            bar.update(is_clean)
+    order = sorted(range(len(rounds)), key=lambda place: share_of(companies[place]))
+    used = sorted(order[:ROUNDS])
+    told = [company_texts(companies[place], COMPANY_SHARE) for place in used if companies[place]]
+    disturbed = [text for text in map(" and ".join, told) if text]
+    return turns_of([rounds[place] for place in used], len(images), disturbed)
 
 
 def all_ways(
@@ -382,15 +451,17 @@ def compare(
     `compiled` if asked for, and its ONNX files.
     """
     threads, topology = cp.use_allowed_cores(), read_topology()
-    cpus = plan_cores(topology, Settings(split="none")).forward.cpus
+    plan = plan_cores(topology, Settings(split="none"))
+    cpus = plan.forward.cpus
     images, notes = first_images(checkpoint, data), []
     with kept_on(cpus):
+        lookout = Lookout(plan, topology.online)
         ways = all_ways(checkpoint, onnx_path, int8_path, threads)
         if compiled:
             more, notes = compiled_ways(checkpoint.model, [images[:ONE], images])
             ways[2:2] = more
         right, count = count_right(ways, checkpoint, data, batch_size)
-        timed = {batch: time_ways(ways, images[:batch]) for batch in (ONE, MANY)}
+        timed = {batch: time_ways(ways, images[:batch], lookout) for batch in (ONE, MANY)}
     measured = tuple(
         Measured(way.name, way.size_bytes, hits, {batch: timed[batch][i] for batch in timed})
         for i, (way, hits) in enumerate(zip(ways, right, strict=True))

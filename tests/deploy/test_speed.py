@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
+import subprocess
+import sys
 import threading
 
 import checkpoint as cp
@@ -21,6 +24,11 @@ import speed
 import torch
 from sklearn.metrics import accuracy_score
 from speed import BF16, EAGER, INT8, ONNX, Comparison, Measured, Turns
+
+from split_affinity.lanes.contention import Company
+from split_affinity.machine.plan import plan_cores
+from split_affinity.machine.topology import read_topology
+from split_affinity.options.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +44,25 @@ def files(best, tmp_path_factory):
     return checkpoint, data, source, target
 
 
+class Nobody:
+    """Sees that others take nothing, or in each round what it is told."""
+
+    def __init__(self, *_):
+        self.looks, self.shares = 0, []
+
+    def look(self, least_s):
+        """What others took since the latest look: every second look ends a round."""
+        self.looks += 1
+        place = self.looks // 2 - 1
+        share = self.shares[place] if 0 <= place < len(self.shares) else 0.0
+        return Company(0, 1, {"all": share}, 0.0)
+
+
 def hurry(patch):
-    """Turns of one call, in two rounds."""
+    """Turns of one call, in two rounds, which are too short to see whom others disturb."""
     patch.setattr(speed, "TURN_S", 1e-9)
     patch.setattr(speed, "ROUNDS", 2)
+    patch.setattr(speed, "Lookout", Nobody)
 
 
 @pytest.fixture
@@ -160,10 +183,86 @@ def test_ways_take_turns_and_the_first_call_is_left_out(monkeypatch):
         return speed.Way(name, 1, run)
 
     monkeypatch.setattr(speed.time, "perf_counter", lambda: clock_s[0])
-    turns = speed.time_ways([way("a", 0.5), way("b", 0.75)], torch.zeros(4, 3, 2, 2))
+    turns = speed.time_ways([way("a", 0.5), way("b", 0.75)], torch.zeros(4, 3, 2, 2), Nobody())
     assert order == [*"aaabbb"] * speed.ROUNDS
     assert turns[0].images_per_s == (8,) * speed.ROUNDS
     assert turns[1].to_eager == pytest.approx((2 / 3,) * speed.ROUNDS)
+
+
+def test_disturbed_rounds_are_repeated_and_those_disturbed_least_count(monkeypatch):
+    monkeypatch.setattr(speed, "TURN_S", 1e-9)
+    clock_s = [0.0]
+
+    def run(images):
+        clock_s[0] += 1 + seen.looks // 2  # each round takes another second
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock_s[0])
+    for shares, used, disturbed in (
+        ([0.9, 0.0, 0.05, 0.5], [2, 3, 5, 6, 7], 0),
+        ([0.9, 0.2, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3], [2, 5, 6, 7, 8], 5),
+    ):
+        seen = Nobody()
+        seen.shares = shares
+        (turns,) = speed.time_ways([speed.Way("a", 1, run)], torch.zeros(1, 3, 2, 2), seen)
+        assert turns.images_per_s == pytest.approx([1 / each for each in used])
+        assert len(turns.disturbed) == disturbed
+
+
+@pytest.mark.parametrize("disturbed", range(6))
+def test_there_is_no_ratio_without_enough_undisturbed_rounds(disturbed):
+    texts = ("other processes took 85 % of all cores",) * disturbed
+    eager, fast = (Turns((x,) * 5, (r,) * 5, (1.0,), texts) for x, r in ((2.0, 1.0), (52.6, 26.32)))
+    ways = [Measured(name, 1, 9, {1: turns}) for name, turns in ((EAGER, eager), (ONNX, fast))]
+    found = Comparison(tuple(ways), 9, 2, (0, 1), "a CPU")
+    assert ("26.32" in found.text()) == ("26.32" in str(found.figures())) == (disturbed < 3)
+    assert ("no verdict on speed; 3 undisturbed rounds are needed" in found.text()) == (
+        disturbed > 2
+    )
+    assert (f"{disturbed} of 5 rounds were disturbed" in found.text()) == (disturbed > 0)
+
+
+def test_what_others_disturb_is_no_ratio_in_the_text(files, hurried, monkeypatch):
+    class Somebody(Nobody):
+        def look(self, least_s):
+            return Company(0, 1, {"all": 0.6}, 0.0)
+
+    monkeypatch.setattr(speed, "Lookout", Somebody, raising=False)
+    text = speed.compare(*files[:3], None, 64).text()
+    assert "other processes took 60 % of all cores" in text
+    assert "no ratio, and no verdict" in text
+    assert not re.search(r"\| +1\.00 \|", text)
+
+
+def test_others_are_seen(monkeypatch):
+    """Processes that compute on all cores meanwhile."""
+    monkeypatch.setattr(speed, "TURN_S", 0.5)
+    monkeypatch.setattr(speed, "ROUNDS", 1)
+    monkeypatch.setattr(speed, "MOST_REPEATS", 0)
+    plan, online = plan_cores(read_topology(), Settings(split="none")), read_topology().online
+    command = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(command) for _ in plan.forward.cpus]
+    try:
+        with speed.kept_on(plan.forward.cpus):
+            lookout = speed.Lookout(plan, online)
+            way = speed.Way("a", 1, lambda images: images.sum())
+            (turns,) = speed.time_ways([way], torch.zeros(1, 3, 8, 8), lookout)
+    finally:
+        for each in others:
+            each.kill()
+            each.wait()
+    assert len(turns.disturbed) == 1 and not turns.is_judged
+
+
+def test_where_affinity_is_refused_threads_stay_where_they_are(monkeypatch):
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setaffinity", refused)
+    with speed.kept_on([0]):
+        assert os.sched_getaffinity(0)
+    monkeypatch.setattr(os, "sched_getaffinity", refused)
+    with speed.kept_on([0]):
+        pass
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
