@@ -70,7 +70,7 @@ MACHINE_FIELDS = {
 def machine_text(topology: Topology) -> str:
     """A machine's description in JSON: all that a plan depends on, CPUs as lists."""
     values = {"format": MACHINE_FORMAT, "version": MACHINE_VERSION, **dataclasses.asdict(topology)}
-    del values["affinity_refused"]
+    del values["affinity_refused"], values["busy"]  # of the moment
     for core in values["cores"]:
         core["cpus"] = format_cpu_list(core["cpus"])
     if topology.memory_bytes == math.inf:
@@ -127,7 +127,7 @@ def read_machine(path: Path) -> Topology:
             return parse_machine(path.read_text("utf-8", "replace"))
         online = frozenset(read_cpus(path / "sys/devices/system/cpu/online"))
         if online:
-            there = read_topology(path, online)
+            there = read_topology(path, online, look_s=0)
             return dataclasses.replace(there, has_affinity=True, affinity_refused="")
         reason = "a folder without sys/devices/system/cpu/online"
     except OSError as error:

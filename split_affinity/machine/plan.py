@@ -6,7 +6,9 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 import platform
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -154,15 +156,72 @@ def check_cpus(topology: Topology, flag: str, cpus: Sequence[int]) -> None:
 
 
 def usable_cores(topology: Topology) -> list[Core]:
-    """The cores, cut down to their allowed CPUs, that the CPU quota leaves room for."""
+    """The cores, cut down to their allowed CPUs, that the CPU quota leaves room for; of these the
+    ones that are idle now, if that is known (see idle_first).
+    """
     cores = [
         dataclasses.replace(core, cpus=cpus)
         for core in topology.cores
         if (cpus := tuple(cpu for cpu in core.cpus if cpu in topology.allowed))
     ]
     room = len(cores) if topology.quota_cpus is None else max(1, math.floor(topology.quota_cpus))
+    return sorted(idle_first(cores, core_loads(topology), room)) if room < len(cores) else cores
+
+
+BUSY_SHARE = 0.1  # a core that others use for longer is not idle
+DOMAINS = "package", "node", "l3"
+
+
+def core_loads(topology: Topology) -> dict[int, float]:
+    """How busy a logical CPU's core is, its busiest hardware thread: others slow that down, too."""
+    return {
+        cpu: max(topology.busy.get(each, 0.0) for each in core.cpus)
+        for core in topology.cores
+        for cpu in core.cpus
+    }
+
+
+def idle_first(cores: Sequence[Core], load: dict[int, float], count: int) -> list[Core]:
+    """The `count` cores to take beside others' work, of which `load` tells by logical CPU: idle
+    ones, the fastest of them; in one L3 domain, node or package, if one has so many, and in that
+    with the least work. If no core is busy these are the first; if too few are idle, the least
+    busy ones join them.
+    """
     fastest_first = sorted(cores, key=lambda core: -core.capacity)
-    return sorted(fastest_first[:room])
+    busy = [core for core in cores if load[core.cpus[0]] > BUSY_SHARE]
+    idle = [core for core in fastest_first if core not in busy]
+    fast = [core for core in idle if core.capacity == idle[0].capacity]
+    if not busy:
+        return fastest_first[:count]
+    if len(idle) < count:
+        return (idle + sorted(busy, key=lambda core: load[core.cpus[0]]))[:count]
+    for depth in range(len(DOMAINS), 0, -1):
+        place = operator.attrgetter(*DOMAINS[:depth])
+        domains = {place(core): [] for core in fast}
+        for core in fast:
+            domains[place(core)].append(core)
+        fitting = [there for there in domains.items() if len(there[1]) >= count]
+        if fitting:
+            works = Counter(map(place, busy))
+            _, chosen = min(fitting, key=lambda there: works[there[0]])
+            return take(chosen, count, DOMAINS[depth:])
+    return idle[:count]
+
+
+def why_these(topology: Topology, used: Sequence[Core]) -> str:
+    """Which cores were taken under a CPU quota, and why; empty where nobody knows who is busy."""
+    if not topology.busy:
+        return ""
+    cpus, load = cpus_of(used), core_loads(topology)
+    here = f"CPU{'s' if len(cpus) > 1 else ''} {format_cpu_list(cpus)}"
+    allowed = [core for core in topology.cores if not topology.allowed.isdisjoint(core.cpus)]
+    busy = [core for core in allowed if load[core.cpus[0]] > BUSY_SHARE]
+    taken = sum(load[core.cpus[0]] > BUSY_SHARE for core in used)
+    if not busy:
+        return f", {here}: the first, since all are idle"
+    if not taken:
+        return f", {here}: idle now, while others work on {plural(len(busy), 'core')}"
+    return f", {here}: the least busy ones, since others work on {plural(len(busy), 'core')}"
 
 
 @dataclass(frozen=True)
@@ -199,7 +258,9 @@ def rank_topology(hosts: Sequence[Host], rank: int) -> Topology:
     sharing = [number for number in there if hosts[number].topology.allowed == allowed]
     part = len(sharing) / len(there)
     quota = own.topology.quota_cpus and own.topology.quota_cpus * part
-    cores = usable_cores(dataclasses.replace(own.topology, quota_cpus=quota))
+    # All of them go by what the first one saw: their sets must fit together.
+    busy = hosts[sharing[0]].topology.busy
+    cores = usable_cores(dataclasses.replace(own.topology, quota_cpus=quota, busy=busy))
     if len(sharing) > len(cores):
         limit = "" if own.topology.quota_cpus is None else ", with the CPU quota"
         raise UserError(
@@ -230,13 +291,16 @@ def share_out(cores: Sequence[Core], ranks: int) -> list[list[Core]]:
 
 def plan_notes(topology: Topology, forward: Group, backward: Group) -> Iterator[str]:
     """What the user should know about an allocation."""
+    used_cpus = forward.cpu_set | backward.cpu_set
     used, allowed = (
         sum(not cpus.isdisjoint(core.cpus) for core in topology.cores)
-        for cpus in ({*forward.cpus, *backward.cpus}, topology.allowed)
+        for cpus in (used_cpus, topology.allowed)
     )
     if topology.quota_cpus is not None and topology.quota_cpus < allowed:
         quota = f"CPU quota of {topology.quota_cpus:g} CPUs"
-        yield f"{quota}: {used} of {plural(allowed, 'allowed core')} used"
+        usable = usable_cores(topology)
+        why = why_these(topology, usable) if {*cpus_of(usable)} == used_cpus else ""
+        yield f"{quota}: {used} of {plural(allowed, 'allowed core')} used{why}"
     if topology.affinity_refused:
         yield f"the system keeps no thread on cores ({topology.affinity_refused})"
     if forward is not backward and forward.cpus == backward.cpus:
@@ -315,9 +379,7 @@ def share_by_kind(cores: Sequence[Core], count: int) -> list[tuple[list[Core], i
     return list(zip(kinds, shares, strict=True))
 
 
-def take(
-    cores: Sequence[Core], count: int, levels: Sequence[str] = ("package", "node", "l3")
-) -> list[Core]:
+def take(cores: Sequence[Core], count: int, levels: Sequence[str] = DOMAINS) -> list[Core]:
     """Choose `count` cores so that at each level at most one domain is split."""
     if count in (0, len(cores)) or not levels:
         return list(cores[:count])

@@ -12,12 +12,13 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from split_affinity import AFFINITY_REFUSED, ALLOWED_CPUS
 from split_affinity.files import read_text
+from split_affinity.machine.idleness import LOOK_S, busy_now
 from split_affinity.options.values import parse_cpu_list
 from split_affinity.text import format_cpu_list
 
@@ -42,8 +43,9 @@ class Core:
 class Topology:
     """A machine as one process may use it. `quota_cpus` is the cgroup's CPU quota, if any; `bf16`
     names the instructions that compute in bfloat16, empty where there are none; `memory_bytes` are
-    infinite where nothing is known. `affinity_refused` says why the system keeps no thread on
-    cores though it could; it is no part of a machine's description.
+    infinite where nothing is known. Of the moment, and so no part of a machine's description, are
+    `affinity_refused`, why the system keeps no thread on cores though it could, and `busy`, for
+    which share of the time each CPU works, where a CPU quota leaves a choice.
     """
 
     cpu_model: str
@@ -55,6 +57,7 @@ class Topology:
     bf16: str = ""
     memory_bytes: float = math.inf
     affinity_refused: str = ""
+    busy: dict[int, float] = field(default_factory=dict, compare=False)
 
     @property
     def online(self) -> tuple[int, ...]:
@@ -79,11 +82,14 @@ def read_cpus(path: Path) -> tuple[int, ...]:
     return parse_cpu_list(text) if text else ()
 
 
-def read_topology(root: Path = Path("/"), allowed: frozenset[int] = ALLOWED_CPUS) -> Topology:
+def read_topology(
+    root: Path = Path("/"), allowed: frozenset[int] = ALLOWED_CPUS, look_s: float = LOOK_S
+) -> Topology:
     """Read the machine's topology from the files under `root`.
 
     `allowed` are the logical CPUs that the process may use. Where sysfs tells nothing (macOS),
-    every allowed CPU counts as a core.
+    every allowed CPU counts as a core. Where a CPU quota leaves a choice of cores, it is looked for
+    `look_s` seconds who else uses them.
     """
     system = root / "sys/devices/system/cpu"
     online = tuple(sorted(allowed.union(read_cpus(system / "online"))))
@@ -97,16 +103,19 @@ def read_topology(root: Path = Path("/"), allowed: frozenset[int] = ALLOWED_CPUS
         read_core(system / f"cpu{cpu}", cpu, online, node_of.get(cpu, 0), capacity_of[cpu])
         for cpu in online
     }
+    quota = read_quota(root)
+    chosen = quota is not None and quota < sum(not allowed.isdisjoint(core.cpus) for core in cores)
     return Topology(
         cpu_model=read_cpu_model(root),
         cores=tuple(sorted(cores)),
         offline=frozenset(read_cpus(system / "offline")),
         allowed=allowed,
-        quota_cpus=read_quota(root),
+        quota_cpus=quota,
         has_affinity=hasattr(os, "sched_setaffinity") and not AFFINITY_REFUSED,
         bf16=read_bf16(root),
         memory_bytes=read_memory(root),
         affinity_refused=AFFINITY_REFUSED,
+        busy=busy_now(root, online, look_s) if chosen else {},
     )
 
 
