@@ -28,14 +28,28 @@ class Lossy(io.FileIO):
         return len(data)
 
 
-def lossy(stream: Any) -> io.TextIOWrapper:
+class BesideBar(Lossy):
+    """A terminal on which another process may have drawn a progress bar: a line that begins takes
+    the place of the bar, which is drawn once more below it.
+    """
+
+    CLEAR = b"\r\x1b[K"  # the line, from its beginning on
+    begun = False  # a line
+
+    def write(self, data: Any) -> int:
+        """As Lossy, on a line of its own."""
+        clear, self.begun = b"" if self.begun else self.CLEAR, not bytes(data).endswith(b"\n")
+        return max(0, super().write(clear + bytes(data)) - len(clear))
+
+
+def lossy(stream: Any, kind: type[Lossy] = Lossy) -> io.TextIOWrapper:
     """A stream to write to in place of the process's own, or of a missing one. Characters that its
     encoding lacks are escaped.
     """
     if stream:
         with contextlib.suppress(OSError):
             stream.flush()
-    raw = Lossy(stream.fileno() if stream else os.devnull, "w", closefd=not stream)
+    raw = kind(stream.fileno() if stream else os.devnull, "w", closefd=not stream)
     encoding = stream.encoding if stream else None
     return io.TextIOWrapper(
         io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=True
@@ -105,6 +119,12 @@ def warn(text: str) -> None:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Have nothing printed on standard output meanwhile."""
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+    """Have nothing printed on standard output meanwhile, and on standard error nothing into the
+    progress bar of the process that is not silent.
+    """
+    with contextlib.ExitStack() as stack:
+        nowhere = stack.enter_context(Path(os.devnull).open("w"))
+        stack.enter_context(contextlib.redirect_stdout(nowhere))
+        if terminal_columns(sys.stderr):
+            stack.enter_context(contextlib.redirect_stderr(lossy(sys.stderr, BesideBar)))
         yield

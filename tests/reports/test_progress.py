@@ -26,7 +26,7 @@ from split_affinity.machine.topology import read_topology
 from split_affinity.reports import tables
 from split_affinity.reports.run_report import RunReport
 from split_affinity.reports.tables import BAR, bar_text
-from split_affinity.terminal import say
+from split_affinity.terminal import say, silent, warn
 from split_affinity.text import span_text
 
 # Progress
@@ -132,6 +132,33 @@ def test_progress_on_a_terminal(settings, monkeypatch, columns, phases):
     assert "| 1/30" in drawn[1]
     assert re.search(r"\| 2/30, loss 3\.0000, top-1 0\.0 %, 4 img/s, .*left$", drawn[-1])
     assert ("fwd 0.10 s, bwd 0.20 s" in drawn[-1]) == phases
+
+
+def test_what_a_silent_rank_says_is_not_printed_into_the_bar_of_the_first(monkeypatch):
+    """They are two processes on a terminal."""
+    with terminal(80) as (stream, written):
+        monkeypatch.setattr(sys, "stderr", stream)
+        stream.write("\r|████  | 135/400, 19s left")  # of another process, which ends no line
+        stream.flush()
+        with silent():
+            warn("of a rank, " + 10 * "in many words ")
+            print("partly, ", end="", file=sys.stderr)
+            print("then whole", file=sys.stderr)
+        stream.write("\r|████  | 136/400, 18s left")
+        stream.flush()
+        assert sys.stderr is stream
+        lines = written().split("\n")
+    bar, clear = "\r|████  | 135/400, 19s left", "\r\x1b[K"
+    assert lines[0].startswith(f"{bar}{clear}warning: of a rank, in many words")
+    assert lines[1].strip().startswith(("in", "many", "words"))
+    assert lines[-2:] == [f"{clear}partly, then whole", "\r|████  | 136/400, 18s left"]
+    assert sum(line.count(clear) for line in lines) == 2
+
+
+def test_a_silent_rank_steers_nothing_but_a_terminal(capsys):
+    with silent():
+        warn("of a rank")
+    assert capsys.readouterr().err == "warning: of a rank\n"
 
 
 def test_no_bar_is_drawn_into_a_pipe(settings, capsys):
