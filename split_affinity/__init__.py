@@ -54,8 +54,15 @@ if AFFINITY_REFUSED.startswith("sched_getaffinity"):
 # whole process [pytorch 49971, 91989, 149422]; lanes place their own threads. With the last one,
 # teams shrink as the machine's load grows, also in the middle of a run (see start_team).
 ALLOWED_CPUS = process_cpus()
-DROPPED_VARIABLES = {
+VARIABLES_HERE = {
     name: os.environ.pop(name)
     for name in ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_DYNAMIC")
     if name in os.environ
 }
+# Those that were dropped before the program began anew (see machine/binding.py), a line for each.
+BEGUN_ANEW = os.environ.pop("SPLIT_AFFINITY_BEGUN_ANEW", "")
+DROPPED_VARIABLES = {
+    name: value
+    for name, _, value in (line.partition("=") for line in BEGUN_ANEW.split("\n"))
+    if name
+} | VARIABLES_HERE

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 
 from split_affinity import PROGRAM
 from split_affinity.errors import UserError
+from split_affinity.machine.binding import begin_anew
 from split_affinity.options.commands import (
     installed_version,
     parse_arguments,
@@ -53,7 +54,9 @@ def begin() -> None:
 def check_early(argv: Sequence[str], launch: Launch) -> str:
     """The command. Ends the program if the arguments are wrong, or ask for nothing but a text."""
     try:
-        return parse_arguments(argv, ranks=launch.ranks)[0]
+        command = parse_arguments(argv, ranks=launch.ranks)[0]
+        begin_anew()
+        return command
     except UserError as error:
         if launch.local_rank:  # which the launcher ends as soon as the first one has said why
             time.sleep(ENDED_WITHIN_S)
