@@ -22,6 +22,7 @@ from split_affinity.options.commands import (
     parse_arguments,
     split_arguments,
 )
+from split_affinity.options.existence import missing_early
 from split_affinity.ranks.launch import Launch, launched
 from split_affinity.signals import end_while_loading
 from split_affinity.text import shown, tell, without_login
@@ -54,7 +55,9 @@ def begin() -> None:
 def check_early(argv: Sequence[str], launch: Launch) -> str:
     """The command. Ends the program if the arguments are wrong, or ask for nothing but a text."""
     try:
-        command = parse_arguments(argv, ranks=launch.ranks)[0]
+        command, settings = parse_arguments(argv, ranks=launch.ranks)
+        for message in missing_early(command, settings, launch.rank):
+            raise UserError(message)
         begin_anew()
         return command
     except UserError as error:

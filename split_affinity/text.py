@@ -9,7 +9,7 @@ import io
 import os
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -35,11 +35,15 @@ def nearest(name: str, known: Iterable[str], least: float = 0.72) -> str:
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 
-def nearest_of_each(names: Collection[str], known: Collection[str]) -> str:
-    """What to add to a message about unknown names: those most alike, for each of several."""
+def nearest_of_each(names: Collection[str], known: Mapping[str, str]) -> str:
+    """What to add to a message about unknown names: what those most alike are called here, for each
+    of several.
+    """
+    found = {name: dict.fromkeys(known[each] for each in alike(name, known)) for name in names}
     if len(names) == 1:
-        return nearest(*names, known)
-    near = {name: " or ".join(alike(name, known)) for name in names}
+        (near,) = found.values()
+        return f"; did you mean {', '.join(near)}?" if near else ""
+    near = {name: " or ".join(those) for name, those in found.items()}
     hints = ", ".join(f"{found} for {name}" for name, found in near.items() if found)
     return f"; did you mean {hints}?" if hints else ""
 

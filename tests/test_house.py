@@ -135,6 +135,8 @@ def test_the_first_line_says_what_was_asked_for(tmp_path):
     it on a terminal alone.
     """
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    for name in ("a b.jpg", "c.pt"):
+        (tmp_path / name).touch()
     place = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path)}, "timeout": 60}
     loading = "; loading PyTorch, which takes some seconds"
     train = [sys.executable, SCRIPT, "--batch-size", "32", "--steps", "50"]

@@ -15,14 +15,14 @@ from torchvision.ops import StochasticDepth
 
 from split_affinity.errors import UserError, memory_errors, one_line
 from split_affinity.models.own import Hybrid, SmallResNet
+from split_affinity.options.existence import TIMM, unknown_model
 from split_affinity.text import nearest
 
-TIMM = "timm/"  # what the names of timm's models begin with here
 # Models with auxiliary heads, which are left out. Their weights were trained with values from -1 to
 # 1: torchvision's model makes those of ImageNet's mean and deviation itself, ours has them at once.
 WITH_HEADS = ("googlenet", "inception_v3")
 
-# By name, what makes a model from (num_classes, image_size).
+# By name, as in OWN_NAMES, what makes a model from (num_classes, image_size).
 OWN_MODELS: dict[str, Callable[[int, int], nn.Module]] = {
     "resnet20": lambda num_classes, image_size: SmallResNet(num_classes, blocks=3),
     "resnet56": lambda num_classes, image_size: SmallResNet(num_classes),
@@ -77,9 +77,8 @@ def check_model_name(name: str, flag: str = "--model") -> None:
     """Raise UserError, with the nearest names, for a model that does not exist."""
     if name.startswith(TIMM):
         check_timm_name(name, flag)
-    elif name not in classifier_names():
-        hint = nearest(name, classifier_names(), 0.4) or "; any torchvision classifier will do"
-        raise UserError(f"{flag} {name}: unknown{hint}")
+    for message in () if name.startswith(TIMM) else unknown_model(name, classifier_names(), flag):
+        raise UserError(message)
 
 
 def build_model(

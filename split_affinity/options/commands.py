@@ -91,6 +91,22 @@ ALIASES = {
     "--log-interval": "print_freq",
 }
 
+# What somebody may call an option, and what it is called here: for hints alone.
+ELSEWHERE = {
+    "--optimizer": "--opt",
+    "--learning-rate": "--lr",
+    "--learning_rate": "--lr",
+    "--scheduler": "--lr-scheduler",
+    "--network": "--model",
+    "--data": "--data-path",
+    "--data-dir": "--data-path",
+    "--num-workers": "--workers",
+    "--pretrained": "--weights",
+    "--checkpoint": "--resume",
+    "--output": "--output-dir",
+    "--max-steps": "--steps",
+}
+
 
 @dataclass(frozen=True)
 class Command:
@@ -181,7 +197,11 @@ class Parser(argparse.ArgumentParser):
         given, unknown = self.parse_known_intermixed_args(*args)
         if unknown:
             flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
-            hint = nearest_of_each(flags, self._option_string_actions)
+            known = {flag: flag for flag in self._option_string_actions} | ELSEWHERE
+            hint = nearest_of_each(flags, known)
+            if command := next((text for text in unknown if text in COMMANDS), None):
+                rest = [text for text in args[0] if text != command]
+                hint = f"; the command comes first: {shlex.join([command, *rest])}"
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return given
 

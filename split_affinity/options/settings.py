@@ -18,15 +18,17 @@ from split_affinity.options.values import (
     BELOW_1,
     COUNT,
     COUNT_FROM_0,
+    DEVIATION,
+    JITTER,
     METAVARS,
     MIXING,
     NOT_NEGATIVE,
     PART,
     PERCENT,
+    SECONDS,
     SHARE,
     Values,
     channels,
-    number,
     parse_cpu_list,
     parse_milestones,
     parse_split,
@@ -100,7 +102,7 @@ class DataSettings:
         "(default: that of --weights or of the --dataset, else ImageNet's)", type=channels(SHARE),
         metavar="R,G,B")
     std: tuple[float, ...] | None = option(None, "standard deviation of each channel, likewise",
-        type=channels(PART), metavar="R,G,B")
+        type=channels(DEVIATION), metavar="R,G,B")
     min_res: int | None = option(None, "progressive resizing: side of the training images in the "
         "first epoch; it grows to --max-res in steps of 32", type=COUNT)
     max_res: int | None = option(None, "side of the training images from --end-ramp on (default: "
@@ -124,7 +126,7 @@ class AugmentationSettings:
     hflip: float = option(0.5, "probability of a horizontal flip; 0 for svhn and gtsrb unless "
         "given", type=SHARE)
     color_jitter: float = option(0.0, "strength of random brightness, contrast and saturation",
-        type=NOT_NEGATIVE)
+        type=JITTER)
     auto_augment: str = option("none", "ra: RandAugment, ta: TrivialAugment, aa: AutoAugment",
         choices=("none", "ra", "ta", "aa"))
     ra_magnitude: int = option(9, "strength of RandAugment's operations, up to 30",
@@ -268,7 +270,7 @@ class RankSettings:
     ranks: int = free(1, "how many: torchrun starts those of a run (torchrun --nproc-per-node 4); "
         "plan draws so many of one machine without it", type=COUNT)
     timeout: float = free(300.0, "seconds that a rank may let the others wait before these give it "
-        "up for lost", type=number("a number above 0", lambda value: 0 < value <= 1e6))
+        "up for lost", type=SECONDS)
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,10 @@ BELOW_1 = number("a number of 0 or more and below 1", lambda value: 0 <= value <
 SHARE = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 PART = number("above 0 and up to 1", lambda value: 0 < value <= 1)
 PERCENT = number("above 0 and up to 100", lambda value: 0 < value <= 100)
+# Pictures have 256 values from 0 to 1: less than a part of a step between two is no deviation.
+DEVIATION = number("from 0.001 to 1", lambda value: 0.001 <= value <= 1)
+JITTER = number("a number from 0 to 1000", lambda value: 0 <= value <= 1000)
+SECONDS = number("above 0 and up to 1000000", lambda value: 0 < value <= 1e6)
 # Below 0.01 torch draws the mean too often, as both of its gamma variates underflow to 0 (a quarter
 # of all draws for 0.001), above 1000 next to nothing else.
 MIXING = number("0, or from 0.01 to 1000", lambda value: value == 0 or 0.01 <= value <= 1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,9 +20,14 @@ class Launch:
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    """What torchrun says in the environment, or another launcher that sets the same variables."""
+    """What torchrun says in the environment, or another launcher that sets the same variables. What
+    makes no sense, something else has set.
+    """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    numbers = [environment.get(name, "") for name in (*names[:2], "LOCAL_RANK")]
-    if not all(name in environment for name in names) or not all(map(str.isdigit, numbers[:2])):
+    texts = [environment.get(name, "") for name in names[:2]]
+    texts.append(environment.get("LOCAL_RANK") or "0")
+    whole = (re.fullmatch(r"\d{1,9}", text, re.ASCII) for text in texts)
+    if not all(name in environment for name in names) or not all(whole):
         return Launch()
-    return Launch(*(int(number or 0) for number in numbers))
+    launch = Launch(*map(int, texts))
+    return launch if launch.rank < launch.ranks else Launch()

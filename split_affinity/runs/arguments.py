@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from split_affinity.checkpoints.resume import saved_defaults
 from split_affinity.errors import UserError
 from split_affinity.options.commands import parse_arguments, split_arguments, typed_options
+from split_affinity.options.existence import missing_places
 from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import Ranks
 from split_affinity.text import as_option, option_text
@@ -44,4 +45,8 @@ def parse_together(argv: Sequence[str], ranks: Ranks) -> tuple[str, Settings]:
     with ranks.together():
         check_same_options(given)
     own = {name: typed[name] for name in OF_A_MACHINE if name in typed}
-    return command, dataclasses.replace(settings, **own)
+    settings = dataclasses.replace(settings, **own)
+    with ranks.together():
+        for message in missing_places(command, settings, ranks.rank):
+            raise UserError(message)
+    return command, settings

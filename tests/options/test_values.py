@@ -188,8 +188,8 @@ def test_mean_and_deviation_of_channels(arguments, mean, std):
         (["--mean", "123.7,116.3,103.5"], "'123.7' is not a number from 0 to 1"),
         (["--mean", "0.5,0.5,"], "'' is not a number from 0 to 1"),
         (["--mean", "nan,0.5,0.5"], "'nan' is not a number from 0 to 1"),
-        (["--std", "0.2,0,0.2"], "'0' is not above 0 and up to 1"),
-        (["--std", "58.4,57.1,57.4"], "'58.4' is not above 0 and up to 1"),
+        (["--std", "0.2,0,0.2"], "'0' is not from 0.001 to 1"),
+        (["--std", "58.4,57.1,57.4"], "'58.4' is not from 0.001 to 1"),
     ],
 )
 def test_what_is_no_mean_or_deviation(arguments, message):

@@ -694,6 +694,16 @@ def test_what_a_launcher_says():
     assert launched(said | {"WORLD_SIZE": "many"}) == Launch(0, 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("RANK", "²"), ("RANK", "٣"), ("RANK", "8"), ("RANK", "-1"), ("RANK", "1" * 5000)]
+    + [("WORLD_SIZE", "0"), ("WORLD_SIZE", ""), ("LOCAL_RANK", "²"), ("LOCAL_RANK", "x")],
+)
+def test_what_no_launcher_says(name, text):
+    said = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "box", "MASTER_PORT": "29500"}
+    assert launched(said | {name: text}) == Launch(0, 1, 0)
+
+
 def test_all_images_of_a_step_count():
     settings = Settings(batch_size=32, accumulate=2, ranks=4)
     assert images_in_step(settings) == 256
