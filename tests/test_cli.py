@@ -581,6 +581,24 @@ def test_help_does_not_wait_for_torch(in_tmp, without_torch, arguments, begin, e
     assert not list(in_tmp.iterdir())
 
 
+@pytest.mark.parametrize("command", ["train", "predict"])
+def test_help_is_the_same_without_docstrings(in_tmp, command):
+    texts = [
+        subprocess.run([sys.executable, *flags, SCRIPT, command, "--help"], capture_output=True)
+        for flags in ([], ["-OO"])
+    ]
+    assert texts[0].stdout == texts[1].stdout
+    assert b"\nmodel and data:\n" in texts[1].stdout
+    assert b"__init__" not in texts[1].stdout
+
+
+def test_a_run_without_docstrings_and_assertions(in_tmp):
+    command = [sys.executable, "-OO", SCRIPT, *TINY, "-j", "1", "--steps", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "finished after 2 of 2 steps" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -12,7 +12,8 @@ from torchvision.transforms import v2
 
 from split_affinity.data.pictures import ImageData
 from split_affinity.models.pretrained import Preprocessing
-from split_affinity.options.settings import RESIZING_STEP, DataSettings, Settings
+from split_affinity.options.settings import DataSettings, Settings
+from split_affinity.options.values import RESIZING_STEP
 
 # A longer side in shorter ones, up to which a picture is resized whole, as torchvision does it, and
 # as the demo page does, which takes no longer ones.

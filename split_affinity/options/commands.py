@@ -20,9 +20,10 @@ from split_affinity import PROGRAM, __version__
 from split_affinity.errors import UserError
 from split_affinity.options.contradictions import contradictions, typed_contradictions
 from split_affinity.options.data_sets import DATA_SETS, NAMED_DATA
-from split_affinity.options.recipes import list_recipes, recipe_defaults
+from split_affinity.options.recipes import bent, list_recipes, recipe_defaults
 from split_affinity.options.settings import (
     COMPARED_BATCHES,
+    TITLES,
     AugmentationSettings,
     CoreSettings,
     DataSettings,
@@ -53,15 +54,18 @@ def installed_version(package: str) -> str:
 def command_defaults(command: str, typed: Values) -> Values:
     """What takes the place of Settings' own defaults: a recipe's, what suits a data set, and what
     compare has in a step; `typed` are the options given. A recipe's weights give way to a file's,
-    its data set to a folder of images, or to those of the run that is gone on with.
+    its data set to a folder of images, or to those of the run that is gone on with, and what
+    contradicts a typed option to that.
     """
     recipe, quick, resume = (typed.get(name) for name in ("recipe", "quick", "resume"))
-    defaults = recipe_defaults(recipe) if recipe else {}
+    defaults = bent(recipe_defaults(recipe), typed) if recipe else {}
     resumes = resume and (typed.get("test_only") or resume != Path("auto"))
     if typed.get("data_path") or resumes:
         defaults.pop("dataset", None)
     if dataset := typed.get("dataset") or defaults.get("dataset"):
         defaults |= NAMED_DATA[dataset].defaults
+    if not (typed.get("data_path") or defaults.get("data_path") or resumes):
+        defaults.pop("subset", None)  # of images that are made
     if command == "compare" and (quick or not recipe):
         defaults["accumulate"] = 1 if quick else COMPARED_BATCHES
     if typed.get("init_from") or resumes:
@@ -224,7 +228,7 @@ def build_parser(command: str = "train") -> Parser:
     places = {"help": "list what --dataset and --data-path take", "const": lambda: DATA_SETS}
     parser.add_argument("--list-data-sets", **places, **text)
     for group in reversed(Settings.__bases__):
-        help_group = parser.add_argument_group(group.__doc__)
+        help_group = parser.add_argument_group(TITLES[group])
         for setting in dataclasses.fields(group):
             shown = is_shown(command, group, setting)
             if setting.name != "pictures":

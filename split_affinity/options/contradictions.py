@@ -15,13 +15,13 @@ from split_affinity.options.data_sets import IMAGENET_FILES
 from split_affinity.options.recipes import FROM_CHECKPOINT, GIVE_WEIGHTS
 from split_affinity.options.settings import (
     MOST_SYNTHETIC_IMAGES,
-    RESIZING_STEP,
     DataSettings,
     Settings,
     TrainingSettings,
     images_in_step,
     learning_rate,
 )
+from split_affinity.options.values import RESIZING_STEP
 from split_affinity.text import as_option, plural
 
 

@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from split_affinity.options.values import Values
+from split_affinity.options.values import RESIZING_STEP, Values
 from split_affinity.text import as_option
 
 # fmt: off
@@ -57,6 +57,60 @@ GIVE_WEIGHTS = "give --init-from PATH or --weights NAME"
 def recipe_defaults(name: str) -> Values:
     """What a recipe sets, its output folder included: nobody wants to lose a run of weeks."""
     return {"output_dir": Path("out") / name, **RECIPES[name]}
+
+
+def bent(recipe: Values, typed: Values) -> Values:
+    """What a recipe sets, where that does not contradict the options typed: what nobody has typed
+    gives way. Of a name that is missing then, the usual default holds.
+    """
+    for bend in (bend_course, bend_sizes):
+        recipe = bend(recipe, recipe | typed, {name for name in recipe if name not in typed})
+    model = typed.get("model", "")
+    if "stochastic_depth" not in typed and model and not any(map(model.__contains__, WITH_BLOCKS)):
+        recipe = recipe | {"stochastic_depth": 0.0}
+    return recipe
+
+
+# What is in the names of models of which --stochastic-depth can leave blocks out.
+WITH_BLOCKS = ("resne", "efficientnet", "convnext", "swin", "maxvit", "timm/")
+
+
+def bend_course(recipe: Values, wanted: Values, free: set[str]) -> Values:
+    """A recipe whose warm-up ends before the training, or its first milestone, does, and whose
+    lowest rate is none above the highest; only those of its settings that are `free` change.
+    """
+    bends: Values = {}
+    warmup, milestones = wanted.get("lr_warmup_epochs", 0), wanted.get("lr_milestones", ())
+    if later := tuple(epoch for epoch in milestones if epoch > warmup and "lr_milestones" in free):
+        bends["lr_milestones"] = later
+    if "lr_warmup_epochs" in free:
+        ends = milestones[:1] if wanted["lr_scheduler"] == "multistep" else ()
+        longest = 0 if wanted["lr_scheduler"] == "onecycle" else min([wanted["epochs"], *ends]) - 1
+        bends["lr_warmup_epochs"] = min(warmup, longest)
+    if "min_lr" in free and wanted.get("lr") is not None:
+        bends["min_lr"] = min(wanted["min_lr"], wanted["lr"])
+    return recipe | bends
+
+
+def bend_sizes(recipe: Values, wanted: Values, free: set[str]) -> Values:
+    """A recipe without sizes of images that do not go with others which are asked for; only those
+    of its settings that are `free` change.
+    """
+    low, high, size = (wanted.get(name) for name in ("min_res", "max_res", "image_size"))
+    dropped: set[str] = set()
+    bends: Values = {}
+    if "image_size" in free and (high or (low or 0) > size):
+        dropped.add("image_size")
+    if "max_res" in free and size and "image_size" not in free:
+        dropped.add("max_res")
+        high = size
+    if "min_res" in free and size and (high < low or high % RESIZING_STEP):
+        dropped |= {"min_res", "max_res", "end_ramp"} & free
+    elif "min_res" in free and not high % RESIZING_STEP:
+        bends["min_res"] = min(low, high)
+    elif "max_res" in free - dropped:
+        bends["max_res"] = max(low, high)
+    return {name: value for name, value in (recipe | bends).items() if name not in dropped}
 
 
 def list_recipes() -> str:

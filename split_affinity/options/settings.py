@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,6 @@ from split_affinity.text import format_cpu_list, option_text, readable, without_
 
 MOST_CLASSES = 10**7
 MOST_SYNTHETIC_IMAGES = 2**17  # in a step; more than any published training had
-RESIZING_STEP = 32  # pixels
 COMPARED_BATCHES = 8  # in a step: 256 images with the default batch, as recipes have them
 
 
@@ -67,13 +67,24 @@ def option(
 # rate is told too: the optimizer and the course of its learning rate are then made anew.
 free, fixed, rate = (partial(option, on_resume=kind) for kind in ("free", "fixed", "rate"))
 
+TITLES: dict[type, str] = {}  # of the groups in --help; a docstring would be gone under python -OO
+
+
+def titled(title: str) -> Callable[[type], type]:
+    """A decorator that gives a group of settings its title."""
+
+    def entitle(group: type) -> type:
+        TITLES[group] = title
+        return group
+
+    return entitle
+
 
 # fmt: off
-# Settings, in the groups of --help. A group's docstring is its title there.
+# Settings, in the groups of --help.
+@titled("model and data")
 @dataclass(frozen=True)
 class DataSettings:
-    """model and data"""
-
     model: str = fixed("resnet50", "torchvision classifier by name, or resnet20 or resnet56 (for "
         "small images), hybrid, hybrid-light, hybrid-heavy; timm/NAME: one of timm's, where that "
         "is installed", metavar="NAME")
@@ -116,10 +127,9 @@ class DataSettings:
         "thread", "-j", type=COUNT_FROM_0)
 
 
+@titled("augmentation")
 @dataclass(frozen=True)
 class AugmentationSettings:
-    """augmentation"""
-
     min_scale: float = option(0.08, "smallest part of a picture's area that a training crop may "
         "show; not for CIFAR-10 and other pictures of one small size, which are padded by an "
         "eighth and cropped; 0.6 for gtsrb unless given", type=PART)
@@ -141,10 +151,9 @@ class AugmentationSettings:
         "operations at --ra-magnitude + 5", type=Path)
 
 
+@titled("training")
 @dataclass(frozen=True)
 class TrainingSettings:
-    """training"""
-
     recipe: str | None = free(None, "a set of defaults, which every other option overrides: "
         + ", ".join(RECIPES), choices=tuple(RECIPES), metavar="NAME")
     batch_size: int = fixed(32, "images per batch", "-b", type=COUNT)
@@ -209,10 +218,9 @@ class TrainingSettings:
     deterministic: bool = option(False, "refuse operations without a deterministic implementation")
 
 
+@titled("checkpoints")
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """checkpoints"""
-
     resume: Path | None = free(None, "checkpoint to go on from, exactly, or to ask; the settings "
         "of its run are the defaults; auto: the newest good one in --output-dir, if any",
         only="train predict", type=Path, metavar="PATH|auto")
@@ -234,10 +242,9 @@ class CheckpointSettings:
         metavar="URL")
 
 
+@titled("cores")
 @dataclass(frozen=True)
 class CoreSettings:
-    """cores"""
-
     split: str = free("even", "how cores are divided: even, forward:backward such as 1:2, auto "
         "(measured, for the shortest step) or none (one lane over all cores); compare takes "
         "several, such as even,1:2", type=parse_split, metavar="even|F:B|auto|none")
@@ -263,20 +270,18 @@ class CoreSettings:
         "(default: not written)", only="plan", type=Path)
 
 
+@titled("ranks: processes that train one model together")
 @dataclass(frozen=True)
 class RankSettings:
-    """ranks: processes that train one model together"""
-
     ranks: int = free(1, "how many: torchrun starts those of a run (torchrun --nproc-per-node 4); "
         "plan draws so many of one machine without it", type=COUNT)
     timeout: float = free(300.0, "seconds that a rank may let the others wait before these give it "
         "up for lost", type=SECONDS)
 
 
+@titled("speed")
 @dataclass(frozen=True)
 class SpeedSettings:
-    """speed"""
-
     precision: str = option("auto", "bf16: convolutions and matrix products in bfloat16 by "
         "autocast; auto: bf16 where the CPU computes it natively, else fp32",
         choices=("auto", "fp32", "bf16"))
@@ -289,10 +294,9 @@ class SpeedSettings:
     grads_to_none: bool = free(True, "set gradients to zero after an update, not to None")
 
 
+@titled("compare")
 @dataclass(frozen=True)
 class ComparisonSettings:
-    """compare"""
-
     quick: bool = free(False, "one batch a step, of which overlap makes four parts; without it, a "
         f"step has {COMPARED_BATCHES} batches (--accumulate holds in any case, a recipe's too "
         "without --quick)", only="compare")
@@ -300,18 +304,16 @@ class ComparisonSettings:
         "augmentation are not timed; synthetic images always are loaded so", only="compare")
 
 
+@titled("predict")
 @dataclass(frozen=True)
 class PredictionSettings:
-    """predict"""
-
     pictures: tuple[str, ...] = free((), "files, folders (with all that lies below) and patterns "
         "such as 'new/*.jpg'", only="predict", nargs="*", metavar="PICTURE")
 
 
+@titled("reports")
 @dataclass(frozen=True)
 class ReportSettings:
-    """reports"""
-
     log_file: Path = free(Path("logs.md"), "Markdown file that gets a section for each run",
         type=Path)
     output_dir: Path | None = free(None, "folder for checkpoints, metrics.jsonl and pictures "

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+RESIZING_STEP = 32  # pixels
 LARGEST_NUMBER = 2**31 - 1
 LARGEST_CPU = 2**16 - 1
 

@@ -243,7 +243,10 @@ class RunReport:
         every = self._gather() if together else [self._figures()]
         if self._ranks.rank:
             return
-        done = f"{self._progress.step} of {plural(self._total, 'step')}"
+        step, total = self._progress.step, self._total
+        done = f"{step} of {plural(total, 'step')}"
+        if step > total:  # of a run that goes on with fewer epochs than it has made
+            done = f"{plural(step, 'step')}; {total} were asked for"
         outcome = shown(f"{outcome} after {done}")
         summary, hosts = every[0].summary, self._ranks.hosts
         results = result_lines(self._settings, self._progress, (TIMELINE, TRACE) if summary else ())

@@ -1,6 +1,7 @@
 """What recipes set. Run: python -m pytest tests/options/test_recipes.py"""
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from option_texts import OUT, with_recipe
 from split_affinity.errors import UserError
 from split_affinity.options.commands import parse_arguments
 from split_affinity.options.recipes import FROM_CHECKPOINT, RECIPES, recipe_defaults
-from split_affinity.options.settings import Settings, learning_rate
+from split_affinity.options.settings import Settings, as_options, learning_rate
 
 # Every setting that decides what is computed, where it is not that of the plain program.
 IN_FORCE = {
@@ -209,3 +210,121 @@ def test_an_option_overrides_a_recipe_that_comes_later():
 def test_a_value_that_is_the_program_s_own_default_overrides_a_recipe_too():
     assert with_recipe("cifar10", "-b", "32").batch_size == 32
     assert with_recipe("hybrid", "--model", "resnet50", "--opt", "sgd").model == "resnet50"
+
+
+# Right by themselves: nothing that a recipe brings may contradict them.
+TYPED = """
+--epochs 1
+--epochs 2
+--epochs 3
+-b 1
+-b 2 --accumulate 1
+--lr 1e-9
+--lr 0
+--lr-scheduler constant
+--lr-scheduler cosine
+--lr-scheduler step
+--lr-scheduler multistep
+--lr-scheduler onecycle
+--lr-scheduler warm-restarts
+--lr-scheduler multistep --lr-milestones 1,2
+--epochs 3 --lr-scheduler multistep
+--epochs 1 --lr-scheduler multistep --lr-milestones 1
+--image-size 96
+--image-size 100
+--image-size 160
+--image-size 224
+--max-res 160 --min-res 64 --end-ramp 2
+--min-res 32 --end-ramp 1
+--max-res 224 --min-res 192 --end-ramp 1
+--model vgg11
+--model resnet20
+--steps 3
+--epochs 1 --steps 3
+--schedule overlap --accumulate 2
+--schedule delayed
+--split none
+--opt sgd
+--opt adamw
+--freeze conv1
+--num-classes 3
+--val-resize 256
+--test-only --weights DEFAULT
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "find-lr", "compare"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_gives_way_to_what_is_typed(recipe, command):
+    """With data and without. What is logged as the command is that run again."""
+    for data in ("", "--data-path d"):
+        for typed in TYPED:
+            options = f"{command} --recipe {recipe} {typed} {data}".split()
+            if command == "train" and recipe in FROM_CHECKPOINT and "--weights" not in typed:
+                options += ["--weights", "DEFAULT"]
+            _, settings = parse_arguments(options)
+            again = parse_arguments([command, *shlex.split(as_options(settings))])
+            assert again == (command, settings), options
+
+
+@pytest.mark.parametrize(
+    ("recipe", "typed", "bent"),
+    [
+        ("digits", "--epochs 2", {"epochs": 2, "lr_warmup_epochs": 1}),
+        ("digits", "--epochs 1", {"epochs": 1, "lr_warmup_epochs": 0}),
+        ("imagenet", "--epochs 9", {"epochs": 9, "lr_warmup_epochs": 5}),
+        (
+            "imagenet",
+            "--lr-scheduler onecycle",
+            {"lr_scheduler": "onecycle", "lr_warmup_epochs": 0},
+        ),
+        (
+            "digits",
+            "--lr-scheduler multistep --lr-milestones 2,4",
+            {"lr_scheduler": "multistep", "lr_milestones": (2, 4), "lr_warmup_epochs": 1},
+        ),
+        (
+            "cifar10",
+            "--lr-warmup-epochs 110",
+            {"lr_warmup_epochs": 110, "lr_milestones": (154,)},
+        ),
+        ("hybrid", "--lr 1e-7", {"lr": 1e-7, "min_lr": 1e-7}),
+        ("imagenet-finetune", "--image-size 160", {"image_size": 160, "max_res": None}),
+        (
+            "imagenet-finetune",
+            "--image-size 96",
+            {"image_size": 96, "min_res": None, "max_res": None, "end_ramp": None},
+        ),
+        ("imagenet-finetune", "--max-res 96", {"min_res": 96, "max_res": 96}),
+        ("imagenet-finetune", "--min-res 256", {"min_res": 256, "max_res": 256}),
+        (
+            "imagenet-subset",
+            "--min-res 64 --max-res 192 --end-ramp 3",
+            {"min_res": 64, "max_res": 192, "end_ramp": 3, "image_size": None},
+        ),
+        ("imagenet-full", "--model vgg11", {"model": "vgg11", "stochastic_depth": 0.0}),
+        ("imagenet-full", "--model resnet18", {"model": "resnet18"}),
+    ],
+)
+def test_how_a_recipe_gives_way(recipe, typed, bent):
+    asked = with_recipe(recipe, *typed.split())
+    assert asked == dataclasses.replace(with_recipe(recipe), **bent)
+
+
+def test_images_that_are_made_have_no_part_to_use():
+    assert parse_arguments(["--recipe", "imagenet-subset"])[1].subset == 1
+    assert with_recipe("imagenet-subset").subset == 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--recipe digits --lr-warmup-epochs 12", "--lr-warmup-epochs 12: fewer than --epochs 12"),
+        ("--recipe hybrid --min-lr 1", "--min-lr 1 is above the learning rate, 0.0001"),
+        ("--recipe imagenet-subset --subset 0.5", "--subset 0.5 needs --data-path"),
+        ("--recipe imagenet --epochs 3 --lr-warmup-epochs 5", "--lr-warmup-epochs 5: fewer than"),
+    ],
+)
+def test_what_is_typed_does_not_give_way(options, message):
+    with pytest.raises(UserError, match=message):
+        parse_arguments(options.split())
