@@ -19,6 +19,7 @@ from saved_runs import (
     EarlierImages,
     assert_same_result,
     contents,
+    differences,
     interrupt,
     output,
     state_of,
@@ -286,8 +287,23 @@ def test_fewer_epochs_than_there_were(in_tmp, capsys, train, scheduler):
     course = {"lr_scheduler": scheduler, "lr_warmup_epochs": 0}
     train(in_tmp / "out", epochs=3, **course)
     train(in_tmp / "out", epochs=1, resume=Path("auto"), **course)
-    assert "finished after 9 of" in capsys.readouterr().out
+    assert "\nfinished after 9 steps; 3 were asked for\n" in capsys.readouterr().out
     assert step_of(in_tmp / "out") == 9
+
+
+def test_more_epochs_and_then_fewer_of_a_course_that_knows_its_length(in_tmp, capsys, train):
+    """Of onecycle, which takes no step beyond its last one."""
+    course = {"lr_scheduler": "onecycle", "lr_warmup_epochs": 0}
+    train(in_tmp / "out", epochs=3, **course)
+    train(in_tmp / "out", epochs=6, resume=Path("auto"), **course)
+    assert "\nfinished after 18 of 18 steps\n" in capsys.readouterr().out
+    rates = [step["lr"] for step in read_metrics(in_tmp / "out", "step")]
+    assert len(rates) == 18
+    assert rates[8] < 1e-5 < rates[9], "it goes on within the course of the longer run"
+    last = state_of(in_tmp / "out")
+    train(in_tmp / "out", epochs=3, resume=Path("auto"), **course)
+    assert "\nfinished after 18 steps; 9 were asked for\n" in capsys.readouterr().out
+    assert differences(state_of(in_tmp / "out"), last) == []
 
 
 def test_a_finished_run_writes_no_checkpoint(copied, arguments):
