@@ -20,7 +20,6 @@ import traceback
 from pathlib import Path
 
 from split_affinity.errors import RunError, UserError, one_line
-from split_affinity.terminal import warn
 from split_affinity.text import readable, shown
 
 
@@ -230,6 +229,8 @@ def lock_or_say_why_not(file: io.FileIO, path: Path) -> None:
         except OSError as error:
             what, reason = path.parent, f"its file system has no locks ({error.strerror})"
         if what not in WITHOUT_LOCK:
+            from split_affinity.terminal import warn  # tqdm: not for --help
+
             WITHOUT_LOCK.add(what)
             warn(f"{path}: {reason}: it is written without a lock")
         return None
