@@ -84,9 +84,9 @@ def test_one_file_trains_with_loaders(pyz, photos, tmp_path):
 def test_one_file_compares_in_processes_of_its_own(pyz, tmp_path):
     options = [*TINY, "--quick", "--steps", "1", "-j", "0", "--json", "compared.json"]
     printed = run(sys.executable, pyz, "compare", *options, cwd=tmp_path)
-    assert "Verdict: " in printed
-    ways = [way["way"] for way in json.loads((tmp_path / "compared.json").read_text())["ways"]]
-    assert {"plain", "none"} <= set(ways)
+    found = json.loads((tmp_path / "compared.json").read_text())
+    assert {"plain", "none"} <= {way["way"] for way in found["ways"]}
+    assert found["verdict"] in printed  # where others disturb it, that there is none
 
 
 def test_one_file_is_launched_by_torchrun(pyz, tmp_path):
