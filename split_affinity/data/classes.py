@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterable, Sequence
 
@@ -61,8 +62,10 @@ def wordnet_ids() -> tuple[str, ...]:
 
 
 def spelling(name: str) -> str:
-    """A class's name without what differs between folders: capitals, underscores and hyphens."""
-    return re.sub(r"[\s_-]+", " ", name).strip().casefold()
+    """A class's name without what differs between folders: capitals, underscores, hyphens, and how
+    accents are encoded.
+    """
+    return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", name)).strip().casefold()
 
 
 def match_classes(names: Iterable[str], known: Sequence[str], asked: str) -> list[int]:

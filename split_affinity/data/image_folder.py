@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,13 @@ def folder_data(path: Path) -> ImageData:
     return ImageData("folder", train, val, classes, left_out=left_out)
 
 
+def composed(name: str) -> str:
+    """A name in the one of Unicode's spellings in which accents are not apart from their letters;
+    file systems and archives keep either.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
 def check_classes(path: Path, train: PictureFolder, val: PictureFolder | None) -> None:
     """Raise UserError for classes that there is nothing to learn of."""
     kinds = set(map(part_of, train.classes))
@@ -79,9 +88,16 @@ def check_classes(path: Path, train: PictureFolder, val: PictureFolder | None) -
     if len(train.classes) < 2:
         only = f"one class only ({train.classes[0]})"
         raise UserError(f"--data-path {path}: {only}; at least two are needed")
-    if val and val.classes != train.classes:
-        name = sorted(set(val.classes) ^ set(train.classes))[0]
-        raise UserError(f"--data-path {path}: class {name} is not in both of train and val")
+    spelt = list(map(composed, train.classes))
+    if twice := [name for name, count in Counter(spelt).items() if count > 1]:
+        two = "two classes look alike, as accents are encoded in two ways (NFC and NFD)"
+        raise UserError(f"--data-path {path}: {twice[0]}: {two}; give all their images one folder")
+    if val and (others := list(map(composed, val.classes))) != spelt:
+        if odd := sorted(set(others) ^ set(spelt)):
+            reason = f"class {odd[0]} is not in both of train and val"
+        else:
+            reason = "accents in names of classes are encoded in two ways (NFC and NFD); use one"
+        raise UserError(f"--data-path {path}: {reason}")
 
 
 def what_is(entry: os.DirEntry, above: Sequence[Path]) -> str:

@@ -363,3 +363,27 @@ def test_parts_alone_are_refused(tmp_path, names, error):
     root = folder_of(tmp_path, *(f"{name}/1.png" for name in names))
     with pytest.raises(UserError, match=f"^--data-path {root}: {error.format(root=root)}"):
         folder_data(root)
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+def test_accents_encoded_in_two_ways_are_one_class(tmp_path):
+    root = folder_of(tmp_path, *(f"{part}/1.png" for part in (f"train/{NFC}", "train/tea")))
+    folder_of(tmp_path, f"val/{NFD}/1.png", "val/tea/1.png")
+    data = folder_data(root)
+    assert data.classes == (NFC, "tea")
+    assert data.train.targets == data.val.targets == [0, 1]
+
+
+def test_accents_that_change_the_order_of_classes_are_told(tmp_path):
+    names = [f"train/{NFC}", "train/cafz", f"val/{NFD}", "val/cafz"]
+    root = folder_of(tmp_path, *(f"{name}/1.png" for name in names))
+    with pytest.raises(UserError, match="accents in names of classes are encoded in two ways"):
+        folder_data(root)
+
+
+def test_classes_that_look_alike_are_refused(tmp_path):
+    root = folder_of(tmp_path, *(f"{name}/1.png" for name in (NFC, NFD, "tea")))
+    with pytest.raises(UserError, match=f"{NFC}: two classes look alike, as accents are encoded"):
+        folder_data(root)
