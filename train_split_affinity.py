@@ -191,6 +191,7 @@ def train(
     if not ranks.rank:
         check_tensorboard(settings)
     with prepared(settings, topology, plan, ranks) as run:
+        run.bad.offer(settings)
         data = None if run.settings.test_only else describe_images(run.data)
         with ranks.together():
             check_same_images(ranks, data and data["fingerprint"])
@@ -265,7 +266,7 @@ def set_up(
     )
     work = build_work(settings, lanes, *counts, data.classes, ranks)
     notes = tuple(filter(None, [note, *lanes.notes]))
-    bad = BadImages(settings.max_bad_images)
+    bad = BadImages.of(settings, data)
     return Run(settings, topology, plan, data, train, val, lanes, work, stop, bad, notes)
 
 

@@ -118,7 +118,7 @@ def supplied(settings: Settings, cpus: Sequence[int], rank: int = 0) -> Iterator
     count = max(PRELOADED_BATCHES, settings.accumulate)
     if loading:  # an epoch shall be long enough for any round
         count = settings.accumulate * steps_in_round(settings) + batches_ahead(settings) + 4
-    bad = BadImages(settings.max_bad_images)
+    bad = BadImages.of(settings, data)
     epochs = -(-count * settings.ranks * settings.batch_size // len(data.chosen))
     data = dataclasses.replace(data, chosen=[*data.chosen] * epochs)
     with contextlib.closing(training_feed(data, settings, cpus, rank)) as feed:

@@ -28,6 +28,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader
 
+from split_affinity import PROGRAM
 from split_affinity.data.pictures import ImageData, NewPictures
 from split_affinity.data.samples import Batch, EpochOrder, Loaded, LoadRecord, Samples
 from split_affinity.data.transforms import (
@@ -39,7 +40,7 @@ from split_affinity.data.transforms import (
 from split_affinity.errors import STOP_SIGNALS, RunError, Stopped, UserError, one_line
 from split_affinity.lanes.lane import confine_thread
 from split_affinity.models.pretrained import Preprocessing
-from split_affinity.options.settings import Settings
+from split_affinity.options.settings import Settings, as_options
 from split_affinity.terminal import warn
 from split_affinity.text import format_cpu_list, plural
 
@@ -100,15 +101,33 @@ class BadImages:
 
     def __init__(self, allowed: int = 0):
         self.allowed = allowed
+        self.command = ""  # goes on without those that are too many
         self.messages: list[str] = []
         self.shared = 0  # so many of them are known to all ranks
+
+    @classmethod
+    def of(cls, settings: Settings, data: ImageData) -> BadImages:
+        """None yet; allowed are as many as asked, or one in a thousand."""
+        asked, usual = settings.max_bad_images, max(1, len(data.chosen) // 1000)
+        return cls(usual if asked is None else asked)
+
+    def offer(self, settings: Settings) -> None:
+        """Have the error offer the command that goes on where the run was stopped, or begins anew
+        if nothing was saved, with ten times as many allowed.
+        """
+        resume = Path("auto") if settings.output_dir else settings.resume
+        allowed = 10 * max(1, self.allowed)
+        more = dataclasses.replace(settings, resume=resume, max_bad_images=allowed)
+        start = f"torchrun --nproc-per-node {settings.ranks}" if settings.ranks > 1 else "python"
+        self.command = f"{start} {PROGRAM} {as_options(more)}"
 
     def add(self, messages: Iterable[str]) -> None:
         """Take note of broken images. Raises RunError for the first one too many."""
         for message in messages:
             new = message not in self.messages
             if len(self.messages) + new > self.allowed:
-                raise RunError(f"{message} (more than --max-bad-images {self.allowed})")
+                remedy = f"; to go on without such images: {self.command}" if self.command else ""
+                raise RunError(f"{message} (more than --max-bad-images {self.allowed}){remedy}")
             if new:
                 self.messages.append(message)
 
@@ -366,7 +385,8 @@ def training_feed(
 ) -> Feed:
     """Shuffled, augmented training images; what does not fill a batch is left out of an epoch."""
     transform_in, mix = partial(transform_of_epoch, data, settings), mixing_transform(settings)
-    samples = Samples(data.train, settings.seed, transform_in, mix, data.confused)
+    least = min(2, settings.batch_size)
+    samples = Samples(data.train, settings.seed, transform_in, mix, data.confused, least=least)
     dealt = rank, settings.ranks
     order = EpochOrder(data.chosen, settings.batch_size, settings.seed, dealt)
     return Feed(samples, order, settings, cpus, hear)

@@ -71,7 +71,9 @@ SampleKey = tuple[int, int]  # epoch and index
 class Samples(Dataset):
     """Whole batches of a data set's pictures, by their keys, through the transform of the epoch;
     those of `confused` classes through `transform_in(epoch, True)`. Each stands `alone` if no other
-    shall be lost for it: one that there is no memory for is then left out, like a broken one.
+    shall be lost for it: one that there is no memory for is then left out, like a broken one. Where
+    broken images leave fewer than `least`, the first of a batch is in it again, differently
+    augmented: BatchNorm learns nothing from one image, and a step has to have all its batches.
 
     torch's global generator is seeded for every sample, since torchvision's transforms draw from
     it, and then put back: without loader processes, the model's dropout uses the same one.
@@ -85,13 +87,14 @@ class Samples(Dataset):
         mix: v2.Transform | None = None,
         confused: Sequence[int] | None = None,
         alone: bool = False,
+        least: int = 1,
     ):
         self._pictures, self._seed, self._mix, self._alone = pictures, seed, mix, alone
-        self._transform_in, self._confused = transform_in, confused
+        self._transform_in, self._confused, self._least = transform_in, confused, least
 
     def __getitem__(self, keys: Sequence[SampleKey]) -> Loaded:
         start_s = time.perf_counter()
-        samples, broken, batch = [], [], None
+        samples, used, broken, batch = [], [], [], None
         epoch, _ = keys[0]  # a batch is of one epoch
         transform, stronger = self._transform_in(epoch), {}
         if self._confused:
@@ -100,8 +103,12 @@ class Samples(Dataset):
             for key in keys:
                 try:
                     samples.append(self._sample(*key, transform, stronger))
+                    used.append(key)
                 except BrokenImage as error:
                     broken.append(str(error))
+            whole = len(samples)
+            for again in range(self._least - whole if whole else 0):
+                samples.append(self._sample(*used[0], transform, stronger, f"again {again}"))
             if samples:
                 images, targets = zip(*samples, strict=True)
                 batch = torch.stack(images), torch.tensor(targets)
@@ -115,9 +122,14 @@ class Samples(Dataset):
         return Loaded(batch, record, tuple(broken))
 
     def _sample(
-        self, epoch: int, index: int, usual: v2.Transform, of_class: dict[int, v2.Transform]
+        self,
+        epoch: int,
+        index: int,
+        usual: v2.Transform,
+        of_class: dict[int, v2.Transform],
+        *more: str,
     ) -> tuple[torch.Tensor, int]:
-        torch.default_generator.manual_seed(derived_seed(self._seed, epoch, index))
+        torch.default_generator.manual_seed(derived_seed(self._seed, epoch, index, *more))
         picture, target = self._pictures[index]
         try:
             return of_class.get(int(target), usual)(picture), int(target)

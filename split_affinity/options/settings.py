@@ -121,8 +121,9 @@ class DataSettings:
     end_ramp: int | None = option(None, "epoch in which --max-res is reached", type=COUNT)
     subset: float = fixed(1.0, "part of the training images to use, the same of each class; the "
         "choice is kept in the output folder", type=PART)
-    max_bad_images: int = free(0, "broken images to skip before the run stops; a batch without "
-        "any whole image always stops it", type=COUNT_FROM_0)
+    max_bad_images: int | None = free(None, "broken images to leave out before the run stops "
+        "(default: one in a thousand images to train on, at least one); a batch without any whole "
+        "image always stops it", type=COUNT_FROM_0)
     workers: int = free(2, "loader processes, as many again for validation; 0 loads in the main "
         "thread", "-j", type=COUNT_FROM_0)
 

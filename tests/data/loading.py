@@ -31,7 +31,7 @@ def small(**settings):
 def load(data, settings, epoch=1, start=0, stop=None):
     """Training batches, as a run gets them."""
     with contextlib.closing(training_feed(data, settings, ALL_CPUS)) as feed:
-        bad = BadImages(settings.max_bad_images)
+        bad = BadImages(settings.max_bad_images or 0)
         return list(feed.batches(bad, epoch, start, stop))
 
 

@@ -5,6 +5,7 @@ Run: python -m pytest tests/data/test_loader.py
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import functools
 import gc
@@ -36,7 +37,7 @@ from split_affinity.data.loader import (
     check_open_files,
     training_feed,
 )
-from split_affinity.data.pictures import load_image
+from split_affinity.data.pictures import ImageData, load_image
 from split_affinity.data.samples import shared
 from split_affinity.errors import RunError, UserError
 
@@ -121,6 +122,37 @@ def test_a_batch_without_any_image_stops_the_run(breakable, workers, mixing):
     with pytest.raises(RunError, match="no image of a batch can be read; broken image ") as caught:
         load(open_data(settings), settings)
     assert any(str(path) in str(caught.value) for path in paths)
+
+
+@pytest.mark.parametrize(
+    ("images", "asked", "allowed"),
+    [
+        (12, None, 1),
+        (1999, None, 1),
+        (2000, None, 2),
+        (10**6, None, 1000),
+        (10**6, 0, 0),
+        (2, 5, 5),
+    ],
+)
+def test_one_image_in_a_thousand_may_be_broken(images, asked, allowed):
+    data = ImageData("folder", None, None, (), chosen=range(images))
+    assert BadImages.of(small(max_bad_images=asked), data).allowed == allowed
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_images_leave_no_batch_of_one(breakable, workers):
+    """From which BatchNorm could not learn; the image is shown twice, augmented differently."""
+    paths = [*breakable.glob("train/*/*.jpg")][1:]
+    for path in paths:
+        path.write_bytes(b"no picture")
+    settings = small(data_path=breakable, max_bad_images=99, batch_size=12, workers=workers)
+    data = open_data(settings)
+    ((images, targets),) = load(data, settings)
+    assert images.shape == (2, 3, 32, 32)
+    assert targets[0] == targets[1]
+    assert not torch.equal(images[0], images[1])
+    assert_same_batches([(images, targets)], load(data, dataclasses.replace(settings, workers=0)))
 
 
 def test_batches_go_on_over_epochs():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -31,6 +32,7 @@ from split_affinity.training.network import Network
 from split_affinity.training.optimizer import total_steps
 from split_affinity.training.steps import run_schedule
 from split_affinity.training.update import Work
+from train_split_affinity import main
 
 
 @pytest.mark.parametrize(
@@ -167,10 +169,47 @@ def test_a_broken_image_stops_the_run(in_tmp, photos, tmp_path):
     shutil.copytree(photos, tmp_path / "copy")
     broken = tmp_path / "copy/train/flower/0001.jpg"
     broken.write_bytes(b"no picture")
-    message = rf"broken image {broken}: .* \(more than --max-bad-images 0\)$"
+    message = rf"broken image {broken}: .* \(more than --max-bad-images 0\); to go on without "
     with pytest.raises(RunError, match=message):
-        train(split="none", steps=9, data_path=tmp_path / "copy", num_classes=None)
+        asked = {"data_path": tmp_path / "copy", "num_classes": None, "max_bad_images": 0}
+        train(split="none", steps=9, **asked)
     assert f"broken image {broken}" in (in_tmp / "logs.md").read_text()
+
+
+def test_one_broken_image_does_not_end_a_run_and_two_have_a_command(
+    in_tmp, photos, tmp_path, capsys
+):
+    shutil.copytree(photos, tmp_path / "my photos")
+    first, second = (
+        tmp_path / f"my photos/train/{name}.jpg" for name in ("flower/0001", "temple/0003")
+    )
+    first.write_bytes(b"no picture")
+    options = ["--model", "resnet20", "--image-size", "32", "-b", "4", "-j", "0", "--epochs", "1"]
+    options += ["--data-path", str(tmp_path / "my photos"), "--output-dir", "out"]
+    assert main(options) == 0
+    assert f"warning: broken image {first}: " in capsys.readouterr().err
+    shutil.rmtree("out")
+    second.write_bytes(b"no picture")
+    assert main(options) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert " (more than --max-bad-images 1); to go on without such images: python train_sp" in error
+    command = shlex.split(error.rpartition("python train_split_affinity.py ")[2])
+    assert {"--resume", "auto", "--data-path", "--output-dir"} < {*command}
+    assert command[command.index("--max-bad-images") + 1] == "10"
+    assert main(command) == 0
+    assert "finished after 3 of 3 steps" in capsys.readouterr().out
+
+
+def test_a_batch_of_which_one_image_is_whole_is_trained_on(in_tmp, photos, tmp_path, capsys):
+    """BatchNorm learns nothing from one, and a run that goes on would meet it again."""
+    shutil.copytree(photos, tmp_path / "copy")
+    for path in [*tmp_path.glob("copy/train/*/*.jpg")][1:]:
+        path.write_bytes(b"no picture")
+    options = ["--model", "resnet18", "--image-size", "32", "-b", "12", "-j", "0", "--epochs", "1"]
+    options += ["--data-path", str(tmp_path / "copy"), "--output-dir", "out"]
+    assert main([*options, "--max-bad-images", "3"]) == 1
+    assert main([*options, "--max-bad-images", "11", "--resume", "auto"]) == 0
+    assert "finished after 1 of 1 step\n" in capsys.readouterr().out
 
 
 @ALL_SCHEDULES
