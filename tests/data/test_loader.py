@@ -437,3 +437,22 @@ def test_loaders_that_cannot_start_leave_none_behind(monkeypatch):
     assert loaders() == before
     gc.collect()
     assert not unraisable, "torch's half-made iterator stays"
+
+
+def load_by_forkserver(photos):
+    """The same batches as without loader processes, by loaders that inherit nothing."""
+    multiprocessing.set_start_method("forkserver", force=True)
+    settings = small(workers=2, **AUGMENTED)
+    data = open_data(small(data_path=photos))
+    assert_same_batches(load(data, settings), load(data, small(**AUGMENTED)))
+
+
+def test_forkserver_starts_loaders_too(photos):
+    process = multiprocessing.get_context("spawn").Process(
+        target=load_by_forkserver, args=(photos,)
+    )
+    process.start()
+    process.join(120)
+    code = process.exitcode
+    process.kill()
+    assert code == 0

@@ -4,6 +4,7 @@ import contextlib
 import re
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -240,3 +241,48 @@ def test_no_file_is_opened_as_any_format_that_pillow_knows():
     assert calls
     assert all("formats=PICTURE_FORMATS" in call for call in calls)
     assert not {"EPS", "WMF"}.intersection(PICTURE_FORMATS)
+
+
+@pytest.mark.parametrize("name", ["png", "tiff", "jpeg", "webp"])
+@pytest.mark.parametrize("orientation", [0, 9, 10])
+def test_orientations_that_exif_does_not_know_turn_nothing(tmp_path, name, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.fromarray(noise(16)[:8])
+    picture.save(tmp_path / "x.jpg", name, exif=exif)
+    picture.save(tmp_path / "plain.jpg", name)
+    turned, plain = (np.asarray(load_image(tmp_path / each)) for each in ("x.jpg", "plain.jpg"))
+    assert np.array_equal(turned, plain)
+
+
+def test_known_pixels_of_cmyk(tmp_path):
+    values = [(0, 0, 0, 0), (255, 0, 0, 0), (0, 255, 0, 0), (0, 0, 255, 0), (0, 0, 0, 255)]
+    inks = Image.fromarray(np.kron(np.uint8([values]), np.ones((16, 16, 1), np.uint8)), "CMYK")
+    colours = [(255,) * 3, (0, 255, 255), (255, 0, 255), (255, 255, 0), (0,) * 3]
+    for name, options, off in (("tiff", {}, 0), ("jpeg", {"quality": 100, "subsampling": 0}, 3)):
+        inks.save(tmp_path / "x.jpg", name, **options)
+        middles = np.asarray(load_image(tmp_path / "x.jpg"))[8, 8::16].astype(int)
+        assert np.abs(middles - colours).max() <= off
+
+
+def test_known_pixels_of_lab(tmp_path):
+    """White, black, and a grey in the middle: 53.6 of 100 is the lightness of (128, 128, 128)."""
+    values = np.uint8([[(255, 0, 0), (0, 0, 0), (137, 0, 0)]])
+    Image.fromarray(values, "LAB").save(tmp_path / "x.tiff")
+    seen = np.asarray(load_image(tmp_path / "x.tiff"))[0].astype(int)
+    assert np.abs(seen - [[255] * 3, [0] * 3, [128] * 3]).max() <= 2
+
+
+def test_known_pixels_of_48_bits(tmp_path):
+    """Written byte by byte, as Pillow writes none."""
+    values = np.array([[(65535, 0, 0), (0, 32768, 257), (256, 512, 65280)]], ">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    parts = {b"IHDR": struct.pack(">IIBBBBB", 3, 1, 16, 2, 0, 0, 0)}
+    parts |= {b"IDAT": zlib.compress(rows), b"IEND": b""}
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in parts.items():
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        content += struct.pack(">I", len(data)) + kind + data + check
+    (tmp_path / "x.png").write_bytes(content)
+    seen = np.asarray(load_image(tmp_path / "x.png"))[0].tolist()
+    assert seen == [[255, 0, 0], [0, 128, 1], [1, 2, 255]]
