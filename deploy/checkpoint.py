@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,21 +23,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # onnxruntime would tell its maker of what it runs
 
-import torch
-from torch.utils.data import Dataset, Subset
-
-from split_affinity.checkpoints.resume import check_classes
-from split_affinity.checkpoints.state import (
-    BadCheckpoint,
-    State,
-    saved_settings,
-    settings_to_go_on,
-)
-from split_affinity.checkpoints.state import read_checkpoint as read_state
-from split_affinity.data.dataset import open_data
-from split_affinity.data.pictures import ImageData
-from split_affinity.data.samples import EpochOrder, Samples
-from split_affinity.data.transforms import same_transform, validation_transform
 from split_affinity.errors import (
     STOP_SIGNALS,
     RunError,
@@ -45,28 +31,82 @@ from split_affinity.errors import (
     likely_reason,
     memory_errors,
 )
-from split_affinity.files import write_traceback
-from split_affinity.machine.plan import plan_cores
-from split_affinity.machine.topology import read_topology
-from split_affinity.models.pretrained import Preprocessing
-from split_affinity.options.saved import PATHS
-from split_affinity.options.settings import Settings, settings_of
-from split_affinity.options.values import whole_number
-from split_affinity.runs.predict import Trained, trained_model
-from split_affinity.terminal import lossy_output, say, warn
+from split_affinity.start import PACKAGES, check_address_space, explain_import_error
+from split_affinity.text import tell
 
-HERE = Path(__file__).resolve().parent
+HERE, PROGRAM = Path(__file__).resolve().parent, Path(sys.argv[0]).name
+
+
+OURS = {"importlib", "contextlib", "split_affinity", "__main__"}.union(
+    file.stem for file in HERE.glob("*.py")
+)
 
 
 @contextlib.contextmanager
 def needed_packages() -> Iterator[None]:
-    """End the program with one line if a package that is imported meanwhile is missing."""
+    """End the program with one line if a package that is imported meanwhile cannot be, or if Ctrl-C
+    comes.
+    """
     try:
         yield
-    except ImportError as error:
-        program, remedy = Path(sys.argv[0]).name, f"pip install -r {HERE / 'requirements.txt'}"
-        print(f"{program}: error: {error}: {remedy}", file=sys.stderr)
+    except Exception as error:  # packages raise many kinds
+        tell(f"{PROGRAM}: error: {why_not_loaded(error)}", sys.stderr)
         sys.exit(UserError.exit_code)
+    except KeyboardInterrupt:
+        stopped = Stopped(signal.SIGINT)
+        tell(f"{PROGRAM}: {stopped}", sys.stderr)
+        sys.exit(stopped.exit_code)
+
+
+def why_not_loaded(error: Exception) -> str:
+    """Why a package cannot be loaded, and what helps."""
+    too_little = "cannot load all packages: too little memory or address space: raise `ulimit -v`"
+    if isinstance(error, SystemError):  # so little that Python lost the error
+        return too_little
+    try:
+        text = explain_import_error(error, package_of(error))
+    except (MemoryError, OSError):  # so little that it cannot be told which package it was
+        return too_little
+    if isinstance(error, ModuleNotFoundError):
+        text += f"; all that deploy/ needs: pip install -r {HERE / 'requirements.txt'}"
+    return text
+
+
+def package_of(error: Exception) -> str:
+    """The package that was imported when an error arose: the first whose code had begun, or the one
+    that it names.
+    """
+    begun = (frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__))
+    names = (name.partition(".")[0] for name in (*begun, getattr(error, "name", None) or "torch"))
+    return next(name for name in names if name not in OURS)
+
+
+with needed_packages():
+    check_address_space((*PACKAGES, "scipy.stats"))  # whose OpenBLAS ends the process, too
+    import torch
+    from torch.utils.data import Dataset, Subset
+
+    from split_affinity.checkpoints.resume import check_classes
+    from split_affinity.checkpoints.state import (
+        BadCheckpoint,
+        State,
+        saved_settings,
+        settings_to_go_on,
+    )
+    from split_affinity.checkpoints.state import read_checkpoint as read_state
+    from split_affinity.data.dataset import open_data
+    from split_affinity.data.pictures import ImageData
+    from split_affinity.data.samples import EpochOrder, Samples
+    from split_affinity.data.transforms import same_transform, validation_transform
+    from split_affinity.files import write_traceback
+    from split_affinity.machine.plan import plan_cores
+    from split_affinity.machine.topology import read_topology
+    from split_affinity.models.pretrained import Preprocessing
+    from split_affinity.options.saved import PATHS
+    from split_affinity.options.settings import Settings, settings_of
+    from split_affinity.options.values import whole_number
+    from split_affinity.runs.predict import Trained, trained_model
+    from split_affinity.terminal import lossy_output, say, warn
 
 
 @contextlib.contextmanager

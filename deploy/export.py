@@ -109,6 +109,13 @@ def logits_elsewhere(kind: str, path: Path, images: torch.Tensor) -> torch.Tenso
         return torch.from_numpy(np.load(made))
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """What an error came of in the end: exporters wrap the reason in what they were about."""
+    while error.__cause__:
+        error = error.__cause__
+    return error
+
+
 def write_format(kind: str, checkpoint: cp.Checkpoint, folder: Path, sample: Sample) -> str:
     """Write a file of one kind, and compare it. Raises RunError for a model that the format cannot
     hold, or if it is not the same.
@@ -121,7 +128,10 @@ def write_format(kind: str, checkpoint: cp.Checkpoint, folder: Path, sample: Sam
     except Stopped:
         raise
     except Exception as error:  # PyTorch raises many kinds
-        model, reason = checkpoint.trained.settings.model, one_line(error)
+        cause = first_cause(error)
+        if isinstance(cause, MemoryError):
+            raise cause from None  # whatever the model is
+        model, reason = checkpoint.trained.settings.model, one_line(cause)
         raise RunError(f"{model} cannot be written as {kind}: {reason}; nothing is kept") from error
     return compare_logits(path.name, logits_elsewhere(kind, path, sample.images), sample)
 

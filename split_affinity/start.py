@@ -94,7 +94,7 @@ def load_packages(packages: Sequence[str] = PACKAGES) -> None:
         raise SystemExit(UserError.exit_code) from None
 
 
-def check_address_space() -> None:
+def check_address_space(packages: Sequence[str] = PACKAGES) -> None:
     """Raise MemoryError if the packages have too little room under `ulimit -v`. Where that is low,
     a process of its own tries: C++ and OpenBLAS end one that cannot have what they ask for.
     """
@@ -102,7 +102,7 @@ def check_address_space() -> None:
     if not 0 <= limit_bytes < ENOUGH_BYTES:
         return
     # An exception is none of these ends: it is explained when it comes here, too.
-    code = f"try:\n import {', '.join(PACKAGES)}\nexcept Exception:\n pass"
+    code = f"try:\n import {', '.join(packages)}\nexcept Exception:\n pass"
     trial = subprocess.run(
         [sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True
     )

@@ -92,12 +92,16 @@ def as_option(name: str, value: Any) -> str:
     return flag if value is True else f"{flag} {option_text(value)}"
 
 
+# Compiled here: where memory has run out, and that is to be told, there is none to compile with.
+LONE_SURROGATES = re.compile("[\ud800-\udc7f\udd00-\udfff]")
+
+
 def readable(text: str) -> str:
     r"""Text that UTF-8 can hold: bytes of a file's name that Python could not decode, and has as
     lone surrogates, become the characters that they are in UTF-8, or else escapes such as \xe9.
     Other surrogates, which JSON can bring, are escaped.
     """
-    text = re.sub("[\ud800-\udc7f\udd00-\udfff]", lambda found: repr(found[0])[1:-1], text)
+    text = LONE_SURROGATES.sub(lambda found: repr(found[0])[1:-1], text)
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
 # Nobody is told of what is done here; read while the packages below are imported.
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", ORT_DISABLE_TELEMETRY="1")
-import gradio as gr
-import uploads
-from answers import Demo, open_demo
-from starlette.middleware import Middleware
+try:
+    import gradio as gr
+    import uploads
+    from answers import Demo, open_demo
+    from starlette.middleware import Middleware
+except (ImportError, MemoryError, OSError) as error:  # nothing of the trainer is here to explain it
+    is_full = not isinstance(error, ImportError) or "map segment" in str(error)
+    remedy = "raise `ulimit -v`" if is_full else "pip install -r requirements.txt"
+    print(f"app.py: error: {str(error) or 'no memory'}: {remedy}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 HERE = Path(__file__).resolve().parent
 CSS = ".image-frame img { width: 100%; height: 100%; object-fit: contain; }"  # small ones as well

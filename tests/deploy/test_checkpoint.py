@@ -1,6 +1,8 @@
 """What the programs of deploy/ share. Run: python -m pytest tests/deploy/test_checkpoint.py"""
 
 import json
+import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -11,7 +13,6 @@ import checkpoint as cp
 import pytest
 import torch
 
-import split_affinity
 from split_affinity.errors import RunError, UserError
 from split_affinity.machine.plan import plan_cores
 from split_affinity.machine.topology import read_topology
@@ -139,12 +140,66 @@ def test_errors_end_in_one_line(error, code, said, capsys):
     assert err.count("\n") == bool(said)
 
 
-def test_a_missing_package_is_named_with_its_remedy(tmp_path):
-    shutil.copytree(cp.HERE, tmp_path / "deploy")
-    shutil.copytree(Path(split_affinity.__file__).parent, tmp_path / "split_affinity")
-    (tmp_path / "deploy/onnx.py").write_text("raise ImportError('No module named onnx')")
-    command = [sys.executable, tmp_path / "deploy/export.py", "x.pt", "--output-dir", "y"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def started(program: str, before: str = "pass", limit_bytes: int | None = None, **environment: str):
+    """What a program of deploy/ prints, and its exit code, if it begins in another Python."""
+    path = cp.HERE / program
+    code = (
+        f"import runpy, sys; {before}; sys.path.insert(0, {str(path.parent)!r})\n"
+        f"sys.argv = [{program!r}, 'x.pt', *sys.argv[1:]]\n"
+        f"runpy.run_path({str(path)!r}, run_name='__main__')"
+    )
+    limit = (limit_bytes, limit_bytes) if limit_bytes else None
+    return subprocess.run(
+        [sys.executable, "-c", code, *(["--output-dir", "y"] if program == "export.py" else [])],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_AS, limit)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("program", "package"),
+    [("report.py", "jinja2"), ("report.py", "torch"), ("export.py", "onnx"), ("export.py", "PIL")],
+)
+def test_a_missing_package_is_named_with_its_remedy(program, package):
+    done = started(program, f"sys.modules[{package!r}] = None")
     assert done.returncode == 2
-    remedy = f"pip install -r {tmp_path}/deploy/requirements.txt\n"
-    assert done.stderr == f"export.py: error: No module named onnx: {remedy}"
+    name, all_of_them = package.replace("PIL", "pillow"), f"{cp.HERE}/requirements.txt"
+    assert done.stderr == (
+        f"{program}: error: cannot load {name}, which is not installed: pip install {name}; "
+        f"all that deploy/ needs: pip install -r {all_of_them}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("package", "text", "said"),
+    [
+        ("torchvision", "RuntimeError('operator nms does not exist')", "torchvision made for it"),
+        ("scipy", "ImportError('numpy is too old')", "pip install --force-reinstall scipy"),
+        ("scipy", "OSError('x.so: cannot open shared object')", "install it again"),
+        ("scipy", "MemoryError()", "too little memory or address space: raise `ulimit -v`"),
+        ("scipy", "SystemError('lost')", "too little memory or address space: raise `ulimit -v`"),
+    ],
+)
+def test_a_package_that_does_not_fit_is_named_with_its_remedy(tmp_path, package, text, said):
+    (tmp_path / f"{package}.py").write_text(f"raise {text}")
+    done = started("report.py", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith("report.py: error: cannot load ") and said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("limit_bytes", [2**29, 3 * 2**30])
+def test_too_little_address_space_is_said_in_a_line(limit_bytes):
+    done = started("report.py", limit_bytes=limit_bytes)
+    assert done.returncode == 2
+    assert "address space: raise `ulimit -v`" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_page_without_gradio_ends_in_a_line():
+    done = started("space/app.py", "sys.modules['gradio'] = None")
+    assert done.returncode == 2
+    assert done.stderr.startswith("app.py: error: ") and done.stderr.count("\n") == 1
+    assert "pip install -r requirements.txt" in done.stderr
