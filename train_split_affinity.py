@@ -300,7 +300,8 @@ def fit(
         if together and not isinstance(error, Diverged):
             save()
         report.finish(likely_reason(error), together)
-        if checkpoints.exist() and not isinstance(error, Diverged):
+        told = run.bad.command in str(error)
+        if checkpoints.exist() and not told and not isinstance(error, Diverged):
             say(how_to_go_on(asked))
         raise
     run.stop.begin("the report")

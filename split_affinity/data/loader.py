@@ -28,7 +28,6 @@ import psutil
 import torch
 from torch.utils.data import DataLoader
 
-from split_affinity import PROGRAM
 from split_affinity.data.pictures import ImageData, NewPictures
 from split_affinity.data.samples import Batch, EpochOrder, Loaded, LoadRecord, Samples
 from split_affinity.data.transforms import (
@@ -40,7 +39,8 @@ from split_affinity.data.transforms import (
 from split_affinity.errors import STOP_SIGNALS, RunError, Stopped, UserError, one_line
 from split_affinity.lanes.lane import confine_thread
 from split_affinity.models.pretrained import Preprocessing
-from split_affinity.options.settings import Settings, as_options
+from split_affinity.options.commands import command_again
+from split_affinity.options.settings import Settings
 from split_affinity.terminal import warn
 from split_affinity.text import format_cpu_list, plural
 
@@ -118,15 +118,14 @@ class BadImages:
         resume = Path("auto") if settings.output_dir else settings.resume
         allowed = 10 * max(1, self.allowed)
         more = dataclasses.replace(settings, resume=resume, max_bad_images=allowed)
-        start = f"torchrun --nproc-per-node {settings.ranks}" if settings.ranks > 1 else "python"
-        self.command = f"{start} {PROGRAM} {as_options(more)}"
+        self.command = f"to go on without such images{command_again(more)}"
 
     def add(self, messages: Iterable[str]) -> None:
         """Take note of broken images. Raises RunError for the first one too many."""
         for message in messages:
             new = message not in self.messages
             if len(self.messages) + new > self.allowed:
-                remedy = f"; to go on without such images: {self.command}" if self.command else ""
+                remedy = f"; {self.command}" if self.command else ""
                 raise RunError(f"{message} (more than --max-bad-images {self.allowed}){remedy}")
             if new:
                 self.messages.append(message)

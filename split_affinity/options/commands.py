@@ -314,17 +314,21 @@ def split_arguments(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
     return command, options
 
 
-def how_to_go_on(settings: Settings) -> str:
-    """The command that goes on with the run of those settings, begun as the running one was."""
+def command_again(settings: Settings) -> str:
+    """A run's command with those settings, begun as the running one was, after a colon."""
     started, name = Path(sys.argv[0]), Path(PROGRAM).stem
     ours = started.stem.replace("-", "_") == name or started.parent.name == "split_affinity"
     words = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-    typed = shlex.join(words) if ours else PROGRAM
-    options = as_options(dataclasses.replace(settings, resume=Path("auto")))
-    start = "to go on" if settings.ranks == 1 else "to go on, with torchrun as before"
+    typed = shlex.join(words) if ours and settings.ranks == 1 else PROGRAM
+    start = "" if settings.ranks == 1 else ", with torchrun as before"
     mirror = settings.mirror or ""
     login = "" if mirror == without_login(mirror) else " (--mirror with its login)"
-    return f"{start}: {typed if settings.ranks == 1 else PROGRAM} {options}{login}"
+    return f"{start}: {typed} {as_options(settings)}{login}"
+
+
+def how_to_go_on(settings: Settings) -> str:
+    """The command that goes on with the run of those settings."""
+    return f"to go on{command_again(dataclasses.replace(settings, resume=Path('auto')))}"
 
 
 def parse_arguments(
