@@ -181,8 +181,8 @@ def test_the_command_that_goes_on(in_tmp, capsys, monkeypatch):
     assert last == f"{NAME}: stopped by SIGTERM"
     start, _, command = captured.out.splitlines()[-1].partition(": ")
     assert start == "to go on"
-    program, *again = shlex.split(command)
-    assert program == NAME
+    python, program, *again = shlex.split(command)
+    assert (python, program) == ("python", NAME)
     assert parse_arguments(again)[1] == parse_arguments([*options, "--resume", "auto"])[1]
     monkeypatch.setattr(Network, "backward", real)
     assert main(again) == 0
@@ -204,7 +204,7 @@ def test_no_command_goes_on_with_what_was_not_saved(in_tmp, capsys, monkeypatch)
         (["python3", "./train_split_affinity.py"], "python3 ./train_split_affinity.py"),
         (["python", "-m", "split_affinity"], "python -m split_affinity"),
         (["python", "/a b/bin/train-split-affinity"], "python '/a b/bin/train-split-affinity'"),
-        (["python", "-m", "pytest"], NAME),
+        (["python", "-m", "pytest"], f"python {NAME}"),
     ],
 )
 def test_the_command_begins_as_it_was_typed(monkeypatch, started, typed):

@@ -319,8 +319,9 @@ def command_again(settings: Settings) -> str:
     started, name = Path(sys.argv[0]), Path(PROGRAM).stem
     ours = started.stem.replace("-", "_") == name or started.parent.name == "split_affinity"
     words = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-    typed = shlex.join(words) if ours and settings.ranks == 1 else PROGRAM
-    start = "" if settings.ranks == 1 else ", with torchrun as before"
+    typed, start = shlex.join(words) if ours else f"python {PROGRAM}", ""
+    if settings.ranks > 1:
+        typed, start = PROGRAM, ", with torchrun as before"
     mirror = settings.mirror or ""
     login = "" if mirror == without_login(mirror) else " (--mirror with its login)"
     return f"{start}: {typed} {as_options(settings)}{login}"
