@@ -163,14 +163,20 @@ def test_a_second_signal_ends_the_process_without_saving(in_tmp):
     assert not list(Path("out").glob("*.pt"))
 
 
-def test_the_command_that_goes_on(in_tmp, capsys, monkeypatch):
+@pytest.fixture
+def signalled(monkeypatch):
+    """A signal in each backward phase; returns the phase without it."""
     real = Network.backward
 
-    def signalled(self, output):
+    def backward(self, output):
         signal_self()
         return real(self, output)
 
-    monkeypatch.setattr(Network, "backward", signalled)
+    monkeypatch.setattr(Network, "backward", backward)
+    return real
+
+
+def test_the_command_that_goes_on(in_tmp, capsys, monkeypatch, signalled):
     options = [*TINY, "--output-dir", "my out", "--steps", "4", "--log-file", "my log.md"]
     assert main(options) == 143
     captured = capsys.readouterr()
@@ -184,15 +190,14 @@ def test_the_command_that_goes_on(in_tmp, capsys, monkeypatch):
     python, program, *again = shlex.split(command)
     assert (python, program) == ("python", NAME)
     assert parse_arguments(again)[1] == parse_arguments([*options, "--resume", "auto"])[1]
-    monkeypatch.setattr(Network, "backward", real)
+    monkeypatch.setattr(Network, "backward", signalled)
     assert main(again) == 0
     assert read_checkpoint(Path("my out/last.pt"))["progress"]["step"] == 4
     assert [line["step"] for line in read_metrics(Path("my out"), "step")] == [1, 2, 3, 4]
 
 
-def test_no_command_goes_on_with_what_was_not_saved(in_tmp, capsys, monkeypatch):
-    monkeypatch.setattr(Network, "backward", lambda *args: signal_self() or args[1][0].sum())
-    main(TINY)
+def test_no_command_goes_on_with_what_was_not_saved(in_tmp, capsys, signalled):
+    assert main(TINY) == 143
     captured = capsys.readouterr()
     assert f"{NAME}: SIGTERM: finishing this step; once more: end at once\n" in captured.err
     assert "to go on" not in captured.out
