@@ -241,6 +241,7 @@ def ftp_server():
     yield start
     closed.set()
     for server in servers:
+        server.shutdown(socket.SHUT_RDWR)  # ends the wait for a connection
         server.close()
 
 
