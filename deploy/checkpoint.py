@@ -32,7 +32,7 @@ from split_affinity.errors import (
     memory_errors,
 )
 from split_affinity.start import PACKAGES, check_address_space, explain_import_error
-from split_affinity.text import tell
+from split_affinity.text import readable, shown, tell
 
 HERE, PROGRAM = Path(__file__).resolve().parent, Path(sys.argv[0]).name
 
@@ -138,11 +138,11 @@ def program(run: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
                 run(argv)
         except (UserError, RunError, Stopped) as error:
             prefix = "" if isinstance(error, Stopped) else "error: "
-            say(f"{name}: {prefix}{error}", sys.stderr)
+            say(shown(f"{name}: {prefix}{error}"), sys.stderr)
             return error.exit_code
         except Exception as error:
             reason, where = likely_reason(error), write_traceback(None, error)
-            say(f"{name}: error: {reason}; {where}", sys.stderr)
+            say(f"{name}: error: {shown(reason)}; {where}", sys.stderr)
             return RunError.exit_code
         return 0
 
@@ -288,7 +288,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
     trained = checkpoint.trained
     facts = {
         "model": trained.settings.model,
-        "classes": list(checkpoint.classes),
+        "classes": [readable(name) for name in checkpoint.classes],  # files are in UTF-8
         "preprocessing": vars(trained.ready),
         "versions": checkpoint.state["versions"],
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import checkpoint as cp
 
-from split_affinity.text import readable
+from split_affinity.text import in_markdown, readable
 
 with cp.needed_packages():
     from huggingface_hub import SpaceCard, SpaceCardData
@@ -89,7 +89,7 @@ def read_me(title: str, card: str) -> str:
     )
     body = card.strip()
     if not body.startswith("# "):
-        body = f"# {title}\n\n{body}"
+        body = f"# {in_markdown(title)}\n\n{body}"
     return str(SpaceCard(f"---\n{header.to_yaml()}\n---\n\n{body}\n{UPLOAD}"))
 
 

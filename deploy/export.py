@@ -28,7 +28,7 @@ import checkpoint as cp  # first: it finds the package that the others import fr
 from split_affinity.data.pictures import BrokenImage, ImageData
 from split_affinity.errors import RunError, Stopped, UserError, one_line
 from split_affinity.options.values import whole_number
-from split_affinity.terminal import say
+from split_affinity.terminal import say, say_lines
 from split_affinity.text import plural
 
 with cp.needed_packages():
@@ -307,9 +307,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             title = f"{checkpoint.trained.settings.model}: {', '.join(checkpoint.classes[:3])}"
             demo.write_space(page, folder, card, example_pictures(data, EXAMPLE_PICTURES), title)
     names = ", ".join(each.name for each in sorted(asked.output_dir.iterdir()))
-    say(f"files in {asked.output_dir}: {names}")
+    say_lines([f"files in {asked.output_dir}: {names}"])
     if page:
-        say(f"demo page in {asked.space}: python {asked.space / 'app.py'}")
+        say_lines([f"demo page in {asked.space}: python {asked.space / 'app.py'}"])
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from split_affinity.checkpoints.state import settings_to_go_on
 from split_affinity.data.pictures import ImageData
 from split_affinity.options.recipes import recipe_defaults
 from split_affinity.options.settings import Settings, as_options
-from split_affinity.text import readable
+from split_affinity.text import code_span, shown
 
 TEMPLATE = "model_card.md.jinja"
 CLASSES_TO_LIST = 100
@@ -37,9 +37,10 @@ PLACES = (
 
 
 def escaped(text: object) -> str:
-    """Text that Markdown shows as it is: names of classes come from folders."""
-    line = html.escape(" ".join(readable(str(text)).split()), quote=False)
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", line)
+    """Text that Markdown shows as it is, in a line: names of classes come from folders."""
+    line = html.escape(" ".join(shown(str(text)).split()), quote=False)
+    line = re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", line)
+    return re.sub(r"^(\d+)\.", r"\1\\.", line)  # no list
 
 
 def validated(checkpoint: cp.Checkpoint) -> dict[str, Any] | None:
@@ -99,7 +100,7 @@ def template() -> jinja2.Template:
         keep_trailing_newline=True,
         autoescape=False,  # it is not HTML
     )
-    environment.filters["markdown"] = escaped
+    environment.filters |= {"markdown": escaped, "code": code_span}
     return environment.get_template(TEMPLATE)
 
 
@@ -146,4 +147,4 @@ def build_card(
         speed=speed,
         **told_of_training(checkpoint, data),
     )
-    return f"---\n{header(title, data_name, row).to_yaml()}\n---\n", body
+    return f"---\n{header(shown(title), shown(data_name), row).to_yaml()}\n---\n", body

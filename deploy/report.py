@@ -39,8 +39,8 @@ from split_affinity.options.values import whole_number
 from split_affinity.reports.confusion import confused_json, images_by_class, worst_pairs
 from split_affinity.reports.tables import METRICS, PARTS
 from split_affinity.runs.evaluation import warn_of_known_images
-from split_affinity.terminal import say
-from split_affinity.text import option_text, plural, readable, utc_now
+from split_affinity.terminal import say, say_lines
+from split_affinity.text import option_text, plural, readable, shown, utc_now
 from split_affinity.training.network import Confusion
 
 with cp.needed_packages():
@@ -313,11 +313,22 @@ def sha256_source(script: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
+def visible(value: Any) -> Any:
+    """What is put into the page: of text, which can be anybody's, nothing is unseen. Pictures, and
+    what the template makes itself, stay as they are.
+    """
+    if isinstance(value, Path):
+        value = str(value)
+    is_foreign = type(value) is str and not value.startswith("data:image/")
+    return shown(value) if is_foreign else value
+
+
 def template() -> jinja2.Template:
     """The page's template; all text put into it is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(cp.HERE),
         autoescape=True,
+        finalize=visible,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -480,10 +491,10 @@ def write_files(page: str, judged: figures.Judged, classes: Sequence[str], asked
     if asked.confused:
         confusion, name = figures.confusion_of(judged), readable(str(asked.checkpoint))
         write_where_asked(asked.confused, confused_json(confusion, classes, name))
-        say(f"{asked.confused}: the confused pairs, for --augment-confused")
+        say_lines([f"{asked.confused}: the confused pairs, for --augment-confused"])
     content = readable(page).encode()
     write_where_asked(asked.output, content)
-    say(f"{asked.output}: {len(content) / 2**20:.1f} MiB")
+    say_lines([f"{asked.output}: {len(content) / 2**20:.1f} MiB"])
 
 
 @cp.program

@@ -31,7 +31,7 @@ from split_affinity.machine.plan import plan_cores
 from split_affinity.machine.topology import read_topology
 from split_affinity.options.settings import Settings
 from split_affinity.reports.tables import company_texts
-from split_affinity.text import format_cpu_list, markdown_table, plural, speed_text
+from split_affinity.text import format_cpu_list, in_markdown, markdown_table, plural, speed_text
 
 with cp.needed_packages():
     import numpy as np
@@ -160,7 +160,8 @@ class Comparison:
 
     def text(self) -> str:
         """The tables, and what is to say about them."""
-        return "\n\n".join([accuracy_table(self), speed_table(self), "\n".join(sentences(self))])
+        told = "\n".join(map(in_markdown, sentences(self)))
+        return "\n\n".join([accuracy_table(self), speed_table(self), told])
 
 
 def accuracy_table(found: Comparison) -> str:

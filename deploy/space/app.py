@@ -81,7 +81,7 @@ def build_form(demo: Demo) -> None:
 
 def read_card(folder: Path) -> tuple[str, str]:
     """The page's title and the model card, from a README with a header, a heading and text."""
-    _, _, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    text = (folder / "README.md").read_text(encoding="utf-8").partition("\n---\n")[2]
     heading, _, card = text.partition("\n## This page\n")[0].strip().partition("\n")
     return heading.removeprefix("# "), card
 
