@@ -88,7 +88,6 @@ with needed_packages():
 
     from split_affinity.checkpoints.resume import check_classes
     from split_affinity.checkpoints.state import (
-        BadCheckpoint,
         State,
         saved_settings,
         settings_to_go_on,
@@ -191,8 +190,6 @@ class Checkpoint:
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint, verified. Raises BadCheckpoint."""
-    if path.is_fifo() or path.is_char_device():  # which may have no end, nor a beginning
-        raise BadCheckpoint(f"{path}: no regular file")
     state = read_state(path)
     return Checkpoint(path, state, trained_model(path, state, Settings()))
 
