@@ -543,9 +543,8 @@ def test_what_earlier_versions_did_not_write_is_not_known(best, tmp_path, name):
 
 def test_a_checkpoint_is_a_regular_file(reported, tmp_path):
     os.mkfifo(tmp_path / "best.pt")
-    assert (
-        "best.pt: cannot be read: no regular file" in reported(tmp_path / "best.pt", code=2)[1].err
-    )
+    told = reported(tmp_path / "best.pt", code=2)[1].err
+    assert "best.pt: cannot be read: no regular file" in told
 
 
 def test_wrong_use_ends_in_one_line(best, reported, tmp_path, digits):
