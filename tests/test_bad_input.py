@@ -73,8 +73,11 @@ BAD_INPUT = [
     (["--auto-augment", "xx"], "--auto-augment: invalid choice: 'xx'"),
     (["--recipe", "imagnet"], "--recipe: invalid choice: 'imagnet'"),
     (["--recipe", "imagenet-full"], "starts from trained weights: give --init-from PATH"),
-    (["--recipe", "imagenet-subset"], "--subset 0.2 needs --data-path"),
-    (["--recipe", "imagenet", "--epochs", "3"], "--lr-warmup-epochs 5: fewer than --epochs 3"),
+    (["--recipe", "imagenet-subset", "--subset", "0.2"], "--subset 0.2 needs --data-path"),
+    (
+        ["--recipe", "imagenet", "--epochs", "3", "--lr-warmup-epochs", "5"],
+        "--lr-warmup-epochs 5: fewer than --epochs 3",
+    ),
     (["--subset", "0.5"], "--subset 0.5 needs --data-path"),
     (["--download"], "--download needs --data-path"),
     (["--min-res", "128"], "--min-res and --end-ramp belong together"),
