@@ -488,6 +488,7 @@ def test_the_settings_of_an_earlier_version():
         model="small",
         num_classes=3,
         image_size=32,
+        max_bad_images=0,
         mixup_alpha=0.4,
         batch_size=64,
         accumulate=2,
