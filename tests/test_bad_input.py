@@ -84,7 +84,10 @@ BAD_INPUT = [
     (["--max-res", "128"], "--max-res 128 needs --min-res"),
     (["--min-res", "100", "--end-ramp", "3"], "multiples of 32 are allowed"),
     (["--lr-warmup-epochs", "3"], "--lr-warmup-epochs 3 needs --epochs"),
-    (["--recipe", "hybrid", "--lr", "1e-7"], "--min-lr 1e-06 is above the learning rate, 1e-07"),
+    (
+        ["--recipe", "hybrid", "--lr", "1e-7", "--min-lr", "1e-6"],
+        "--min-lr 1e-06 is above the learning rate, 1e-07",
+    ),
     (["--freeze-epochs", "3", "--epochs", "4"], "--freeze-epochs 3 needs --freeze\n"),
     (["--freeze-epochs", "3", "--freeze", "body"], "--freeze-epochs 3 needs --epochs\n"),
     (
