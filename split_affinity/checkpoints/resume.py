@@ -26,7 +26,7 @@ from split_affinity.checkpoints.state import (
 from split_affinity.errors import UserError, memory_errors, one_line
 from split_affinity.options.commands import ASKED_WITH, command_defaults
 from split_affinity.options.recipes import FROM_CHECKPOINT, GIVE_WEIGHTS
-from split_affinity.options.saved import LEFT
+from split_affinity.options.saved import PATHS
 from split_affinity.options.settings import Settings, batches_in_step, plain_settings, settings_of
 from split_affinity.options.values import Values
 from split_affinity.text import as_option, plural
@@ -111,9 +111,6 @@ def find_resumed(settings: Settings, checkpoints: Checkpoints) -> tuple[Path, St
     return (settings.resume, read_checkpoint(settings.resume)) if settings.resume else None
 
 
-# Files that make a difference to the numbers, and which a run has to be given again.
-NAMED_FILES = ("augment_confused", "teacher_weights")
-
 # Options that leave no room for others which a saved run brings with it.
 IN_PLACE_OF = {
     "split": ("forward_cores", "backward_cores", "forward_threads", "backward_threads"),
@@ -169,7 +166,7 @@ def defaults_to_go_on(path: Path, state: State, typed: Values, ranks: int = 1) -
     for name in typed.keys() & IN_PLACE_OF.keys():
         defaults |= {other: getattr(Settings(), other) for other in IN_PLACE_OF[name]}
     defaults["output_dir"] = path.parent
-    for name in () if typed.get("test_only") else NAMED_FILES:
+    for name in () if typed.get("test_only") else sorted(PATHS - {"data_path"}):
         place = saved_settings(state)[name]
         if place and not getattr(taken, name) and name not in typed:
             raise UserError(
@@ -265,13 +262,10 @@ def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
     was_in = settings_to_go_on(state).data_path
     if was_in and was_in == (settings.data_path and settings.data_path.absolute()):
         notes.append(f"its images are in {was_in}, as they were")
-    given = {
-        as_option(name, True)
-        for name in LEFT
-        if getattr(settings, name) != getattr(Settings(), name)
-    }
-    if left := [flag for flag in state["left"] if flag not in given]:
-        notes.append(f"{', '.join(left)}: not taken from a checkpoint; give them again, if wanted")
+    left = [name for name in state["left"] if getattr(settings, name) == getattr(Settings(), name)]
+    if left:
+        flags = ", ".join(as_option(name, True) for name in left)
+        notes.append(f"{flags}: not taken from a checkpoint; give them again, if wanted")
     if differences:
         notes.append(f"numbers can differ from those of an unbroken run: {', '.join(differences)}")
     return progress, notes

@@ -1,6 +1,6 @@
 """What a checkpoint may hold: types, ranges, shapes and sizes, checked before any of it is used.
 
-The seal at a checkpoint's end proves that the file is check_count, not that who made it is honest.
+The seal at a checkpoint's end proves that the file is whole, not that who made it is honest.
 """
 
 from __future__ import annotations
@@ -410,7 +410,8 @@ def like_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> d
         own |= {name: theirs[name] for name in SCHEDULED if name in own}
         check_kind(own["lr"] >= 0, own["lr"], f"{where}.lr", "0 or more")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    needed = state_names(optimizer) - {"momentum_buffer"}  # which may begin or end with any step
+    kept = kept_for_weight(optimizer)
+    needed = kept.keys() - {"momentum_buffer"}  # which may begin or end with any step
     for number, values in saved["state"].items():
         where = f"optimizer.state.{number}"
         if number not in range(len(weights)):
@@ -421,19 +422,22 @@ def like_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> d
         for name, value in values.items():
             if value is None and name == "momentum_buffer":
                 continue
-            shape = weights[number].shape
+            is_count = name in kept and not kept[name].shape
+            shape = () if is_count else weights[number].shape
             right = isinstance(value, torch.Tensor) and value.is_floating_point()
-            right = right and (value.shape == shape or value.shape in ((), (1,)))
+            right = right and value.shape == shape
             check_kind(right, value, f"{where}.{name}", f"a tensor of the shape {list(shape)}")
     return {"state": saved["state"], "param_groups": groups}
 
 
-def state_names(optimizer: torch.optim.Optimizer) -> set[str]:
-    """What an optimizer keeps for each weight: what it has after a step on a weight of its own."""
+def kept_for_weight(optimizer: torch.optim.Optimizer) -> Weights:
+    """What an optimizer keeps for a weight of the shape (1,), which it has made a step on: what is
+    no count of steps, of shape (), has the weight's shape.
+    """
     weight = torch.zeros(1, requires_grad=True)
     weight.grad = torch.zeros(1)
     known = inspect.signature(type(optimizer)).parameters
     options = {name: value for name, value in optimizer.defaults.items() if name in known}
     other = type(optimizer)([weight], **options)
     other.step()
-    return set(other.state[weight])
+    return dict(other.state[weight])

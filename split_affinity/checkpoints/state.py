@@ -37,7 +37,7 @@ from split_affinity.files import new_file, open_itself
 from split_affinity.models.pretrained import Preprocessing
 from split_affinity.models.weights import versioned
 from split_affinity.options.contradictions import is_name
-from split_affinity.options.saved import TAKEN, options_left, settings_brought
+from split_affinity.options.saved import TAKEN, settings_brought, settings_left
 from split_affinity.options.settings import Settings, plain_settings, settings_of
 from split_affinity.options.values import Values
 from split_affinity.training.optimizer import begin_momentum, planned_steps
@@ -297,7 +297,7 @@ def verify_checkpoint(path: Path) -> None:
 
 def read_checkpoint(path: Path) -> State:
     """A saved state, verified: whole, and of what a state is made of. Of its settings those are
-    left that a run may take from it (options/saved.py); the options of all others are in `left`.
+    left that a run may take from it (options/saved.py); the names of others are in `left`.
     Raises BadCheckpoint.
     """
     verify_checkpoint(path)
@@ -305,7 +305,7 @@ def read_checkpoint(path: Path) -> State:
     fault = fault_of_state(state)
     if fault := fault or fault_of_sizes(state, path.stat().st_size):
         raise BadCheckpoint(f"{path}: {fault}")
-    state["left"] = options_left(state["settings"])
+    state["left"] = settings_left(state["settings"])
     for name in ("settings", "asked"):
         if state.get(name) is not None:
             state[name] = settings_brought(state[name])

@@ -77,7 +77,8 @@ def check_model_name(name: str, flag: str = "--model") -> None:
     """Raise UserError, with the nearest names, for a model that does not exist."""
     if name.startswith(TIMM):
         check_timm_name(name, flag)
-    for message in () if name.startswith(TIMM) else unknown_model(name, classifier_names(), flag):
+        return
+    for message in unknown_model(name, classifier_names(), flag):
         raise UserError(message)
 
 

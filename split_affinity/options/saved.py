@@ -13,7 +13,6 @@ from typing import Any
 
 from split_affinity.options.settings import MOST_CLASSES, Settings
 from split_affinity.options.values import LARGEST_NUMBER, Values, number, whole_number
-from split_affinity.text import as_option
 
 TAKEN = frozenset(
     """
@@ -109,14 +108,12 @@ def settings_brought(values: Values) -> Values:
     return brought
 
 
-def options_left(values: Values) -> list[str]:
-    """The options of a saved run that have to be typed again, but for the output folder, which is
-    where the checkpoint is.
+def settings_left(values: Values) -> list[str]:
+    """Which settings of a saved run have to be typed again, by name, but for the output folder,
+    which is where the checkpoint is.
     """
-    left = (name for name in sorted(LEFT & values.keys()) if name != "output_dir")
-    defaults = {name: FIELDS[name].default for name in LEFT}
     return [
-        as_option(name, True)
-        for name in left
-        if values[name] is not None and str(values[name]) != str(defaults[name])
+        name
+        for name in sorted(LEFT & values.keys() - {"output_dir"})
+        if values[name] is not None and str(values[name]) != str(FIELDS[name].default)
     ]

@@ -47,6 +47,7 @@ def odd_tensors(value):
     yield torch.zeros(2, dtype=torch.complex64)
     yield torch.zeros(value.shape, dtype=torch.int32)
     yield torch.zeros(3, 5, 7)
+    yield torch.zeros(())
 
 
 def wrong_values(value, where):
