@@ -71,7 +71,7 @@ from split_affinity.checkpoints.resume import find_resumed, resume
 from split_affinity.checkpoints.state import Progress, asked_again
 from split_affinity.compare.command import compare
 from split_affinity.data.dataset import describe_images
-from split_affinity.data.loader import BadImages, open_feeds
+from split_affinity.data.loader import BadImages, open_loaders
 from split_affinity.data.pictures import ImageData
 from split_affinity.errors import RunError, Stopped, UserError, likely_reason, memory_errors
 from split_affinity.files import write_traceback
@@ -90,21 +90,21 @@ from split_affinity.reports.run_report import RunReport
 from split_affinity.reports.summary import SHORTEST_LOOK_S
 from split_affinity.reports.tensorboard import check_tensorboard
 from split_affinity.runs.arguments import parse_together
-from split_affinity.runs.evaluation import finish_epoch, test
+from split_affinity.runs.evaluation import evaluate_and_report, finish_epoch
 from split_affinity.runs.find_lr import find_lr_and_report, range_test_settings
 from split_affinity.runs.measurement import plan_for
 from split_affinity.runs.plan import imagined, list_models, plan_lines, print_model
 from split_affinity.runs.predict import predict
 from split_affinity.runs.setup import (
-    begin_alike,
-    build_work,
+    build_train_state,
     check_same_images,
     check_subset,
     settled,
+    start_with_same_weights,
 )
 from split_affinity.runs.starting_weights import teacher_lines
 from split_affinity.signals import StopRequest, ending_at_once
-from split_affinity.terminal import lossy_output, say, say_lines, silent, warn
+from split_affinity.terminal import lossy_output, say, say_lines, silenced_output, warn
 from split_affinity.text import plural, shown
 from split_affinity.training.optimizer import (
     planned_steps,
@@ -116,8 +116,8 @@ from split_affinity.training.steps import (
     Diverged,
     Run,
     StepResult,
+    check_between_steps,
     check_same_weights,
-    hear_others,
     run_schedule,
 )
 
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine if there are several ranks.
     """
     launch, argv = launched(), sys.argv[1:] if argv is None else argv
-    hushed = silent() if launch.rank else contextlib.nullcontext()
+    hushed = silenced_output() if launch.rank else contextlib.nullcontext()
     with hushed, ending_at_once(not launch.local_rank):
         for name, value in DROPPED_VARIABLES.items() if not launch.rank else ():
             warn(f"{name}={value} is ignored: lanes have their own threads")
@@ -200,8 +200,8 @@ def train(
         with contextlib.closing(checkpoints):
             if run.settings.test_only:
                 with run.stop:
-                    test(run, ranks.first(find_resumed, run.settings, checkpoints))
-                return run.work.network.model
+                    evaluate_and_report(run, ranks.first(find_resumed, run.settings, checkpoints))
+                return run.train_state.network.model
             with ranks.together():
                 checkpoints.hold()  # the loaders, which would share the lock, have been started
                 progress, notes = resume(run, checkpoints)
@@ -211,7 +211,7 @@ def train(
             report = RunReport(run.settings, topology, run.plan, progress, settings, ranks)
             checkpoints.warn = report.alarm
             if is_frozen(run.settings, progress.epoch):
-                network = run.work.network
+                network = run.train_state.network
                 notes.append(describe_frozen(run.settings, network.model, network.frozen))
             say_lines((*notes, *teacher_lines(run.settings)))
             for text in run.notes:
@@ -220,7 +220,7 @@ def train(
                 report.warn("unsaved", "nothing will be saved without --output-dir")
             with run.stop:
                 fit(run, progress, report, checkpoints, settings)
-    return run.work.network.model
+    return run.train_state.network.model
 
 
 @contextlib.contextmanager
@@ -234,7 +234,7 @@ def prepared(
             run = set_up(stack, settings, topology, plan, data, note, ranks)
         if ranks.size > 1:
             run.lanes.backward.adopt(ranks.start)
-            begin_alike(run)
+            start_with_same_weights(run)
         yield run
 
 
@@ -253,7 +253,7 @@ def set_up(
     stack.enter_context(coordinating(settings, plan))
     torch.manual_seed(settings.seed)
     # Loaders come first: no process may be forked once a lane, with its OpenMP team, exists.
-    train, val = open_feeds(stack, data, settings, plan.loader_cpus, ranks.rank, stop.check)
+    train, val = open_loaders(stack, data, settings, plan.loader_cpus, ranks.rank, stop.check)
     lanes = stack.enter_context(Lanes(plan, topology.online))
     plan = lanes.plan
     counts = steps_in_epoch(settings, len(train)), planned_steps(settings, len(train))
@@ -264,10 +264,10 @@ def set_up(
         forward_threads=plan.forward.threads,
         backward_threads=plan.backward.threads,
     )
-    work = build_work(settings, lanes, *counts, data.classes, ranks)
+    train_state = build_train_state(settings, lanes, *counts, data.classes, ranks)
     notes = tuple(filter(None, [note, *lanes.notes]))
     bad = BadImages.of(settings, data)
-    return Run(settings, topology, plan, data, train, val, lanes, work, stop, bad, notes)
+    return Run(settings, topology, plan, data, train, val, lanes, train_state, stop, bad, notes)
 
 
 def fit(
@@ -277,12 +277,14 @@ def fit(
     report gets an end, and the latest step is saved, unless the run diverged, or a rank has gone.
     """
     settings, run.stop.saves = run.settings, bool(run.settings.output_dir)
-    save = partial(checkpoints.save, run.work, progress)
+    save = partial(checkpoints.save, run.train_state, progress)
     try:
         while not (outcome := reason_to_end(settings, progress)):
             for result in train_epoch(run, progress):
                 report.step(result)
-                hear_others(run)  # raises Stopped if a signal has come, here or to another rank
+                check_between_steps(
+                    run
+                )  # raises Stopped if a signal has come, here or to another rank
                 report.bad_images(run.bad)
                 if settings.save_steps and result.step % settings.save_steps == 0:
                     save()
@@ -293,7 +295,7 @@ def fit(
                 else:
                     progress.begin_epoch()
             save()
-            hear_others(run)
+            check_between_steps(run)
     except Exception as error:
         run.lanes.close()  # what still runs there ends first
         together = run.ranks.agreed
@@ -305,7 +307,7 @@ def fit(
             say(how_to_go_on(asked))
         raise
     run.stop.begin("the report")
-    report.company(run.lanes.lookout.look(SHORTEST_LOOK_S))
+    report.contention(run.lanes.monitor.look(SHORTEST_LOOK_S))
     report.finish(outcome)
 
 
@@ -333,17 +335,17 @@ def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
     stop = min(whole, progress.batches + left * taken)
     if progress.batches >= stop:
         return
-    if run.work.network.frozen and not is_frozen(settings, progress.epoch):
+    if run.train_state.network.frozen and not is_frozen(settings, progress.epoch):
         say(f"thawed: epoch {progress.epoch + 1} trains all weights")
-        run.lanes.backward.call(run.work.thaw)
+        run.lanes.backward.call(run.train_state.thaw)
     run.stop.begin("this step")
     with run.ranks.together():
         batches = run.train.batches(run.bad, progress.epoch + 1, progress.batches, stop)
-    for result in run_schedule(settings, run.lanes, run.work, batches, progress.step + 1):
+    for result in run_schedule(settings, run.lanes, run.train_state, batches, progress.step + 1):
         progress.add_step(result.images, result.loss, result.top1, result.top5, taken)
         progress.lr = result.lr
         run.stop.begin("this step", result.step_s)
-        yield dataclasses.replace(result, company=run.lanes.lookout.look())
+        yield dataclasses.replace(result, contention=run.lanes.monitor.look())
 
 
 def epoch_done(settings: Settings, progress: Progress) -> bool:

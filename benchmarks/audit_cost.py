@@ -33,7 +33,7 @@ from split_affinity.machine.plan import (
     CorePlan,
     Group,
 )
-from split_affinity.reports.summary import Tally
+from split_affinity.reports.summary import RunStatistics
 from split_affinity.training.steps import StepResult
 
 
@@ -74,13 +74,13 @@ def resident_bytes() -> int:
 
 def run_bytes(lanes: Lanes, steps: int, micro_batches: int) -> int:
     """Bytes that the figures of a run take, from the process's resident size."""
-    tally = Tally(lanes.plan)
+    run_statistics = RunStatistics(lanes.plan)
     before = resident_bytes()
     for step in range(1, steps + 1):
         for phase in (*["forward", "backward"] * micro_batches, "update", "refresh"):
             lanes.forward.run(phase, int)
-        tally.add(StepResult(step, 1.0, 1, 1.0, lanes.take_records()))
-    assert tally.summary().steps == steps
+        run_statistics.add(StepResult(step, 1.0, 1, 1.0, lanes.take_records()))
+    assert run_statistics.summary().steps == steps
     return resident_bytes() - before
 
 

@@ -226,10 +226,10 @@ def refused_memory(job: Job, steps: int, delay_s: float, draw: random.Random) ->
 def run_refusing(phase: str, call: str, *options: str) -> int:
     """The program, but that a call of a phase, counted from 1, asks for more than any memory."""
     from split_affinity.training.network import Network
-    from split_affinity.training.update import Work
+    from split_affinity.training.update import TrainState
     from train_split_affinity import main as run
 
-    kind = Work if hasattr(Work, phase) else Network
+    kind = TrainState if hasattr(TrainState, phase) else Network
     real, count = getattr(kind, phase), itertools.count(1)
 
     def refused(*args: Any) -> Any:

@@ -37,7 +37,7 @@ from split_affinity.machine.topology import read_topology
 from split_affinity.options.settings import Settings
 from split_affinity.reports.tables import describe_run
 from split_affinity.runs.find_lr import endless_steps
-from split_affinity.runs.measurement import Elsewhere
+from split_affinity.runs.measurement import MeasuringProcess
 from train_split_affinity import prepared
 
 Turns = Generator["float | str | None", int, None]  # takes steps to make, gives images/s
@@ -125,7 +125,7 @@ TUNED = "timm, tuned malloc"
 WAYS = {"none": our_turns, "timm": timm_turns, TUNED: partial(timm_turns, tuned=True)}
 
 
-def compare(turns: dict[str, Elsewhere], rounds: int, steps: int) -> None:
+def compare(turns: dict[str, MeasuringProcess], rounds: int, steps: int) -> None:
     """Take turns, and print speeds and ratios; the first round warms up."""
     ratios: dict[str, list[float]] = {"timm": [], TUNED: []}
     for number in range(rounds + 1):
@@ -168,7 +168,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         turns = {}
         for name, function in WAYS.items():
-            process = Elsewhere(lambda: None, function, settings, given.operators)
+            process = MeasuringProcess(lambda: None, function, settings, given.operators)
             turns[name] = stack.enter_context(contextlib.closing(process))
             next(process)
         if given.operators:

@@ -42,12 +42,12 @@ from split_affinity.machine.topology import read_topology
 from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import SeveralRanks
 from split_affinity.runs.measurement import (
-    Elsewhere,
+    MeasuringProcess,
     send_to_all,
 )
-from split_affinity.runs.setup import build_work
+from split_affinity.runs.setup import build_train_state
 from split_affinity.training.steps import run_schedule
-from split_affinity.training.update import Work
+from split_affinity.training.update import TrainState
 
 MICRO_BATCHES = 4
 
@@ -63,21 +63,21 @@ def rank_of(settings: Settings, rank: int, store: str, steps: int) -> Iterator[d
     batch = torch.randn(size), torch.randint(settings.num_classes, size[:1])
     loaded = [Loaded(batch)]
     with coordinating(settings, plan), Lanes(plan, ()) as lanes:
-        work = build_work(settings, lanes, ranks=ranks)
+        train_state = build_train_state(settings, lanes, ranks=ranks)
         lanes.backward.adopt(ranks.start)
         count = MICRO_BATCHES * (steps + 1)
         stream = Batches(loaded, count)
-        made = list(run_schedule(settings, lanes, work, stream))[1:]
-        alone_s = [lanes.backward.call(sum_alone, work) for _ in range(steps + 5)][5:]
-        yield {"bytes": work.reducer.size_bytes, "alone_s": alone_s, "steps": made}
+        made = list(run_schedule(settings, lanes, train_state, stream))[1:]
+        alone_s = [lanes.backward.call(sum_alone, train_state) for _ in range(steps + 5)][5:]
+        yield {"bytes": train_state.reducer.size_bytes, "alone_s": alone_s, "steps": made}
         ranks.close(together=True)
 
 
-def sum_alone(work: Work) -> float:
+def sum_alone(train_state: TrainState) -> float:
     """Seconds of the sums of all gradients, begun by all ranks at once."""
-    work.ranks.gather([0.0])
+    train_state.ranks.gather([0.0])
     start_s = time.perf_counter()
-    work.reducer.finish(work.network.model)
+    train_state.reducer.finish(train_state.network.model)
     return time.perf_counter() - start_s
 
 
@@ -127,7 +127,7 @@ def main() -> None:
         processes = [
             stack.enter_context(
                 contextlib.closing(
-                    Elsewhere(lambda: None, rank_of, settings, rank, store, asked.steps)
+                    MeasuringProcess(lambda: None, rank_of, settings, rank, store, asked.steps)
                 )
             )
             for rank in range(2)

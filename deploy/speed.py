@@ -26,11 +26,11 @@ import torch
 
 from split_affinity.data.pictures import ImageData
 from split_affinity.errors import Stopped, one_line
-from split_affinity.lanes.contention import COMPANY_SHARE, Company, Lookout
+from split_affinity.lanes.contention import CONTENTION_SHARE, Contention, ContentionMonitor
 from split_affinity.machine.plan import plan_cores
 from split_affinity.machine.topology import read_topology
 from split_affinity.options.settings import Settings
-from split_affinity.reports.tables import company_texts
+from split_affinity.reports.tables import contention_texts
 from split_affinity.text import format_cpu_list, in_markdown, markdown_table, plural, speed_text
 
 with cp.needed_packages():
@@ -402,29 +402,33 @@ def turns_of(
     ]
 
 
-def share_of(company: Company | None) -> float:
+def share_of(contention: Contention | None) -> float:
     """The largest share of the cores that others took; 0 where nobody can tell."""
-    return max(company.stolen, *company.others.values()) if company else 0.0
+    return max(contention.stolen, *contention.others.values()) if contention else 0.0
 
 
-def time_ways(ways: Sequence[Way], images: torch.Tensor, lookout: Lookout) -> list[Turns]:
+def time_ways(ways: Sequence[Way], images: torch.Tensor, monitor: ContentionMonitor) -> list[Turns]:
     """The turns of the ways with these images, in rounds: A B C, A B C; in the end others for those
     disturbed. The ROUNDS that others disturbed least count.
     """
     rounds: list[list[list[float]]] = []
-    companies: list[Company | None] = []
+    contentions: list[Contention | None] = []
     clean = 0
     with tqdm(total=ROUNDS, unit=" rounds", leave=False, disable=None) as bar:
         while clean < ROUNDS and len(rounds) < ROUNDS + MOST_REPEATS:
-            lookout.look(0)
+            monitor.look(0)
             rounds.append([calls_s(way.run, images) for way in ways])
-            companies.append(lookout.look(0))
-            is_clean = share_of(companies[-1]) < COMPANY_SHARE
+            contentions.append(monitor.look(0))
+            is_clean = share_of(contentions[-1]) < CONTENTION_SHARE
             clean += is_clean
             bar.update(is_clean)
-    order = sorted(range(len(rounds)), key=lambda place: share_of(companies[place]))
+    order = sorted(range(len(rounds)), key=lambda place: share_of(contentions[place]))
     used = sorted(order[:ROUNDS])
-    told = [company_texts(companies[place], COMPANY_SHARE) for place in used if companies[place]]
+    told = [
+        contention_texts(contentions[place], CONTENTION_SHARE)
+        for place in used
+        if contentions[place]
+    ]
     disturbed = [text for text in map(" and ".join, told) if text]
     return turns_of([rounds[place] for place in used], len(images), disturbed)
 
@@ -456,13 +460,13 @@ def compare(
     cpus = plan.forward.cpus
     images, notes = first_images(checkpoint, data), []
     with kept_on(cpus):
-        lookout = Lookout(plan, topology.online)
+        monitor = ContentionMonitor(plan, topology.online)
         ways = all_ways(checkpoint, onnx_path, int8_path, threads)
         if compiled:
             more, notes = compiled_ways(checkpoint.model, [images[:ONE], images])
             ways[2:2] = more
         right, count = count_right(ways, checkpoint, data, batch_size)
-        timed = {batch: time_ways(ways, images[:batch], lookout) for batch in (ONE, MANY)}
+        timed = {batch: time_ways(ways, images[:batch], monitor) for batch in (ONE, MANY)}
     measured = tuple(
         Measured(way.name, way.size_bytes, hits, {batch: timed[batch][i] for batch in timed})
         for i, (way, hits) in enumerate(zip(ways, right, strict=True))

@@ -118,7 +118,7 @@ def warn(text: str) -> None:
 
 
 @contextlib.contextmanager
-def silent() -> Iterator[None]:
+def silenced_output() -> Iterator[None]:
     """Have nothing printed on standard output meanwhile, and on standard error nothing into the
     progress bar of the process that is not silent.
     """

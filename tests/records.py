@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from split_affinity.lanes.audit import PhaseRecord
 from split_affinity.machine.plan import CorePlan, Group
-from split_affinity.reports.summary import Tally
+from split_affinity.reports.summary import RunStatistics
 from split_affinity.training.steps import StepResult
 
 PLAN = CorePlan("even", Group("forward", (0,), 1), Group("backward", (1, 2), 2), (0,))
@@ -38,7 +38,7 @@ def step(number, forward_s=0.1, backward_s=0.2, update_s=0.05, step_s=0.4, **use
 
 
 def summarise(steps, plan=PLAN):
-    tally = Tally(plan)
+    run_statistics = RunStatistics(plan)
     for result in steps:
-        tally.add(result)
-    return tally.summary()
+        run_statistics.add(result)
+    return run_statistics.summary()

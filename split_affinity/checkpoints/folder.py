@@ -23,7 +23,7 @@ from split_affinity.files import LOCK, flush_folder, link_file, lock_folder, why
 from split_affinity.options.settings import Settings
 from split_affinity.options.values import Values
 from split_affinity.ranks.ranks import ONE_PROCESS, RankLost, Ranks
-from split_affinity.training.update import Part, Work
+from split_affinity.training.update import RankState, TrainState
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
 KEPT = re.compile(r"(best|epoch)-(\d{4,})\.pt")
@@ -71,26 +71,30 @@ class Checkpoints:
             reason = f"{self.folder} cannot be locked ({error.strerror})"
             self.warn(f"{reason}: see to it that no other run is started there")
 
-    def save(self, work: Work, progress: Progress) -> None:
+    def save(self, train_state: TrainState, progress: Progress) -> None:
         """Save the state of a run; where that fails, say so and leave the earlier files alone."""
         stands = progress.step, progress.epoch
         if not self.folder or not progress.step or stands == self._saved:
             return
         several = self._ranks.size > 1
         try:
-            parts = self._ranks.exchange(work.part()) if several else ()
-            saved = not self._ranks.rank and self._write(work, progress, parts)
+            rank_states = self._ranks.exchange(train_state.rank_state()) if several else ()
+            saved = not self._ranks.rank and self._write(train_state, progress, rank_states)
             if any(self._ranks.exchange(saved)):
                 self._saved = stands
         except RankLost as error:
             self.warn(f"{self.folder / LAST}: not saved: {error}")
         self._tell()
 
-    def _write(self, work: Work, progress: Progress, parts: Sequence[Part]) -> bool:
+    def _write(
+        self, train_state: TrainState, progress: Progress, rank_states: Sequence[RankState]
+    ) -> bool:
         """Write a state, and keep what is to be kept; False if that fails, which is said."""
         temporary, last = self.folder / f"{LAST}.tmp", self.folder / LAST
         try:
-            state = make_state(self._settings, work, progress, self.data, self._asked, parts)
+            state = make_state(
+                self._settings, train_state, progress, self.data, self._asked, rank_states
+            )
             if fault := fault_of_state(state):
                 raise BadCheckpoint(fault)
             write_verified(temporary, state)

@@ -247,14 +247,14 @@ def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
     settings, batches = run.settings, len(run.train)
     found = run.ranks.first(find_to_go_on, settings, checkpoints)
     if not found:
-        return Progress(epoch_batches=batches), list(filter(None, [run.work.network.note]))
+        return Progress(epoch_batches=batches), list(filter(None, [run.train_state.network.note]))
     path, state = found
     differences = check_resumable(path, state, settings, checkpoints.data)
     before = state["progress"]["epoch_batches"]
     if before != batches:
         raise UserError(f"{path}: made with {before} batches an epoch, not {batches}")
     with fitting(path, settings):
-        progress = run.lanes.backward.call(restore_state, state, run.work, settings)
+        progress = run.lanes.backward.call(restore_state, state, run.train_state, settings)
     folder = checkpoints.folder
     if folder and path.resolve().parent == folder.resolve():
         checkpoints.keep(path, progress)

@@ -41,7 +41,7 @@ from split_affinity.options.saved import TAKEN, settings_brought, settings_left
 from split_affinity.options.settings import Settings, plain_settings, settings_of
 from split_affinity.options.values import Values
 from split_affinity.training.optimizer import begin_momentum, planned_steps
-from split_affinity.training.update import Part, Work, mean_part
+from split_affinity.training.update import RankState, TrainState, mean_rank_state
 
 CHECKPOINT_FORMAT = "train_split_affinity 1"
 SEAL = b"\nsha256 "
@@ -119,11 +119,11 @@ def versions() -> dict[str, str]:
 
 def make_state(
     settings: Settings,
-    work: Work,
+    train_state: TrainState,
     progress: Progress,
     data: State | None = None,
     asked: Values | None = None,
-    parts: Sequence[Part] = (),
+    rank_states: Sequence[RankState] = (),
 ) -> State:
     """Everything needed to go on from the end of the latest optimizer step, in plain types and
     tensors. Raises BadCheckpoint if an update was broken off.
@@ -131,17 +131,17 @@ def make_state(
     `settings` are those in force; `asked` are those that a run which goes on takes in their place.
     `parts` are those of several ranks, whose mean the model gets.
     """
-    if work.updating:
+    if train_state.updating:
         raise BadCheckpoint("an error broke off the update of the weights")
-    end = work.end or work.network.step_end()
-    mean = mean_part(parts) if parts else {"buffers": {}, "average": {}}
+    end = train_state.end or train_state.network.step_end()
+    mean = mean_rank_state(rank_states) if rank_states else {"buffers": {}, "average": {}}
     return {
         "format": CHECKPOINT_FORMAT,
-        "model": work.values() | mean["buffers"],
-        "average": work.average.values | mean["average"] if work.average else None,
-        "optimizer": work.optimizer.state_dict(),
-        "scheduler": work.scheduler.state_dict() if work.scheduler else None,
-        "flow": work.flow.state() if work.flow else None,
+        "model": train_state.values() | mean["buffers"],
+        "average": train_state.average.values | mean["average"] if train_state.average else None,
+        "optimizer": train_state.optimizer.state_dict(),
+        "scheduler": train_state.scheduler.state_dict() if train_state.scheduler else None,
+        "flow": train_state.gradient_norms.state() if train_state.gradient_norms else None,
         "ahead": end.weights and {name: value.detach() for name, value in end.weights.items()},
         "random_state": end.random_state,
         "progress": dataclasses.asdict(progress),
@@ -149,7 +149,7 @@ def make_state(
         "versions": versions(),
         "data": data,
         "asked": asked or {},
-        **({"ranks": list(parts)} if parts else {}),
+        **({"ranks": list(rank_states)} if rank_states else {}),
     }
 
 
@@ -201,51 +201,57 @@ def preprocessing_of(state: State) -> Preprocessing:
     return native.overruled(settings_of(known))
 
 
-def restore_state(state: State, work: Work, settings: Settings) -> Progress:
+def restore_state(state: State, train_state: TrainState, settings: Settings) -> Progress:
     """Put a run's objects, made as for a new run, into a saved state; says where the run stands.
 
     Rates that are not those of the saved run hold from here on: the learning rate goes on at the
     same step of its new course.
     """
-    own = [dict(group, params=None) for group in work.optimizer.param_groups]
+    own = [dict(group, params=None) for group in train_state.optimizer.param_groups]
     progress = Progress(**state["progress"])
-    model = work.network.model
+    model = train_state.network.model
     ours, saved = plain_settings(settings), saved_settings(state)
     same = all(saved[name] == ours[name] for name in ours if ON_RESUME[name] == "rate")
-    optimizer = like_optimizer(work.optimizer, state["optimizer"])
+    optimizer = like_optimizer(train_state.optimizer, state["optimizer"])
     if same:
-        scheduler = like(work.scheduler.state_dict(), state["scheduler"], "scheduler")
+        scheduler = like(train_state.scheduler.state_dict(), state["scheduler"], "scheduler")
     model.load_state_dict(versioned(state["model"], model))
-    work.optimizer.load_state_dict(optimizer)
+    train_state.optimizer.load_state_dict(optimizer)
     if same:
-        work.scheduler.load_state_dict(scheduler)
+        train_state.scheduler.load_state_dict(scheduler)
     else:
-        for group, values in zip(work.optimizer.param_groups, own, strict=True):
+        for group, values in zip(train_state.optimizer.param_groups, own, strict=True):
             group |= values | {"params": group["params"]}
         with warnings.catch_warnings():  # torch expects an optimizer step before each of these
             warnings.simplefilter("ignore")
             for _ in range(min(progress.step, planned_steps(settings, progress.epoch_batches))):
-                work.scheduler.step()
-    if work.average:
-        for name, value in work.average.values.items():
+                train_state.scheduler.step()
+    if train_state.average:
+        for name, value in train_state.average.values.items():
             value.copy_(state["average"][name])
-        work.average.updates = progress.step  # one in each
-    if work.flow and state["flow"]:
-        work.flow.restore(state["flow"])
-    begin_momentum(work.optimizer)  # of what the saved run has kept frozen
-    restore_part(state, work, derived_seed(settings.seed, "rank", work.ranks.rank, progress.step))
-    work.end = work.network.step_end(state["ahead"] if settings.schedule == "delayed" else None)
+        train_state.average.updates = progress.step  # one in each
+    if train_state.gradient_norms and state["flow"]:
+        train_state.gradient_norms.restore(state["flow"])
+    begin_momentum(train_state.optimizer)  # of what the saved run has kept frozen
+    restore_rank_state(
+        state,
+        train_state,
+        derived_seed(settings.seed, "rank", train_state.ranks.rank, progress.step),
+    )
+    train_state.end = train_state.network.step_end(
+        state["ahead"] if settings.schedule == "delayed" else None
+    )
     return progress
 
 
-def restore_part(state: State, work: Work, seed: int) -> None:
+def restore_rank_state(state: State, train_state: TrainState, seed: int) -> None:
     """Go on with what belonged to this rank alone; if there were not as many ranks, with what is
     common to all, and random numbers by the seed, which rank 0 has no need of.
     """
-    parts, ranks = state.get("ranks") or [], work.ranks
-    if len(parts) == ranks.size:
-        work.put_buffers(parts[ranks.rank])
-        torch.set_rng_state(parts[ranks.rank]["random_state"])
+    rank_states, ranks = state.get("ranks") or [], train_state.ranks
+    if len(rank_states) == ranks.size:
+        train_state.load_buffers(rank_states[ranks.rank])
+        torch.set_rng_state(rank_states[ranks.rank]["random_state"])
     elif ranks.rank:
         torch.manual_seed(seed)
     else:
@@ -373,5 +379,5 @@ def write_verified(path: Path, state: State) -> None:
 
 def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The epoch with the best validation top-1, the first of equals, as for best.pt."""
-    validated = (row for row in history if row["val_top1"] is not None)
-    return max(validated, key=lambda row: row["val_top1"], default=None)
+    validate_batches = (row for row in history if row["val_top1"] is not None)
+    return max(validate_batches, key=lambda row: row["val_top1"], default=None)

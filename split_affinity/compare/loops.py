@@ -19,9 +19,9 @@ from torch import distributed, nn
 from split_affinity import process_cpus
 from split_affinity.compare.ways import Way, is_loading, of_one_rank, steps_in_round
 from split_affinity.data.dataset import open_data
-from split_affinity.data.loader import BadImages, Batches, training_feed
+from split_affinity.data.loader import BadImages, Batches, training_loader
 from split_affinity.data.samples import Batch, Loaded
-from split_affinity.lanes.contention import Lookout
+from split_affinity.lanes.contention import ContentionMonitor
 from split_affinity.lanes.lane import (
     Lanes,
     confine_thread,
@@ -38,7 +38,7 @@ from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks, SeveralRanks
 from split_affinity.reports.summary import lanes_busy, peak_memory_bytes
 from split_affinity.runs.measurement import phase_times, time_phases
-from split_affinity.runs.setup import build_work
+from split_affinity.runs.setup import build_train_state
 from split_affinity.runs.starting_weights import build_teacher
 from split_affinity.training.optimizer import build_optimizer
 from split_affinity.training.steps import StepResult, run_schedule
@@ -98,7 +98,7 @@ class Round:
     @property
     def disturbance(self) -> tuple[float, str]:
         """The largest share of its cores that others took meanwhile, and who took it."""
-        seen = [step.company for step in self.steps if step.company]
+        seen = [step.contention for step in self.steps if step.contention]
         shares = [(each.stolen, f"the hypervisor took {each.stolen:.0%}") for each in seen]
         for each in seen:
             for lane, share in each.others.items():
@@ -121,11 +121,11 @@ def supplied(settings: Settings, cpus: Sequence[int], rank: int = 0) -> Iterator
     bad = BadImages.of(settings, data)
     epochs = -(-count * settings.ranks * settings.batch_size // len(data.chosen))
     data = dataclasses.replace(data, chosen=[*data.chosen] * epochs)
-    with contextlib.closing(training_feed(data, settings, cpus, rank)) as feed:
+    with contextlib.closing(training_loader(data, settings, cpus, rank)) as loader:
         if loading:
-            yield lambda number, count: feed.batches(bad, number, 0, count * settings.ranks)
+            yield lambda number, count: loader.batches(bad, number, 0, count * settings.ranks)
             return
-        kept = [Loaded(batch) for batch in feed.batches(bad, 1, 0, count * settings.ranks)]
+        kept = [Loaded(batch) for batch in loader.batches(bad, 1, 0, count * settings.ranks)]
     yield lambda number, count: Batches(kept, count)
 
 
@@ -197,9 +197,9 @@ class PlainLoop:
         batches = self._supply(order.number, count + batches_ahead(self._way.settings))
         for batch in itertools.islice(batches, warmup):
             self.learn(*batch)
-        lookout = Lookout(self._way.plan, self._online)
+        monitor = ContentionMonitor(self._way.plan, self._online)
         timed = [self.step(itertools.islice(batches, order.batches)) for _ in range(order.steps)]
-        steps = with_company((step for step, _ in timed), lookout)
+        steps = with_contention((step for step, _ in timed), monitor)
         exhaust(batches)
         used_s = sum(step.main_thread_s for step in steps)
         return Round(
@@ -230,7 +230,7 @@ class LaneLoop:
         first = self._supply(1, 1) if way.times_phases else ()
         self._ready = list(map(Loaded, first))  # for phases without company, or loading
         self._lanes = stack.enter_context(Lanes(way.plan, online))
-        self._work = build_work(way.settings, self._lanes, ranks=ranks)
+        self._train_state = build_train_state(way.settings, self._lanes, ranks=ranks)
         self._lanes.backward.adopt(ranks.start)
         stack.callback(ranks.close, together=False)
 
@@ -238,11 +238,11 @@ class LaneLoop:
         """The steps to measure, and the phases without company: those of the steps themselves if
         they have none, or others before them if that is asked for.
         """
-        lanes, network = self._lanes, self._work.network
+        lanes, network = self._lanes, self._train_state.network
         network.accumulate, alone = 1, None
         if self._way.times_phases:
             warmup = self._way.warmup
-            alone = time_phases(lanes, self._work, Batches(self._ready, warmup), warmup)
+            alone = time_phases(lanes, self._train_state, Batches(self._ready, warmup), warmup)
         steps = self._measure(order)
         records = [record for step in steps for record in step.records]
         rates = {
@@ -265,23 +265,25 @@ class LaneLoop:
         """The steps to measure, after one of a batch, which is left out: it fetches memory, and
         brings loaders and `delayed`, which work ahead, to where they are in the midst of a run.
         """
-        settings, network, lead = self._way.settings, self._work.network, 1
+        settings, network, lead = self._way.settings, self._train_state.network, 1
         count = lead + order.batches * order.steps + batches_ahead(settings)
         batches = self._supply(order.number, count)
-        steps = run_schedule(settings, self._lanes, self._work, batches)
+        steps = run_schedule(settings, self._lanes, self._train_state, batches)
         exhaust(itertools.islice(steps, lead))
         network.accumulate = order.batches
-        lookout = Lookout(self._lanes.plan, self._online)
-        measured = with_company(itertools.islice(steps, order.steps), lookout)
+        monitor = ContentionMonitor(self._lanes.plan, self._online)
+        measured = with_contention(itertools.islice(steps, order.steps), monitor)
         steps.close()
         exhaust(batches)
         return measured
 
 
-def with_company(steps: Iterable[StepResult], lookout: Lookout) -> tuple[StepResult, ...]:
+def with_contention(
+    steps: Iterable[StepResult], monitor: ContentionMonitor
+) -> tuple[StepResult, ...]:
     """The steps, once they are done, the last one with what others took of the cores in all."""
     *steps, last = steps
-    return (*steps, dataclasses.replace(last, company=lookout.look()))
+    return (*steps, dataclasses.replace(last, contention=monitor.look()))
 
 
 def exhaust(items: Iterable[Any]) -> None:

@@ -15,10 +15,10 @@ import psutil
 
 from split_affinity.compare.loops import ByLane, Order, Round, end_s, rounds_of
 from split_affinity.compare.ways import MOST_STEPS, ROUNDS, Way
-from split_affinity.lanes.contention import COMPANY_SHARE
+from split_affinity.lanes.contention import CONTENTION_SHARE
 from split_affinity.options.settings import Settings
 from split_affinity.reports.timeline import by_start
-from split_affinity.runs.measurement import Elsewhere, phase_times, send_to_all
+from split_affinity.runs.measurement import MeasuringProcess, phase_times, send_to_all
 from split_affinity.signals import StopRequest
 from split_affinity.terminal import say
 from split_affinity.text import plural
@@ -31,7 +31,7 @@ TIME_LIMIT_S = 14 * 60  # for a comparison whose steps nobody has counted
 LEAST_STEPS_S = 2.0
 
 
-def measure(processes: Sequence[Elsewhere], order: Order) -> Round:
+def measure(processes: Sequence[MeasuringProcess], order: Order) -> Round:
     """What a way does in a round, in all of its processes together."""
     return round_of_ranks(send_to_all(processes, order))
 
@@ -62,13 +62,13 @@ def merged_lanes(by_rank: Iterable[ByLane]) -> ByLane:
 def step_of_ranks(steps: Sequence[StepResult]) -> StepResult:
     """A step of several ranks, with the phases of all: processes of a machine have one clock."""
     records = by_start(record for step in steps for record in step.records)
-    seen = [step.company for step in steps if step.company]
-    company = None
+    seen = [step.contention for step in steps if step.contention]
+    contention = None
     if seen:
         others = merged_lanes(each.others for each in seen)
         stolen = max(each.stolen for each in seen)
-        company = dataclasses.replace(seen[0], others=others, stolen=stolen)
-    return dataclasses.replace(steps[0], records=tuple(records), company=company)
+        contention = dataclasses.replace(seen[0], others=others, stolen=stolen)
+    return dataclasses.replace(steps[0], records=tuple(records), contention=contention)
 
 
 @dataclass(frozen=True)
@@ -123,16 +123,18 @@ def choose_batches(paces: dict[str, Pace], steps: int, round_s: float) -> dict[s
 
 def start_ways(
     stack: contextlib.ExitStack, stop: StopRequest, ways: Sequence[Way], online: Sequence[int]
-) -> dict[str, list[Elsewhere]]:
+) -> dict[str, list[MeasuringProcess]]:
     """The processes of all ways, one for each rank, ready to begin: nothing else shall run while a
     way is measured.
     """
     say(f"{len(ways)} ways to train in {ROUNDS} rounds; first a round to warm up, which tells more")
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    running: dict[str, list[Elsewhere]] = {way.name: [] for way in ways}
+    running: dict[str, list[MeasuringProcess]] = {way.name: [] for way in ways}
     for way in ways:
         for rank in range(way.ranks):
-            process = Elsewhere(stop.check, rounds_of, way, online, rank, f"{folder}/{way.name}")
+            process = MeasuringProcess(
+                stop.check, rounds_of, way, online, rank, f"{folder}/{way.name}"
+            )
             running[way.name].append(stack.enter_context(contextlib.closing(process)))
     for processes in running.values():
         send_to_all(processes, None)
@@ -140,7 +142,7 @@ def start_ways(
 
 
 def warm_up(
-    ways: Sequence[Way], running: dict[str, list[Elsewhere]]
+    ways: Sequence[Way], running: dict[str, list[MeasuringProcess]]
 ) -> tuple[bool, dict[str, Pace]]:
     """Whether the memory of all ways fits at once, and how long each takes, by a first round.
 
@@ -214,7 +216,7 @@ def disturbance(rounds: dict[str, list[Round]], index: int) -> tuple[float, str]
     """
     found = [(*each[index].disturbance, way) for way, each in rounds.items()]
     share, who, way = max(found)
-    return (share, f"{who} ({way})") if share >= COMPANY_SHARE else (0.0, "")
+    return (share, f"{who} ({way})") if share >= CONTENTION_SHARE else (0.0, "")
 
 
 def clean_rounds(rounds: dict[str, list[Round]]) -> list[int]:

@@ -259,7 +259,7 @@ def open_files() -> int:
             return file.fileno()
 
 
-class Feed:
+class Loader:
     """The batches of a data set, epoch after epoch, made by loader processes that live on.
 
     The processes start at once: none may be forked once a lane, with its OpenMP team, exists. Close
@@ -375,20 +375,20 @@ class Feed:
             indices.close()
 
 
-def training_feed(
+def training_loader(
     data: ImageData,
     settings: Settings,
     cpus: Sequence[int],
     rank: int = 0,
     hear: Callable[[], None] = unheard,
-) -> Feed:
+) -> Loader:
     """Shuffled, augmented training images; what does not fill a batch is left out of an epoch."""
     transform_in, mix = partial(transform_of_epoch, data, settings), mixing_transform(settings)
     least = min(2, settings.batch_size)
     samples = Samples(data.train, settings.seed, transform_in, mix, data.confused, least=least)
     dealt = rank, settings.ranks
     order = EpochOrder(data.chosen, settings.batch_size, settings.seed, dealt)
-    return Feed(samples, order, settings, cpus, hear)
+    return Loader(samples, order, settings, cpus, hear)
 
 
 def validation_feed(
@@ -397,7 +397,7 @@ def validation_feed(
     cpus: Sequence[int],
     rank: int = 0,
     hear: Callable[[], None] = unheard,
-) -> Feed | None:
+) -> Loader | None:
     """The validation images in order, if there are any."""
     if data.val is None:
         return None
@@ -405,14 +405,14 @@ def validation_feed(
     samples = Samples(data.val, settings.seed, partial(same_transform, transform))
     dealt = rank, settings.ranks
     order = EpochOrder(range(len(data.val)), settings.batch_size, None, dealt)
-    return Feed(samples, order, settings, cpus, hear)
+    return Loader(samples, order, settings, cpus, hear)
 
 
-def open_feeds(
+def open_loaders(
     stack: contextlib.ExitStack, data: ImageData, settings: Settings, *source: Any
-) -> tuple[Feed, Feed | None]:
+) -> tuple[Loader, Loader | None]:
     """What a run trains on, and what it validates with if it does; they end with the stack."""
-    train = training_feed(data, settings, *source)
+    train = training_loader(data, settings, *source)
     stack.callback(train.close)
     validates = settings.epochs or settings.test_only
     val = validation_feed(data, settings, *source) if validates else None
@@ -421,19 +421,19 @@ def open_feeds(
     return train, val
 
 
-def picture_feed(
+def picture_loader(
     paths: Sequence[str],
     ready: Preprocessing,
     settings: Settings,
     cpus: Sequence[int],
     hear: Callable[[], None] = unheard,
-) -> Feed:
+) -> Loader:
     """Pictures in order, made ready as to validate; no more loaders than there are batches."""
     batches = math.ceil(len(paths) / settings.batch_size)
     workers = min(settings.workers, batches) if batches > 1 else 0
     transform = partial(same_transform, validation_transform(ready))
     order = EpochOrder(range(len(paths)), settings.batch_size, None)
     samples = Samples(NewPictures(paths), settings.seed, transform, alone=True)
-    feed = Feed(samples, order, dataclasses.replace(settings, workers=workers), cpus, hear)
+    loader = Loader(samples, order, dataclasses.replace(settings, workers=workers), cpus, hear)
     order.begin(1)
-    return feed
+    return loader

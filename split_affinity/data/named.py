@@ -70,12 +70,12 @@ def synthetic_data(settings: Settings) -> ImageData:
     return ImageData("synthetic", train, None, tuple(map(str, range(classes))))
 
 
-def whole(side: int, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
+def small_pictures(side: int, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
     """For pictures of one small size, which are shown whole."""
     return Preprocessing(side, side, mean=mean, std=std)
 
 
-CIFAR10 = whole(32, CIFAR10_MEAN, CIFAR10_STD)
+CIFAR10 = small_pictures(32, CIFAR10_MEAN, CIFAR10_STD)
 BY_FLAG = {"train": True}, {"train": False}
 TRAIN_VAL, TRAIN_TEST = (({"split": "train"}, {"split": part}) for part in ("val", "test"))
 
@@ -105,21 +105,21 @@ READERS = {
         Preprocessing(128, 146)),
     "cifar10": Reader(sets.CIFAR10, BY_FLAG, CIFAR10, True),
     "cifar100": Reader(sets.CIFAR100, BY_FLAG,
-        whole(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)), True),
-    "fashion-mnist": Reader(sets.FashionMNIST, BY_FLAG, whole(28, 3 * (0.2860,), 3 * (0.3530,)),
-        True),
+        small_pictures(32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)), True),
+    "fashion-mnist": Reader(sets.FashionMNIST, BY_FLAG,
+        small_pictures(28, 3 * (0.2860,), 3 * (0.3530,)), True),
     "flowers102": Reader(sets.Flowers102, TRAIN_VAL),
     "food101": Reader(sets.Food101, TRAIN_TEST),
     "oxford-pets": Reader(sets.OxfordIIITPet, ({"split": "trainval"}, {"split": "test"})),
     "eurosat": Reader(sets.EuroSAT, ({}, None),
-        whole(64, (0.3444, 0.3803, 0.4078), (0.2027, 0.1365, 0.1155)), True),
+        small_pictures(64, (0.3444, 0.3803, 0.4078), (0.2027, 0.1365, 0.1155)), True),
     "dtd": Reader(sets.DTD, TRAIN_VAL),
     "gtsrb": Reader(sets.GTSRB, TRAIN_TEST,
-        whole(32, (0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669))),
+        small_pictures(32, (0.3403, 0.3121, 0.3214), (0.2724, 0.2608, 0.2669))),
     "svhn": Reader(sets.SVHN, TRAIN_TEST,
-        whole(32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)), True),
+        small_pictures(32, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)), True),
     "stl10": Reader(sets.STL10, TRAIN_TEST,
-        whole(96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)), True),
+        small_pictures(96, (0.4467, 0.4398, 0.4066), (0.2603, 0.2566, 0.2713)), True),
 }
 # fmt: on
 

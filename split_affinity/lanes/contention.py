@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from split_affinity.lanes.audit import LOOK_SHARE, children_cpu_ns, cpu_times, thread_clocks_ns
 from split_affinity.machine.plan import CorePlan
 
-COMPANY_SHARE = 0.1  # of a lane's cores: if others take that much, it is told
+CONTENTION_SHARE = 0.1  # of a lane's cores: if others take that much, it is told
 
 
 @dataclass(frozen=True)
-class Company:
+class Contention:
     """What others took of the cores between two moments (seconds of time.perf_counter): `others`,
     by lane, is the time that other processes used of the lane's logical CPUs, as a share of what
     the lane can use (Group.busy), 1 at most; `stolen` is the share of all used CPUs' time that the
@@ -95,9 +95,9 @@ def less_own_s(
     return left_s
 
 
-def company_between(
+def contention_between(
     plan: CorePlan, online: Sequence[int], before: Usage, after: Usage
-) -> Company | None:
+) -> Contention | None:
     """What others took between two readings; None where the system hides the times of some CPUs, or
     has no affinity, by which own time is known.
     """
@@ -115,7 +115,7 @@ def company_between(
     left_s = less_own_s(busy, own_time_s(before, after, plan.loader_cpus, online))
     others = {group.name: group.busy(left_s[group.cpu_set], elapsed_s) for group in plan.groups}
     used = {*plan.loader_cpus}.union(*lanes)
-    return Company(
+    return Contention(
         start_s=before.at_s,
         end_s=after.at_s,
         others={lane: min(1.0, share) for lane, share in others.items()},
@@ -123,7 +123,7 @@ def company_between(
     )
 
 
-class Lookout:
+class ContentionMonitor:
     """Looks who else uses the cores of a plan, from when it is made.
 
     CPUs' times come in ticks of 10 ms, and are off by about 1 % over a second. What another process
@@ -135,7 +135,7 @@ class Lookout:
         self._cost_s = 0.0
         self._latest = read_usage()
 
-    def look(self, least_s: float = 1.0) -> Company | None:
+    def look(self, least_s: float = 1.0) -> Contention | None:
         """What others took since the latest look; None if that is less than `least_s` ago, or so
         little that looks would cost more than LOOK_SHARE of the time (with 0 it may cost what it
         does), or if nobody can tell.
@@ -144,18 +144,20 @@ class Lookout:
         if least_s and start_s - before.at_s < max(least_s, self._cost_s / LOOK_SHARE):
             return None
         self._latest = read_usage(before.threads_ns)
-        company = company_between(self._plan, self._online, before, self._latest)
+        contention = contention_between(self._plan, self._online, before, self._latest)
         self._cost_s = time.perf_counter() - start_s
-        return company
+        return contention
 
 
-def joined(companies: Sequence[Company]) -> Company:
+def mean_contention(contentions: Sequence[Contention]) -> Contention:
     """What others took in several spans, one after the other: the mean by time."""
-    lengths_s = [each.end_s - each.start_s for each in companies]
+    lengths_s = [each.end_s - each.start_s for each in contentions]
 
     def mean(shares: Iterable[float]) -> float:
         return math.fsum(map(operator.mul, shares, lengths_s)) / sum(lengths_s)
 
-    others = {lane: mean(each.others[lane] for each in companies) for lane in companies[0].others}
-    stolen = mean(each.stolen for each in companies)
-    return Company(companies[0].start_s, companies[-1].end_s, others, stolen)
+    others = {
+        lane: mean(each.others[lane] for each in contentions) for lane in contentions[0].others
+    }
+    stolen = mean(each.stolen for each in contentions)
+    return Contention(contentions[0].start_s, contentions[-1].end_s, others, stolen)

@@ -30,7 +30,7 @@ from split_affinity.lanes.audit import (
     hidden_figures,
     thread_ids,
 )
-from split_affinity.lanes.contention import Lookout
+from split_affinity.lanes.contention import ContentionMonitor
 from split_affinity.machine.plan import CorePlan, Group
 from split_affinity.options.settings import Settings
 from split_affinity.text import format_cpu_list, plural
@@ -214,7 +214,7 @@ class Lanes:
     """The two lanes of a core plan; with `--split none`, one lane under both names.
 
     A context manager: leaving it, by an exception too, drains and ends both lanes. `plan` has the
-    threads that OpenMP gave; `lookout` looks who else uses the lanes' cores.
+    threads that OpenMP gave; `monitor` looks who else uses the lanes' cores.
     """
 
     def __init__(self, plan: CorePlan, online: Sequence[int]):
@@ -230,7 +230,7 @@ class Lanes:
         groups = {"forward": self.forward.group, "backward": self.backward.group}
         self.plan = dataclasses.replace(plan, **groups)
         self._hidden = list(hidden_figures(self.plan, online))
-        self.lookout = Lookout(self.plan, online)
+        self.monitor = ContentionMonitor(self.plan, online)
 
     @property
     def notes(self) -> list[str]:

@@ -204,7 +204,7 @@ def idle_first(cores: Sequence[Core], load: dict[int, float], count: int) -> lis
         if fitting:
             works = Counter(map(place, busy))
             _, chosen = min(fitting, key=lambda there: works[there[0]])
-            return take(chosen, count, DOMAINS[depth:])
+            return choose_cores(chosen, count, DOMAINS[depth:])
     return idle[:count]
 
 
@@ -283,7 +283,9 @@ def share_out(cores: Sequence[Core], ranks: int) -> list[list[Core]]:
     left, shares = list(cores), []
     for others in reversed(range(ranks)):
         count = -(-len(left) // (others + 1))
-        chosen = [core for kind, part in share_by_kind(left, count) for core in take(kind, part)]
+        chosen = [
+            core for kind, part in share_by_kind(left, count) for core in choose_cores(kind, part)
+        ]
         shares.append(sorted(chosen))
         left = [core for core in left if core not in chosen]
     return shares
@@ -330,7 +332,9 @@ def divide_cores(cores: Sequence[Core], split: str) -> tuple[tuple[int, ...], tu
     if len(cores) == 1:
         return cores[0].cpus, cores[0].cpus
     count = forward_count(len(cores), *map(int, split.split(":")))
-    forward = [core for kind, share in share_by_kind(cores, count) for core in take(kind, share)]
+    forward = [
+        core for kind, share in share_by_kind(cores, count) for core in choose_cores(kind, share)
+    ]
     return cpus_of(forward), cpus_of(core for core in cores if core not in forward)
 
 
@@ -379,7 +383,7 @@ def share_by_kind(cores: Sequence[Core], count: int) -> list[tuple[list[Core], i
     return list(zip(kinds, shares, strict=True))
 
 
-def take(cores: Sequence[Core], count: int, levels: Sequence[str] = DOMAINS) -> list[Core]:
+def choose_cores(cores: Sequence[Core], count: int, levels: Sequence[str] = DOMAINS) -> list[Core]:
     """Choose `count` cores so that at each level at most one domain is split."""
     if count in (0, len(cores)) or not levels:
         return list(cores[:count])
@@ -391,7 +395,7 @@ def take(cores: Sequence[Core], count: int, levels: Sequence[str] = DOMAINS) -> 
     chosen = [core for index in whole for core in parts[index]]
     if len(chosen) < count:  # any domain left over is larger than what is missing
         rest = next(part for index, part in enumerate(parts) if index not in whole)
-        chosen += take(rest, count - len(chosen), levels[1:])
+        chosen += choose_cores(rest, count - len(chosen), levels[1:])
     return chosen
 
 

@@ -13,7 +13,7 @@ from split_affinity.options.settings import Settings, TrainingSettings
 from split_affinity.text import plural
 
 
-def trained(model: nn.Module) -> Weights:
+def trainable_weights(model: nn.Module) -> Weights:
     """The weights that are trained, by name: all that are not frozen."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
@@ -44,7 +44,7 @@ def freeze(
     """
     if asked is None:
         return ()
-    weights = trained(model)
+    weights = trainable_weights(model)
     classifier = classifier_weights(name, num_classes, image_size)
     groups = layer_groups(weights) | {"body": [each for each in weights if each not in classifier]}
     for group in asked.split(","):

@@ -20,7 +20,7 @@ from split_affinity import PROGRAM, __version__
 from split_affinity.errors import UserError
 from split_affinity.options.contradictions import contradictions, typed_contradictions
 from split_affinity.options.data_sets import DATA_SETS, NAMED_DATA
-from split_affinity.options.recipes import bent, list_recipes, recipe_defaults
+from split_affinity.options.recipes import adapted_recipe, list_recipes, recipe_defaults
 from split_affinity.options.settings import (
     COMPARED_BATCHES,
     TITLES,
@@ -58,7 +58,7 @@ def command_defaults(command: str, typed: Values) -> Values:
     contradicts a typed option to that.
     """
     recipe, quick, resume = (typed.get(name) for name in ("recipe", "quick", "resume"))
-    defaults = bent(recipe_defaults(recipe), typed) if recipe else {}
+    defaults = adapted_recipe(recipe_defaults(recipe), typed) if recipe else {}
     resumes = resume and (typed.get("test_only") or resume != Path("auto"))
     if typed.get("data_path") or resumes:
         defaults.pop("dataset", None)

@@ -59,7 +59,7 @@ def recipe_defaults(name: str) -> Values:
     return {"output_dir": Path("out") / name, **RECIPES[name]}
 
 
-def bent(recipe: Values, typed: Values) -> Values:
+def adapted_recipe(recipe: Values, typed: Values) -> Values:
     """What a recipe sets, where that does not contradict the options typed: what nobody has typed
     gives way. Of a name that is missing then, the usual default holds.
     """

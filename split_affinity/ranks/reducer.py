@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import distributed, nn
 
-from split_affinity.models.freezing import trained
+from split_affinity.models.freezing import trainable_weights
 from split_affinity.models.weights import Weights
 from split_affinity.ranks.ranks import SeveralRanks
 
@@ -27,7 +27,7 @@ class Bucket:
     flat: torch.Tensor
     parts: Weights
     missing: set[str] = field(default_factory=set)
-    journey: distributed.Work | None = None
+    journey: distributed.TrainState | None = None
 
 
 def make_buckets(weights: Weights) -> list[Bucket]:
@@ -67,13 +67,13 @@ class Reducer:
         self, ranks: SeveralRanks, models: Sequence[nn.Module], batches: Callable[[], int]
     ):
         self._ranks, self._batches = ranks, batches
-        weights = trained(models[0])
+        weights = trainable_weights(models[0])
         self._buckets = make_buckets(weights)
         self._bucket_of = {name: bucket for bucket in self._buckets for name in bucket.parts}
         self._hooks = [
             weight.register_post_accumulate_grad_hook(partial(self._added, name))
             for model in models
-            for name, weight in trained(model).items()
+            for name, weight in trainable_weights(model).items()
         ]
         self.size_bytes = sum(bucket.flat.nbytes for bucket in self._buckets)
         self._begin()
@@ -89,7 +89,7 @@ class Reducer:
         """
         if self._arrive(failed=False):
             self._ranks.settle()
-        for name, weight in trained(model).items():
+        for name, weight in trainable_weights(model).items():
             if weight.grad is not None:
                 weight.grad = self._bucket_of[name].parts[name]
         self._begin()

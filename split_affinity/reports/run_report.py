@@ -22,14 +22,14 @@ from split_affinity.data.loader import BadImages
 from split_affinity.errors import likely_reason
 from split_affinity.files import append_text, write_whole
 from split_affinity.lanes.audit import PhaseRecord, placement_warnings
-from split_affinity.lanes.contention import COMPANY_SHARE, Company
+from split_affinity.lanes.contention import CONTENTION_SHARE, Contention
 from split_affinity.machine.plan import CorePlan
 from split_affinity.machine.topology import Topology, machine_metrics
 from split_affinity.options.settings import Settings, plain_settings
 from split_affinity.ranks.ranks import ONE_PROCESS, RankLost, Ranks, rank_metrics
 from split_affinity.reports.log import LogSection, log_heading, log_summary, picture_footer
 from split_affinity.reports.plots import draw_curves, draw_gradients
-from split_affinity.reports.summary import Summary, Tally
+from split_affinity.reports.summary import RunStatistics, Summary
 from split_affinity.reports.tables import (
     BAR,
     CURVES,
@@ -41,7 +41,7 @@ from split_affinity.reports.tables import (
     TIMELINE,
     TRACE,
     bar_text,
-    company_texts,
+    contention_texts,
     describe_run,
     epoch_line,
     memory_lines,
@@ -72,7 +72,7 @@ class RankFigures:
     summary: Summary | None
     warnings: Sequence[str]
     steps: Sequence[StepResult]
-    looks: Sequence[Company]
+    looks: Sequence[Contention]
 
 
 def rank_panels(
@@ -123,7 +123,7 @@ class RunReport:
         self._settings, self._topology, self._plan = settings, topology, plan
         self._progress, self._ranks = progress, ranks
         self._total = total_steps(settings, progress.epoch_batches)
-        self._tally = Tally(plan)
+        self._statistics = RunStatistics(plan)
         self._warnings: dict[str, str] = {}  # by kind: each kind is shown once
         if settings.output_dir and not ranks.rank:
             settings.output_dir.mkdir(parents=True, exist_ok=True)
@@ -164,12 +164,12 @@ class RunReport:
             for number, text in enumerate(placement_warnings(record, self._plan)):
                 self.warn(f"{record.phase} {number}", text, own=True)
 
-    def company(self, company: Company | None) -> None:
+    def contention(self, contention: Contention | None) -> None:
         """Take in what others took of the cores, if they were looked for; warn when that begins."""
-        if not company:
+        if not contention:
             return
-        lately = self._tally.add_company(company)
-        for text in company_texts(lately, COMPANY_SHARE) if lately else ():
+        lately = self._statistics.add_contention(contention)
+        for text in contention_texts(lately, CONTENTION_SHARE) if lately else ():
             latest = f"in the latest {lately.end_s - lately.start_s:.0f} s"
             slower = "every step waits for the slowest of its threads"
             self.warn(text.partition(" took")[0], f"{text} {latest}: {slower}", own=True)
@@ -181,13 +181,13 @@ class RunReport:
 
     def step(self, result: StepResult) -> None:
         """Take in one finished step."""
-        self._tally.add(result)
+        self._statistics.add(result)
         self._write_metrics(result.as_metrics())
         if self._events:
             self._write(self._events.add, result.step, step_scalars(result))
         self.check_placement(result.records)
-        self.company(result.company)
-        recent = itertools.islice(reversed(self._tally.latest), RECENT_STEPS)
+        self.contention(result.contention)
+        recent = itertools.islice(reversed(self._statistics.latest), RECENT_STEPS)
         step_s = statistics.median(step.step_s for step in recent)
         left_s = step_s * (self._total - result.step)  # validation is not counted
         columns = self._bar.format_dict["ncols"] or 0
@@ -223,10 +223,10 @@ class RunReport:
 
     def _figures(self) -> RankFigures:
         """What this rank has to tell."""
-        steps = itertools.islice(reversed(self._tally.latest), STEPS_OF_RANKS)
-        summary = self._tally.summary() if self._tally.steps else None
+        steps = itertools.islice(reversed(self._statistics.latest), STEPS_OF_RANKS)
+        summary = self._statistics.summary() if self._statistics.steps else None
         warned = list(self._warnings.values())
-        return RankFigures(summary, warned, [*steps][::-1], self._tally.looks)
+        return RankFigures(summary, warned, [*steps][::-1], self._statistics.looks)
 
     def _gather(self) -> list[RankFigures]:
         """What all ranks have to tell; if one of them has gone meanwhile, what this one has."""
@@ -270,11 +270,11 @@ class RunReport:
 
     def _draw(self, every: Sequence[RankFigures]) -> None:
         """timeline.png and trace.json of the latest steps, in place of those of an earlier run."""
-        steps, folder = list(self._tally.latest), self._settings.output_dir
+        steps, folder = list(self._statistics.latest), self._settings.output_dir
         drawn = steps_to_draw(steps)
         what = f"steps {drawn[0].step} to {drawn[-1].step}, split {self._plan.split}"
         what = f"{self._settings.schedule}, {what}"
-        panels = [Panel(what, self._plan, drawn, self._topology.cores, self._tally.looks)]
+        panels = [Panel(what, self._plan, drawn, self._topology.cores, self._statistics.looks)]
         trace = partial(trace_events, self._plan, steps)
         if len(every) > 1:
             aligned = by_one_clock([each.steps for each in every])

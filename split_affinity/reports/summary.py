@@ -18,7 +18,7 @@ import torch
 
 from split_affinity.files import read_text
 from split_affinity.lanes.audit import NOT_LOOKED_AT, PhaseRecord
-from split_affinity.lanes.contention import Company, joined
+from split_affinity.lanes.contention import Contention, mean_contention
 from split_affinity.machine.plan import CorePlan
 from split_affinity.text import format_cpu_list
 from split_affinity.training.steps import PHASES, StepResult
@@ -26,7 +26,9 @@ from split_affinity.training.steps import PHASES, StepResult
 LATEST_STEPS = 2000
 STEPS_TO_DRAW = 3
 SHORTEST_LOOK_S = 0.25  # at what others took: with ticks of 10 ms, what is shorter tells nothing
-COMPANY_WINDOW_S = 10  # over which others' share has to be large: short bursts are nobody's concern
+CONTENTION_WINDOW_S = (
+    10  # over which others' share has to be large: short bursts are nobody's concern
+)
 
 
 def covered_s(records: Iterable[PhaseRecord]) -> float:
@@ -72,7 +74,7 @@ class Summary:
     cover the latest 2,000 steps; the rest covers all. `busy` is each lane's CPU time in its own
     phases as a share of what its group can use; `waiting_s` CPU time of a lane's threads while the
     other lane alone had a phase to run. The audit takes `audit_ms` a phase, and `audit_share` of a
-    step. `company` is what others took in the whole run, if that is known; `memory_by_node` are
+    step. `contention` is what others took in the whole run, if that is known; `memory_by_node` are
     bytes, where there are several NUMA nodes; `waited_s` by rank is how long it waited in a step
     for the slowest one, mean, where there are several.
     """
@@ -93,7 +95,7 @@ class Summary:
     loss_first: float
     loss_last: float
     peak_memory_bytes: int
-    company: Company | None
+    contention: Contention | None
     memory_by_node: dict[int, int]
     waited_s: tuple[float, ...] = ()
 
@@ -103,7 +105,7 @@ class Summary:
         return any(phase.seen_on != format_cpu_list(()) for phase in self.phases)
 
 
-class Tally:
+class RunStatistics:
     """What the summary needs of a run, in bounded memory: totals over all steps, and the latest
     steps themselves. Figures by CPU, 12 KB a phase with 128 CPUs, are added up at once, and kept
     whole only for the steps that a picture can show.
@@ -112,8 +114,8 @@ class Tally:
     def __init__(self, plan: CorePlan):
         self.steps = self.images = self._first = 0
         self.latest: deque[StepResult] = deque(maxlen=LATEST_STEPS)
-        self.company: Company | None = None
-        self.looks: list[Company] = []  # those of the latest COMPANY_WINDOW_S
+        self.contention: Contention | None = None
+        self.looks: list[Contention] = []  # those of the latest CONTENTION_WINDOW_S
         self._plan = plan
         self._loss_first = math.nan
         self._stray_s: Counter[str] = Counter()  # by phase, as the three that follow
@@ -143,15 +145,17 @@ class Tally:
             )
             self.latest[-1 - STEPS_TO_DRAW] = dataclasses.replace(old, records=slim)
 
-    def add_company(self, company: Company) -> Company | None:
+    def add_contention(self, contention: Contention) -> Contention | None:
         """Take in what others took of the cores; returns what they took in the latest
-        COMPANY_WINDOW_S, once that long has been looked at.
+        CONTENTION_WINDOW_S, once that long has been looked at.
         """
-        self.company = joined([self.company, company]) if self.company else company
-        since_s = company.end_s - COMPANY_WINDOW_S
-        self.looks = [each for each in self.looks if each.end_s >= since_s] + [company]
-        lately = joined(self.looks)
-        return lately if lately.end_s - lately.start_s >= COMPANY_WINDOW_S else None
+        self.contention = (
+            mean_contention([self.contention, contention]) if self.contention else contention
+        )
+        since_s = contention.end_s - CONTENTION_WINDOW_S
+        self.looks = [each for each in self.looks if each.end_s >= since_s] + [contention]
+        lately = mean_contention(self.looks)
+        return lately if lately.end_s - lately.start_s >= CONTENTION_WINDOW_S else None
 
     def _add_phase(self, record: PhaseRecord) -> None:
         self._stray_s[record.phase] += record.stray_s
@@ -185,7 +189,7 @@ class Tally:
             loss_first=self._loss_first,
             loss_last=self.latest[-1].loss,
             peak_memory_bytes=peak_memory_bytes(),
-            company=self.company,
+            contention=self.contention,
             memory_by_node=memory_by_node(),
             waited_s=tuple(
                 map(statistics.fmean, zip(*(step.waited_s for step in timed), strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 
 from split_affinity.checkpoints.folder import BEST, LAST
 from split_affinity.checkpoints.state import Progress
-from split_affinity.lanes.contention import Company
+from split_affinity.lanes.contention import Contention
 from split_affinity.machine.plan import CorePlan, Host
 from split_affinity.machine.topology import Topology, cpus_of
 from split_affinity.options.settings import Settings
@@ -17,7 +17,7 @@ from split_affinity.reports.summary import Summary
 from split_affinity.text import format_cpu_list, markdown_table, plural, shown, span_text
 from split_affinity.training.steps import PHASES, StepResult
 
-COMPANY_IN_SUMMARY = 0.02  # below that it may be the error of the clocks
+CONTENTION_IN_SUMMARY = 0.02  # below that it may be the error of the clocks
 METRICS, TIMELINE, TRACE = "metrics.jsonl", "timeline.png", "trace.json"
 TENSORBOARD = "tensorboard"
 
@@ -58,19 +58,19 @@ def cpu_table(summary: Summary) -> str:
     return markdown_table(header, rows)
 
 
-def company_texts(company: Company, least: float) -> Iterator[str]:
+def contention_texts(contention: Contention, least: float) -> Iterator[str]:
     """What others took of the cores, if that was `least` or more: other processes by lane, and the
     hypervisor.
     """
     shares = [
         f"{100 * share:.0f} % of {'all' if lane == 'all' else f'the {lane}'} cores"
-        for lane, share in company.others.items()
+        for lane, share in contention.others.items()
         if share >= least
     ]
     if shares:
         yield f"other processes took {' and '.join(shares)}"
-    if company.stolen >= least:
-        yield f"the hypervisor took {100 * company.stolen:.0f} %"
+    if contention.stolen >= least:
+        yield f"the hypervisor took {100 * contention.stolen:.0f} %"
 
 
 def memory_lines(by_node: dict[int, int], topology: Topology, plan: CorePlan) -> list[str]:
@@ -91,7 +91,9 @@ def summary_lines(summary: Summary) -> list[str]:
     if not summary.threads_seen:
         stray = "unknown: the system does not show threads"
     waiting_s = summary.waiting_s
-    company = summary.company and [*company_texts(summary.company, COMPANY_IN_SUMMARY)]
+    contention = summary.contention and [
+        *contention_texts(summary.contention, CONTENTION_IN_SUMMARY)
+    ]
     busy = ", ".join(f"{name} cores {share:.0%}" for name, share in summary.busy.items())
     return [
         f"{summary.images_per_s:.2f} images/s, {summary.median_step_s:.3f} s a step (median), "
@@ -102,7 +104,7 @@ def summary_lines(summary: Summary) -> list[str]:
         f"busy over whole steps: {busy}; CPU time beside that: "
         f"main thread {summary.main_thread_s:.2f} s"
         + (f", waiting threads of the other lane {waiting_s:.2f} s" if waiting_s >= 0.005 else ""),
-        *(["; ".join(company)] if company else []),
+        *(["; ".join(contention)] if contention else []),
         f"the audit of where threads ran took {summary.audit_ms:.2f} ms a phase, "
         f"{summary.audit_share:.1%} of a step",
     ]

@@ -14,7 +14,7 @@ from typing import Any
 
 from split_affinity.files import write_whole
 from split_affinity.lanes.audit import PhaseRecord
-from split_affinity.lanes.contention import COMPANY_SHARE, Company
+from split_affinity.lanes.contention import CONTENTION_SHARE, Contention
 from split_affinity.machine.plan import CorePlan, Group
 from split_affinity.machine.topology import Core
 from split_affinity.reports.summary import STEPS_TO_DRAW
@@ -24,8 +24,8 @@ from split_affinity.training.steps import StepResult
 COLOURS = {"forward": "#4477aa", "backward": "#cc6677", "reduce": "#aa3377", "update": "#228833"}
 COLOURS |= {"refresh": "#ddaa33"}
 ELSE, IDLE = "busy with something else", "core idle"
-OTHERS = f"other processes took {100 * COMPANY_SHARE:g} % or more"
-STOLEN = f"the hypervisor took {100 * COMPANY_SHARE:g} % or more"
+OTHERS = f"other processes took {100 * CONTENTION_SHARE:g} % or more"
+STOLEN = f"the hypervisor took {100 * CONTENTION_SHARE:g} % or more"
 COLOURS |= {ELSE: "#8f8f8f", IDLE: "#e9e9e9", OTHERS: "#8b0000", STOLEN: "#ee7733"}
 EXPLANATION = (
     "height in a core's row: share of the time that the core was busy "
@@ -67,14 +67,14 @@ class Panel:
     plan: CorePlan
     steps: Sequence[StepResult]
     cores: Sequence[Core] = ()
-    looks: Sequence[Company] = ()
+    looks: Sequence[Contention] = ()
     zero_s: float | None = None
     lanes_only: bool = False
 
     @property
-    def companies(self) -> Sequence[Company]:
+    def contentions(self) -> Sequence[Contention]:
         """What others took of the cores meanwhile."""
-        return self.looks or [step.company for step in self.steps if step.company]
+        return self.looks or [step.contention for step in self.steps if step.contention]
 
     @property
     def records(self) -> list[PhaseRecord]:
@@ -244,18 +244,20 @@ class Bar:
     alpha: float = 1.0
 
 
-def lane_bars(lane: str, companies: Iterable[Company], records: Sequence[PhaseRecord]) -> list[Bar]:
+def lane_bars(
+    lane: str, contentions: Iterable[Contention], records: Sequence[PhaseRecord]
+) -> list[Bar]:
     """The phases of a lane, and strips above them where others took some of its cores."""
     bars = [
         Bar(record.phase, record.start_s, record.end_s, text=str(number or ""))
         for record, number in zip(records, number_batches(records), strict=True)
         if record.lane == lane
     ]
-    for company in companies:
-        shares = {OTHERS: company.others.get(lane, 0.0), STOLEN: company.stolen}
+    for contention in contentions:
+        shares = {OTHERS: contention.others.get(lane, 0.0), STOLEN: contention.stolen}
         for (key, share), top in zip(shares.items(), (-0.5, -0.43), strict=True):
-            if share >= COMPANY_SHARE:
-                bars.append(Bar(key, company.start_s, company.end_s, top, 0.07))
+            if share >= CONTENTION_SHARE:
+                bars.append(Bar(key, contention.start_s, contention.end_s, top, 0.07))
     return bars
 
 
@@ -360,7 +362,7 @@ def draw_panel(ax: Any, panel: Panel, span_s: float) -> None:
     zero_s = records[0].start_s if panel.zero_s is None else panel.zero_s
     for y, row in enumerate(rows):
         lane = row.group.name
-        bars = cpu_bars(row, records) if row.cpus else lane_bars(lane, panel.companies, records)
+        bars = cpu_bars(row, records) if row.cpus else lane_bars(lane, panel.contentions, records)
         for bar in bars:
             if zero_s < bar.end_s and bar.start_s < zero_s + span_s:
                 draw_bar(ax, y, bar, zero_s, span_s)

@@ -26,7 +26,7 @@ def shifted(steps: Iterable[StepResult], by_s: float) -> list[StepResult]:
             step,
             records=tuple(map(later, step.records)),
             loads=tuple(map(later, step.loads)),
-            company=step.company and later(step.company),
+            contention=step.contention and later(step.contention),
             synced_s=step.synced_s + by_s,
         )
         for step in steps

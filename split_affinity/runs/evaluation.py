@@ -25,14 +25,14 @@ from split_affinity.reports.run_report import RunReport
 from split_affinity.reports.tables import EPOCH_FIELDS, PARTS, describe_run
 from split_affinity.terminal import say, say_lines, warn
 from split_affinity.text import plural, readable, utc_now
-from split_affinity.training.network import Confusion, Scores, in_turn, pool
+from split_affinity.training.network import Confusion, Scores, combine_scores, interleave
 from split_affinity.training.steps import Run
 from split_affinity.training.update import MovingAverage
 
 VALIDATED_AHEAD = 3  # batches that are with the lanes, or wait there
 
 
-def validated(run: Run) -> Iterator[tuple[list[Scores], torch.Tensor, torch.Tensor]]:
+def validate_batches(run: Run) -> Iterator[tuple[list[Scores], torch.Tensor, torch.Tensor]]:
     """For each batch of the validation images its scores, the predicted classes and the true ones.
 
     The lanes share the batches out one by one, in proportion to their threads. Raises Stopped
@@ -49,7 +49,7 @@ def validated(run: Run) -> Iterator[tuple[list[Scores], torch.Tensor, torch.Tens
                 batch = next(batches)
                 lane = min(taken, key=lambda lane: (taken[lane] + 1) / lane.group.threads)
                 taken[lane] += 1
-                waiting.append((lane.submit("validate", run.work.evaluate, batch), batch[1]))
+                waiting.append((lane.submit("validate", run.train_state.evaluate, batch), batch[1]))
             else:
                 future, targets = waiting.popleft()
                 yield *future.result(), targets
@@ -67,19 +67,19 @@ def evaluate(
     Several ranks share the images out.
     """
     scores: list[list[Scores]] = []
-    run.work.network.model.eval()
+    run.train_state.network.model.eval()
     try:
         with (
-            run.work.with_mean_buffers(),
+            run.train_state.with_mean_buffers(),
             run.ranks.together(),
-            contextlib.closing(validated(run)) as batches,
+            contextlib.closing(validate_batches(run)) as batches,
         ):
             for result, predicted, targets in batches:
                 scores.append(result)
                 if confusion is not None:
                     confusion.update(zip(targets.tolist(), predicted.tolist(), strict=True))
     finally:
-        begin_training(run.work.network.model)
+        begin_training(run.train_state.network.model)
         records = run.lanes.take_records()
     if report:
         report.check_placement(records)
@@ -87,7 +87,9 @@ def evaluate(
         total = sum(run.ranks.exchange(confusion), Confusion())
         confusion.clear()
         confusion.update(total)
-    return [pool(each) for each in zip(*in_turn(run.ranks.exchange(scores)), strict=True)]
+    return [
+        combine_scores(each) for each in zip(*interleave(run.ranks.exchange(scores)), strict=True)
+    ]
 
 
 def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
@@ -96,7 +98,7 @@ def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
     parts = {"train": Scores(loss, progress.images, progress.top1, progress.top5)}
     if run.val:
         parts |= zip(("val", "val_raw"), evaluate(run, report), strict=False)
-        report.company(run.lanes.lookout.look())
+        report.contention(run.lanes.monitor.look())
     row = {
         "epoch": progress.epoch + 1,
         **dict.fromkeys(EPOCH_FIELDS),
@@ -106,7 +108,9 @@ def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
             for name, value in scores.figures().items()
         },
         "lr": progress.lr,
-        "gradient_norms": run.work.flow.take() if run.work.flow else {},
+        "gradient_norms": run.train_state.gradient_norms.pop_means()
+        if run.train_state.gradient_norms
+        else {},
         "timestamp": utc_now(),
     }
     for part, scores in parts.items():
@@ -136,14 +140,14 @@ def load_to_test(run: Run, path: Path, state: State) -> None:
     check_classes(path, state, run.data.classes)
     warn_of_known_images(path, state, run.data)
     with fitting(path, run.settings):
-        model = run.work.network.model
+        model = run.train_state.network.model
         model.load_state_dict(versioned(state["average"] or state["model"], model))
-        run.work.average = MovingAverage(model, 0.0) if state["average"] else None
+        run.train_state.average = MovingAverage(model, 0.0) if state["average"] else None
         model.load_state_dict(versioned(state["model"], model))
     say_lines([f"{path}: epoch {state['progress']['epoch']}, step {state['progress']['step']}"])
 
 
-def test(run: Run, found: tuple[Path, State] | None) -> None:
+def evaluate_and_report(run: Run, found: tuple[Path, State] | None) -> None:
     """Evaluate a checkpoint, first its moving average if it has one, or else weights by name: print
     the figures, and write the confusion matrix and the confused pairs.
     """
@@ -152,7 +156,7 @@ def test(run: Run, found: tuple[Path, State] | None) -> None:
         load_to_test(run, *found)
         name = readable(str(found[0]))
     elif run.settings.weights:
-        say(run.work.network.note)
+        say(run.train_state.network.note)
     else:
         raise UserError(f"--test-only: no checkpoint in {run.settings.output_dir}")
     confusion = Confusion()

@@ -20,7 +20,13 @@ from split_affinity.reports.plots import RangeTest, draw_range_test
 from split_affinity.reports.tables import RANGE_PLOT, describe_run
 from split_affinity.terminal import say, warn
 from split_affinity.training.optimizer import steps_in_epoch
-from split_affinity.training.steps import Diverged, Run, StepResult, hear_others, run_schedule
+from split_affinity.training.steps import (
+    Diverged,
+    Run,
+    StepResult,
+    check_between_steps,
+    run_schedule,
+)
 
 RANGE, RANGE_STEPS = (1e-6, 10.0), 100
 
@@ -62,21 +68,23 @@ def range_test(run: Run) -> RangeTest:
 
     The model is left as it was.
     """
-    settings, work = run.settings, run.work
-    model = work.network.model
+    settings, train_state = run.settings, run.train_state
+    model = train_state.network.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     count = settings.steps or RANGE_STEPS
     low, high = RANGE
-    highest = work.optimizer.param_groups[0]["initial_lr"]
-    for group in work.optimizer.param_groups:  # the body's rate stays a part of the classifier's
+    highest = train_state.optimizer.param_groups[0]["initial_lr"]
+    for (
+        group
+    ) in train_state.optimizer.param_groups:  # the body's rate stays a part of the classifier's
         part = group["initial_lr"] / highest if highest else 1.0
         group["lr"] = group["initial_lr"] = part * low
     factor = (high / low) ** (1 / max(1, count - 1))
-    work.scheduler = lr_scheduler.ExponentialLR(work.optimizer, factor)
+    train_state.scheduler = lr_scheduler.ExponentialLR(train_state.optimizer, factor)
     rates, losses, medians = [], [], []
     with contextlib.suppress(Diverged):  # which is what the test is looking for
         for result in itertools.islice(endless_steps(run), count):
-            hear_others(run)
+            check_between_steps(run)
             run.stop.begin("this step", result.step_s)
             rates.append(result.lr)
             losses.append(result.loss)
@@ -95,7 +103,7 @@ def endless_steps(run: Run) -> Iterator[StepResult]:
     for epoch in itertools.count(1):
         whole = steps_in_epoch(run.settings, len(run.train)) * batches_in_step(run.settings)
         batches = run.train.batches(run.bad, epoch, 0, whole)
-        yield from run_schedule(run.settings, run.lanes, run.work, batches)
+        yield from run_schedule(run.settings, run.lanes, run.train_state, batches)
 
 
 def range_test_settings(settings: Settings) -> Settings:

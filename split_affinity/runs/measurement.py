@@ -42,18 +42,18 @@ from split_affinity.models.freezing import mostly_frozen
 from split_affinity.models.registry import check_model_name
 from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import RankLost
-from split_affinity.runs.setup import build_work, check_writable, settings_in_force
+from split_affinity.runs.setup import build_train_state, check_writable, settings_in_force
 from split_affinity.signals import StopRequest
 from split_affinity.terminal import say
 from split_affinity.text import plural
 from split_affinity.training.schedules import sequential, step_bound_s
 from split_affinity.training.steps import PHASES
-from split_affinity.training.update import Work
+from split_affinity.training.update import TrainState
 
 ENDED_WITHIN_S = 5  # a process whose pipe is closed
 
 
-class Elsewhere(Iterator[Any]):
+class MeasuringProcess(Iterator[Any]):
     """A generator that runs in a process of its own: the one that `function(*args)` makes.
 
     `check_stop` is called while waiting, and may raise. Close it, since the process ignores
@@ -99,7 +99,7 @@ class Elsewhere(Iterator[Any]):
         self.pipe.close()
 
 
-def send_to_all(processes: Sequence[Elsewhere], value: Any) -> list[Any]:
+def send_to_all(processes: Sequence[MeasuringProcess], value: Any) -> list[Any]:
     """Have generators go on with a value, as their `send` does, at the same time; wait for the next
     result of each. The first error is raised at once, since others may wait for the one that had
     it; of several, one that tells more than that another has gone.
@@ -126,7 +126,7 @@ def send_to_all(processes: Sequence[Elsewhere], value: Any) -> list[Any]:
 
 
 def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) -> None:
-    """The process behind Elsewhere: for each value received, the next result or the exception."""
+    """Answer each value from the pipe with the next result or the exception, in that process."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
@@ -151,12 +151,12 @@ def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) ->
             pipe.send(result)
 
 
-def time_phases(lanes: Lanes, work: Work, batches: Batches, steps: int) -> PhaseTimes:
+def time_phases(lanes: Lanes, train_state: TrainState, batches: Batches, steps: int) -> PhaseTimes:
     """Times of the phases in `steps` sequential steps, where no phase has company."""
     lanes.take_records()
-    for _ in itertools.islice(sequential(lanes, work, batches), steps):
+    for _ in itertools.islice(sequential(lanes, train_state, batches), steps):
         pass
-    network = work.network
+    network = train_state.network
     lanes.forward.run("refresh", network.refresh, lanes.forward.call(network.copy))
     return phase_times(lanes.take_records())
 
@@ -252,7 +252,7 @@ def measure_scaling(
     parts = [divide_cores(cores, f"{count}:{len(cores) - count}")[0] for count in counts]
     groups = [make_group(topology, "all", cpus, None) for cpus in parts]
     with StopRequest() as stop:
-        measuring = Elsewhere(stop.check, time_groups, settings, topology.online, groups)
+        measuring = MeasuringProcess(stop.check, time_groups, settings, topology.online, groups)
         with contextlib.closing(measuring):
             return {count: next(measuring) for count in counts}
 
@@ -272,6 +272,6 @@ def time_groups(
     for group in groups:
         plan = CorePlan("none", group, group, group.cpus)
         with coordinating(settings, plan), Lanes(plan, online) as lanes:
-            work = build_work(settings, lanes)
-            time_phases(lanes, work, Batches(loaded, 1), 1)
-            yield time_phases(lanes, work, Batches(loaded, 2), 2)
+            train_state = build_train_state(settings, lanes)
+            time_phases(lanes, train_state, Batches(loaded, 1), 1)
+            yield time_phases(lanes, train_state, Batches(loaded, 2), 2)

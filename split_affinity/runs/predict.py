@@ -24,7 +24,7 @@ from split_affinity.checkpoints.state import (
     versions,
 )
 from split_affinity.data.classes import named_classes
-from split_affinity.data.loader import Feed, picture_feed
+from split_affinity.data.loader import Loader, picture_loader
 from split_affinity.data.pictures import pictures_in
 from split_affinity.data.samples import Batch
 from split_affinity.errors import RunError, UserError, memory_errors
@@ -128,10 +128,10 @@ def likeliest(shares: torch.Tensor, classes: Sequence[str], path: str) -> Answer
 
 
 def answered(
-    feed: Feed, ask: Callable[[Batch], dict[int, torch.Tensor]], stop: StopRequest
+    loader: Loader, ask: Callable[[Batch], dict[int, torch.Tensor]], stop: StopRequest
 ) -> Iterator[tuple[dict[int, torch.Tensor], Sequence[str]]]:
     """For each batch what `ask` says, and why pictures cannot be read. Raises Stopped."""
-    for loaded in feed:
+    for loaded in loader:
         stop.check()
         yield ask(loaded.batch) if loaded.batch else {}, loaded.broken
 
@@ -153,13 +153,13 @@ def set_up_to_ask(
     if settings.channels_last:
         trained.model.to(memory_format=torch.channels_last)
     stop = StopRequest()
-    feed = picture_feed(paths, trained.ready, settings, plan.loader_cpus, stop.check)
-    stack.callback(feed.close)
+    loader = picture_loader(paths, trained.ready, settings, plan.loader_cpus, stop.check)
+    stack.callback(loader.close)
     lanes = stack.enter_context(Lanes(plan, topology.online))
     stack.enter_context(stop)
     how = {"bf16": settings.precision == "bf16", "channels_last": settings.channels_last}
     network = Network(trained.model, nn.CrossEntropyLoss(), **how)
-    return trained, answered(feed, partial(lanes.forward.call, probabilities, network), stop)
+    return trained, answered(loader, partial(lanes.forward.call, probabilities, network), stop)
 
 
 def predict(settings: Settings, topology: Topology) -> list[Answer]:

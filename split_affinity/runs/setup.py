@@ -40,7 +40,7 @@ from split_affinity.training.optimizer import (
     build_optimizer,
 )
 from split_affinity.training.steps import Run
-from split_affinity.training.update import GradientFlow, Work, build_average
+from split_affinity.training.update import GradientNorms, TrainState, build_average
 
 
 def check_writable(settings: Settings) -> None:
@@ -78,14 +78,14 @@ def check_json(path: Path | None) -> None:
 SUBSET = "subset.json"
 
 
-def build_work(
+def build_train_state(
     settings: Settings,
     lanes: Lanes,
     epoch_steps: int = 1,
     all_steps: int = 1,
     classes: Sequence[str] = (),
     ranks: Ranks = ONE_PROCESS,
-) -> Work:
+) -> TrainState:
     """Model and optimizer, each built on the lane that uses it first. The learning rate runs over
     `all_steps` optimizer steps, of which an epoch has `epoch_steps`; the data have these `classes`.
     """
@@ -103,12 +103,12 @@ def build_work(
         teacher=lanes.forward.call(build_teacher, settings, classes),
         frozen=freeze(model, settings.freeze, *shape),
     )
-    return Work(
+    return TrainState(
         network,
         optimizer,
         scheduler=build_lr_scheduler(optimizer, settings, epoch_steps, all_steps),
         average=lanes.backward.call(build_average, model, settings),
-        flow=GradientFlow(model) if settings.epochs else None,
+        gradient_norms=GradientNorms(model) if settings.epochs else None,
         clip_grad_norm=settings.clip_grad_norm,
         grads_to_none=settings.grads_to_none,
         ranks=ranks,
@@ -144,11 +144,14 @@ def check_validation(settings: Settings, data: ImageData) -> None:
             raise UserError(f"{flag} needs validation images ({places})")
 
 
-def begin_alike(run: Run) -> None:
+def start_with_same_weights(run: Run) -> None:
     """Have all ranks begin with the weights of the first, and draw numbers of their own."""
-    work, ranks = run.work, run.ranks
-    begun = ranks.first(work.network.model.state_dict)
-    into = [work.network.model.state_dict(), *([work.average.values] if work.average else [])]
+    train_state, ranks = run.train_state, run.ranks
+    begun = ranks.first(train_state.network.model.state_dict)
+    into = [
+        train_state.network.model.state_dict(),
+        *([train_state.average.values] if train_state.average else []),
+    ]
     for tensors, (name, value) in itertools.product(into, begun.items()):
         tensors[name].copy_(value)
     if ranks.rank:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from split_affinity.data.samples import Batch
-from split_affinity.models.freezing import trained
+from split_affinity.models.freezing import trainable_weights
 from split_affinity.models.weights import Weights, with_tensors
 
 # Of a forward phase: logits (n, classes) in float32, with the graph to go back through, targets as
@@ -49,7 +49,7 @@ def score(loss: float, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
     return Scores(loss, len(labels), int(best[:, 0].sum()), int(best.sum()))
 
 
-def pool(scores: Sequence[Scores]) -> Scores:
+def combine_scores(scores: Sequence[Scores]) -> Scores:
     """The scores of some batches together."""
     loss_sum = sum(each.loss * each.images for each in scores)
     images, top1, top5 = (
@@ -58,7 +58,7 @@ def pool(scores: Sequence[Scores]) -> Scores:
     return Scores(loss_sum / images, images, top1, top5)
 
 
-def in_turn(dealt: Iterable[Sequence[Any]]) -> list[Any]:
+def interleave(dealt: Iterable[Sequence[Any]]) -> list[Any]:
     """What was dealt out to ranks one by one, in the order that it had before."""
     nothing = object()
     rounds = itertools.zip_longest(*dealt, fillvalue=nothing)
@@ -159,18 +159,18 @@ class Network:
         """A copy of the model to run phases with; with the weights of a step already begun, if a
         run goes on there.
         """
-        names = trained(self.model)
+        names = trainable_weights(self.model)
         now = names | (begun or {})
         own = {name: nn.Parameter(now[name].detach().clone()) for name in names}
         return with_tensors(self.model, own)
 
     def refresh(self, copied: nn.Module) -> StepEnd:
         """Bring a copy up to the model's own weights: the next step begins here, with it."""
-        weights = trained(self.model)
+        weights = trainable_weights(self.model)
         with torch.no_grad():
-            for name, weight in trained(copied).items():
+            for name, weight in trainable_weights(copied).items():
                 weight.copy_(weights[name])
-        return self.step_end(trained(copied))
+        return self.step_end(trainable_weights(copied))
 
     def step_end(self, begun: Weights | None = None) -> StepEnd:
         """The end of a step, which is now, of all that the next one changes before its update."""

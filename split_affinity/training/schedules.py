@@ -18,29 +18,29 @@ from split_affinity.data.loader import Batches
 from split_affinity.lanes.lane import Lanes
 from split_affinity.machine.plan import PhaseTimes
 from split_affinity.training.network import Scores
-from split_affinity.training.update import Work
+from split_affinity.training.update import TrainState
 
 Steps = Iterator[list[Scores]]
 
 
-def submit_update(lanes: Lanes, work: Work, *args: Any) -> Future:
+def submit_update(lanes: Lanes, train_state: TrainState, *args: Any) -> Future:
     """Queue what ends a step on the backward lane: Work.update with these arguments; over several
     ranks the sum of the gradients comes first.
     """
-    if work.reducer:
+    if train_state.reducer:
         copied, begun, after = args or (None, None, None)
-        args = copied, begun, lanes.backward.submit("reduce", work.reduce, copied, after)
-    return lanes.backward.submit("update", work.update, *args)
+        args = copied, begun, lanes.backward.submit("reduce", train_state.reduce, copied, after)
+    return lanes.backward.submit("update", train_state.update, *args)
 
 
-def sequential(lanes: Lanes, work: Work, batches: Batches) -> Steps:
+def sequential(lanes: Lanes, train_state: TrainState, batches: Batches) -> Steps:
     """Forward, then backward, strictly alternating: one group works while the other waits.
 
     The next batch is fetched while the backward group works, since the loader's home, the forward
     group, is idle then.
     """
-    network = work.network
-    lanes.backward.call(work.watch, network.model)
+    network = train_state.network
+    lanes.backward.call(train_state.watch, network.model)
     while batches.left:
         scores = []
         for _ in range(network.accumulate):
@@ -49,18 +49,18 @@ def sequential(lanes: Lanes, work: Work, batches: Batches) -> Steps:
             del output  # the graph shall die with the backward phase
             batches.prefetch()
             scores.append(backward.result())
-        submit_update(lanes, work).result()
+        submit_update(lanes, train_state).result()
         yield scores
 
 
-def overlap(lanes: Lanes, work: Work, batches: Batches) -> Steps:
+def overlap(lanes: Lanes, train_state: TrainState, batches: Batches) -> Steps:
     """Forward of micro-batch k+1 beside backward of micro-batch k, inside one optimizer step.
 
     Computes what `sequential` computes, bit for bit with equal thread counts: no weight changes
     within a step, and BatchNorm's statistics are touched in the same order.
     """
-    network = work.network
-    lanes.backward.call(work.watch, network.model)
+    network = train_state.network
+    lanes.backward.call(train_state.watch, network.model)
     while batches.left:
         scores = []
         output = lanes.forward.run("forward", network.forward, next(batches))
@@ -71,11 +71,11 @@ def overlap(lanes: Lanes, work: Work, batches: Batches) -> Steps:
                 output = lanes.forward.run("forward", network.forward, next(batches))
             batches.prefetch()
             scores.append(backward.result())
-        submit_update(lanes, work).result()
+        submit_update(lanes, train_state).result()
         yield scores
 
 
-def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
+def delayed(lanes: Lanes, train_state: TrainState, batches: Batches) -> Steps:
     """As `overlap`, and across steps too: the forward lane is always one micro-batch ahead.
 
     PipeDream-2BW (arXiv 2006.09503): w(t+1) = w(t) - lr * gradient(w(t-1)). Two copies of the model
@@ -84,9 +84,9 @@ def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
     model's weights, never beside the refresh; the forward lane alone writes the buffers. The
     pipeline is empty when the batches have run out: an epoch begins with the weights of today.
     """
-    network, begun = work.network, work.end and work.end.weights
+    network, begun = train_state.network, train_state.end and train_state.end.weights
     model, other = (lanes.forward.call(network.copy, begun) for _ in range(2))
-    lanes.backward.call(work.watch, model, other)
+    lanes.backward.call(train_state.watch, model, other)
     output = lanes.forward.run("forward", network.forward, next(batches), model)
     while output:
         scores, error = [], None
@@ -95,7 +95,7 @@ def delayed(lanes: Lanes, work: Work, batches: Batches) -> Steps:
             output = None
             if not left:
                 end = lanes.forward.run("refresh", network.refresh, other) if batches.left else None
-                update = submit_update(lanes, work, model, end, backward)
+                update = submit_update(lanes, train_state, model, end, backward)
                 model, other = other, model
             try:
                 if batches.left:

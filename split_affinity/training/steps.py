@@ -12,21 +12,21 @@ from typing import Any
 
 import torch
 
-from split_affinity.data.loader import BadImages, Batches, Feed
+from split_affinity.data.loader import BadImages, Batches, Loader
 from split_affinity.data.pictures import ImageData
 from split_affinity.data.samples import LoadRecord
 from split_affinity.errors import RunError, Stopped
 from split_affinity.lanes.audit import PhaseRecord
-from split_affinity.lanes.contention import Company
+from split_affinity.lanes.contention import Contention
 from split_affinity.lanes.lane import Lanes
 from split_affinity.machine.plan import CorePlan
 from split_affinity.machine.topology import Topology
 from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import RankLost, Ranks
 from split_affinity.signals import StopRequest
-from split_affinity.training.network import NonFiniteLoss, Scores, in_turn, pool
+from split_affinity.training.network import NonFiniteLoss, Scores, combine_scores, interleave
 from split_affinity.training.schedules import SCHEDULES
-from split_affinity.training.update import Work
+from split_affinity.training.update import TrainState
 
 PHASES = ("forward", "backward", "reduce", "update", "refresh")
 
@@ -35,8 +35,8 @@ PHASES = ("forward", "backward", "reduce", "update", "refresh")
 class StepResult:
     """One optimizer step: mean loss per image, images, the records of the phases that ended in it,
     in order, and of the batches that it took; `main_thread_s` is the main thread's CPU time, `top1`
-    and `top5` count right answers, `lr` is the learning rate of the step. `company` is what others
-    took of the cores since they were last looked for, in steps after which they were.
+    and `top5` count right answers, `lr` is the learning rate of the step. `contention` is what
+    others took of the cores since the latest look; None without a look after this step.
 
     Loss and counts are those of all ranks. If there are several, `ready_s` has for each how long it
     took until its gradients were all there, and at `synced_s` (of time.perf_counter) all ranks had
@@ -53,7 +53,7 @@ class StepResult:
     top1: int = 0
     top5: int = 0
     lr: float = 0.0
-    company: Company | None = None
+    contention: Contention | None = None
     ready_s: tuple[float, ...] = ()
     synced_s: float = 0.0
 
@@ -73,7 +73,7 @@ class StepResult:
         line |= {"top1": self.top1, "top5": self.top5, "lr": self.lr, "step_s": self.step_s}
         line |= {f"{phase}_s": self.total("duration_s", phase) for phase in PHASES}
         line |= {f"{phase}_cpu_s": self.total("cpu_s", phase) for phase in PHASES}
-        others = {"company": dataclasses.asdict(self.company)} if self.company else {}
+        others = {"contention": dataclasses.asdict(self.contention)} if self.contention else {}
         others |= {"waited_s": self.waited_s} if self.ready_s else {}
         return line | {"stray_s": self.total("stray_s")} | others
 
@@ -83,29 +83,29 @@ class Diverged(RunError):
 
 
 def run_schedule(
-    settings: Settings, lanes: Lanes, work: Work, batches: Batches, first_step: int = 1
+    settings: Settings, lanes: Lanes, train_state: TrainState, batches: Batches, first_step: int = 1
 ) -> Iterator[StepResult]:
     """Train step by step until the batches run out. Raises Diverged, before any update, if a loss
     is not finite. If there are several ranks, an error on one of them is one of all.
     """
-    steps = SCHEDULES[settings.schedule](lanes, work, batches)
+    steps = SCHEDULES[settings.schedule](lanes, train_state, batches)
     for step in itertools.count(first_step):
         start_s, thread_start_s = time.perf_counter(), time.thread_time()
-        lr = work.optimizer.param_groups[0]["lr"]
+        lr = train_state.optimizer.param_groups[0]["lr"]
         try:
             scores = next(steps, None)
         except NonFiniteLoss as error:
             text = f"step {step}: the loss is {error}; try a lower --lr"
-            raise agreed_error(lanes, work, Diverged(text)) from None
+            raise agreed_error(lanes, train_state, Diverged(text)) from None
         except Exception as error:
-            raise agreed_error(lanes, work, error) from error.__cause__
+            raise agreed_error(lanes, train_state, error) from error.__cause__
         if scores is None:
             return
         records = lanes.take_records()
-        scores, ready_s = scores_of_ranks(work.ranks, scores, records, start_s)
+        scores, ready_s = scores_of_ranks(train_state.ranks, scores, records, start_s)
         yield StepResult(
             step,
-            **vars(pool(scores)),
+            **vars(combine_scores(scores)),
             step_s=time.perf_counter() - start_s,
             records=records,
             loads=batches.take_records(),
@@ -116,15 +116,15 @@ def run_schedule(
         )
 
 
-def agreed_error(lanes: Lanes, work: Work, error: Exception) -> Exception:
+def agreed_error(lanes: Lanes, train_state: TrainState, error: Exception) -> Exception:
     """The error with which all ranks end a step that one of them cannot finish: that of the first
     of them. One that comes from another rank, or after the gradients have been added up, is this
     rank's own.
     """
-    ranks, known = work.ranks, work.ranks.agreed or isinstance(error, RankLost)
-    if not known and work.reducer and not work.reduced:
+    ranks, known = train_state.ranks, train_state.ranks.agreed or isinstance(error, RankLost)
+    if not known and train_state.reducer and not train_state.reduced:
         try:
-            lanes.backward.call(work.reducer.give_up, error)
+            lanes.backward.call(train_state.reducer.give_up, error)
         except Exception as agreed:
             return agreed if ranks.agreed else error
     return error
@@ -145,7 +145,7 @@ def scores_of_ranks(
         ready.append(first)
         quads = zip(*4 * [iter(others)], strict=True)
         dealt.append([Scores(loss, *map(int, counts)) for loss, *counts in quads])
-    return in_turn(dealt), tuple(ready)
+    return interleave(dealt), tuple(ready)
 
 
 @dataclass(frozen=True)
@@ -156,10 +156,10 @@ class Run:
     topology: Topology
     plan: CorePlan
     data: ImageData
-    train: Feed
-    val: Feed | None
+    train: Loader
+    val: Loader | None
     lanes: Lanes
-    work: Work
+    train_state: TrainState
     stop: StopRequest
     bad: BadImages
     notes: tuple[str, ...]
@@ -167,10 +167,10 @@ class Run:
     @property
     def ranks(self) -> Ranks:
         """The processes that train together."""
-        return self.work.ranks
+        return self.train_state.ranks
 
 
-def hear_others(run: Run) -> None:
+def check_between_steps(run: Run) -> None:
     """Raise Stopped if a signal has come, to any of the ranks; let broken images that one of them
     has found count for all, and raise RunError if these are too many.
     """
@@ -191,7 +191,7 @@ def check_same_weights(run: Run, step: int) -> None:
     if run.ranks.size == 1:
         return
     digest = hashlib.blake2b()
-    for weight in run.work.network.model.parameters():
+    for weight in run.train_state.network.model.parameters():
         digest.update(weight.detach().contiguous().view(-1).view(torch.uint8).numpy())
     found = run.ranks.exchange(digest.digest())
     others = [rank for rank, each in enumerate(found) if each != found[0]]

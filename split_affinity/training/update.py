@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from split_affinity.data.samples import Batch
-from split_affinity.models.freezing import begin_training, layer_groups, trained
+from split_affinity.models.freezing import begin_training, layer_groups, trainable_weights
 from split_affinity.models.weights import Weights, with_tensors
 from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks
@@ -54,10 +54,10 @@ class MovingAverage:
                 self.values[name].copy_(values[name])
 
 
-class GradientFlow:
+class GradientNorms:
     """Norms of the gradients by layer group, every tenth optimizer step.
 
-    `take` gives the means since the last call.
+    `pop_means` gives the means since the last call.
     """
 
     def __init__(self, model: nn.Module):
@@ -67,10 +67,12 @@ class GradientFlow:
 
     def watch(self, model: nn.Module) -> None:
         """Look at what is trained from here on."""
-        watched = trained(model)
+        watched = trainable_weights(model)
         groups = layer_groups(name for name, _ in model.named_parameters())
-        parts = {group: [name for name in groups[group] if name in watched] for group in groups}
-        self._groups = {group: names for group, names in parts.items() if names}
+        watched_by_group = {
+            group: [name for name in groups[group] if name in watched] for group in groups
+        }
+        self._groups = {group: names for group, names in watched_by_group.items() if names}
 
     def measure(self, weights: Weights) -> dict[str, float]:
         """The norms of a step that is about to be made, if it is one to look at."""
@@ -88,7 +90,7 @@ class GradientFlow:
         self._measured += bool(norms)
         self._sums.update(norms)  # which adds, in a Counter
 
-    def take(self) -> dict[str, float]:
+    def pop_means(self) -> dict[str, float]:
         """The mean norm of each layer group since the last call; empty if none was measured. What
         is not finite counts as 1e200, which JSON can hold and a picture can show.
         """
@@ -101,7 +103,7 @@ class GradientFlow:
         return norms
 
     def state(self) -> dict[str, Any]:
-        """What has been measured since the last `take`, in plain types."""
+        """What has been measured since the last `pop_means`, in plain types."""
         return {"sums": dict(self._sums), "measured": self._measured, "steps": self._steps}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -121,24 +123,26 @@ def gradient_warnings(norms: dict[str, float]) -> Iterator[str]:
 
 # What each rank has for itself between two steps: "buffers", such as BatchNorm's statistics, those
 # of the moving "average", and the "random_state".
-Part = dict[str, Any]
+RankState = dict[str, Any]
 
 
-def mean_part(parts: Sequence[Part]) -> Part:
+def mean_rank_state(rank_states: Sequence[RankState]) -> RankState:
     """The means of the ranks' buffers; what is no floating-point number (a count) is rank 0's."""
     means = {}
     for kind in ("buffers", "average"):
         means[kind] = {
-            name: torch.stack([part[kind][name].double() for part in parts]).mean(0).to(value.dtype)
+            name: torch.stack([rank_state[kind][name].double() for rank_state in rank_states])
+            .mean(0)
+            .to(value.dtype)
             if value.is_floating_point()
             else value
-            for name, value in parts[0][kind].items()
+            for name, value in rank_states[0][kind].items()
         }
     return means
 
 
 @dataclass
-class Work:
+class TrainState:
     """The update of a network's weights, and what a run needs to go on between two steps.
 
     Together with `end`, that of the latest step, the weights and all that an update changes are the
@@ -150,7 +154,7 @@ class Work:
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | None = None
     average: MovingAverage | None = None
-    flow: GradientFlow | None = None
+    gradient_norms: GradientNorms | None = None
     clip_grad_norm: float = 0.0
     grads_to_none: bool = True
     ranks: Ranks = ONE_PROCESS
@@ -190,10 +194,10 @@ class Work:
         """
         if after:
             after.result()
-        weights = trained(self.network.model)
-        for name, weight in trained(copied).items() if copied else ():
+        weights = trainable_weights(self.network.model)
+        for name, weight in trainable_weights(copied).items() if copied else ():
             weights[name].grad = weight.grad
-        norms = self.flow.measure(weights) if self.flow else {}
+        norms = self.gradient_norms.measure(weights) if self.gradient_norms else {}
         if self.clip_grad_norm:
             nn.utils.clip_grad_norm_(weights.values(), self.clip_grad_norm)
         end = begun or self.network.step_end()  # what needs memory comes first: it may fail
@@ -201,8 +205,8 @@ class Work:
         self.optimizer.step()
         if self.scheduler:
             self.scheduler.step()
-        if self.flow:
-            self.flow.add(norms)
+        if self.gradient_norms:
+            self.gradient_norms.add(norms)
         self.end = end
         if self.average:
             self.average.update(self.values())
@@ -219,8 +223,8 @@ class Work:
         self.network.frozen = ()
         begin_training(model)
         begin_momentum(self.optimizer)
-        if self.flow:
-            self.flow.watch(model)
+        if self.gradient_norms:
+            self.gradient_norms.watch(model)
 
     def evaluate(self, batch: Batch) -> tuple[list[Scores], torch.Tensor]:
         """The scores of a batch, first of the moving average if there is one, last of the model's
@@ -235,19 +239,19 @@ class Work:
             pairs = zip(losses, logits, strict=True)
             return [score(*pair, targets) for pair in pairs], logits[0].argmax(1)
 
-    def part(self) -> Part:
+    def rank_state(self) -> RankState:
         """What belongs to this rank alone, as of the last step."""
         end = self.end or self.network.step_end()
         values = self.average.values if self.average else {}
         average = {name: values[name].clone() for name in end.buffers if values}
         return {"buffers": end.buffers, "average": average, "random_state": end.random_state}
 
-    def put_buffers(self, part: Part) -> None:
+    def load_buffers(self, rank_state: RankState) -> None:
         """Give the model, and its moving average, other buffers."""
         into = {"buffers": self.network.model.state_dict()}
         into["average"] = self.average.values if self.average else {}
         for kind, tensors in into.items():
-            for name, value in part[kind].items():
+            for name, value in rank_state[kind].items():
                 tensors[name].copy_(value)
 
     @contextlib.contextmanager
@@ -255,14 +259,14 @@ class Work:
         """Have the model, and its moving average, compute with the mean of all ranks' buffers for a
         while, so that they are the same on all of them.
         """
-        own, alone = self.part(), self.ranks.size == 1
+        own, alone = self.rank_state(), self.ranks.size == 1
         if not alone:
-            self.put_buffers(mean_part(self.ranks.exchange(own)))
+            self.load_buffers(mean_rank_state(self.ranks.exchange(own)))
         try:
             yield
         finally:
             if not alone:
-                self.put_buffers(own)
+                self.load_buffers(own)
 
     def values(self) -> Weights:
         """The model's state as of the last step: what a step already begun has changed left out."""

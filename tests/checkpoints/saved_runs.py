@@ -16,7 +16,7 @@ from split_affinity.options.settings import Settings
 from split_affinity.reports.run_report import RunReport
 from split_affinity.reports.timeline import new_figure, save_figure
 from split_affinity.training.network import Network
-from split_affinity.training.update import Work
+from split_affinity.training.update import TrainState
 
 OVERLAP = {"schedule": "overlap", "accumulate": 2, "batch_size": 2}
 DELAYED = {"schedule": "delayed"}
@@ -28,7 +28,7 @@ def output(folder):
 
 def interrupt(monkeypatch, method, calls, signum=signal.SIGTERM):
     """Signal this process in those calls of a method, counted from 1 over all runs."""
-    kinds = Network, Work, RunReport
+    kinds = Network, TrainState, RunReport
     kind = next(kind for kind in kinds if hasattr(kind, method))
     real, count = getattr(kind, method), itertools.count(1)
 
@@ -92,21 +92,21 @@ def fail_at(patch, owner, name, call, error):
 NO_MEMORY = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 byte")
 
 
-def work_on(model):
+def train_state_on(model):
     network = Network(model, nn.CrossEntropyLoss())
-    return Work(network, torch.optim.SGD(model.parameters(), 0.1))
+    return TrainState(network, torch.optim.SGD(model.parameters(), 0.1))
 
 
 def tiny_model(num_classes, image_size):
     return nn.Linear(3, num_classes)
 
 
-def tiny_work():
-    return work_on(tiny_model(2, 0))
+def tiny_train_state():
+    return train_state_on(tiny_model(2, 0))
 
 
 def tiny_run(folder, **settings):
-    """Settings of a run that saves `tiny_work`."""
+    """Settings of a run that saves `tiny_train_state`."""
     return Settings(output_dir=folder, model="tiny", num_classes=2, **settings)
 
 
@@ -120,7 +120,7 @@ def save_epochs(checkpoints, progress, top1):
     for value in top1:
         progress.step += 10
         progress.end_epoch(row_of(progress.epoch + 1, value), 2)
-        checkpoints.save(tiny_work(), progress)
+        checkpoints.save(tiny_train_state(), progress)
     return progress
 
 

@@ -71,9 +71,9 @@ def test_a_checkpoint_of_an_earlier_version_is_restored_to_the_bit(
 ):
     states, restore = [], restore_state
 
-    def restored(state, work, settings):
-        progress = restore(state, work, settings)
-        made = make_state(settings, work, progress, state["data"])
+    def restored(state, train_state, settings):
+        progress = restore(state, train_state, settings)
+        made = make_state(settings, train_state, progress, state["data"])
         states.append(copy.deepcopy([state, made]))
         return progress
 

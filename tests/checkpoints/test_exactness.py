@@ -30,7 +30,7 @@ from saved_runs import (
     state_of,
     step_of,
     tiny_run,
-    tiny_work,
+    tiny_train_state,
 )
 from small import TINY, needs_two_cpus
 from torch import nn
@@ -43,7 +43,7 @@ from split_affinity.models.own import SmallResNet
 from split_affinity.models.registry import OWN_MODELS
 from split_affinity.signals import StopRequest
 from split_affinity.training.network import Network
-from split_affinity.training.update import MovingAverage, Work
+from split_affinity.training.update import MovingAverage, TrainState
 from train_split_affinity import main
 
 DELAYED_2 = {"schedule": "delayed", "accumulate": 2, "batch_size": 2}
@@ -259,10 +259,10 @@ def test_what_delayed_has_begun_is_forgotten_by_another_schedule(in_tmp, monkeyp
         (Network, "forward", 0.5, 2),
         (Network, "backward", 0.5, 2),
         (Network, "backward", 1, 5),
-        (Work, "update", 1, 4),
+        (TrainState, "update", 1, 4),
         (nn.utils, "clip_grad_norm_", 1, 1),
         (Network, "step_end", 1, 2),
-        (Work, "evaluate", 1, 3),
+        (TrainState, "evaluate", 1, 3),
         (Batches, "__next__", 0.5, 3),
     ],
 )
@@ -357,11 +357,11 @@ def test_a_run_that_diverged_is_not_saved(in_tmp, train):
 def test_weights_that_are_no_numbers_do_not_take_the_place_of_good_ones(tmp_path):
     warnings = []
     checkpoints = Checkpoints(tiny_run(tmp_path), warnings.append)
-    checkpoints.save(tiny_work(), Progress(step=1))
+    checkpoints.save(tiny_train_state(), Progress(step=1))
     for step, value in ((2, math.inf), (3, math.nan)):
-        work = tiny_work()
-        work.network.model.bias.data[1] = value
-        checkpoints.save(work, Progress(step=step))
+        train_state = tiny_train_state()
+        train_state.network.model.bias.data[1] = value
+        checkpoints.save(train_state, Progress(step=step))
         assert "last.pt: not saved: bias holds values that are infinite or no" in warnings.pop()
     assert step_of(tmp_path) == 1
 

@@ -29,7 +29,7 @@ from saved_runs import (
     state_of,
     step_of,
     tiny_run,
-    tiny_work,
+    tiny_train_state,
 )
 from small import TINY
 
@@ -119,7 +119,7 @@ def test_which_checkpoints_are_kept(tmp_path, monkeypatch, links):
     ):
         progress.step += 10
         progress.end_epoch(row_of(progress.epoch + 1, top1), 2)
-        checkpoints.save(tiny_work(), progress)
+        checkpoints.save(tiny_train_state(), progress)
         epoch = progress.epoch
         expected = kept + ["best.pt", "last.pt"] + ["previous.pt"] * (epoch > 1)
         assert sorted(path.name for path in tmp_path.glob("*.pt")) == sorted(expected)
@@ -169,7 +169,7 @@ def test_saves_within_an_epoch_leave_the_best_alone(tmp_path):
     progress = save_epochs(checkpoints, Progress(), [50.0])
     for _ in range(3):
         progress.add_step(images=4, loss=1.0, top1=1, top5=2, batches=1)
-        checkpoints.save(tiny_work(), progress)
+        checkpoints.save(tiny_train_state(), progress)
     names = ["best-0001.pt", "best.pt", "epoch-0001.pt", "last.pt", "previous.pt"]
     assert sorted(os.listdir(tmp_path)) == names
     steps = {"best.pt": 10, "epoch-0001.pt": 10, "last.pt": 13, "previous.pt": 12}
@@ -190,7 +190,7 @@ def test_a_state_is_saved_once(tmp_path):
     checkpoints = Checkpoints(tiny_run(tmp_path), pytest.fail)
     progress = Progress(step=1)
     for _ in range(2):
-        checkpoints.save(tiny_work(), progress)
+        checkpoints.save(tiny_train_state(), progress)
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
@@ -201,7 +201,7 @@ def test_no_validation_means_no_best(tmp_path):
 
 
 def test_without_a_folder_nothing_is_saved(in_tmp):
-    Checkpoints(Settings(), pytest.fail).save(tiny_work(), Progress(step=1))
+    Checkpoints(Settings(), pytest.fail).save(tiny_train_state(), Progress(step=1))
     assert not list(in_tmp.iterdir())
 
 

@@ -24,8 +24,8 @@ from saved_runs import (
     save_epochs,
     step_of,
     tiny_run,
-    tiny_work,
-    work_on,
+    tiny_train_state,
+    train_state_on,
 )
 from small import TINY
 from torch import nn
@@ -37,7 +37,7 @@ from split_affinity.files import append_text, write_where_asked, write_whole
 from split_affinity.reports.log import LogSection
 from split_affinity.reports.run_report import RunReport
 from split_affinity.runs import evaluation
-from split_affinity.training.update import Work
+from split_affinity.training.update import TrainState
 from train_split_affinity import main
 
 # Killed inside a save
@@ -114,7 +114,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path):
         progress = Progress(**state["progress"])
         progress.step += 1
         progress.batches = 1
-        checkpoints.save(tiny_work(), progress)
+        checkpoints.save(tiny_train_state(), progress)
         assert step_of(folder) == state["progress"]["step"] + 1, "what is left does not disturb"
         assert warnings == []
     assert seen == {("last.pt", 20), ("previous.pt", 20), ("last.pt", 30)}
@@ -125,12 +125,12 @@ def test_killed_at_any_moment_of_the_save_after_a_damaged_one(tmp_path):
 
     def prepare(checkpoints):
         for step in (1, 2):
-            checkpoints.save(tiny_work(), Progress(step=step))
+            checkpoints.save(tiny_train_state(), Progress(step=step))
         (checkpoints.folder / "last.pt").write_bytes(b"damaged")
         return Progress(step=2)
 
     def save(checkpoints, progress):
-        checkpoints.save(tiny_work(), Progress(step=3))
+        checkpoints.save(tiny_train_state(), Progress(step=3))
 
     for folder in at_each_operation(tmp_path, prepare, save):
         checkpoints = Checkpoints(tiny_run(folder), lambda text: None)
@@ -158,18 +158,18 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, monkeypatch):
     warnings = []
     checkpoints = Checkpoints(tiny_run(tmp_path), warnings.append)
     for step in (1, 2):
-        checkpoints.save(tiny_work(), Progress(step=step))
+        checkpoints.save(tiny_train_state(), Progress(step=step))
     no_space = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", functools.partial(raise_, no_space))
-        checkpoints.save(tiny_work(), Progress(step=3))
+        checkpoints.save(tiny_train_state(), Progress(step=3))
     assert warnings == [
         f"{tmp_path / 'last.pt'}: not saved: No space left on device; earlier checkpoints "
         "are untouched"
     ]
     assert (step_of(tmp_path), step_of(tmp_path, "previous.pt")) == (2, 1)
     assert not list(tmp_path.glob("*.tmp"))
-    checkpoints.save(tiny_work(), Progress(step=3))
+    checkpoints.save(tiny_train_state(), Progress(step=3))
     assert (step_of(tmp_path), step_of(tmp_path, "previous.pt")) == (3, 2)
 
 
@@ -177,15 +177,15 @@ def test_a_limit_on_the_size_of_files_costs_no_checkpoint(tmp_path):
     """As `ulimit -f` sets it, or some clusters do."""
     warnings = []
     checkpoints = Checkpoints(tiny_run(tmp_path), warnings.append)
-    checkpoints.save(tiny_work(), Progress(step=1))
+    checkpoints.save(tiny_train_state(), Progress(step=1))
     with files_up_to(1000):
-        checkpoints.save(tiny_work(), Progress(step=2))
+        checkpoints.save(tiny_train_state(), Progress(step=2))
     (told,) = warnings
     assert told.startswith(f"{tmp_path / 'last.pt'}: not saved: ")
     assert told.endswith("; earlier checkpoints are untouched")
     assert step_of(tmp_path) == 1
     assert not list(tmp_path.glob("*.tmp"))
-    checkpoints.save(tiny_work(), Progress(step=3))
+    checkpoints.save(tiny_train_state(), Progress(step=3))
     assert (step_of(tmp_path), step_of(tmp_path, "previous.pt")) == (3, 1)
 
 
@@ -193,7 +193,7 @@ def test_a_clock_that_jumps_back_changes_nothing(tmp_path):
     """The newest is known by its name, not by its time."""
     checkpoints = Checkpoints(tiny_run(tmp_path), pytest.fail)
     for step in (1, 2):
-        checkpoints.save(tiny_work(), Progress(step=step))
+        checkpoints.save(tiny_train_state(), Progress(step=step))
         os.utime(tmp_path / "last.pt", (2e9 - 1e8 * step,) * 2)
     assert checkpoints.newest_good()[0].name == "last.pt"
     assert (step_of(tmp_path), step_of(tmp_path, "previous.pt")) == (2, 1)
@@ -249,7 +249,7 @@ def test_a_written_file_that_reads_differently_is_not_kept(tmp_path, monkeypatch
     """What the disk made of it is looked at before the name is given."""
     warnings = []
     checkpoints = Checkpoints(tiny_run(tmp_path), warnings.append)
-    checkpoints.save(tiny_work(), Progress(step=1))
+    checkpoints.save(tiny_train_state(), Progress(step=1))
     fsync = os.fsync
 
     def forgetful(descriptor):
@@ -257,7 +257,7 @@ def test_a_written_file_that_reads_differently_is_not_kept(tmp_path, monkeypatch
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", forgetful)
-    checkpoints.save(tiny_work(), Progress(step=2))
+    checkpoints.save(tiny_train_state(), Progress(step=2))
     assert len(warnings) == 1
     assert "last.pt: not saved: " in warnings[0]
     assert "damaged" in warnings[0]
@@ -312,8 +312,8 @@ def test_a_full_disk_is_called_full(small_disk):
     """torch's own message, of a larger file, is of unexpected positions."""
     (small_disk / "filler").write_bytes(bytes(20_000_000))
     warnings = []
-    work = work_on(nn.Linear(2000, 1000))
-    Checkpoints(tiny_run(small_disk), warnings.append).save(work, Progress(step=1))
+    train_state = train_state_on(nn.Linear(2000, 1000))
+    Checkpoints(tiny_run(small_disk), warnings.append).save(train_state, Progress(step=1))
     assert len(warnings) == 1
     assert "No space left on device" in warnings[0]
 
@@ -324,7 +324,7 @@ def test_a_disk_that_takes_nothing_at_all(small_disk, monkeypatch, capsys, argum
     folder = small_disk / "out"
     options = [*arguments, "--output-dir", str(folder), "--save-steps", "1"]
     options += ["--log-file", str(small_disk.parent / "logs.md")]
-    update, steps = Work.update, itertools.count(1)
+    update, steps = TrainState.update, itertools.count(1)
 
     def spoil(self, *args):
         if next(steps) == 3:
@@ -335,7 +335,7 @@ def test_a_disk_that_takes_nothing_at_all(small_disk, monkeypatch, capsys, argum
                     subprocess.run(["mount", *kind, str(folder)], check=True)
         update(self, *args)
 
-    monkeypatch.setattr(Work, "update", spoil)
+    monkeypatch.setattr(TrainState, "update", spoil)
     main(options)
     if trouble == "read-only":
         subprocess.run(["umount", str(folder)], check=True)

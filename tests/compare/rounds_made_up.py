@@ -6,7 +6,7 @@ from records import PLAN, record
 
 from split_affinity.compare.loops import Round
 from split_affinity.compare.ways import Way, plan_of_ranks
-from split_affinity.lanes.contention import Company
+from split_affinity.lanes.contention import Contention
 from split_affinity.machine.plan import PhaseTimes
 from split_affinity.options.settings import Settings
 from split_affinity.training.schedules import SCHEDULES
@@ -31,6 +31,6 @@ def make_way(name, settings=None):
 
 
 def disturbed(each, share, stolen=0.0):
-    company = Company(0.0, 1.0, {"forward": share, "backward": 0.0}, stolen)
-    steps = (dataclasses.replace(each.steps[0], company=company), *each.steps[1:])
+    contention = Contention(0.0, 1.0, {"forward": share, "backward": 0.0}, stolen)
+    steps = (dataclasses.replace(each.steps[0], contention=contention), *each.steps[1:])
     return dataclasses.replace(each, steps=steps)

@@ -24,10 +24,10 @@ from split_affinity.compare.loops import LaneLoop, Order, PlainLoop, Round, roun
 from split_affinity.compare.rounds import measure, round_of_ranks, start_ways
 from split_affinity.compare.verdict import compared_way, matrix_share
 from split_affinity.compare.ways import Way, all_ways, plan_of_ranks, way_settings
-from split_affinity.data.loader import training_feed
+from split_affinity.data.loader import training_loader
 from split_affinity.data.samples import EpochOrder
 from split_affinity.errors import RunError
-from split_affinity.lanes.contention import Company
+from split_affinity.lanes.contention import Contention
 from split_affinity.machine.plan import CorePlan, Group, PhaseTimes
 from split_affinity.machine.topology import read_topology
 from split_affinity.models.freezing import trained
@@ -35,9 +35,9 @@ from split_affinity.models.own import SmallResNet
 from split_affinity.models.registry import OWN_MODELS
 from split_affinity.options.settings import Settings
 from split_affinity.reports.timeline import by_start
-from split_affinity.runs.measurement import Elsewhere
+from split_affinity.runs.measurement import MeasuringProcess
 from split_affinity.signals import StopRequest
-from split_affinity.training.network import Teacher, in_turn
+from split_affinity.training.network import Teacher, interleave
 from split_affinity.training.optimizer import build_optimizer
 from split_affinity.training.schedules import SCHEDULES
 from split_affinity.training.steps import StepResult
@@ -62,7 +62,7 @@ def test_the_images_of_a_comparison_may_be_mixed(photos):
 
 def test_loaders_have_nothing_left_to_do_after_a_round(photos, monkeypatch):
     """A round may have more batches than the data; each has others, the same for all ways."""
-    feeds, make = [], training_feed
+    feeds, make = [], training_loader
     set_everywhere(monkeypatch, "training_feed", lambda *a: feeds.append(make(*a)) or feeds[0])
     with supplied(of_photos(photos, workers=2), sorted(ALLOWED_CPUS)) as supply:
         first, second, again = (list(supply(number, 20)) for number in (1, 2, 1))
@@ -76,7 +76,7 @@ def test_loaders_have_nothing_left_to_do_after_a_round(photos, monkeypatch):
 def test_ranks_have_a_round_s_images_dealt_out(photos, preload, monkeypatch):
     """As many batches as were asked for each, which are those of one process in turn."""
     settings = of_photos(photos, workers=0, preload=preload, ranks=2)
-    feeds, make = [], training_feed
+    feeds, make = [], training_loader
     set_everywhere(monkeypatch, "training_feed", lambda *a: feeds.append(make(*a)) or feeds[-1])
     keys, dealt = [], []
     for rank in range(2):
@@ -86,7 +86,7 @@ def test_ranks_have_a_round_s_images_dealt_out(photos, preload, monkeypatch):
             keys.append(list(feeds[-1]._order))
     order = EpochOrder(feeds[-1]._order._indices, 2, settings.seed)
     assert order.begin(1, 0, 18) == 18
-    assert in_turn(keys) == list(order)
+    assert interleave(keys) == list(order)
     assert [len(each) for each in dealt] == [9, 9]
     assert not torch.equal(dealt[0][0], dealt[1][0])
 
@@ -256,7 +256,7 @@ def test_a_plain_loop_has_a_thread_for_each_core(photos):
     loading = Way("plain", settings, plan)
     preloaded = Way("plain", dataclasses.replace(settings, preload=True), plan)
     for way in (loading, preloaded):
-        process = Elsewhere(lambda: None, threads_of_plain_loops, [way])
+        process = MeasuringProcess(lambda: None, threads_of_plain_loops, [way])
         with contextlib.closing(process):
             next(process)
             assert next(process) == (threads, threads)
@@ -276,7 +276,7 @@ def test_a_plain_loop_stays_on_listed_cores(photos):
     group = Group("all", (cpu,), 1)
     settings = of_photos(photos, model="squeezenet1_1", precision="fp32", workers=1)
     way = Way("plain", settings, CorePlan("none", group, group, group.cpus))
-    process = Elsewhere(lambda: None, place_of_plain_loop, way)
+    process = MeasuringProcess(lambda: None, place_of_plain_loop, way)
     with contextlib.closing(process):
         next(process)
         assert next(process) == (1, {cpu})
@@ -345,8 +345,8 @@ def test_the_rounds_of_ranks_are_one():
         phases = (record("backward", 0, backward_s), record("reduce", backward_s, reduce_s))
         phases += (record("update", reduced_s, 0.25),)
         records = tuple(dataclasses.replace(each, lane=lane) for each in phases)
-        company = Company(0.0, 1.0, {lane: 0.2 + rank / 10}, stolen=0.1 * rank)
-        step = StepResult(1, 1.0, 64, 1.125, records, company=company)
+        contention = Contention(0.0, 1.0, {lane: 0.2 + rank / 10}, stolen=0.1 * rank)
+        step = StepResult(1, 1.0, 64, 1.125, records, contention=contention)
         alone = PhaseTimes(0.0, 0.5, 0.25, 0.0)
         rounds.append(Round((step,), {lane: 0.5}, alone, {lane: 1e9}, 2**30, 0.0, 0.25))
     both = round_of_ranks(rounds)
@@ -358,7 +358,7 @@ def test_the_rounds_of_ranks_are_one():
         {"rank 0": 1e9, "rank 1": 1e9},
     )
     assert len(both.steps[0].records) == 6
-    assert both.steps[0].company.stolen == pytest.approx(0.1)
+    assert both.steps[0].contention.stolen == pytest.approx(0.1)
     assert both.disturbance == (
         pytest.approx(0.3),
         "other processes took 30% of the rank 1 cores",

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from split_affinity import ALLOWED_CPUS, process_cpus
-from split_affinity.data.loader import BadImages, Feed, training_feed
+from split_affinity.data.loader import BadImages, Loader, training_loader
 from split_affinity.data.pictures import ImageData
 from split_affinity.data.samples import EpochOrder, Samples
 from split_affinity.data.transforms import training_transform
@@ -30,9 +30,9 @@ def small(**settings):
 
 def load(data, settings, epoch=1, start=0, stop=None):
     """Training batches, as a run gets them."""
-    with contextlib.closing(training_feed(data, settings, ALL_CPUS)) as feed:
+    with contextlib.closing(training_loader(data, settings, ALL_CPUS)) as loader:
         bad = BadImages(settings.max_bad_images or 0)
-        return list(feed.batches(bad, epoch, start, stop))
+        return list(loader.batches(bad, epoch, start, stop))
 
 
 def assert_same_batches(batches, others):
@@ -124,6 +124,6 @@ def whereabouts(workers, cpus=ALL_CPUS):
     settings = small(workers=workers, batch_size=1)
     order = EpochOrder(range(8), 1, None)
     with contextlib.closing(
-        Feed(Samples(Whereabouts(), 0, unchanged), order, settings, cpus)
-    ) as feed:
-        yield feed
+        Loader(Samples(Whereabouts(), 0, unchanged), order, settings, cpus)
+    ) as loader:
+        yield loader

@@ -147,8 +147,8 @@ def test_images_of_a_folder_kept_apart_validate_and_do_not_train(tmp_path):
         "data      12 images of 2 classes (a, b) to train on, 3 (0.2 of each class) kept apart to "
         "validate with"
     ]
-    with contextlib.closing(validation_feed(data, settings, ALL_CPUS)) as feed:
-        shown = [image for images, _ in feed.batches(BadImages()) for image in images]
+    with contextlib.closing(validation_feed(data, settings, ALL_CPUS)) as loader:
+        shown = [image for images, _ in loader.batches(BadImages()) for image in images]
     transform = validation_transform(data.native.overruled(settings))
     for image, index in zip(shown, data.val.indices, strict=True):
         assert torch.equal(image, transform(data.train[index][0]))

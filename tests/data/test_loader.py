@@ -35,7 +35,7 @@ from split_affinity.data.loader import (
     Batches,
     LoaderDied,
     check_open_files,
-    training_feed,
+    training_loader,
 )
 from split_affinity.data.pictures import ImageData, load_image
 from split_affinity.data.samples import shared
@@ -73,9 +73,9 @@ def test_broken_images_are_left_out_and_counted_once(breakable, workers):
     paths = spoil(breakable, "temple/0003.jpg", "flower/0000.jpg")
     settings = small(data_path=breakable, workers=workers, batch_size=6)
     bad = BadImages(2)
-    with contextlib.closing(training_feed(open_data(settings), settings, ALL_CPUS)) as feed:
+    with contextlib.closing(training_loader(open_data(settings), settings, ALL_CPUS)) as loader:
         for epoch in (1, 2, 3):
-            assert sum(len(images) for images, _ in feed.batches(bad, epoch)) == 10
+            assert sum(len(images) for images, _ in loader.batches(bad, epoch)) == 10
     assert len(bad.messages) == 2
     assert all(any(str(path) in message for message in bad.messages) for path in paths)
 
@@ -184,8 +184,8 @@ def test_prefetching_fetches_one_batch_and_no_more():
     assert fetched == [0, 1, 2], "never more than asked for"
 
 
-def rows(feed, epoch=1):
-    return [images[0].tolist() for images, _ in feed.batches(BadImages(), epoch)]
+def rows(loader, epoch=1):
+    return [images[0].tolist() for images, _ in loader.batches(BadImages(), epoch)]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs thread affinity")
@@ -193,15 +193,15 @@ def test_loader_processes_stay_on_their_cores_and_ignore_signals():
     last = max(ALLOWED_CPUS)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        with whereabouts(1, (last,)) as feed:
-            for process, *rest in rows(feed):
+        with whereabouts(1, (last,)) as loader:
+            for process, *rest in rows(loader):
                 assert process != os.getpid()
                 assert rest == [1, last, True]
 
 
 def test_without_loader_processes_the_main_thread_loads():
-    with whereabouts(0) as feed:
-        assert {process for process, *_ in rows(feed)} == {os.getpid()}
+    with whereabouts(0) as loader:
+        assert {process for process, *_ in rows(loader)} == {os.getpid()}
 
 
 def loaders():
@@ -211,11 +211,11 @@ def loaders():
 @pytest.mark.parametrize("workers", [1, 2])
 def test_loader_processes_begin_at_once_live_on_and_end(workers):
     before = loaders()
-    with whereabouts(workers) as feed:
+    with whereabouts(workers) as loader:
         begun = loaders() - before
         assert len(begun) == workers
         for epoch in (1, 2, 3):
-            assert {process for process, *_ in rows(feed, epoch)} == begun
+            assert {process for process, *_ in rows(loader, epoch)} == begun
         assert loaders() - before == begun
     assert loaders() == before
 
@@ -230,10 +230,10 @@ def test_a_feed_that_gave_nothing_ends_too():
 def test_a_loader_that_was_killed_is_told_where_a_batch_is_asked_for():
     """DataLoader would have it raise anywhere in the main thread, in the middle of a save, say."""
     before, handler = loaders(), signal.getsignal(signal.SIGCHLD)
-    with whereabouts(2) as feed:
+    with whereabouts(2) as loader:
         assert signal.getsignal(signal.SIGCHLD) == handler
         killed, stopped = loaders() - before
-        batches = feed.batches(BadImages())
+        batches = loader.batches(BadImages())
         os.kill(killed, signal.SIGKILL)
         with pytest.raises(LoaderDied, match=f"process {killed} was ended by SIGKILL"):
             list(batches)
@@ -255,30 +255,30 @@ def raise_(error):
 
 
 def test_a_feed_may_be_closed_twice():
-    with whereabouts(1) as feed:
-        feed.close()
+    with whereabouts(1) as loader:
+        loader.close()
 
 
 def augmented_feed(data, workers):
-    feed = training_feed(data, small(workers=workers, **AUGMENTED), ALL_CPUS)
-    return contextlib.closing(feed)
+    loader = training_loader(data, small(workers=workers, **AUGMENTED), ALL_CPUS)
+    return contextlib.closing(loader)
 
 
 @ALL_WORKERS
 def test_one_feed_serves_many_epochs(photos, workers):
     data = open_data(small(data_path=photos))
-    with augmented_feed(data, workers) as feed:
+    with augmented_feed(data, workers) as loader:
         for epoch in (1, 2, 3):
             expected = load(data, small(**AUGMENTED), epoch)
-            assert_same_batches(list(feed.batches(BadImages(), epoch)), expected)
+            assert_same_batches(list(loader.batches(BadImages(), epoch)), expected)
 
 
 @ALL_WORKERS
 def test_an_epoch_left_early_leaves_nothing_behind(photos, workers):
     data = open_data(small(data_path=photos))
-    with augmented_feed(data, workers) as feed:
-        next(feed.batches(BadImages(), 1))
-        batches = list(feed.batches(BadImages(), 2))
+    with augmented_feed(data, workers) as loader:
+        next(loader.batches(BadImages(), 1))
+        batches = list(loader.batches(BadImages(), 2))
     assert_same_batches(batches, load(data, small(**AUGMENTED), 2))
 
 
@@ -287,8 +287,8 @@ def test_when_and_where_batches_were_loaded(workers):
     settings = small(num_classes=5, workers=workers)
     data = open_data(settings)
     begin_s = time.perf_counter()
-    with contextlib.closing(training_feed(data, settings, ALL_CPUS)) as feed:
-        batches = feed.batches(BadImages(), stop=4)
+    with contextlib.closing(training_loader(data, settings, ALL_CPUS)) as loader:
+        batches = loader.batches(BadImages(), stop=4)
         list(batches)
         records = batches.take_records()
         assert batches.take_records() == ()
@@ -306,8 +306,8 @@ def test_loaders_hand_batches_over_without_dev_shm(mixing):
     """By the kernel's list of what is mapped where."""
     settings = small(workers=1, num_classes=5, **mixing)
     data = open_data(settings)
-    with contextlib.closing(training_feed(data, settings, ALL_CPUS)) as feed:
-        batch = next(feed.batches(BadImages(), stop=1))
+    with contextlib.closing(training_loader(data, settings, ALL_CPUS)) as loader:
+        batch = next(loader.batches(BadImages(), stop=1))
         maps = Path("/proc/self/maps").read_text()
     for tensor in batch:
         (line,) = (each for each in maps.splitlines() if each.startswith(f"{tensor.data_ptr():x}-"))
@@ -376,11 +376,11 @@ def test_too_few_open_files_are_refused_before_any_loader_starts(monkeypatch):
         r"^--workers 2 can need \d+ open files, and 20 are allowed: raise ulimit -n, or .* -j 0$"
     )
     with pytest.raises(UserError, match=error):
-        training_feed(open_data(settings), settings, ALL_CPUS)
+        training_loader(open_data(settings), settings, ALL_CPUS)
     assert loaders() == before
     monkeypatch.undo()
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == limits
-    with contextlib.closing(training_feed(open_data(settings), small(num_classes=3), ALL_CPUS)):
+    with contextlib.closing(training_loader(open_data(settings), small(num_classes=3), ALL_CPUS)):
         pass
 
 
@@ -392,8 +392,8 @@ def test_the_limit_of_open_files_is_raised_as_far_as_it_may(monkeypatch):
         check_open_files(2)
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > lowest + 16
         settings = small(num_classes=3, workers=2)
-        with contextlib.closing(training_feed(open_data(settings), settings, ALL_CPUS)) as feed:
-            assert sum(len(images) for images, _ in feed.batches(BadImages(), stop=20)) == 80
+        with contextlib.closing(training_loader(open_data(settings), settings, ALL_CPUS)) as loader:
+            assert sum(len(images) for images, _ in loader.batches(BadImages(), stop=20)) == 80
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -409,9 +409,9 @@ def test_loaders_need_no_more_open_files_than_are_asked_for(monkeypatch, workers
     me, most = psutil.Process(), 0
     settings = small(num_classes=3, workers=workers, batch_size=2)
     before = loaders()
-    with contextlib.closing(training_feed(open_data(settings), settings, ALL_CPUS)) as feed:
+    with contextlib.closing(training_loader(open_data(settings), settings, ALL_CPUS)) as loader:
         ours = [me, *(psutil.Process(pid) for pid in loaders() - before)]
-        for _ in feed.batches(BadImages(), stop=30):
+        for _ in loader.batches(BadImages(), stop=30):
             most = max(most, *(process.num_fds() for process in ours))
     assert most + 10 <= asked[0]
 
@@ -431,7 +431,7 @@ def test_loaders_that_cannot_start_leave_none_behind(monkeypatch):
     error = "^loader processes cannot start: .*Resource temporarily unavailable; try a lower -j$"
     settings = small(num_classes=3, workers=3)
     with pytest.raises(RunError, match=error):
-        training_feed(open_data(settings), settings, ALL_CPUS)
+        training_loader(open_data(settings), settings, ALL_CPUS)
     for process in multiprocessing.active_children():
         process.join(10)
     assert loaders() == before

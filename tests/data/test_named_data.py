@@ -109,8 +109,8 @@ def test_batches_of_a_set_by_name(tmp_path, monkeypatch, name):
     images, targets = load(data, settings, stop=1)[0]
     assert (images.shape, images.dtype) == ((2, 3, side, side), torch.float32)
     assert set(targets.tolist()) <= {0, 1, 2}
-    with contextlib.closing(validation_feed(data, settings, ALL_CPUS)) as feed:
-        batches = list(feed.batches(BadImages()))
+    with contextlib.closing(validation_feed(data, settings, ALL_CPUS)) as loader:
+        batches = list(loader.batches(BadImages()))
     assert sum(len(targets) for _, targets in batches) == len(data.val)
     picture, _ = data.val[0]
     colour = torch.tensor(np.asarray(picture)[0, 0] / 255, dtype=torch.float32)

@@ -112,9 +112,9 @@ def test_incomplete_batches_train_nothing_but_validate(with_val):
     settings = small(data_path=with_val, batch_size=5)
     data = open_data(settings)
     assert [len(targets) for _, targets in load(data, settings)] == [5, 5]
-    with contextlib.closing(validation_feed(data, settings, ALL_CPUS)) as feed:
-        assert len(feed) == 3
-        batches = list(feed.batches(BadImages()))
+    with contextlib.closing(validation_feed(data, settings, ALL_CPUS)) as loader:
+        assert len(loader) == 3
+        batches = list(loader.batches(BadImages()))
     assert [len(targets) for _, targets in batches] == [5, 5, 2]
     assert torch.cat([targets for _, targets in batches]).tolist() == [0] * 6 + [1] * 6
 

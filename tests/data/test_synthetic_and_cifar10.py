@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from split_affinity.data import named
 from split_affinity.data.dataset import describe_data, open_data
-from split_affinity.data.loader import BadImages, training_feed, validation_feed
+from split_affinity.data.loader import BadImages, training_loader, validation_feed
 from split_affinity.data.named import SYNTHETIC_PATTERNS
 from split_affinity.errors import UserError
 from split_affinity.options.settings import Settings
@@ -86,8 +86,8 @@ def test_a_synthetic_picture_depends_on_seed_and_index_alone():
 def test_synthetic_images_are_the_same_with_any_loaders(workers):
     settings = small(num_classes=1000, workers=workers)
     expected = load(open_data(settings), small(num_classes=1000), stop=3)
-    with contextlib.closing(training_feed(open_data(settings), settings, ALL_CPUS)) as feed:
-        assert_same_batches(list(feed.batches(BadImages(), stop=3)), expected)
+    with contextlib.closing(training_loader(open_data(settings), settings, ALL_CPUS)) as loader:
+        assert_same_batches(list(loader.batches(BadImages(), stop=3)), expected)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_cifar10_is_recognised_and_read(cifar):
 def test_cifar10_is_normalised_by_its_own_colours(cifar):
     """By hand: a fifth, two fifths and four fifths, less the mean, in standard deviations."""
     settings = small(data_path=cifar, num_classes=10)
-    with contextlib.closing(validation_feed(open_data(settings), settings, ALL_CPUS)) as feed:
-        ((images, targets),) = feed.batches(BadImages())
+    with contextlib.closing(validation_feed(open_data(settings), settings, ALL_CPUS)) as loader:
+        ((images, targets),) = loader.batches(BadImages())
     assert targets.tolist() == [7, 0]
     for channel, expected in zip(images[0], (-1.179757, -0.337577, 1.351300), strict=True):
         torch.testing.assert_close(channel, torch.full((32, 32), expected), rtol=0, atol=1e-5)

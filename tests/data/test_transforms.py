@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from split_affinity.data.dataset import open_data
-from split_affinity.data.loader import BadImages, training_feed, validation_feed
+from split_affinity.data.loader import BadImages, training_loader, validation_feed
 from split_affinity.data.samples import Samples
 from split_affinity.data.transforms import (
     image_size_in,
@@ -47,7 +47,7 @@ from split_affinity.runs.setup import settings_in_force
 from train_split_affinity import main
 
 
-def validated(data, size):
+def validate_batches(data, size):
     """What validation makes of pictures at another image size."""
     return validation_transform(data.native.overruled(small(image_size=size)))
 
@@ -175,7 +175,7 @@ def test_cifar10_at_another_size():
 
 
 def test_the_middle_of_a_picture_validates():
-    image = validated(plain(), 224)(Image.fromarray(noise(256)))
+    image = validate_batches(plain(), 224)(Image.fromarray(noise(256)))
     assert np.array_equal(as_bytes(image), noise(256)[16:240, 16:240])
 
 
@@ -184,11 +184,11 @@ def test_the_middle_of_a_picture_validates():
 )
 def test_pictures_of_any_shape_validate(size, width, height):
     picture = Image.new("RGB", (width, height))
-    assert validated(plain(), size)(picture).shape == (3, size, size)
+    assert validate_batches(plain(), size)(picture).shape == (3, size, size)
 
 
 def test_cifar10_validates_whole():
-    image = validated(plain("cifar10"), 32)(Image.fromarray(noise()))
+    image = validate_batches(plain("cifar10"), 32)(Image.fromarray(noise()))
     assert np.array_equal(as_bytes(image), noise())
 
 
@@ -198,7 +198,7 @@ def test_photographs_are_normalised_by_imagenets_colours(photos):
     picture = Image.new("RGB", (32, 32), (51, 102, 204))
     for transformation in (
         training_transform(data, small(), 32),
-        validated(data, 32),
+        validate_batches(data, 32),
     ):
         image = transformation(picture)
         expected = torch.tensor([-1.244541, -0.25, 1.751111]).view(3, 1, 1).expand(3, 32, 32)
@@ -410,12 +410,12 @@ def test_images_grow_while_training_and_not_in_validation(with_val, workers):
         data_path=with_val, image_size=64, min_res=32, end_ramp=2, batch_size=6, workers=workers
     )
     data = open_data(settings)
-    with contextlib.closing(training_feed(data, settings, ALL_CPUS)) as feed:
+    with contextlib.closing(training_loader(data, settings, ALL_CPUS)) as loader:
         for epoch, side in ((1, 32), (2, 64), (3, 64)):
-            for images, _ in feed.batches(BadImages(), epoch):
+            for images, _ in loader.batches(BadImages(), epoch):
                 assert images.shape == (6, 3, side, side)
-    with contextlib.closing(validation_feed(data, settings, ALL_CPUS)) as feed:
-        for images, _ in feed.batches(BadImages()):
+    with contextlib.closing(validation_feed(data, settings, ALL_CPUS)) as loader:
+        for images, _ in loader.batches(BadImages()):
             assert images.shape == (6, 3, 64, 64)
 
 

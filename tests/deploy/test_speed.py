@@ -25,7 +25,7 @@ import torch
 from sklearn.metrics import accuracy_score
 from speed import BF16, EAGER, INT8, ONNX, Comparison, Measured, Turns
 
-from split_affinity.lanes.contention import Company
+from split_affinity.lanes.contention import Contention
 from split_affinity.machine.plan import plan_cores
 from split_affinity.machine.topology import read_topology
 from split_affinity.options.settings import Settings
@@ -55,14 +55,14 @@ class Nobody:
         self.looks += 1
         place = self.looks // 2 - 1
         share = self.shares[place] if 0 <= place < len(self.shares) else 0.0
-        return Company(0, 1, {"all": share}, 0.0)
+        return Contention(0, 1, {"all": share}, 0.0)
 
 
 def hurry(patch):
     """Turns of one call, in two rounds, which are too short to see whom others disturb."""
     patch.setattr(speed, "TURN_S", 1e-9)
     patch.setattr(speed, "ROUNDS", 2)
-    patch.setattr(speed, "Lookout", Nobody)
+    patch.setattr(speed, "ContentionMonitor", Nobody)
 
 
 @pytest.fixture
@@ -224,9 +224,9 @@ def test_there_is_no_ratio_without_enough_undisturbed_rounds(disturbed):
 def test_what_others_disturb_is_no_ratio_in_the_text(files, hurried, monkeypatch):
     class Somebody(Nobody):
         def look(self, least_s):
-            return Company(0, 1, {"all": 0.6}, 0.0)
+            return Contention(0, 1, {"all": 0.6}, 0.0)
 
-    monkeypatch.setattr(speed, "Lookout", Somebody, raising=False)
+    monkeypatch.setattr(speed, "ContentionMonitor", Somebody, raising=False)
     text = speed.compare(*files[:3], None, 64).text()
     assert "other processes took 60 % of all cores" in text
     assert "no ratio, and no verdict" in text
@@ -243,9 +243,9 @@ def test_others_are_seen(monkeypatch):
     others = [subprocess.Popen(command) for _ in plan.forward.cpus]
     try:
         with speed.kept_on(plan.forward.cpus):
-            lookout = speed.Lookout(plan, online)
+            monitor = speed.ContentionMonitor(plan, online)
             way = speed.Way("a", 1, lambda images: images.sum())
-            (turns,) = speed.time_ways([way], torch.zeros(1, 3, 8, 8), lookout)
+            (turns,) = speed.time_ways([way], torch.zeros(1, 3, 8, 8), monitor)
     finally:
         for each in others:
             each.kill()

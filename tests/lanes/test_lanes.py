@@ -32,11 +32,17 @@ from split_affinity.lanes.audit import (
     thread_ids,
     thread_role,
 )
-from split_affinity.lanes.contention import Lookout, Usage, company_between, less_own_s, own_time_s
+from split_affinity.lanes.contention import (
+    ContentionMonitor,
+    Usage,
+    contention_between,
+    less_own_s,
+    own_time_s,
+)
 from split_affinity.lanes.lane import Lane, Lanes, confine_thread, tune_allocator
 from split_affinity.machine.plan import CorePlan, Group
 from split_affinity.machine.topology import read_topology
-from split_affinity.runs.measurement import Elsewhere
+from split_affinity.runs.measurement import MeasuringProcess
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
@@ -256,7 +262,7 @@ def clocks_of_threads_that_come_and_go():
 
 def test_clocks_of_known_threads_are_those_of_all():
     """Threads are listed again if one has come or gone, or one for another."""
-    process = Elsewhere(lambda: None, clocks_of_threads_that_come_and_go)
+    process = MeasuringProcess(lambda: None, clocks_of_threads_that_come_and_go)
     with contextlib.closing(process):
         next(process)
         assert next(process) == 4
@@ -523,11 +529,11 @@ def test_what_others_took_in_ten_seconds(
     before = usage(5.0, (1, 2, 3, 4), (1, 1, 1, 1), (0, 0))
     after = [1 + busy_s[0], 2 + busy_s[1], 3 + busy_s[2], 4 + busy_s[3]]
     after = usage(15.0, after, [1 + each for each in stolen_s], threads_s, loaders_s=loaders_s)
-    company = company_between(three_cpus_used, range(4), before, after)
-    assert (company.start_s, company.end_s) == (5.0, 15.0)
+    contention = contention_between(three_cpus_used, range(4), before, after)
+    assert (contention.start_s, contention.end_s) == (5.0, 15.0)
     lanes = ("forward", "backward")
-    assert company.others == pytest.approx(dict(zip(lanes, others, strict=True)))
-    assert company.stolen == pytest.approx(stolen)
+    assert contention.others == pytest.approx(dict(zip(lanes, others, strict=True)))
+    assert contention.stolen == pytest.approx(stolen)
 
 
 def test_the_share_is_of_what_a_lane_can_use(monkeypatch):
@@ -536,24 +542,24 @@ def test_the_share_is_of_what_a_lane_can_use(monkeypatch):
     group = Group("all", (0, 1, 2, 3), 2, 2)
     plan = CorePlan("none", group, group, group.cpus)
     after = usage(1.0, (1.0, 1.0, 0.5, 0.0), threads_s=(2.0,))
-    assert company_between(plan, range(4), usage(), after).others == pytest.approx({"all": 0.25})
+    assert contention_between(plan, range(4), usage(), after).others == pytest.approx({"all": 0.25})
 
 
-def test_lanes_that_share_their_only_cpu_share_their_company(monkeypatch):
+def test_lanes_that_share_their_only_cpu_share_their_contention(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", {1: {0}}.get)
     plan = CorePlan("even", Group("forward", (0,), 1), Group("backward", (0,), 1), (0,))
     after = usage(1.0, (0.75, 0.0, 0.0, 0.0), threads_s=(0.5,))
-    others = company_between(plan, range(4), usage(), after).others
+    others = contention_between(plan, range(4), usage(), after).others
     assert others == {"forward": 0.25, "backward": 0.25}
 
 
 def test_nothing_is_claimed_where_the_system_hides_something(three_cpus_used, monkeypatch):
     before, after = usage(), usage(1.0, (1.0,) * 4)
-    assert company_between(three_cpus_used, range(4), before, after)
-    assert company_between(three_cpus_used, range(5), before, after) is None
-    assert company_between(three_cpus_used, (), before, after) is None
+    assert contention_between(three_cpus_used, range(4), before, after)
+    assert contention_between(three_cpus_used, range(5), before, after) is None
+    assert contention_between(three_cpus_used, (), before, after) is None
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert company_between(three_cpus_used, range(4), before, after) is None
+    assert contention_between(three_cpus_used, range(4), before, after) is None
 
 
 @pytest.mark.parametrize(
@@ -578,10 +584,10 @@ def test_looks_come_as_often_as_they_may_cost(
 
     set_everywhere(monkeypatch, "time", SimpleNamespace(perf_counter=lambda: clock.now_s))
     set_everywhere(monkeypatch, "read_usage", read)
-    lookout, seen = Lookout(three_cpus_used, range(4)), []
+    monitor, seen = ContentionMonitor(three_cpus_used, range(4)), []
     for half_seconds in range(1, 9):
         clock.now_s = half_seconds / 2
-        seen.append(lookout.look(**least_s))
+        seen.append(monitor.look(**least_s))
     seen = list(filter(None, seen))
     assert [each.end_s for each in seen] == ends_s
     assert [each.start_s for each in seen] == [0, *ends_s[:-1]], "without a gap"
@@ -592,14 +598,14 @@ def test_others_are_seen_and_the_own_work_is_not_blamed_on_them(lanes, split_pla
     place = partial(os.sched_setaffinity, 0, {cpu})
     stranger = [sys.executable, "-c", "while True: pass"]
     with subprocess.Popen(stranger, preexec_fn=place) as process:
-        lanes.lookout.look(0)
+        lanes.monitor.look(0)
         time.sleep(0.5)
-        idle = lanes.lookout.look(0)
+        idle = lanes.monitor.look(0)
         used_s = -lanes.backward.call(time.thread_time)
         while used_s + lanes.backward.call(time.thread_time) < 0.25:
             lanes.backward.run("backward", burn, 0.05)
         used_s += lanes.backward.call(time.thread_time)
-        working = lanes.lookout.look(0)
+        working = lanes.monitor.look(0)
         process.kill()
     assert idle.others["backward"] > 0.8
     for each in (idle, working):

@@ -106,7 +106,7 @@ def test_a_run_where_something_is_hidden(in_tmp, what, warned):
     seen = "no work strayed" if what != "no /proc" else "stray time unknown: the system does not"
     assert seen in done.stdout
     if NO_TIMES in warned:
-        assert summary["company"] is None
+        assert summary["contention"] is None
 
 
 def test_without_proc_no_memory_counts_as_free(monkeypatch, tmp_path):

@@ -20,13 +20,13 @@ from split_affinity.errors import UserError
 from split_affinity.machine.description import machine_text, parse_machine, read_machine
 from split_affinity.machine.plan import (
     Host,
+    choose_cores,
     forward_count,
     fullest_subset,
     plan_cores,
     rank_topology,
     share_by_kind,
     share_out,
-    take,
     usable_cores,
 )
 from split_affinity.machine.topology import (
@@ -451,7 +451,7 @@ def test_both_groups_have_the_same_mix(topology, ratio):
 def test_no_more_domains_are_split_than_one_at_each_level(topology, data):
     cores = topology.cores
     count = data.draw(st.integers(0, len(cores)))
-    chosen = take(cores, count)
+    chosen = choose_cores(cores, count)
     assert len(set(chosen)) == count
     for level in ("package", "l3"):
         whole_or_none = 0

@@ -29,7 +29,7 @@ from split_affinity.options.settings import Settings
 from split_affinity.training.network import Network
 from split_affinity.training.optimizer import build_optimizer
 from split_affinity.training.schedules import SCHEDULES, sequential
-from split_affinity.training.update import Work
+from split_affinity.training.update import TrainState
 
 OWN = ("resnet20", "resnet56", "hybrid", "hybrid-light", "hybrid-heavy")
 HYBRIDS = OWN[1:]
@@ -536,9 +536,11 @@ def test_a_hybrid_overfits_one_batch(name, plan):
     model = build(name, 4)
     batch = torch.randn(4, 3, 32, 32), torch.arange(4)
     settings = Settings(opt="adam", lr=3e-4, weight_decay=0.0)
-    work = Work(Network(model, nn.CrossEntropyLoss()), build_optimizer(model, settings))
+    train_state = TrainState(
+        Network(model, nn.CrossEntropyLoss()), build_optimizer(model, settings)
+    )
     with Lanes(plan, ()) as lanes:
-        *_, (scores,) = sequential(lanes, work, Batches(as_loaded([batch]), 12))
+        *_, (scores,) = sequential(lanes, train_state, Batches(as_loaded([batch]), 12))
     assert scores.loss < 0.3
     assert scores.top1 == 4
 
@@ -547,9 +549,11 @@ def train_one_step(schedule, plan, model):
     """The losses of a step of two batches."""
     torch.manual_seed(1)
     batches = [(torch.randn(2, 3, 32, 32), torch.randint(0, 10, (2,))) for _ in range(2)]
-    work = Work(Network(model, nn.CrossEntropyLoss(), 2), torch.optim.SGD(model.parameters(), 0.05))
+    train_state = TrainState(
+        Network(model, nn.CrossEntropyLoss(), 2), torch.optim.SGD(model.parameters(), 0.05)
+    )
     with Lanes(plan, ()) as lanes:
-        (scores,) = SCHEDULES[schedule](lanes, work, Batches(as_loaded(batches), 2))
+        (scores,) = SCHEDULES[schedule](lanes, train_state, Batches(as_loaded(batches), 2))
     return [each.loss for each in scores]
 
 

@@ -306,9 +306,9 @@ def test_a_recipe_gives_way_to_what_is_typed(recipe, command):
         ("imagenet-full", "--model resnet18", {"model": "resnet18"}),
     ],
 )
-def test_how_a_recipe_gives_way(recipe, typed, bent):
+def test_how_a_recipe_gives_way(recipe, typed, adapted_recipe):
     asked = with_recipe(recipe, *typed.split())
-    assert asked == dataclasses.replace(with_recipe(recipe), **bent)
+    assert asked == dataclasses.replace(with_recipe(recipe), **adapted_recipe)
 
 
 def test_images_that_are_made_have_no_part_to_use():

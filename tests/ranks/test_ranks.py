@@ -49,14 +49,14 @@ from split_affinity.options.settings import Settings, images_in_step, learning_r
 from split_affinity.ranks.launch import Launch, launched
 from split_affinity.ranks.ranks import ONE_PROCESS, RankLost, SeveralRanks
 from split_affinity.reports.tables import describe_run
-from split_affinity.runs.measurement import Elsewhere, send_to_all
+from split_affinity.runs.measurement import MeasuringProcess, send_to_all
 from split_affinity.runs.setup import check_same_images
-from split_affinity.training.network import Network, in_turn
-from split_affinity.training.network import pool as pool_scores
+from split_affinity.training.network import Network, interleave
+from split_affinity.training.network import combine_scores as pool_scores
 from split_affinity.training.optimizer import steps_in_epoch
 from split_affinity.training.schedules import SCHEDULES
 from split_affinity.training.steps import Diverged, run_schedule
-from split_affinity.training.update import MovingAverage, Work, mean_part
+from split_affinity.training.update import MovingAverage, TrainState, mean_rank_state
 
 pytestmark = needs_two_cpus
 ALL_SCHEDULES = pytest.mark.parametrize("schedule", list(SCHEDULES))
@@ -82,7 +82,7 @@ class Crew:
 
     def __init__(self, folder):
         self.folder, self.count = folder, 0
-        self.processes = [Elsewhere(lambda: None, obey, rank) for rank in range(4)]
+        self.processes = [MeasuringProcess(lambda: None, obey, rank) for rank in range(4)]
         send_to_all(self.processes, None)
 
     def call(self, ranks, function, *args):
@@ -290,7 +290,7 @@ def train_part(ranks, schedule, accumulate, steps=10, bad=None, switches=()):
         model[0].requires_grad_(False)
     network = Network(model, nn.CrossEntropyLoss(), accumulate, ranks=ranks.size)
     optimizer = torch.optim.SGD(trained(model).values(), lr=0.05, momentum=0.9)
-    work = Work(network, optimizer, ranks=ranks, **switches)
+    train_state = TrainState(network, optimizer, ranks=ranks, **switches)
     settings = Settings(schedule=schedule)
     own = batches[ranks.rank :: ranks.size]
     losses, phases, result = [], [], None
@@ -299,7 +299,7 @@ def train_part(ranks, schedule, accumulate, steps=10, bad=None, switches=()):
             lanes.backward.adopt(ranks.start)
         try:
             stream = Batches(as_loaded(own), len(own))
-            for result in run_schedule(settings, lanes, work, stream):
+            for result in run_schedule(settings, lanes, train_state, stream):
                 losses.append(result.loss)
                 phases.append([record.phase for record in result.records])
         except Exception as error:
@@ -311,12 +311,12 @@ def first_losses(ranks, schedule, accumulate):
     """The losses of the first step's micro-batches, in the order in which they were dealt out."""
     found = []
 
-    def pool(scores):
+    def combine_scores(scores):
         found.append([each.loss for each in scores])
         return pool_scores(scores)
 
     with pytest.MonkeyPatch.context() as patch:
-        set_everywhere(patch, "pool", pool)
+        set_everywhere(patch, "combine_scores", combine_scores)
         train_part(ranks, schedule, accumulate, steps=1)
     return found[0]
 
@@ -369,15 +369,15 @@ def watch_buckets(ranks, bucket_bytes):
     ranks.start()
     model = make_model()
     network = Network(model, nn.CrossEntropyLoss(), 2, ranks=2)
-    work = Work(network, torch.optim.SGD(model.parameters(), lr=0.1), ranks=ranks)
-    work.watch(model)
+    train_state = TrainState(network, torch.optim.SGD(model.parameters(), lr=0.1), ranks=ranks)
+    train_state.watch(model)
     underway = []
     for _ in range(2):
         batch = torch.randn(4, 3, 16, 16), torch.randint(0, 10, (4,))
         network.backward(network.forward(batch))
-        underway.append(work.reducer._underway)
-    work.reduce()
-    names = [list(bucket.parts) for bucket in work.reducer._buckets]
+        underway.append(train_state.reducer._underway)
+    train_state.reduce()
+    names = [list(bucket.parts) for bucket in train_state.reducer._buckets]
     grads = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     return underway, names, grads
 
@@ -399,10 +399,10 @@ def unused(ranks):
     ranks.start()
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
     network = Network(model, nn.CrossEntropyLoss(), ranks=2)
-    work = Work(network, torch.optim.SGD(model.parameters(), lr=0.1), ranks=ranks)
-    work.watch(model)
+    train_state = TrainState(network, torch.optim.SGD(model.parameters(), lr=0.1), ranks=ranks)
+    train_state.watch(model)
     (model["used"](torch.ones(1, 2)).sum() * (1 + ranks.rank)).backward()
-    work.reduce()
+    train_state.reduce()
     return model["unused"].weight.grad, model["used"].bias.grad.tolist()
 
 
@@ -433,8 +433,10 @@ def average_buffers(ranks):
     network = Network(model, nn.CrossEntropyLoss(), ranks=ranks.size)
     average = MovingAverage(model, 0.9)
     average.values["1.running_var"].fill_(3.0 * ranks.rank)
-    work = Work(network, torch.optim.SGD(model.parameters(), lr=0.1), average=average, ranks=ranks)
-    with work.with_mean_buffers():
+    train_state = TrainState(
+        network, torch.optim.SGD(model.parameters(), lr=0.1), average=average, ranks=ranks
+    )
+    with train_state.with_mean_buffers():
         inside = model[1].running_mean.tolist(), average.values["1.running_var"].tolist()
     return inside, model[1].running_mean.tolist(), average.values["1.running_var"].tolist()
 
@@ -448,14 +450,14 @@ def test_statistics_are_averaged_for_a_while(crew):
 def test_a_mean_leaves_equal_values_and_counts_as_they_are():
     value = torch.tensor([0.1, 1e-30, 3e30])
     parts = [{"buffers": {"x": value.clone(), "n": torch.tensor(7)}, "average": {}}] * 3
-    mean = mean_part(parts)
+    mean = mean_rank_state(parts)
     assert torch.equal(mean["buffers"]["x"], value)
     assert mean["buffers"]["n"].item() == 7
 
 
 def test_dealt_out_and_in_turn_again():
-    assert in_turn([[0, 3, 6], [1, 4], [2, 5]]) == [0, 1, 2, 3, 4, 5, 6]
-    assert in_turn([[], []]) == []
+    assert interleave([[0, 3, 6], [1, 4], [2, 5]]) == [0, 1, 2, 3, 4, 5, 6]
+    assert interleave([[], []]) == []
     for ranks in (1, 2, 3, 4):
         orders = [EpochOrder(range(30), 4, 1, (rank, ranks)) for rank in range(ranks)]
         whole = EpochOrder(range(30), 4, 1)
@@ -464,7 +466,7 @@ def test_dealt_out_and_in_turn_again():
             assert sum(counts) == whole.begin(3, start, stop)
             dealt = list(map(list, orders))
             assert list(map(len, dealt)) == counts
-            assert in_turn(dealt) == list(whole)
+            assert interleave(dealt) == list(whole)
 
 
 # Whole runs
@@ -658,19 +660,19 @@ def test_broken_images_of_all_ranks_count_together(crew, digits, tmp_path):
 
 def run_apart(rank, folder, argv):
     """The weights of the second rank are touched in the midst of the run."""
-    update = Work.update
+    update = TrainState.update
 
-    def touched(work, *args):
-        update(work, *args)
+    def touched(train_state, *args):
+        update(train_state, *args)
         if rank:
             with torch.no_grad():
-                next(work.network.model.parameters()).mul_(1 + 1e-7)
+                next(train_state.network.model.parameters()).mul_(1 + 1e-7)
 
-    Work.update = touched
+    TrainState.update = touched
     try:
         return run_main(rank, *argv)
     finally:
-        Work.update = update
+        TrainState.update = update
 
 
 def test_weights_that_come_apart_end_the_run(crew, tmp_path):

@@ -26,7 +26,7 @@ from split_affinity.machine.topology import read_topology
 from split_affinity.reports import tables
 from split_affinity.reports.run_report import RunReport
 from split_affinity.reports.tables import BAR, bar_text
-from split_affinity.terminal import say, silent, warn
+from split_affinity.terminal import say, silenced_output, warn
 from split_affinity.text import span_text
 
 # Progress
@@ -140,7 +140,7 @@ def test_what_a_silent_rank_says_is_not_printed_into_the_bar_of_the_first(monkey
         monkeypatch.setattr(sys, "stderr", stream)
         stream.write("\r|████  | 135/400, 19s left")  # of another process, which ends no line
         stream.flush()
-        with silent():
+        with silenced_output():
             warn("of a rank, " + 10 * "in many words ")
             print("partly, ", end="", file=sys.stderr)
             print("then whole", file=sys.stderr)
@@ -156,7 +156,7 @@ def test_what_a_silent_rank_says_is_not_printed_into_the_bar_of_the_first(monkey
 
 
 def test_a_silent_rank_steers_nothing_but_a_terminal(capsys):
-    with silent():
+    with silenced_output():
         warn("of a rank")
     assert capsys.readouterr().err == "warning: of a rank\n"
 

@@ -14,13 +14,13 @@ from small import read_metrics, scalars_in
 from split_affinity.data.loader import LoaderDied
 from split_affinity.data.pictures import BrokenImage
 from split_affinity.errors import RunError, Stopped, UserError, likely_reason
-from split_affinity.lanes.contention import Company
+from split_affinity.lanes.contention import Contention
 from split_affinity.reports.log import LOG_HEADER
 from split_affinity.reports.summary import memory_by_node
 from split_affinity.reports.tables import (
     EPOCH_FIELDS,
     RAW_FIELDS,
-    company_texts,
+    contention_texts,
     epoch_line,
     summary_lines,
 )
@@ -269,35 +269,35 @@ def test_warnings_are_shown_once_and_alarms_each_time(settings, capsys):
 # Others on the same cores
 
 
-def company(end_s, stolen=0.0, seconds=1.0, **others):
+def contention(end_s, stolen=0.0, seconds=1.0, **others):
     """What others took of some lanes in some seconds, by default in one."""
-    return Company(end_s - seconds, end_s, others, stolen)
+    return Contention(end_s - seconds, end_s, others, stolen)
 
 
 @pytest.mark.parametrize(
-    ("company", "texts"),
+    ("contention", "texts"),
     [
-        (company(1, forward=0.0, backward=0.019), []),
+        (contention(1, forward=0.0, backward=0.019), []),
         (
-            company(1, forward=0.01, backward=0.47),
+            contention(1, forward=0.01, backward=0.47),
             ["other processes took 47 % of the backward cores"],
         ),
         (
-            company(1, 0.034, forward=1.0, backward=0.02),
+            contention(1, 0.034, forward=1.0, backward=0.02),
             [
                 "other processes took 100 % of the forward cores and 2 % of the backward cores",
                 "the hypervisor took 3 %",
             ],
         ),
         (
-            company(1, 0.02, all=0.126),
+            contention(1, 0.02, all=0.126),
             ["other processes took 13 % of all cores", "the hypervisor took 2 %"],
         ),
     ],
 )
-def test_what_others_took_in_words(company, texts):
-    assert list(company_texts(company, 0.02)) == texts
-    summary = dataclasses.replace(summarise([step(1)]), company=company)
+def test_what_others_took_in_words(contention, texts):
+    assert list(contention_texts(contention, 0.02)) == texts
+    summary = dataclasses.replace(summarise([step(1)]), contention=contention)
     alone = summary_lines(summarise([step(1)]))
     said = ["; ".join(texts)] if texts else []
     assert summary_lines(summary) == [*alone[:-1], *said, alone[-1]]
@@ -332,7 +332,9 @@ def test_others_are_warned_of_once_when_they_begin(settings, capsys, shares, war
     report = report_on(dataclasses.replace(settings, print_freq=1000))
     none = {"forward": 0.0, "backward": 0.0}
     for second, share in enumerate(shares, start=1):
-        report.step(dataclasses.replace(step(second), company=company(second, **none | share)))
+        report.step(
+            dataclasses.replace(step(second), contention=contention(second, **none | share))
+        )
         report.step(step(second))
     assert capsys.readouterr().err == "".join(f"warning: {text}\n" for text in warnings)
     report.finish("finished")
@@ -344,17 +346,17 @@ def test_others_are_warned_of_once_when_they_begin(settings, capsys, shares, war
 
 def test_others_beside_a_validation_count_too(settings, capsys):
     report = report_on(settings)
-    report.step(dataclasses.replace(step(1), company=company(10, forward=0.0, seconds=10)))
-    report.company(company(40, forward=0.4, seconds=30))
-    report.company(None)
+    report.step(dataclasses.replace(step(1), contention=contention(10, forward=0.0, seconds=10)))
+    report.contention(contention(40, forward=0.4, seconds=30))
+    report.contention(None)
     report.finish("finished")
     shown = capsys.readouterr()
     assert "other processes took 40 % of the forward cores in the latest 30 s: " in shown.err
     assert "other processes took 30 % of the forward cores\n" in shown.out
     (step_line,) = read_metrics(settings.output_dir, "step")
     (summary,) = read_metrics(settings.output_dir, "summary")
-    assert step_line["company"]["others"] == {"forward": 0.0}
-    assert summary["company"] == {
+    assert step_line["contention"]["others"] == {"forward": 0.0}
+    assert summary["contention"] == {
         "start_s": 0,
         "end_s": 40,
         "others": {"forward": pytest.approx(0.3)},

@@ -7,12 +7,12 @@ import pytest
 from patching import set_everywhere
 from records import PLAN, record, step, summarise
 
-from split_affinity.lanes.contention import Company, joined
+from split_affinity.lanes.contention import Contention, mean_contention
 from split_affinity.machine.plan import CorePlan, Group, plan_cores
 from split_affinity.machine.topology import read_topology
 from split_affinity.options.settings import Settings
 from split_affinity.reports.summary import (
-    Tally,
+    RunStatistics,
     covered_s,
     lanes_busy,
     memory_by_node,
@@ -50,21 +50,21 @@ def test_a_step_in_metrics():
     assert line == pytest.approx(expected)
 
 
-def company(end_s, forward=0.0, backward=0.0, stolen=0.0, seconds=1.0):
+def contention(end_s, forward=0.0, backward=0.0, stolen=0.0, seconds=1.0):
     """What others took of two lanes in some seconds, by default in one."""
     others = {"forward": forward, "backward": backward}
-    return Company(end_s - seconds, end_s, others, stolen)
+    return Contention(end_s - seconds, end_s, others, stolen)
 
 
 def test_a_step_after_which_others_were_looked_for_tells_of_them():
-    line = dataclasses.replace(step(3), company=company(7.0, 0.25, stolen=0.5)).as_metrics()
-    assert line["company"] == {
+    line = dataclasses.replace(step(3), contention=contention(7.0, 0.25, stolen=0.5)).as_metrics()
+    assert line["contention"] == {
         "start_s": 6.0,
         "end_s": 7.0,
         "others": {"forward": 0.25, "backward": 0.0},
         "stolen": 0.5,
     }
-    assert "company" not in step(3).as_metrics()
+    assert "contention" not in step(3).as_metrics()
 
 
 def test_the_summary():
@@ -206,26 +206,30 @@ def test_a_lane_without_a_split_is_busy_in_all_phases():
 
 
 def test_figures_by_cpu_are_summed_up_and_kept_for_a_picture_only():
-    tally = Tally(PLAN)
+    run_statistics = RunStatistics(PLAN)
     for number in range(1, 8):
         busy = {0: 0.0, 1: 0.01 * number, 2: 0.02} if number % 2 else {}
         seen = {"seen_on": frozenset({number % 3}), "used_on_s": {1: 0.01}, "cpu_before_s": busy}
-        tally.add(step(number, backward_s=0.1, cpu_busy_s=busy, **seen))
+        run_statistics.add(step(number, backward_s=0.1, cpu_busy_s=busy, **seen))
     for name in ("cpu_busy_s", "seen_on", "used_on_s"):
-        kept = [any(getattr(one, name) for one in result.records) for result in tally.latest]
+        kept = [
+            any(getattr(one, name) for one in result.records) for result in run_statistics.latest
+        ]
         assert kept == [False] * 4 + [True] * 3
-    assert not any(one.cpu_before_s for result in list(tally.latest)[:4] for one in result.records)
-    (backward,) = (each for each in tally.summary().phases if each.phase == "backward")
+    assert not any(
+        one.cpu_before_s for result in list(run_statistics.latest)[:4] for one in result.records
+    )
+    (backward,) = (each for each in run_statistics.summary().phases if each.phase == "backward")
     # Looked at were both phases, of 0.05 s, of steps 1, 3, 5 and 7.
     assert backward.cpu_busy == pytest.approx({0: 0.0, 1: 0.32 / 0.4, 2: 0.16 / 0.4})
     assert backward.seen_on == "0-2"
 
 
 def test_the_audit_s_own_cost():
-    tally = Tally(PLAN)
+    run_statistics = RunStatistics(PLAN)
     for number in range(1, 6):  # two are warm-up
-        tally.add(step(number, step_s=0.5, audit_s=0.005))
-    summary = tally.summary()
+        run_statistics.add(step(number, step_s=0.5, audit_s=0.005))
+    summary = run_statistics.summary()
     assert summary.audit_ms == pytest.approx(1e3 * 2 * 0.005 / 5), "two phases of five have it"
     assert summary.audit_share == pytest.approx(2 * 0.005 / 0.5)
     line = "the audit of where threads ran took 2.00 ms a phase, 2.0% of a step"
@@ -233,29 +237,35 @@ def test_the_audit_s_own_cost():
 
 
 def test_what_others_took_is_a_mean_by_time():
-    spans = company(1.0, 0.4, 0.1), company(5.0, 0.0, 0.1, 0.5, 4.0), company(10.0, 1.0, 0.1, 0, 5)
-    whole = joined(spans)
+    spans = (
+        contention(1.0, 0.4, 0.1),
+        contention(5.0, 0.0, 0.1, 0.5, 4.0),
+        contention(10.0, 1.0, 0.1, 0, 5),
+    )
+    whole = mean_contention(spans)
     assert (whole.start_s, whole.end_s) == (0.0, 10.0)
     assert whole.others == pytest.approx({"forward": 0.54, "backward": 0.1})
     assert whole.stolen == pytest.approx(0.2)
-    assert joined(spans[:1]) == spans[0]
+    assert mean_contention(spans[:1]) == spans[0]
 
 
 def test_what_others_took_in_a_long_run_needs_no_more_memory():
-    tally = Tally(PLAN)
+    run_statistics = RunStatistics(PLAN)
     for number in range(1, 1001):
-        lately = tally.add_company(company(float(number), 0.3 if number <= 100 else 0.0))
-    assert len(tally.looks) < 20
+        lately = run_statistics.add_contention(
+            contention(float(number), 0.3 if number <= 100 else 0.0)
+        )
+    assert len(run_statistics.looks) < 20
     assert lately.others == {"forward": 0, "backward": 0}
-    tally.add(step(1))
-    whole = tally.summary().company
+    run_statistics.add(step(1))
+    whole = run_statistics.summary().contention
     assert (whole.start_s, whole.end_s) == (0.0, 1000.0)
     assert whole.others == pytest.approx({"forward": 0.03, "backward": 0.0})
 
 
 def test_a_summary_where_nobody_could_look():
     summary = summarise([step(1)])
-    assert summary.company is None
+    assert summary.contention is None
     assert "other processes" not in "".join(summary_lines(summary))
 
 
@@ -270,9 +280,9 @@ def test_a_summary_where_nobody_could_look():
 )
 def test_what_others_took_lately(ends_s, spans):
     """Of ten seconds at the least, without what is older."""
-    tally, begun_s, found = Tally(PLAN), 0, []
+    run_statistics, begun_s, found = RunStatistics(PLAN), 0, []
     for end_s in ends_s:
-        lately = tally.add_company(company(end_s, seconds=end_s - begun_s))
+        lately = run_statistics.add_contention(contention(end_s, seconds=end_s - begun_s))
         found.append(lately and (lately.start_s, lately.end_s))
         begun_s = end_s
     assert found == spans

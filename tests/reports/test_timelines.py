@@ -13,7 +13,7 @@ from records import PLAN, record, step
 
 from split_affinity.data.samples import LoadRecord
 from split_affinity.errors import RunError
-from split_affinity.lanes.contention import Company
+from split_affinity.lanes.contention import Contention
 from split_affinity.machine.plan import plan_cores
 from split_affinity.machine.topology import read_topology
 from split_affinity.options.settings import Settings
@@ -328,19 +328,19 @@ def test_one_thread_a_core_fills_a_row_of_two_hardware_threads(tmp_path):
     assert alone.share({0: 0.5, 128: 0.5}, 1.0) == 0.5
 
 
-def test_company_is_marked_above_the_lane_that_it_disturbed():
-    companies = [
+def test_contention_is_marked_above_the_lane_that_it_disturbed():
+    contentions = [
         None,
-        Company(2.0, 3.0, {"forward": 0.09, "backward": 0.1}, 0.05),
-        Company(3.0, 4.0, {"forward": 0.0, "backward": 0.02}, 0.1),
+        Contention(2.0, 3.0, {"forward": 0.09, "backward": 0.1}, 0.05),
+        Contention(3.0, 4.0, {"forward": 0.0, "backward": 0.02}, 0.1),
     ]
-    steps = [dataclasses.replace(step(1), company=company) for company in companies]
-    assert Panel("of steps", PLAN, steps).companies == companies[1:]
-    panel = Panel("of a whole run", PLAN, [step(1)], looks=companies[1:])
+    steps = [dataclasses.replace(step(1), contention=contention) for contention in contentions]
+    assert Panel("of steps", PLAN, steps).contentions == contentions[1:]
+    panel = Panel("of a whole run", PLAN, [step(1)], looks=contentions[1:])
     marks = {
         lane: [
             (bar.key, bar.start_s, bar.end_s)
-            for bar in lane_bars(lane, panel.companies, [])
+            for bar in lane_bars(lane, panel.contentions, [])
             if bar.key not in PHASES
         ]
         for lane in ("forward", "backward")
@@ -363,10 +363,10 @@ def figures(monkeypatch):
 def test_the_legend_has_what_is_in_the_picture(tmp_path, figures):
     panel = Panel("one", PLAN, [step(1)])
     draw_timelines(tmp_path / "t.png", "title", [panel], "the machine; versions")
-    company = Company(0.0, 1.0, {"backward": 0.5}, 0.5)
-    disturbed = Panel("one", PLAN, [dataclasses.replace(step(1), company=company)])
+    contention = Contention(0.0, 1.0, {"backward": 0.5}, 0.5)
+    disturbed = Panel("one", PLAN, [dataclasses.replace(step(1), contention=contention)])
     draw_timelines(tmp_path / "t.png", "title", [disturbed])
-    before = dataclasses.replace(company, start_s=-2.0, end_s=-1.0)
+    before = dataclasses.replace(contention, start_s=-2.0, end_s=-1.0)
     draw_timelines(tmp_path / "t.png", "title", [dataclasses.replace(panel, looks=[before])])
     keys = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in figures]
     assert keys[0] == ["forward", "backward", "update", "core idle"]

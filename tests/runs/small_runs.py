@@ -15,7 +15,7 @@ from split_affinity.machine.topology import read_topology
 from split_affinity.options.settings import Settings
 from split_affinity.training.network import Network
 from split_affinity.training.schedules import SCHEDULES
-from split_affinity.training.update import Work
+from split_affinity.training.update import TrainState
 
 TINY = Settings(
     model="small", image_size=32, batch_size=4, num_classes=5, workers=0, steps=3, lr=0.01
@@ -36,7 +36,7 @@ def train(**settings):
 
 def interrupt(monkeypatch, method, call, signum=signal.SIGTERM):
     """Send this process one signal, in a call of a method of Work, counted from 1."""
-    kind = Work if hasattr(Work, method) else Network
+    kind = TrainState if hasattr(TrainState, method) else Network
     original, count = getattr(kind, method), itertools.count(1)
 
     def interrupted(self, *args):

@@ -31,20 +31,20 @@ from split_affinity.data.dataset import open_data
 from split_affinity.data.loader import Batches
 from split_affinity.data.transforms import validation_transform
 from split_affinity.errors import RunError, UserError
-from split_affinity.lanes.contention import Company, Lookout
+from split_affinity.lanes.contention import Contention, ContentionMonitor
 from split_affinity.lanes.lane import Lanes
 from split_affinity.machine.plan import Group, plan_cores
 from split_affinity.machine.topology import read_topology
 from split_affinity.models.registry import OWN_MODELS
 from split_affinity.reports.tables import epoch_line
 from split_affinity.runs import evaluation
-from split_affinity.runs.evaluation import validated
-from split_affinity.runs.setup import build_work
+from split_affinity.runs.evaluation import validate_batches
+from split_affinity.runs.setup import build_train_state
 from split_affinity.signals import StopRequest
 from split_affinity.training.network import Confusion, Scores
 from split_affinity.training.schedules import SCHEDULES
 from split_affinity.training.steps import run_schedule
-from split_affinity.training.update import MovingAverage, Work
+from split_affinity.training.update import MovingAverage, TrainState
 from train_split_affinity import prepared, reason_to_end
 
 # Epochs
@@ -80,20 +80,20 @@ def test_others_are_looked_for_between_steps_and_after_a_validation(
     take, looks, ended = Lanes.take_records, itertools.count(1), []
     monkeypatch.setattr(Lanes, "take_records", lambda lanes: (ended.append(1), take(lanes))[1])
 
-    def look(lookout, least_s=1.0):
+    def look(monitor, least_s=1.0):
         assert ended or least_s < 1, "the records of a step, or of a validation, are taken before"
         ended.clear()
         number = next(looks)
-        return Company(number - 1.0, float(number), {"all": 0.0}, 0.0) if number % 2 else None
+        return Contention(number - 1.0, float(number), {"all": 0.0}, 0.0) if number % 2 else None
 
-    monkeypatch.setattr(Lookout, "look", look)
+    monkeypatch.setattr(ContentionMonitor, "look", look)
     train(**epochs, output_dir=in_tmp, schedule=schedule, workers=0)
     steps = read_metrics(in_tmp, "step")
-    found = [line["company"]["end_s"] if "company" in line else None for line in steps]
+    found = [line["contention"]["end_s"] if "contention" in line else None for line in steps]
     assert found == [1, None, 3, 5, None, 7], "the fourth and the eighth are of validations"
     assert next(looks) == 10
     (summary,) = read_metrics(in_tmp, "summary")
-    assert summary["company"]["end_s"] == 9.0
+    assert summary["contention"]["end_s"] == 9.0
 
 
 def test_the_training_figures_of_an_epoch_are_those_of_its_steps(in_tmp, no_pictures, epochs):
@@ -116,11 +116,11 @@ def test_the_learning_rate_of_an_epoch_is_that_of_its_steps(in_tmp, no_pictures,
 def test_a_step_of_batches_of_different_size(monkeypatch, one_lane_plan):
     """As when broken images are left out: an image counts, not a batch."""
     two = [Scores(1.0, 4, 3, 4), Scores(4.0, 2, 1, 2)]
-    monkeypatch.setitem(SCHEDULES, "sequential", lambda lanes, work, batches: iter([two]))
+    monkeypatch.setitem(SCHEDULES, "sequential", lambda lanes, train_state, batches: iter([two]))
     with Lanes(one_lane_plan, ()) as lanes:
         settings = dataclasses.replace(TINY, precision="fp32")
-        work = build_work(settings, lanes)
-        (result,) = run_schedule(settings, lanes, work, Batches([], 0), first_step=7)
+        train_state = build_train_state(settings, lanes)
+        (result,) = run_schedule(settings, lanes, train_state, Batches([], 0), first_step=7)
     assert (result.step, result.loss, result.images) == (7, 2.0, 6)
     assert (result.top1, result.top5, result.lr) == (4, 6, 0.01)
 
@@ -186,7 +186,7 @@ def test_an_evaluation_weighs_images_and_not_batches(in_tmp, epochs):
         confusion = Confusion()
         (result,) = evaluation.evaluate(run, confusion=confusion)
         with torch.inference_mode():
-            logits = run.work.network.model.eval()(images)
+            logits = run.train_state.network.model.eval()(images)
         assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
     found = logits.argmax(1)
     assert (result.images, result.top5) == (12, 12)
@@ -217,9 +217,9 @@ def test_the_memory_of_a_validation_does_not_grow_with_the_square_of_the_classes
 def test_validation_runs_on_both_groups(in_tmp, monkeypatch, epochs, model_ema):
     """In one pass over the images, with and without a moving average, batch by batch in turn."""
     seen = []
-    evaluate = Work.evaluate
+    evaluate = TrainState.evaluate
     monkeypatch.setattr(
-        Work,
+        TrainState,
         "evaluate",
         lambda self, batch: (seen.append(process_cpus()), evaluate(self, batch))[1],
     )
@@ -257,9 +257,9 @@ def test_groups_share_the_batches_of_a_validation_out_by_their_threads(threads, 
         val=stand(batches=lambda bad: batches),
         bad=None,
         stop=StopRequest(),
-        work=stand(evaluate=lambda batch: (None, batch[1])),
+        train_state=stand(evaluate=lambda batch: (None, batch[1])),
     )
-    results = list(validated(run))
+    results = list(validate_batches(run))
     assert results == [(None, number, number) for number in range(8)], "in order"
     assert "".join(done) == order
 
@@ -311,13 +311,13 @@ def test_gradient_norms_are_of_what_is_trained(in_tmp, no_pictures, epochs):
 
 
 def test_find_lr_tries_the_body_s_part_of_each_rate(in_tmp, photos, monkeypatch):
-    seen, update = [], Work.update
+    seen, update = [], TrainState.update
 
-    def watched(work, *args):
-        seen.append([group["lr"] for group in work.optimizer.param_groups])
-        return update(work, *args)
+    def watched(train_state, *args):
+        seen.append([group["lr"] for group in train_state.optimizer.param_groups])
+        return update(train_state, *args)
 
-    monkeypatch.setattr(Work, "update", watched)
+    monkeypatch.setattr(TrainState, "update", watched)
     asked = {"data_path": photos, "num_classes": None, "steps": 5, "lr_body_factor": 0.25}
     for lr in (0.01, 0.0):
         with_plan(script.find_lr, dataclasses.replace(TINY, **asked, lr=lr))

@@ -25,9 +25,9 @@ def test_a_range_test_leaves_the_model_and_the_disk_alone(in_tmp, epochs, schedu
     asked = {"split": "even", "schedule": schedule, "accumulate": 2, "batch_size": 2, "steps": 8}
     settings = dataclasses.replace(TINY, **epochs | asked)
     with with_plan(prepared, settings) as run, run.stop:
-        before = copy.deepcopy(run.work.network.model)
+        before = copy.deepcopy(run.train_state.network.model)
         result = range_test(run)
-        for name, value in run.work.network.model.state_dict().items():
+        for name, value in run.train_state.network.model.state_dict().items():
             assert torch.equal(value, before.state_dict()[name]), name
     assert result.rates[:3] == pytest.approx((1e-6, 1e-5, 1e-4))
     assert len(result.losses) == len(result.rates) <= 8
@@ -37,10 +37,10 @@ def test_a_range_test_leaves_the_model_and_the_disk_alone(in_tmp, epochs, schedu
 def say_losses(monkeypatch, *losses):
     """Training steps with these losses, but for the last one, which is not finite."""
 
-    def script(lanes, work, batches):
+    def script(lanes, train_state, batches):
         for loss in losses:
-            work.optimizer.step()
-            work.scheduler.step()
+            train_state.optimizer.step()
+            train_state.scheduler.step()
             yield [Scores(loss, 4, 0, 0)]
         raise NonFiniteLoss("nan")
 

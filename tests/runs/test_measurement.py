@@ -27,7 +27,7 @@ from split_affinity.options.recipes import RECIPES
 from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import RankLost
 from split_affinity.runs.measurement import (
-    Elsewhere,
+    MeasuringProcess,
     core_counts,
     measure_scaling,
     measured_settings,
@@ -38,7 +38,7 @@ from split_affinity.runs.measurement import (
     time_phases,
     times_on,
 )
-from split_affinity.runs.setup import build_work
+from split_affinity.runs.setup import build_train_state
 from split_affinity.training.network import Network
 from split_affinity.training.schedules import step_bound_s
 
@@ -77,7 +77,7 @@ def endless():
 
 
 def test_an_iterator_elsewhere():
-    with contextlib.closing(Elsewhere(never, squares, 3)) as results:
+    with contextlib.closing(MeasuringProcess(never, squares, 3)) as results:
         values, processes = zip(*results, strict=True)
     assert values == (0, 1, 4)
     assert len(set(processes)) == 1
@@ -85,7 +85,7 @@ def test_an_iterator_elsewhere():
 
 
 def test_a_signal_does_not_reach_a_process_that_is_only_starting():
-    with contextlib.closing(Elsewhere(never, squares, 3)) as results:
+    with contextlib.closing(MeasuringProcess(never, squares, 3)) as results:
         for signum in STOP_SIGNALS:
             os.kill(results._process.pid, signum)
         assert next(results)[0] == 0
@@ -93,14 +93,14 @@ def test_a_signal_does_not_reach_a_process_that_is_only_starting():
 
 
 def test_an_error_elsewhere_arrives():
-    with contextlib.closing(Elsewhere(never, broken, UserError("none such"))) as results:
+    with contextlib.closing(MeasuringProcess(never, broken, UserError("none such"))) as results:
         assert next(results) == 1
         with pytest.raises(UserError, match="none such"):
             next(results)
 
 
 def test_memory_that_is_missing_elsewhere_is_one_line():
-    with contextlib.closing(Elsewhere(never, broken, MemoryError())) as results:
+    with contextlib.closing(MeasuringProcess(never, broken, MemoryError())) as results:
         assert next(results) == 1
         with pytest.raises(UserError, match="^not enough memory: MemoryError; lower --batch"):
             next(results)
@@ -115,7 +115,7 @@ def with_loader():
 
 
 def test_loaders_elsewhere_are_those_of_a_run_and_end_with_it():
-    with contextlib.closing(Elsewhere(never, with_loader)) as results:
+    with contextlib.closing(MeasuringProcess(never, with_loader)) as results:
         pid, method = next(results)
         assert method == multiprocessing.get_start_method()
         assert psutil.pid_exists(pid)
@@ -139,7 +139,7 @@ def test_loaders_elsewhere_are_those_of_a_run_and_end_with_it():
 )
 def test_a_process_that_dies_is_an_error(signum, message):
     """Only one that was killed may have had too little memory."""
-    with contextlib.closing(Elsewhere(never, dying, signum)) as results:
+    with contextlib.closing(MeasuringProcess(never, dying, signum)) as results:
         assert next(results) == 1
         for _ in range(2):  # asked once more, it is still the same
             with pytest.raises(RunError, match=message):
@@ -149,7 +149,7 @@ def test_a_process_that_dies_is_an_error(signum, message):
 def test_an_error_elsewhere_that_nobody_foresaw_is_told_in_its_own_words(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     error = ZeroDivisionError("division by zero\nin two lines")
-    with contextlib.closing(Elsewhere(never, broken, error)) as results:
+    with contextlib.closing(MeasuringProcess(never, broken, error)) as results:
         assert next(results) == 1
         with pytest.raises(RunError) as told:
             next(results)
@@ -179,7 +179,7 @@ def failing(errors):
 def elsewhere(*functions):
     """Several processes."""
     with contextlib.ExitStack() as stack:
-        made = (Elsewhere(never, *each) for each in functions)
+        made = (MeasuringProcess(never, *each) for each in functions)
         yield [stack.enter_context(contextlib.closing(each)) for each in made]
 
 
@@ -230,7 +230,7 @@ def test_waiting_for_a_result_can_be_stopped():
         if next(checks) == 3:
             raise Stopped(2)
 
-    with contextlib.closing(Elsewhere(check_stop, endless)) as results:
+    with contextlib.closing(MeasuringProcess(check_stop, endless)) as results:
         with pytest.raises(Stopped):
             next(results)
         process = results._process
@@ -248,9 +248,9 @@ def test_group_sizes_to_measure(cores, counts):
     assert core_counts(cores) == counts
 
 
-def perfect(count, work=(1.0, 2.0, 0.0, 0.0)):
+def perfect(count, train_state=(1.0, 2.0, 0.0, 0.0)):
     """Phase times that halve with twice the cores."""
-    return PhaseTimes(*(seconds / count for seconds in work))
+    return PhaseTimes(*(seconds / count for seconds in train_state))
 
 
 def test_phase_times_between_two_measurements():
@@ -271,13 +271,13 @@ def test_phase_times_between_two_measurements():
         ("overlap", (1.0, 2.0, 0.0, 0.0), 6),
     ],
 )
-def test_the_best_split_of_work_that_scales_perfectly(schedule, work, best):
-    measured = {count: perfect(count, work) for count in (4, 8, 12)}
+def test_the_best_split_of_work_that_scales_perfectly(schedule, train_state, best):
+    measured = {count: perfect(count, train_state) for count in (4, 8, 12)}
     bounds_s = split_bounds_s(schedule, 4, measured, 16)
     assert list(bounds_s) == list(range(4, 13))
     expected_s = {}
     for forward in bounds_s:
-        ours, theirs = perfect(forward, work), perfect(16 - forward, work)
+        ours, theirs = perfect(forward, train_state), perfect(16 - forward, train_state)
         times = PhaseTimes(ours.forward_s, theirs.backward_s, 0.0, 0.0)
         expected_s[forward] = step_bound_s(schedule, times, 4)
     assert bounds_s == pytest.approx(expected_s)
@@ -350,9 +350,9 @@ def test_measuring_meets_the_user_s_errors_first():
 def test_timing_the_phases_leaves_nothing_begun(split_plan):
     batch = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
     with Lanes(split_plan, ()) as lanes:
-        work = build_work(dataclasses.replace(TINY, precision="fp32"), lanes)
-        time_phases(lanes, work, Batches(as_loaded([batch]), 2), 2)
-    assert work.end.weights is None
+        train_state = build_train_state(dataclasses.replace(TINY, precision="fp32"), lanes)
+        time_phases(lanes, train_state, Batches(as_loaded([batch]), 2), 2)
+    assert train_state.end.weights is None
 
 
 def test_what_measuring_decides(photos):

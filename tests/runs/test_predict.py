@@ -19,7 +19,7 @@ from torchvision.datasets import ImageFolder
 from split_affinity import ALLOWED_CPUS, process_cpus
 from split_affinity.checkpoints.state import read_checkpoint, versions
 from split_affinity.data.classes import named_classes
-from split_affinity.data.loader import Feed, picture_feed
+from split_affinity.data.loader import Loader, picture_loader
 from split_affinity.data.pictures import load_image
 from split_affinity.data.transforms import resized, validation_transform
 from split_affinity.models.own import Hybrid
@@ -27,7 +27,7 @@ from split_affinity.models.pretrained import IMAGENET_MEAN, Preprocessing, Pretr
 from split_affinity.models.registry import OWN_MODELS
 from split_affinity.options.settings import Settings
 from split_affinity.runs.predict import likeliest, load_trained, probabilities
-from split_affinity.training.update import Work
+from split_affinity.training.update import TrainState
 from train_split_affinity import main
 
 TRAINED = "--model small --image-size 32 --val-resize 40 --std 0.2,0.3,0.4 -b 4 -j 0 --epochs 2"
@@ -80,15 +80,15 @@ def of_path(answers):
 def test_the_probabilities_are_those_of_the_validation_to_the_last_bit(
     ask, photos_with_val, checkpoint, monkeypatch, capsys
 ):
-    evaluate, expected = Work.evaluate, []
+    evaluate, expected = TrainState.evaluate, []
 
-    def evaluated(work, batch):
+    def evaluated(train_state, batch):
         with torch.inference_mode():
-            logits, _ = work.network.forward(batch, work.average.model)
+            logits, _ = train_state.network.forward(batch, train_state.average.model)
             expected.append(logits.softmax(1))
-        return evaluate(work, batch)
+        return evaluate(train_state, batch)
 
-    monkeypatch.setattr(Work, "evaluate", evaluated)
+    monkeypatch.setattr(TrainState, "evaluate", evaluated)
     assert main(["--test-only", "--resume", str(checkpoint), "--split", "none"]) == 0
     answers, _ = ask(photos_with_val / "val")
     files = [path for path, _ in ImageFolder(photos_with_val / "val").samples]
@@ -170,11 +170,11 @@ def test_the_forward_group_computes_and_the_main_thread_stays_on_the_loaders_cor
 
 
 def test_no_more_loaders_are_started_than_there_are_batches(in_tmp, monkeypatch):
-    monkeypatch.setattr(Feed, "_start", lambda feed: None)
+    monkeypatch.setattr(Loader, "_start", lambda loader: None)
     for pictures, workers in ((1, 0), (4, 0), (5, 2), (12, 3), (99, 3)):
         settings = Settings(batch_size=4, workers=3)
-        feed = picture_feed(pictures * ["x"], Preprocessing(), settings, (0,))
-        assert feed._loader.num_workers == workers
+        loader = picture_loader(pictures * ["x"], Preprocessing(), settings, (0,))
+        assert loader._loader.num_workers == workers
 
 
 def test_another_size_is_made_ready_in_proportion(ask, photos_with_val):

@@ -27,11 +27,11 @@ from split_affinity.models.cost import check_memory, weight_copies
 from split_affinity.models.registry import OWN_MODELS
 from split_affinity.options.settings import Settings
 from split_affinity.runs.evaluation import VALIDATED_AHEAD
-from split_affinity.runs.setup import build_work
+from split_affinity.runs.setup import build_train_state
 from split_affinity.training.network import Network
 from split_affinity.training.optimizer import total_steps
 from split_affinity.training.steps import run_schedule
-from split_affinity.training.update import Work
+from split_affinity.training.update import TrainState
 from train_split_affinity import main
 
 
@@ -255,9 +255,9 @@ def test_a_signal_has_its_own_exit_code(in_tmp, monkeypatch, signum):
 def test_a_signal_ends_a_validation_between_two_batches(in_tmp, monkeypatch, no_pictures, epochs):
     interrupt(monkeypatch, "evaluate", 2)
     calls = []
-    evaluate = Work.evaluate
+    evaluate = TrainState.evaluate
     monkeypatch.setattr(
-        Work, "evaluate", lambda self, batch: (calls.append(1), evaluate(self, batch))[1]
+        TrainState, "evaluate", lambda self, batch: (calls.append(1), evaluate(self, batch))[1]
     )
     with pytest.raises(Stopped):
         train(**epochs | {"batch_size": 1, "accumulate": 4}, output_dir=in_tmp)
@@ -270,7 +270,7 @@ def test_an_unexpected_exception_ends_the_lanes(in_tmp, monkeypatch):
     def fail(self):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(Work, "update", fail)
+    monkeypatch.setattr(TrainState, "update", fail)
     with pytest.raises(ZeroDivisionError, match="a bug") as caught:
         train(split="none")
     assert caught.traceback[-1].name == "fail"
@@ -279,9 +279,9 @@ def test_an_unexpected_exception_ends_the_lanes(in_tmp, monkeypatch):
 
 def test_deterministic_is_set_for_the_run_only(in_tmp, monkeypatch):
     seen = []
-    update = Work.update
+    update = TrainState.update
     monkeypatch.setattr(
-        Work,
+        TrainState,
         "update",
         lambda self: (seen.append(torch.are_deterministic_algorithms_enabled()), update(self)),
     )
@@ -309,24 +309,26 @@ def test_denormals_are_flushed_on_all_threads_of_both_lanes(split_plan, flush, l
 def test_the_switches_reach_the_work(one_lane_plan):
     with Lanes(one_lane_plan, ()) as lanes:
         settings = dataclasses.replace(TINY, model="resnet18", precision="bf16")
-        on = build_work(settings, lanes)
+        on = build_train_state(settings, lanes)
         switched_off = {"channels_last": False, "fused": False, "grads_to_none": False}
-        off = build_work(dataclasses.replace(settings, precision="fp32", **switched_off), lanes)
+        off = build_train_state(
+            dataclasses.replace(settings, precision="fp32", **switched_off), lanes
+        )
     assert (on.network.bf16, on.network.channels_last, on.grads_to_none) == (True, True, True)
     assert (off.network.bf16, off.network.channels_last, off.grads_to_none) == (False, False, False)
-    for work, last in ((on, True), (off, False)):
-        weight = work.network.model.layer1[0].conv1.weight
+    for train_state, last in ((on, True), (off, False)):
+        weight = train_state.network.model.layer1[0].conv1.weight
         assert weight.is_contiguous(memory_format=torch.channels_last) == last
-        assert bool(work.optimizer.param_groups[0]["fused"]) == last
+        assert bool(train_state.optimizer.param_groups[0]["fused"]) == last
     images = torch.randn(4, 3, 32, 32)
     seen = []
-    for work in (on, off):
-        work.network.model.conv1.register_forward_hook(
+    for train_state in (on, off):
+        train_state.network.model.conv1.register_forward_hook(
             lambda module, args, output: seen.append(
                 (output.dtype, args[0].is_contiguous(memory_format=torch.channels_last))
             )
         )
-        logits, _ = work.network.forward((images, None))
+        logits, _ = train_state.network.forward((images, None))
         assert logits.dtype == torch.float32
     assert seen == [(torch.bfloat16, True), (torch.float32, False)]
 
@@ -486,15 +488,15 @@ def test_a_run_holds_no_less_than_is_asked_of_the_machine(one_lane_plan, schedul
         TINY, precision="fp32", schedule=schedule, grads_to_none=False, **settings
     )
     with Lanes(one_lane_plan, ()) as lanes:
-        work = build_work(settings, lanes)
-        copies = [work.network.copy() for _ in range(2 * (schedule == "delayed"))]
-        work.network.backward(
-            work.network.forward((torch.randn(4, 3, 32, 32), torch.zeros(4).long()))
+        train_state = build_train_state(settings, lanes)
+        copies = [train_state.network.copy() for _ in range(2 * (schedule == "delayed"))]
+        train_state.network.backward(
+            train_state.network.forward((torch.randn(4, 3, 32, 32), torch.zeros(4).long()))
         )
-        work.update()
-    weights = list(work.network.model.parameters())
-    kept = [value for state in work.optimizer.state.values() for value in state.values()]
-    average = list(work.average.values.values()) if work.average else []
+        train_state.update()
+    weights = list(train_state.network.model.parameters())
+    kept = [value for state in train_state.optimizer.state.values() for value in state.values()]
+    average = list(train_state.average.values.values()) if train_state.average else []
     grads = [weight.grad for weight in weights]
     copied = [value for copy in copies for value in copy.parameters()]
     held = sum(each.nbytes for each in (*weights, *grads, *kept, *average, *copied) if each.ndim)

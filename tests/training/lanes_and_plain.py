@@ -10,7 +10,7 @@ from split_affinity.lanes.lane import Lanes
 from split_affinity.machine.plan import CorePlan, Group
 from split_affinity.training.network import Network
 from split_affinity.training.schedules import SCHEDULES
-from split_affinity.training.update import Work
+from split_affinity.training.update import TrainState
 
 LR = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-4}
 ALL_SCHEDULES = pytest.mark.parametrize("schedule", list(SCHEDULES))
@@ -38,11 +38,11 @@ def make_tiny_model():
     )
 
 
-def make_work(model, accumulate, **switches):
+def make_train_state(model, accumulate, **switches):
     optimizer = torch.optim.SGD(model.parameters(), **LR)
     parts = {name: switches.pop(name) for name in ("bf16", "channels_last") if name in switches}
     network = Network(model, nn.CrossEntropyLoss(), accumulate, **parts)
-    return Work(network, optimizer, **switches)
+    return TrainState(network, optimizer, **switches)
 
 
 def make_stream(batches):
@@ -51,10 +51,10 @@ def make_stream(batches):
 
 def train_through_lanes(plan, model, batches, accumulate, schedule="sequential", **switches):
     """The loss of each micro-batch."""
-    work = make_work(model, accumulate, **switches)
+    train_state = make_train_state(model, accumulate, **switches)
     torch.manual_seed(3)
     with Lanes(plan, ()) as lanes:
-        steps = list(SCHEDULES[schedule](lanes, work, make_stream(batches)))
+        steps = list(SCHEDULES[schedule](lanes, train_state, make_stream(batches)))
     return [scores.loss for step in steps for scores in step]
 
 

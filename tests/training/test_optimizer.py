@@ -22,7 +22,12 @@ from split_affinity.options.settings import Settings, learning_rate
 from split_affinity.runs import setup
 from split_affinity.training.network import Network
 from split_affinity.training.optimizer import build_lr_scheduler, build_optimizer, warmup_epochs
-from split_affinity.training.update import GradientFlow, MovingAverage, Work, gradient_warnings
+from split_affinity.training.update import (
+    GradientNorms,
+    MovingAverage,
+    TrainState,
+    gradient_warnings,
+)
 
 STEPS = 4  # optimizer steps of an epoch, in all tests here
 SCHEDULERS = ("constant", "cosine", "step", "multistep", "onecycle", "warm-restarts")
@@ -564,10 +569,10 @@ def test_weights_begin_to_be_trained_as_with_an_optimizer_of_their_own(frozen, o
     options = {"opt": opt, "fused": fused, "weight_decay": 0.5}
     model, optimizer, names = frozen(freeze="body", **options)
     reference, ours, _ = frozen(freeze="body", **options)
-    work = Work(Network(model, nn.CrossEntropyLoss(), frozen=names), optimizer)
+    train_state = TrainState(Network(model, nn.CrossEntropyLoss(), frozen=names), optimizer)
     learn(model, optimizer)
     learn(reference, ours)
-    work.thaw()
+    train_state.thaw()
     learn(model, optimizer)
     reference.requires_grad_(True).train()
     body, (head,) = [*reference[:2].parameters()], ours.param_groups
@@ -584,7 +589,7 @@ def test_weights_begin_to_be_trained_as_with_an_optimizer_of_their_own(frozen, o
         reference.zero_grad()
     for name, value in reference.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
-    assert work.network.frozen == ()
+    assert train_state.network.frozen == ()
     assert len(optimizer.state) == 6
 
 
@@ -792,74 +797,74 @@ def test_gradients_of_what_is_trained_alone_are_watched_by_the_usual_names():
     with torch.device("meta"):
         model = build_model("resnet18", 10, 32)
     freeze(model, "conv1,bn1,layer1,layer2,layer3", "resnet18", 10, 32)
-    flow = GradientFlow(model)
-    flow.add(flow.measure(dict(model.named_parameters())))
-    assert list(flow.take()) == ["layer4", "fc"]
+    gradient_norms = GradientNorms(model)
+    gradient_norms.add(gradient_norms.measure(dict(model.named_parameters())))
+    assert list(gradient_norms.pop_means()) == ["layer4", "fc"]
     model.requires_grad_(True)
-    flow.watch(model)
-    flow.add(flow.measure(dict(model.named_parameters())))
-    assert list(flow.take()) == "conv1 bn1 layer1 layer2 layer3 layer4 fc".split()
+    gradient_norms.watch(model)
+    gradient_norms.add(gradient_norms.measure(dict(model.named_parameters())))
+    assert list(gradient_norms.pop_means()) == "conv1 bn1 layer1 layer2 layer3 layer4 fc".split()
 
 
 def two_layers():
     return nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
 
 
-def watch(flow, model, *gradients):
+def watch(gradient_norms, model, *gradients):
     """One step, with the gradients of the parameters in their order."""
     for weight, gradient in zip(model.parameters(), gradients, strict=True):
         weight.grad = None if gradient is None else torch.full_like(weight, gradient)
-    flow.add(flow.measure(dict(model.named_parameters())))
+    gradient_norms.add(gradient_norms.measure(dict(model.named_parameters())))
 
 
 def test_gradient_norms_of_each_layer_group():
     model = two_layers()
-    flow = GradientFlow(model)
-    assert flow.take() == {}
-    watch(flow, model, 3, 4, 5, -12)
-    assert flow.take() == {"0": 5, "1": 13}
-    assert flow.take() == {}
+    gradient_norms = GradientNorms(model)
+    assert gradient_norms.pop_means() == {}
+    watch(gradient_norms, model, 3, 4, 5, -12)
+    assert gradient_norms.pop_means() == {"0": 5, "1": 13}
+    assert gradient_norms.pop_means() == {}
 
 
 def test_gradient_norms_are_taken_every_tenth_step():
     model = two_layers()
-    flow = GradientFlow(model)
+    gradient_norms = GradientNorms(model)
     for step in range(1, 26):
-        watch(flow, model, {1: 2, 11: 3, 21: 7}.get(step, 1000), 0, step, 0)
-    assert flow.take() == {"0": 4, "1": 11}
-    watch(flow, model, 6, 8, 0, 0)
-    assert flow.take() == {"0": 10, "1": 0}, "the next step is a first one again"
+        watch(gradient_norms, model, {1: 2, 11: 3, 21: 7}.get(step, 1000), 0, step, 0)
+    assert gradient_norms.pop_means() == {"0": 4, "1": 11}
+    watch(gradient_norms, model, 6, 8, 0, 0)
+    assert gradient_norms.pop_means() == {"0": 10, "1": 0}, "the next step is a first one again"
 
 
 def test_layers_without_gradients_have_a_norm_of_nothing():
     model = two_layers()
-    flow = GradientFlow(model)
-    watch(flow, model, None, 2, None, None)
-    assert flow.take() == {"0": 2, "1": 0}
+    gradient_norms = GradientNorms(model)
+    watch(gradient_norms, model, None, 2, None, None)
+    assert gradient_norms.pop_means() == {"0": 2, "1": 0}
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_norms_that_are_not_finite(value):
     model = two_layers()
-    flow = GradientFlow(model)
-    watch(flow, model, value, 0, 1, 0)
-    assert flow.take() == {"0": 1e200, "1": 1}
+    gradient_norms = GradientNorms(model)
+    watch(gradient_norms, model, value, 0, 1, 0)
+    assert gradient_norms.pop_means() == {"0": 1e200, "1": 1}
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5, 10, 11])
 def test_gradient_norms_go_on_from_a_saved_state(steps):
     model = two_layers()
-    flow = GradientFlow(model)
+    gradient_norms = GradientNorms(model)
     for step in range(steps):
-        watch(flow, model, step, 0, 0, 1)
+        watch(gradient_norms, model, step, 0, 0, 1)
     file = io.BytesIO()
-    torch.save(flow.state(), file)
+    torch.save(gradient_norms.state(), file)
     file.seek(0)
-    restored = GradientFlow(model)
+    restored = GradientNorms(model)
     restored.restore(torch.load(file, weights_only=True))
     for step in range(steps, 21):
         watch(restored, model, step, 0, 0, 1)
-    assert restored.take() == {"0": 10, "1": 1}, "the mean of 0, 10 and 20"
+    assert restored.pop_means() == {"0": 10, "1": 1}, "the mean of 0, 10 and 20"
 
 
 def test_warnings_about_gradients():
@@ -873,7 +878,7 @@ def test_warnings_about_gradients():
 
 
 @pytest.fixture
-def build_work(one_lane_plan):
+def build_train_state(one_lane_plan):
     """Builds the work of a run from settings."""
 
     def build(**settings):
@@ -887,19 +892,19 @@ def build_work(one_lane_plan):
             "weight_decay": 0.0,
         }
         with Lanes(one_lane_plan, ()) as lanes:
-            return setup.build_work(Settings(**(chosen | settings)), lanes, 1, 4)
+            return setup.build_train_state(Settings(**(chosen | settings)), lanes, 1, 4)
 
     return build
 
 
-def update(work):
+def update(train_state):
     """One update with a gradient of norm 5; how the two weights that have one change."""
-    for weight in work.network.model.parameters():
+    for weight in train_state.network.model.parameters():
         weight.grad = torch.zeros_like(weight)
-    bias = work.network.model.classifier[1].bias
+    bias = train_state.network.model.classifier[1].bias
     bias.grad[:2] = torch.tensor([3.0, 4.0])
     before = bias.detach().clone()
-    work.update()
+    train_state.update()
     return (bias.detach() - before)[:2].tolist()
 
 
@@ -910,9 +915,11 @@ def update(work):
         (0.3, 0.639545, [-0.013014, 0.006507, 0.006507]),
     ],
 )
-def test_label_smoothing_reaches_the_gradients(build_work, smoothing, loss, gradient):
+def test_label_smoothing_reaches_the_gradients(build_train_state, smoothing, loss, gradient):
     logits = torch.tensor([[2.0, 0.0, 0.0]], requires_grad=True)
-    scores = build_work(label_smoothing=smoothing).network.backward((logits, torch.tensor([0])))
+    scores = build_train_state(label_smoothing=smoothing).network.backward(
+        (logits, torch.tensor([0]))
+    )
     assert scores.loss == pytest.approx(loss, abs=1e-5)
     assert logits.grad[0].tolist() == pytest.approx(gradient, abs=1e-5)
 
@@ -920,38 +927,38 @@ def test_label_smoothing_reaches_the_gradients(build_work, smoothing, loss, grad
 @pytest.mark.parametrize(
     ("largest", "change"), [(None, [-3, -4]), (10.0, [-3, -4]), (1.0, [-0.6, -0.8])]
 )
-def test_clipping_reaches_the_update(build_work, largest, change):
-    assert update(build_work(clip_grad_norm=largest)) == pytest.approx(change, abs=1e-4)
+def test_clipping_reaches_the_update(build_train_state, largest, change):
+    assert update(build_train_state(clip_grad_norm=largest)) == pytest.approx(change, abs=1e-4)
 
 
-def test_gradients_are_watched_as_they_are_before_clipping(build_work):
-    work = build_work(clip_grad_norm=1.0, epochs=4)
-    update(work)
-    norms = work.flow.take()
+def test_gradients_are_watched_as_they_are_before_clipping(build_train_state):
+    train_state = build_train_state(clip_grad_norm=1.0, epochs=4)
+    update(train_state)
+    norms = train_state.gradient_norms.pop_means()
     assert norms.pop("classifier.1") == 5
     assert set(norms.values()) == {0}
 
 
-def test_the_learning_rate_changes_after_the_update(build_work):
-    work = build_work(lr_scheduler="cosine")
-    assert update(work) == pytest.approx([-3, -4])
-    assert update(work) == pytest.approx([-2.56066, -3.414214], abs=1e-4)
+def test_the_learning_rate_changes_after_the_update(build_train_state):
+    train_state = build_train_state(lr_scheduler="cosine")
+    assert update(train_state) == pytest.approx([-3, -4])
+    assert update(train_state) == pytest.approx([-2.56066, -3.414214], abs=1e-4)
 
 
-def test_the_moving_average_follows_the_update(build_work):
-    work = build_work(model_ema=True, model_ema_decay=0.9)
-    before = work.average.values["classifier.1.bias"].clone()
-    update(work)
-    change = work.average.values["classifier.1.bias"] - before
+def test_the_moving_average_follows_the_update(build_train_state):
+    train_state = build_train_state(model_ema=True, model_ema_decay=0.9)
+    before = train_state.average.values["classifier.1.bias"].clone()
+    update(train_state)
+    change = train_state.average.values["classifier.1.bias"] - before
     assert change.tolist() == pytest.approx([-2.7, -3.6, 0], abs=1e-5), "a decay of 1/10"
     before += change
-    update(work)
-    change = work.average.values["classifier.1.bias"] - before
+    update(train_state)
+    change = train_state.average.values["classifier.1.bias"] - before
     moved = [9 / 11 * (step - so_far) for step, so_far in ((-6, -2.7), (-8, -3.6), (0, 0))]
     assert change.tolist() == pytest.approx(moved, abs=1e-5), "a decay of 2/11"
 
 
-def test_what_a_run_does_without(build_work):
-    work = build_work()
-    assert work.average is None
-    assert work.flow is None, "norms are figures of an epoch"
+def test_what_a_run_does_without(build_train_state):
+    train_state = build_train_state()
+    assert train_state.average is None
+    assert train_state.gradient_norms is None, "norms are figures of an epoch"

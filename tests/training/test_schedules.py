@@ -17,7 +17,7 @@ from lanes_and_plain import (
     make_batches,
     make_stream,
     make_tiny_model,
-    make_work,
+    make_train_state,
     train_plainly,
     train_through_lanes,
     with_threads,
@@ -33,7 +33,7 @@ from split_affinity.models.registry import build_model
 from split_affinity.options.settings import Settings
 from split_affinity.training.network import Network, NonFiniteLoss
 from split_affinity.training.schedules import SCHEDULES, delayed, step_bound_s
-from split_affinity.training.update import Work
+from split_affinity.training.update import TrainState
 
 pytestmark = needs_two_cpus
 
@@ -84,13 +84,13 @@ def test_an_epoch_begins_with_the_weights_of_today(split_plan):
     batches = make_batches(6, side=16)
     model, reference = make_tiny_model(), make_tiny_model()
     expected = train_plainly(1, reference, batches, 1, update_age=1, epoch_steps=3)
-    work = make_work(model, 1)
+    train_state = make_train_state(model, 1)
     torch.manual_seed(3)
     losses = []
     with Lanes(with_threads(split_plan, 1), ()) as lanes:
         for epoch in (batches[:3], batches[3:]):
-            losses += [scores.loss for (scores,) in delayed(lanes, work, make_stream(epoch))]
-            assert work.end.weights is None
+            losses += [scores.loss for (scores,) in delayed(lanes, train_state, make_stream(epoch))]
+            assert train_state.end.weights is None
     assert losses == expected
     assert_same_state(model, reference)
 
@@ -140,16 +140,16 @@ def test_gradients_set_to_zero_are_worth_the_same_as_none(schedule, split_plan):
 
 
 def records_of(schedule, plan, accumulate, steps):
-    work = make_work(make_model(), accumulate)
+    train_state = make_train_state(make_model(), accumulate)
     stream = make_stream(make_batches(steps * accumulate))
     with Lanes(plan, ()) as lanes:
-        for _ in SCHEDULES[schedule](lanes, work, stream):
+        for _ in SCHEDULES[schedule](lanes, train_state, stream):
             pass
-        return work, lanes.take_records()
+        return train_state, lanes.take_records()
 
 
 def test_sequential_alternates_strictly(split_plan):
-    work, records = records_of("sequential", split_plan, 2, 1)
+    train_state, records = records_of("sequential", split_plan, 2, 1)
     assert [(record.phase, record.lane) for record in records] == [
         ("forward", "forward"),
         ("backward", "backward"),
@@ -159,7 +159,7 @@ def test_sequential_alternates_strictly(split_plan):
     ]
     for earlier, later in zip(records, records[1:], strict=False):
         assert earlier.end_s <= later.start_s
-    assert all(parameter.grad is None for parameter in work.network.model.parameters())
+    assert all(parameter.grad is None for parameter in train_state.network.model.parameters())
 
 
 def both_at_once(records):
@@ -214,7 +214,7 @@ def test_delayed_runs_forward_beside_backward_across_steps(
 def test_delayed_updates_beside_the_next_forward_phase(accumulate, split_plan, monkeypatch):
     """The forward lane may be the slower one: an update that waited for it would add its time."""
     barriers = [threading.Barrier(2, timeout=30) for _ in range(3)]
-    forward, update = Network.forward, Work.update
+    forward, update = Network.forward, TrainState.update
     forwards, updates = itertools.count(), itertools.count()
 
     def meeting_forward(self, *args):
@@ -229,7 +229,7 @@ def test_delayed_updates_beside_the_next_forward_phase(accumulate, split_plan, m
         return update(self, *args)
 
     monkeypatch.setattr(Network, "forward", meeting_forward)
-    monkeypatch.setattr(Work, "update", meeting_update)
+    monkeypatch.setattr(TrainState, "update", meeting_update)
     records_of("delayed", split_plan, accumulate, 4)
     assert next(updates) == 4
 
@@ -245,7 +245,7 @@ def test_delayed_never_updates_beside_a_refresh(split_plan):
 
 
 def test_a_queued_update_does_nothing_after_a_backward_phase_that_failed(split_plan):
-    work = make_work(make_tiny_model(), 1)
+    train_state = make_train_state(make_tiny_model(), 1)
     batches = make_batches(3, side=16)
     before, losses = None, itertools.count()
 
@@ -254,13 +254,13 @@ def test_a_queued_update_does_nothing_after_a_backward_phase_that_failed(split_p
             raise ArithmeticError("inside the loss")
         return nn.functional.cross_entropy(*output)
 
-    work.network.loss = loss
+    train_state.network.loss = loss
     with Lanes(split_plan, ()) as lanes, pytest.raises(ArithmeticError):
-        for _ in delayed(lanes, work, make_stream(batches)):
+        for _ in delayed(lanes, train_state, make_stream(batches)):
             assert before is None, "one step"
-            before, end = copy.deepcopy(work.values()), work.end
-    assert work.end is end
-    for name, value in work.values().items():
+            before, end = copy.deepcopy(train_state.values()), train_state.end
+    assert train_state.end is end
+    for name, value in train_state.values().items():
         assert torch.equal(value, before[name])
 
 
@@ -275,7 +275,7 @@ def test_a_step_of_delayed_is_given_out_before_an_error_of_the_next_one(accumula
             return super().__next__()
 
     batches = make_batches(3 * accumulate, side=16)
-    whole, broken = (make_work(make_tiny_model(), accumulate) for _ in range(2))
+    whole, broken = (make_train_state(make_tiny_model(), accumulate) for _ in range(2))
     expected = []
     torch.manual_seed(3)
     with Lanes(split_plan, ()) as lanes:
@@ -457,9 +457,9 @@ def test_a_loss_that_is_not_finite_updates_nothing(bad, schedule, split_plan):
     before = copy.deepcopy(model.state_dict())
     (images, targets), *good = make_batches(4)
     stream = make_stream([(images * bad, targets), *good])
-    work = make_work(model, 2)
+    train_state = make_train_state(model, 2)
     with Lanes(split_plan, ()) as lanes, pytest.raises(NonFiniteLoss, match="nan|inf"):
-        next(SCHEDULES[schedule](lanes, work, stream))
+        next(SCHEDULES[schedule](lanes, train_state, stream))
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
@@ -469,13 +469,15 @@ def test_a_loss_that_is_not_finite_updates_nothing(bad, schedule, split_plan):
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 def test_an_infinite_loss_is_not_finite_either(bad, schedule, split_plan):
     """The loss itself, not images that may make it a NaN."""
-    work = make_work(make_tiny_model(), 1)
-    work.network.loss = lambda logits, targets: logits.sum() * 0 + bad
-    before = copy.deepcopy(work.network.model)
+    train_state = make_train_state(make_tiny_model(), 1)
+    train_state.network.loss = lambda logits, targets: logits.sum() * 0 + bad
+    before = copy.deepcopy(train_state.network.model)
     stream = make_stream(make_batches(2, side=16))
     with Lanes(split_plan, ()) as lanes, pytest.raises(NonFiniteLoss, match=f"^{bad}$"):
-        next(SCHEDULES[schedule](lanes, work, stream))
-    for parameter, value in zip(work.network.model.parameters(), before.parameters(), strict=True):
+        next(SCHEDULES[schedule](lanes, train_state, stream))
+    for parameter, value in zip(
+        train_state.network.model.parameters(), before.parameters(), strict=True
+    ):
         assert torch.equal(parameter, value)
         assert parameter.grad is None
 
@@ -484,7 +486,7 @@ def test_an_infinite_loss_is_not_finite_either(bad, schedule, split_plan):
 @pytest.mark.parametrize("phase", ["forward", "backward", "update"])
 def test_an_exception_comes_out_with_its_traceback(phase, schedule, split_plan, monkeypatch):
     calls = []
-    kind = Work if phase == "update" else Network
+    kind = TrainState if phase == "update" else Network
     original = getattr(kind, phase)
 
     def broken(self, *args):

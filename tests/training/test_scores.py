@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from lanes_and_plain import assert_same_state, make_batches, make_tiny_model, make_work
+from lanes_and_plain import assert_same_state, make_batches, make_tiny_model, make_train_state
 from small import needs_two_cpus
 from torch import nn
 
@@ -68,19 +68,19 @@ def test_the_figures_of_scores():
 
 def make_evaluated(**parts):
     """A model with all that an evaluation could change, and a batch."""
-    work = make_work(make_tiny_model(), 1, **parts)
-    work.network.model.eval()
-    return work, make_batches(1, side=16)[0]
+    train_state = make_train_state(make_tiny_model(), 1, **parts)
+    train_state.network.model.eval()
+    return train_state, make_batches(1, side=16)[0]
 
 
 def test_an_evaluation_changes_nothing():
-    work, (images, targets) = make_evaluated()
-    before, random_state = copy.deepcopy(work.network.model), torch.get_rng_state()
-    (scores,), predicted = work.evaluate((images, targets))
-    assert_same_state(work.network.model, before)
+    train_state, (images, targets) = make_evaluated()
+    before, random_state = copy.deepcopy(train_state.network.model), torch.get_rng_state()
+    (scores,), predicted = train_state.evaluate((images, targets))
+    assert_same_state(train_state.network.model, before)
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(weight.grad is None for weight in work.network.model.parameters())
-    assert work.evaluate((images, targets))[0] == [scores]
+    assert all(weight.grad is None for weight in train_state.network.model.parameters())
+    assert train_state.evaluate((images, targets))[0] == [scores]
     with torch.no_grad():
         logits = before(images)
     assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
@@ -90,33 +90,35 @@ def test_an_evaluation_changes_nothing():
 
 def test_an_evaluation_is_of_the_moving_average_if_there_is_one():
     """And of the model's own weights beside it."""
-    work, batch = make_evaluated()
-    (own,), _ = work.evaluate(batch)
-    work.average = MovingAverage(work.network.model, 0.9)
-    assert work.evaluate(batch)[0] == [own, own]
-    work.average.values["9.weight"].zero_()
-    work.average.values["9.bias"].copy_(torch.arange(10.0))
-    before = copy.deepcopy(work.average.values)
-    (scores, raw), predicted = work.evaluate(batch)
+    train_state, batch = make_evaluated()
+    (own,), _ = train_state.evaluate(batch)
+    train_state.average = MovingAverage(train_state.network.model, 0.9)
+    assert train_state.evaluate(batch)[0] == [own, own]
+    train_state.average.values["9.weight"].zero_()
+    train_state.average.values["9.bias"].copy_(torch.arange(10.0))
+    before = copy.deepcopy(train_state.average.values)
+    (scores, raw), predicted = train_state.evaluate(batch)
     assert predicted.tolist() == [9, 9, 9, 9]
     assert scores.loss != own.loss
     assert raw == own
-    assert all(torch.equal(value, before[name]) for name, value in work.average.values.items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in train_state.average.values.items()
+    )
 
 
 def test_an_evaluation_uses_the_buffers_of_the_moving_average():
-    work, batch = make_evaluated()
-    (own,), _ = work.evaluate(batch)
-    work.average = MovingAverage(work.network.model, 0.9)
-    work.average.values["4.running_var"].fill_(100.0)
-    (scores, raw), _ = work.evaluate(batch)
+    train_state, batch = make_evaluated()
+    (own,), _ = train_state.evaluate(batch)
+    train_state.average = MovingAverage(train_state.network.model, 0.9)
+    train_state.average.values["4.running_var"].fill_(100.0)
+    (scores, raw), _ = train_state.evaluate(batch)
     assert scores.loss != own.loss
     assert raw == own
 
 
 def test_an_evaluation_measures_plain_cross_entropy():
     """Not the loss that is trained, which may be smoothed."""
-    work, batch = make_evaluated()
-    plain, _ = work.evaluate(batch)
-    work.network.loss = nn.CrossEntropyLoss(label_smoothing=0.5)
-    assert work.evaluate(batch)[0] == plain
+    train_state, batch = make_evaluated()
+    plain, _ = train_state.evaluate(batch)
+    train_state.network.loss = nn.CrossEntropyLoss(label_smoothing=0.5)
+    assert train_state.evaluate(batch)[0] == plain

@@ -11,7 +11,7 @@ from lanes_and_plain import (
     make_batches,
     make_stream,
     make_tiny_model,
-    make_work,
+    make_train_state,
     train_plainly,
     with_threads,
 )
@@ -67,12 +67,12 @@ def one_target(model, teacher, smoothing):
 
 def train_with_teacher(plan, model, teacher, batches, schedule, smoothing=0.0, **parts):
     """The losses through the lanes, two micro-batches a step."""
-    work = make_work(model, 2, **parts)
-    work.network.loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
-    work.network.teacher = teacher
+    train_state = make_train_state(model, 2, **parts)
+    train_state.network.loss = nn.CrossEntropyLoss(label_smoothing=smoothing)
+    train_state.network.teacher = teacher
     torch.manual_seed(3)
     with Lanes(plan, ()) as lanes:
-        steps = list(SCHEDULES[schedule](lanes, work, make_stream(batches)))
+        steps = list(SCHEDULES[schedule](lanes, train_state, make_stream(batches)))
     return [scores.loss for step in steps for scores in step]
 
 
@@ -171,12 +171,12 @@ def test_a_teacher_computes_as_the_student_does():
 
 
 def test_a_validation_asks_no_teacher(monkeypatch):
-    work = make_work(make_tiny_model().eval(), 1)
+    train_state = make_train_state(make_tiny_model().eval(), 1)
     batch = make_batches(1, side=16)[0]
-    expected = work.evaluate(batch)
-    work.network.teacher = make_teacher(0.5)
+    expected = train_state.evaluate(batch)
+    train_state.network.teacher = make_teacher(0.5)
     monkeypatch.setattr(Teacher, "__call__", None)
-    scores, predicted = work.evaluate(batch)
+    scores, predicted = train_state.evaluate(batch)
     assert scores == expected[0]
     assert torch.equal(predicted, expected[1])
 

@@ -18,13 +18,13 @@ from small import needs_two_cpus
 from torch import nn
 
 from split_affinity.lanes.lane import Lanes
-from split_affinity.models.freezing import begin_training, freeze, trained
+from split_affinity.models.freezing import begin_training, freeze, trainable_weights
 from split_affinity.models.registry import OWN_MODELS
 from split_affinity.options.settings import Settings
 from split_affinity.training.network import Network
 from split_affinity.training.optimizer import build_optimizer
 from split_affinity.training.schedules import SCHEDULES
-from split_affinity.training.update import GradientFlow, MovingAverage, Work
+from split_affinity.training.update import GradientNorms, MovingAverage, TrainState
 
 pytestmark = needs_two_cpus
 
@@ -36,23 +36,25 @@ def test_frozen_weights_stay_and_have_no_copies(schedule, split_plan):
         weight.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
     settings = Settings(lr=0.1)
-    work = Work(
+    train_state = TrainState(
         Network(model, nn.CrossEntropyLoss()),
         build_optimizer(model, settings),
-        flow=GradientFlow(model),
+        gradient_norms=GradientNorms(model),
     )
     frozen = {"0.weight", "0.bias", "1.weight", "1.bias"}
     with Lanes(split_plan, ()) as lanes:
-        for _ in SCHEDULES[schedule](lanes, work, make_stream(make_batches(4, side=16))):
-            copied = work.end.weights or {}
-            assert not copied or copied.keys() == trained(model).keys()
+        for _ in SCHEDULES[schedule](lanes, train_state, make_stream(make_batches(4, side=16))):
+            copied = train_state.end.weights or {}
+            assert not copied or copied.keys() == trainable_weights(model).keys()
     changed = {
-        name for name, value in work.values().items() if not torch.equal(value, before[name])
+        name for name, value in train_state.values().items() if not torch.equal(value, before[name])
     }
     assert changed.isdisjoint(frozen), "BatchNorm's statistics move, its weights do not"
     assert changed >= {"3.weight", "9.weight", "1.running_mean"}
-    assert len(work.optimizer.state) == len(trained(model)) == 6
-    assert all(norm > 0 for norm in work.flow.take().values()), "no warning of vanishing gradients"
+    assert len(train_state.optimizer.state) == len(trainable_weights(model)) == 6
+    assert all(norm > 0 for norm in train_state.gradient_norms.pop_means().values()), (
+        "no warning of vanishing gradients"
+    )
 
 
 @ALL_SCHEDULES
@@ -68,7 +70,7 @@ def test_what_is_frozen_stays_to_the_bit(
     frozen = freeze(model, "0,1,3,4", "tiny", 10, 16)
     before = copy.deepcopy(model.state_dict())
     network = Network(model, nn.CrossEntropyLoss(), 2, frozen=frozen, **switches)
-    work = Work(
+    train_state = TrainState(
         network,
         build_optimizer(model, settings),
         average=MovingAverage(model, 0.9),
@@ -76,11 +78,11 @@ def test_what_is_frozen_stays_to_the_bit(
         grads_to_none=grads_to_none,
     )
     with Lanes(split_plan, ()) as lanes:
-        list(SCHEDULES[schedule](lanes, work, make_stream(make_batches(6, side=16))))
-    for values in (work.values(), work.average.values):
+        list(SCHEDULES[schedule](lanes, train_state, make_stream(make_batches(6, side=16))))
+    for values in (train_state.values(), train_state.average.values):
         changed = {name for name in before if not torch.equal(values[name], before[name])}
         assert changed == {"9.weight", "9.bias"}
-    assert len(work.optimizer.state) == 2
+    assert len(train_state.optimizer.state) == 2
 
 
 @ALL_SCHEDULES
@@ -96,7 +98,7 @@ def test_a_thaw_is_that_of_a_plain_loop(schedule, fused, split_plan):
         model.get_parameter(name).requires_grad_(False)
     begin_training(model)
     settings = Settings(**LR, fused=fused)
-    work = Work(
+    train_state = TrainState(
         Network(model, nn.CrossEntropyLoss(), frozen=frozen),
         build_optimizer(model, settings),
     )
@@ -104,9 +106,9 @@ def test_a_thaw_is_that_of_a_plain_loop(schedule, fused, split_plan):
     with Lanes(with_threads(split_plan, 1), ()) as lanes:
         losses = []
         for epoch in (batches[:3], batches[3:]):
-            steps = SCHEDULES[schedule](lanes, work, make_stream(epoch))
+            steps = SCHEDULES[schedule](lanes, train_state, make_stream(epoch))
             losses += [scores.loss for (scores,) in steps]
-            work.thaw()
+            train_state.thaw()
     age = int(schedule == "delayed")
     reference[:2].eval().requires_grad_(False)
     assert losses == train_thawing(reference, batches, age, fused)
