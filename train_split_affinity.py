@@ -67,12 +67,11 @@ if __name__ == "__main__":
 import torch
 
 from split_affinity.checkpoints.folder import Checkpoints
-from split_affinity.checkpoints.resume import find_resumed, resume
+from split_affinity.checkpoints.resume import resume
 from split_affinity.checkpoints.state import Progress, asked_again
 from split_affinity.compare.command import compare
 from split_affinity.data.dataset import describe_images
 from split_affinity.data.loader import BadImages, open_loaders
-from split_affinity.data.pictures import ImageData
 from split_affinity.errors import RunError, Stopped, UserError, likely_reason, memory_errors
 from split_affinity.files import write_traceback
 from split_affinity.lanes.lane import Lanes, coordinating
@@ -89,17 +88,16 @@ from split_affinity.reports.plots import RangeTest
 from split_affinity.reports.run_report import RunReport
 from split_affinity.reports.summary import SHORTEST_LOOK_S
 from split_affinity.reports.tensorboard import check_tensorboard
-from split_affinity.runs.arguments import parse_together
+from split_affinity.runs.arguments import parse_on_all_ranks
 from split_affinity.runs.evaluation import evaluate_and_report, finish_epoch
 from split_affinity.runs.find_lr import find_lr_and_report, range_test_settings
-from split_affinity.runs.measurement import plan_for
-from split_affinity.runs.plan import imagined, list_models, plan_lines, print_model
+from split_affinity.runs.plan import decide_plan, list_models, plan_lines, print_model
 from split_affinity.runs.predict import predict
 from split_affinity.runs.setup import (
     build_train_state,
+    check_run,
     check_same_images,
     check_subset,
-    settled,
     start_with_same_weights,
 )
 from split_affinity.runs.starting_weights import teacher_lines
@@ -124,42 +122,49 @@ from split_affinity.training.steps import (
 
 @lossy_output()
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code. Everything a user can cause ends in one line, on each
-    machine if there are several ranks.
+    """Run a command; returns the exit code.
+
+    What a user can cause ends in one line, and is said once on each machine.
     """
     launch, argv = launched(), sys.argv[1:] if argv is None else argv
-    hushed = silenced_output() if launch.rank else contextlib.nullcontext()
-    with hushed, ending_at_once(not launch.local_rank):
+    quiet = silenced_output() if launch.rank else contextlib.nullcontext()
+    with quiet, ending_at_once(not launch.local_rank):
         for name, value in DROPPED_VARIABLES.items() if not launch.rank else ():
             warn(f"{name}={value} is ignored: lanes have their own threads")
-        return run_together(argv, launch)
+        return run_command(argv, launch)
 
 
-def run_together(argv: Sequence[str], launch: Launch) -> int:
+def run_command(argv: Sequence[str], launch: Launch) -> int:
     """Run a command on all ranks. Returns the exit code: 2 for what the user can mend, 1 for what
     ended a run, 128 + N for signal N.
     """
     ranks, folder, error = ONE_PROCESS, None, None
     try:
-        # Of all settings, --timeout alone has to be known before the ranks can talk.
+        # Ranks need --timeout before they can talk, and agree on all other settings.
         ranks = connect(launch, parse_arguments(argv, ranks=launch.ranks)[1].timeout)
-        command, settings = parse_together(argv, ranks)
+        command, settings = parse_on_all_ranks(argv, ranks)
         folder = settings.output_dir
         machine = read_machine(settings.machine) if settings.machine else read_topology()
-        RUNS[command](settings, ranks.meet(machine), ranks)
+        topology = ranks.meet(machine)
+        if command in WITH_PLAN:
+            plan = show_plan(settings, topology, ranks)
+            WITH_PLAN[command](settings, topology, plan, ranks)
+        else:
+            WITHOUT_PLAN[command](settings, topology)
     except (Exception, KeyboardInterrupt) as raised:
         error = Stopped(signal.SIGINT) if type(raised) is KeyboardInterrupt else raised
     foreseen = isinstance(error, (UserError, RunError, Stopped))
-    # An error that all ranks end with is said once on each machine; a signal is told of already.
-    told = isinstance(error, KeyboardInterrupt) or (launch.local_rank and ranks.agreed and foreseen)
-    if error and not told:
-        say(f"{PROGRAM}: {last_words(error, folder)}", sys.stderr)
+    # A signal's handler has spoken already. Of an error that all ranks end with, the first rank of
+    # each machine speaks.
+    said = isinstance(error, KeyboardInterrupt) or (launch.local_rank and ranks.agreed and foreseen)
+    if error and not said:
+        say(f"{PROGRAM}: {error_text(error, folder)}", sys.stderr)
     ranks.close(not error or ranks.agreed)
     return getattr(error, "exit_code", RunError.exit_code) if error else 0
 
 
-def last_words(error: Exception, folder: Path | None) -> str:
-    """What is said of an error that ends the program; if unforeseen, where its traceback is."""
+def error_text(error: Exception, folder: Path | None) -> str:
+    """Why the program ends; a traceback of what was not foreseen goes into a file."""
     if isinstance(error, Stopped):
         return str(error)
     if isinstance(error, (UserError, RunError)):
@@ -167,17 +172,12 @@ def last_words(error: Exception, folder: Path | None) -> str:
     return f"error: {shown(likely_reason(error))}; {write_traceback(folder, error)}"
 
 
-def print_plan(settings: Settings, topology: Topology, ranks: Ranks = ONE_PROCESS) -> CorePlan:
-    """Divide the cores into forward and backward (`plan_cores` in machine/plan.py; for `--split
-    auto` by a measurement), and show that: what `plan` begins with, and every run.
+def show_plan(settings: Settings, topology: Topology, ranks: Ranks = ONE_PROCESS) -> CorePlan:
+    """Divide the cores into a forward and a backward group, and print them; returns the plan.
+
+    `plan_cores` in machine/plan.py divides them; `--split auto` measures first.
     """
-    if settings.ranks > ranks.size:  # plan --ranks 4, which nobody has started
-        ranks = imagined(settings, topology)
-        plan = ranks.plans[0]
-    else:
-        with ranks.together():
-            plan = plan_for(settings, topology)
-        ranks.introduce(plan)
+    plan, ranks = decide_plan(settings, topology, ranks)
     precision, reason = choose_precision(settings, topology)
     lines = plan_lines(settings, topology, plan, ranks)
     say("\n".join([*lines, f"precision {precision}: {reason}"]))
@@ -185,96 +185,88 @@ def print_plan(settings: Settings, topology: Topology, ranks: Ranks = ONE_PROCES
 
 
 def train(
-    settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
+    asked: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
 ) -> torch.nn.Module:
-    """A whole run; returns the trained model. Raises UserError before anything is written."""
+    """Train a model, or go on with that, and return it. Raises UserError before it writes.
+
+    `asked` are the settings as you gave them, `run.settings` those in force.
+    """
     if not ranks.rank:
-        check_tensorboard(settings)
-    with prepared(settings, topology, plan, ranks) as run:
-        run.bad.offer(settings)
-        data = None if run.settings.test_only else describe_images(run.data)
-        with ranks.together():
-            check_same_images(ranks, data and data["fingerprint"])
-        asked = asked_again(settings, run.settings)
-        checkpoints = Checkpoints(run.settings, warn, data, asked, ranks)
+        check_tensorboard(asked)
+    with set_up(asked, topology, plan, ranks) as run:
+        settings, network = run.settings, run.train_state.network
+        run.bad.offer(asked)
+        if settings.test_only:
+            with run.stop:
+                evaluate_and_report(run)
+            return network.model
+        data = describe_images(run.data)
+        checkpoints = Checkpoints(settings, warn, data, asked_again(asked, settings), ranks)
         with contextlib.closing(checkpoints):
-            if run.settings.test_only:
-                with run.stop:
-                    evaluate_and_report(run, ranks.first(find_resumed, run.settings, checkpoints))
-                return run.train_state.network.model
             with ranks.together():
-                checkpoints.hold()  # the loaders, which would share the lock, have been started
+                check_same_images(ranks, data["fingerprint"])
+                checkpoints.hold()  # loaders have been started, and do not share the lock
                 progress, notes = resume(run, checkpoints)
                 checkpoints.hold(make=True)  # a folder that was not there before
-                run.bad.messages = progress.bad_images  # one list: what is found is saved
+                run.bad.messages = progress.bad_images  # one list: it is saved with the progress
                 check_subset(run, bool(progress.step))
-            report = RunReport(run.settings, topology, run.plan, progress, settings, ranks)
+            report = RunReport(settings, topology, run.plan, progress, asked, ranks)
             checkpoints.warn = report.alarm
-            if is_frozen(run.settings, progress.epoch):
-                network = run.train_state.network
-                notes.append(describe_frozen(run.settings, network.model, network.frozen))
-            say_lines((*notes, *teacher_lines(run.settings)))
+            if is_frozen(settings, progress.epoch):
+                notes.append(describe_frozen(settings, network.model, network.frozen))
+            say_lines((*notes, *teacher_lines(settings)))
             for text in run.notes:
                 report.warn(text, text)
-            if run.settings.epochs and not run.settings.output_dir:
+            if settings.epochs and not settings.output_dir:
                 report.warn("unsaved", "nothing will be saved without --output-dir")
             with run.stop:
-                fit(run, progress, report, checkpoints, settings)
-    return run.train_state.network.model
+                fit(run, progress, report, checkpoints, asked)
+    return network.model
 
 
 @contextlib.contextmanager
-def prepared(
+def set_up(
     settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
 ) -> Iterator[Run]:
-    """A run that is set up, and ends with the context. Raises UserError, on all ranks if on any."""
+    """Loaders, lanes and a model that is ready to train; loaders and lanes end with the context.
+
+    Raises UserError if there can be no such run, on all ranks if on any.
+    """
     with contextlib.ExitStack() as stack:
-        with ranks.together():
-            settings, data, note = settled(settings, topology, plan, ranks)
-            run = set_up(stack, settings, topology, plan, data, note, ranks)
+        with ranks.together(), memory_errors():
+            settings, data, notes = check_run(settings, topology, plan, ranks)
+            stop = StopRequest(ranks.size, "" if ranks.rank else "this step")
+            stack.enter_context(coordinating(settings, plan))
+            torch.manual_seed(settings.seed)
+            # Loaders come first: no process may be forked once a lane has its OpenMP team.
+            cpus = plan.loader_cpus
+            train, val = open_loaders(stack, data, settings, cpus, ranks.rank, stop.check)
+            lanes = stack.enter_context(Lanes(plan, topology.online))
+            plan = lanes.plan
+            counts = steps_in_epoch(settings, len(train)), planned_steps(settings, len(train))
+            settings = dataclasses.replace(
+                settings,
+                lr=learning_rate(settings),
+                lr_warmup_epochs=warmup_epochs(settings, *counts),
+                forward_threads=plan.forward.threads,
+                backward_threads=plan.backward.threads,
+            )
+            state = build_train_state(settings, lanes, *counts, data.classes, ranks)
+        bad, notes = BadImages.of(settings, data), (*notes, *lanes.notes)
+        run = Run(settings, topology, plan, data, train, val, lanes, state, stop, bad, notes)
         if ranks.size > 1:
-            run.lanes.backward.adopt(ranks.start)
+            lanes.backward.adopt(ranks.start)
             start_with_same_weights(run)
         yield run
-
-
-@memory_errors()
-def set_up(
-    stack: contextlib.ExitStack,
-    settings: Settings,
-    topology: Topology,
-    plan: CorePlan,
-    data: ImageData,
-    note: str,
-    ranks: Ranks = ONE_PROCESS,
-) -> Run:
-    """Loader processes, lanes and model, which end with the stack; `note` is the first to tell."""
-    stop = StopRequest(ranks.size, "" if ranks.rank else "this step")
-    stack.enter_context(coordinating(settings, plan))
-    torch.manual_seed(settings.seed)
-    # Loaders come first: no process may be forked once a lane, with its OpenMP team, exists.
-    train, val = open_loaders(stack, data, settings, plan.loader_cpus, ranks.rank, stop.check)
-    lanes = stack.enter_context(Lanes(plan, topology.online))
-    plan = lanes.plan
-    counts = steps_in_epoch(settings, len(train)), planned_steps(settings, len(train))
-    settings = dataclasses.replace(
-        settings,
-        lr=learning_rate(settings),
-        lr_warmup_epochs=warmup_epochs(settings, *counts),
-        forward_threads=plan.forward.threads,
-        backward_threads=plan.backward.threads,
-    )
-    train_state = build_train_state(settings, lanes, *counts, data.classes, ranks)
-    notes = tuple(filter(None, [note, *lanes.notes]))
-    bad = BadImages.of(settings, data)
-    return Run(settings, topology, plan, data, train, val, lanes, train_state, stop, bad, notes)
 
 
 def fit(
     run: Run, progress: Progress, report: RunReport, checkpoints: Checkpoints, asked: Settings
 ) -> None:
-    """Train until there is a reason to end, and save what is to be saved. However that goes, the
-    report gets an end, and the latest step is saved, unless the run diverged, or a rank has gone.
+    """Train until there is a reason to end; save and report on the way.
+
+    An error ends the report too. The latest step is saved then, unless the run diverged or a rank
+    has gone.
     """
     settings, run.stop.saves = run.settings, bool(run.settings.output_dir)
     save = partial(checkpoints.save, run.train_state, progress)
@@ -282,9 +274,7 @@ def fit(
         while not (outcome := reason_to_end(settings, progress)):
             for result in train_epoch(run, progress):
                 report.step(result)
-                check_between_steps(
-                    run
-                )  # raises Stopped if a signal has come, here or to another rank
+                check_between_steps(run)  # raises Stopped after a signal, on any rank
                 report.bad_images(run.bad)
                 if settings.save_steps and result.step % settings.save_steps == 0:
                     save()
@@ -302,8 +292,8 @@ def fit(
         if together and not isinstance(error, Diverged):
             save()
         report.finish(likely_reason(error), together)
-        told = run.bad.command in str(error)
-        if checkpoints.exist() and not told and not isinstance(error, Diverged):
+        said = run.bad.command in str(error)
+        if checkpoints.exist() and not said and not isinstance(error, Diverged):
             say(how_to_go_on(asked))
         raise
     run.stop.begin("the report")
@@ -325,8 +315,9 @@ def fit(
 
 
 def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
-    """The steps that are left of an epoch, and of the run; between them is looked who else is
-    there, while no step is timed.
+    """Make the steps that are left of an epoch, or of the run; gives the result of each.
+
+    Contention is looked for between two steps, where it costs none of their time.
     """
     settings = run.settings
     left = total_steps(settings, progress.epoch_batches) - progress.step
@@ -349,13 +340,13 @@ def train_epoch(run: Run, progress: Progress) -> Iterator[StepResult]:
 
 
 def epoch_done(settings: Settings, progress: Progress) -> bool:
-    """Whether all steps of the running epoch have been made."""
+    """Whether the running epoch has all its steps."""
     steps = steps_in_epoch(settings, progress.epoch_batches)
     return progress.batches >= steps * batches_in_step(settings)
 
 
 def reason_to_end(settings: Settings, progress: Progress) -> str | None:
-    """Why a run is over, if it is; never while a finished epoch waits for its validation."""
+    """Why a run is over, or None; None too while a finished epoch waits for its validation."""
     if epoch_done(settings, progress):
         return None
     if progress.step >= total_steps(settings, progress.epoch_batches):
@@ -372,26 +363,20 @@ def reason_to_end(settings: Settings, progress: Progress) -> str | None:
 def find_lr(
     settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
 ) -> RangeTest:
-    """The `find-lr` command, on a run that is set up as one to train."""
-    with prepared(range_test_settings(settings), topology, plan, ranks) as run, run.stop:
+    """The `find-lr` command: try learning rates on a run that is set up like one to train."""
+    with set_up(range_test_settings(settings), topology, plan, ranks) as run, run.stop:
         return find_lr_and_report(run)
 
 
-def with_plan(run: Callable[[Settings, Topology, CorePlan, Ranks], Any]) -> Callable[..., Any]:
-    """What a command does after it has shown the cores and how they are divided."""
-
-    def planned(settings: Settings, topology: Topology, ranks: Ranks) -> Any:
-        return run(settings, topology, print_plan(settings, topology, ranks), ranks)
-
-    return planned
-
-
-RUNS: dict[str, Callable[[Settings, Topology, Ranks], Any]] = {
-    "train": with_plan(train),
-    "plan": with_plan(print_model),
-    "find-lr": with_plan(find_lr),
-    "compare": lambda settings, topology, ranks: compare(settings, topology),
-    "predict": lambda settings, topology, ranks: predict(settings, topology),
+# The commands, by whether the cores and their plan are shown first.
+WITH_PLAN: dict[str, Callable[[Settings, Topology, CorePlan, Ranks], Any]] = {
+    "train": train,
+    "plan": print_model,
+    "find-lr": find_lr,
+}
+WITHOUT_PLAN: dict[str, Callable[[Settings, Topology], Any]] = {
+    "compare": compare,
+    "predict": predict,
     "list-models": list_models,
 }
 

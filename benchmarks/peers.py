@@ -38,7 +38,7 @@ from split_affinity.options.settings import Settings
 from split_affinity.reports.tables import describe_run
 from split_affinity.runs.find_lr import endless_steps
 from split_affinity.runs.measurement import MeasuringProcess
-from train_split_affinity import prepared
+from train_split_affinity import set_up
 
 Turns = Generator["float | str | None", int, None]  # takes steps to make, gives images/s
 
@@ -70,7 +70,7 @@ def our_turns(settings: Settings, operators: bool) -> Turns:
     """The script: one lane over all cores, its own loaders, the learning rate as it is."""
     topology = read_topology()
     plan = plan_cores(topology, settings)
-    with prepared(settings, topology, plan) as run:
+    with set_up(settings, topology, plan) as run:
         steps = endless_steps(run)
         yield from measured_turns(lambda: next(steps).images, operators)
 

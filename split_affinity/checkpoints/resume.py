@@ -27,7 +27,14 @@ from split_affinity.errors import UserError, memory_errors, one_line
 from split_affinity.options.commands import ASKED_WITH, command_defaults
 from split_affinity.options.recipes import FROM_CHECKPOINT, GIVE_WEIGHTS
 from split_affinity.options.saved import PATHS
-from split_affinity.options.settings import Settings, batches_in_step, plain_settings, settings_of
+from split_affinity.options.settings import (
+    CheckpointSettings,
+    DataSettings,
+    Settings,
+    batches_in_step,
+    plain_settings,
+    settings_of,
+)
 from split_affinity.options.values import Values
 from split_affinity.text import as_option, plural
 from split_affinity.training.steps import Run
@@ -40,7 +47,7 @@ def check_classes(path: Path, saved: State, classes: Sequence[str]) -> None:
 
 
 def check_same_classes(where: str, known: Sequence[str], classes: Sequence[str]) -> None:
-    """Raise UserError if the classes that weights know, `where` these are, are not the data's."""
+    """Raise UserError if the classes of a checkpoint, or of weights, are not those of the data."""
     for number, pair in enumerate(itertools.zip_longest(known, classes)):
         if pair[0] != pair[1]:
             theirs, ours = (name or "missing" for name in pair)
@@ -52,15 +59,16 @@ def check_same_classes(where: str, known: Sequence[str], classes: Sequence[str])
 def check_resumable(
     path: Path, saved: State, settings: Settings, data: State | None = None
 ) -> list[str]:
-    """Settings, versions and images in which a run differs from the one that is resumed, so that
-    it will not give the same numbers. Raises UserError for a difference that makes no sense.
+    """Differences from the saved run that change the numbers, in words: settings, versions, images.
+
+    Raises UserError for a difference that makes no sense.
     """
     former, asked = saved_settings(saved), saved.get("asked") or {}
     differences = check_same_step(path, former, settings)
     for name, value in plain_settings(settings).items():
         before = former[name]
         unknown = before is None and name not in saved["settings"]  # to the version that saved it
-        same = value in (before, asked.get(name, before)) or name == "accumulate"  # see above
+        same = value in (before, asked.get(name, before)) or name == "accumulate"  # checked above
         if ON_RESUME[name] == "free" or same or unknown:
             continue
         flag = f"--{name.replace('_', '-')}"
@@ -85,8 +93,8 @@ def check_resumable(
 
 
 def check_same_step(path: Path, former: Values, settings: Settings) -> list[str]:
-    """What another number of ranks changes, if it is one. Raises UserError if an optimizer step
-    would not have as many batches as before.
+    """What another number of ranks changes, in words. Raises UserError unless an optimizer step
+    has as many batches as before.
     """
     then, now = former["accumulate"] * former["ranks"], batches_in_step(settings)
     if then != now:
@@ -104,14 +112,16 @@ def check_same_step(path: Path, former: Values, settings: Settings) -> list[str]
     return [f"ranks {former['ranks']} -> {settings.ranks} ({changed})"]
 
 
-def find_resumed(settings: Settings, checkpoints: Checkpoints) -> tuple[Path, State] | None:
-    """The state that `--resume` asks for, if it does; auto may find that there is none yet."""
+def find_resumed(
+    settings: CheckpointSettings, checkpoints: Checkpoints
+) -> tuple[Path, State] | None:
+    """The checkpoint of --resume; None without one, as auto finds none in a new folder."""
     if settings.resume == Path("auto"):
         return checkpoints.newest_good()
     return (settings.resume, read_checkpoint(settings.resume)) if settings.resume else None
 
 
-# Options that leave no room for others which a saved run brings with it.
+# Options that replace others of the saved run.
 IN_PLACE_OF = {
     "split": ("forward_cores", "backward_cores", "forward_threads", "backward_threads"),
     "forward_cores": ("split",),
@@ -121,42 +131,39 @@ IN_PLACE_OF = {
 
 
 def saved_defaults(command: str, settings: Settings, typed: Values) -> Values:
-    """The defaults that `--resume` brings with it: the settings of the saved run, or none if auto
-    finds no such run. `settings` are those without them, `typed` the options given.
+    """The defaults that --resume brings: the settings of the saved run, or none without a run.
 
-    Raises BadCheckpoint, and UserError if the run's data are gone.
+    `settings` are those without them, `typed` the options given. predict takes what changes its
+    answers. Raises BadCheckpoint, and UserError if the images of the run are gone.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # loaders are to be forked before a team of threads is born
+    torch.set_num_threads(1)  # loaders are forked later, before any team of threads is born
     try:
-        silent = Checkpoints(dataclasses.replace(settings, mirror=None), lambda text: None)
-        found = find_resumed(settings, silent)
+        quiet = Checkpoints(dataclasses.replace(settings, mirror=None), lambda text: None)
+        found = find_resumed(settings, quiet)
     finally:
         torch.set_num_threads(threads)
     if not found:
         return {}
     path, state = found
-    if command == "predict":
-        return defaults_to_ask(path, state, typed)
-    return defaults_to_go_on(path, state, typed, settings.ranks)
-
-
-def defaults_to_ask(path: Path, state: State, typed: Values) -> Values:
-    """What `predict` takes from a saved run: what makes a difference to the answers."""
+    if command != "predict":
+        return defaults_to_go_on(path, state, typed, settings.ranks)
     model = state["settings"]["model"]
     if typed.get("model", model) != model:
         raise UserError(f"--model {typed['model']}: {path} has {model}")
-    taken = vars(settings_to_go_on(state)) | vars(preprocessing_of(state))
     ready = preprocessing_of(state).overruled(settings_of(typed))
-    return {name: taken[name] for name in ASKED_WITH} | vars(ready)
+    taken = vars(settings_to_go_on(state)) | vars(ready)
+    return {name: taken[name] for name in {*ASKED_WITH, *vars(ready)}}
 
 
 def defaults_to_go_on(path: Path, state: State, typed: Values, ranks: int = 1) -> Values:
-    """What a run takes from a saved one to go on with it, or to test it; the output folder is where
-    the checkpoint is now. A recipe that is not that of the saved run counts as typed. As many ranks
-    as there are now share the batches of a step.
+    """What a run takes from a saved one, to go on with it or to test it.
+
+    The output folder is where the checkpoint is now. Another recipe than that of the saved run
+    counts as typed.
     """
     taken = settings_to_go_on(state)
+    # The ranks of today share the batches of a step.
     batches, rest = divmod(taken.accumulate * saved_settings(state)["ranks"], ranks)
     accumulate = taken.accumulate if rest else batches
     taken = dataclasses.replace(taken, accumulate=accumulate, ranks=ranks)
@@ -175,15 +182,15 @@ def defaults_to_go_on(path: Path, state: State, typed: Values, ranks: int = 1) -
             )
     for name in ("forward_threads", "backward_threads"):
         if (defaults[name] or 0) > len(ALLOWED_CPUS):
-            defaults[name] = None  # of a larger machine, or of nobody who means well
+            defaults[name] = None  # from a larger machine, or made up by a stranger
     if not {"data_path", "download"} & typed.keys():
-        defaults["data_path"] = find_again(path, state, taken.data_path)
+        defaults["data_path"] = find_images(path, state, taken.data_path)
     return defaults | (typed if recipe else {})
 
 
-def find_again(path: Path, state: State, absolute: Path | None) -> Path | None:
-    """Where the images of a saved run are: as they were, or as they were given then, seen from this
-    folder. They are read alone: nothing is made there. Raises UserError if they are gone.
+def find_images(path: Path, state: State, absolute: Path | None) -> Path | None:
+    """Where the images of a saved run are: where they were, or at the path typed then, from this
+    folder. Raises UserError if they are gone.
     """
     as_given = settings_of(saved_settings(state)).data_path
     for place in filter(None, (absolute, as_given)):
@@ -196,8 +203,8 @@ def find_again(path: Path, state: State, absolute: Path | None) -> Path | None:
 
 
 @contextlib.contextmanager
-def fitting(path: Path, settings: Settings) -> Iterator[None]:
-    """Turn the error for a state of other shapes, or with other contents, into one line."""
+def fit_errors(path: Path, settings: DataSettings) -> Iterator[None]:
+    """Turn the error for a state with other shapes or contents into one line."""
     try:
         with memory_errors():
             yield
@@ -206,46 +213,38 @@ def fitting(path: Path, settings: Settings) -> Iterator[None]:
         raise UserError(f"{path} does not fit {what}: {one_line(error)}") from None
 
 
-def check_new(settings: Settings, checkpoints: Checkpoints) -> None:
-    """Raise UserError if a new run would take the place of an earlier one, or lacks the weights
-    that its recipe starts from.
-    """
-    if checkpoints.exist():
-        raise UserError(
-            f"--output-dir {checkpoints.folder} has the checkpoints of an earlier run: go on with "
-            "it by --resume auto, or choose another folder"
-        )
-    if settings.recipe in FROM_CHECKPOINT and not (settings.init_from or settings.weights):
-        raise UserError(
-            f"--recipe {settings.recipe} starts from trained weights, and {checkpoints.folder} has "
-            f"none: {GIVE_WEIGHTS}"
-        )
+def checkpoint_to_resume(settings: Settings, checkpoints: Checkpoints) -> tuple[Path, State] | None:
+    """The checkpoint that a run goes on from; None for a new run.
 
-
-def find_to_go_on(settings: Settings, checkpoints: Checkpoints) -> tuple[Path, State] | None:
-    """The state that a run goes on from; None for a new run. Raises UserError if either would take
-    the place of another run.
+    Raises UserError if the run would take the place of another one, or lacks the weights that its
+    recipe starts from.
     """
     found, folder = find_resumed(settings, checkpoints), checkpoints.folder
-    if not found:
-        check_new(settings, checkpoints)
-        return None
-    path, _ = found
-    if checkpoints.exist() and path.resolve().parent != folder.resolve():
+    there = f"--output-dir {folder} has the checkpoints of"
+    if not found and checkpoints.exist():
         raise UserError(
-            f"--resume {path}: --output-dir {folder} has the checkpoints of another run: go on "
-            "with that by --resume auto, or choose another folder"
+            f"{there} an earlier run: go on with it by --resume auto, or choose another folder"
+        )
+    if not found and settings.recipe in FROM_CHECKPOINT:
+        if not (settings.init_from or settings.weights):
+            raise UserError(
+                f"--recipe {settings.recipe} starts from trained weights, and {folder} has none: "
+                f"{GIVE_WEIGHTS}"
+            )
+    elif found and checkpoints.exist() and found[0].resolve().parent != folder.resolve():
+        raise UserError(
+            f"--resume {found[0]}: {there} another run: go on with that by --resume auto, or "
+            "choose another folder"
         )
     return found
 
 
 def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
-    """Where the run stands, its state restored if `--resume` asks for that, and what to say of it.
-
-    Raises UserError for a checkpoint that is not good, or of another kind of run.
+    """Restore the state of --resume, if you asked for that; returns where the run stands, and what
+    to tell you. Raises UserError for a damaged checkpoint, or one of another kind of run.
     """
     settings, batches = run.settings, len(run.train)
-    found = run.ranks.first(find_to_go_on, settings, checkpoints)
+    found = run.ranks.first(checkpoint_to_resume, settings, checkpoints)
     if not found:
         return Progress(epoch_batches=batches), list(filter(None, [run.train_state.network.note]))
     path, state = found
@@ -253,7 +252,7 @@ def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
     before = state["progress"]["epoch_batches"]
     if before != batches:
         raise UserError(f"{path}: made with {before} batches an epoch, not {batches}")
-    with fitting(path, settings):
+    with fit_errors(path, settings):
         progress = run.lanes.backward.call(restore_state, state, run.train_state, settings)
     folder = checkpoints.folder
     if folder and path.resolve().parent == folder.resolve():

@@ -14,16 +14,14 @@ from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import Ranks
 from split_affinity.text import as_option, option_text
 
-# What may differ from machine to machine, and each rank takes as it was typed there.
+# These may differ from machine to machine.
 OF_A_MACHINE = """
     data_path augment_confused teacher_weights workers forward_cores backward_cores loader_cores
     forward_threads backward_threads tuned_malloc""".split()
 
 
 def check_same_options(given: Sequence[dict[str, str]]) -> None:
-    """Raise UserError for the first option that a rank was not given as rank 0 was, unless it is
-    one of a machine.
-    """
+    """Raise UserError for the first option that differs between ranks and may not."""
     for rank, name in itertools.product(range(len(given)), sorted(set().union(*given))):
         here, there = given[rank].get(name), given[0].get(name)
         if here != there and name not in OF_A_MACHINE:
@@ -34,10 +32,11 @@ def check_same_options(given: Sequence[dict[str, str]]) -> None:
             raise UserError("rank {} was given {}, rank 0 {}".format(rank, *texts))
 
 
-def parse_together(argv: Sequence[str], ranks: Ranks) -> tuple[str, Settings]:
-    """The command and the settings: those of the first rank, which alone may have the checkpoint to
-    go on from, but for what may differ between machines. Raises UserError if a rank was given other
-    options than the first.
+def parse_on_all_ranks(argv: Sequence[str], ranks: Ranks) -> tuple[str, Settings]:
+    """The command and the settings.
+
+    Rank 0 decides, since it alone may have the checkpoint to go on from; what belongs to a machine
+    is taken as you typed it there. Raises UserError if another rank was given other options.
     """
     command, settings = ranks.first(parse_arguments, argv, saved_defaults, ranks.size)
     typed = typed_options(*split_arguments(argv))

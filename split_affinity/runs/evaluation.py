@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from split_affinity.checkpoints.resume import check_classes, fitting
+from split_affinity.checkpoints.folder import Checkpoints
+from split_affinity.checkpoints.resume import check_classes, find_resumed, fit_errors
 from split_affinity.checkpoints.state import Progress, State
 from split_affinity.data.classes import named_classes
 from split_affinity.data.dataset import describe_images
-from split_affinity.data.pictures import ImageData, kept_apart
+from split_affinity.data.pictures import kept_apart
 from split_affinity.errors import UserError
 from split_affinity.models.freezing import begin_training
 from split_affinity.models.weights import versioned
@@ -33,10 +34,9 @@ VALIDATED_AHEAD = 3  # batches that are with the lanes, or wait there
 
 
 def validate_batches(run: Run) -> Iterator[tuple[list[Scores], torch.Tensor, torch.Tensor]]:
-    """For each batch of the validation images its scores, the predicted classes and the true ones.
+    """The scores of each validation batch, the predicted classes and the true ones.
 
-    The lanes share the batches out one by one, in proportion to their threads. Raises Stopped
-    between two batches.
+    Each lane takes batches in proportion to its threads. Raises Stopped between two batches.
     """
     taken = dict.fromkeys((run.lanes.forward, run.lanes.backward), 0)
     waiting: deque[tuple[Future, torch.Tensor]] = deque()
@@ -53,7 +53,7 @@ def validate_batches(run: Run) -> Iterator[tuple[list[Scores], torch.Tensor, tor
             else:
                 future, targets = waiting.popleft()
                 yield *future.result(), targets
-    finally:  # after an error too, no phase shall run on
+    finally:  # no phase runs on, after an error either
         for future, _ in waiting:
             if not future.cancel():
                 future.exception()  # waits
@@ -62,9 +62,9 @@ def validate_batches(run: Run) -> Iterator[tuple[list[Scores], torch.Tensor, tor
 def evaluate(
     run: Run, report: RunReport | None = None, confusion: Confusion | None = None
 ) -> list[Scores]:
-    """Go through the validation images: the scores of the moving average, if there is one, then
-    those of the model's own weights. `confusion` takes in what the first of them takes images for.
-    Several ranks share the images out.
+    """The validation scores of the moving average, if there is one, and of the model's own weights.
+
+    The first of them fills `confusion`. Ranks share the images.
     """
     scores: list[list[Scores]] = []
     run.train_state.network.model.eval()
@@ -93,7 +93,7 @@ def evaluate(
 
 
 def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
-    """Validate, if there is something to validate, and enter the epoch's figures."""
+    """Validate, if there are images for that, and enter the figures of the epoch."""
     loss = progress.loss_sum / progress.images
     parts = {"train": Scores(loss, progress.images, progress.top1, progress.top5)}
     if run.val:
@@ -123,23 +123,21 @@ def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
     report.epoch(row, progress.history)
 
 
-def warn_of_known_images(path: Path, state: State, data: ImageData) -> None:
-    """Warn if a checkpoint may have been trained on images that are kept apart now."""
-    trained_on = (state.get("data") or {}).get("fingerprint")
-    if kept_apart(data) and trained_on != describe_images(data)["fingerprint"]:
-        asked = "--seed, --val-share and --subset"
-        warn(f"{path} was trained on other images than {asked} leave: it may know some of these")
-
-
 def load_to_test(run: Run, path: Path, state: State) -> None:
-    """Take the weights of a checkpoint, and its moving average if it has one."""
+    """Load the weights of a checkpoint, and its moving average if it has one.
+
+    Warns if the checkpoint may have been trained on images that are kept apart now.
+    """
     for name in ("model", "num_classes"):
         ours, saved = getattr(run.settings, name), state["settings"].get(name)
         if ours != saved:
             raise UserError(f"--{name.replace('_', '-')} {ours}: {path} has {saved}")
     check_classes(path, state, run.data.classes)
-    warn_of_known_images(path, state, run.data)
-    with fitting(path, run.settings):
+    trained_on = (state.get("data") or {}).get("fingerprint")
+    if kept_apart(run.data) and trained_on != describe_images(run.data)["fingerprint"]:
+        asked = "--seed, --val-share and --subset"
+        warn(f"{path} was trained on other images than {asked} leave: it may know some of these")
+    with fit_errors(path, run.settings):
         model = run.train_state.network.model
         model.load_state_dict(versioned(state["average"] or state["model"], model))
         run.train_state.average = MovingAverage(model, 0.0) if state["average"] else None
@@ -147,33 +145,32 @@ def load_to_test(run: Run, path: Path, state: State) -> None:
     say_lines([f"{path}: epoch {state['progress']['epoch']}, step {state['progress']['step']}"])
 
 
-def evaluate_and_report(run: Run, found: tuple[Path, State] | None) -> None:
-    """Evaluate a checkpoint, first its moving average if it has one, or else weights by name: print
-    the figures, and write the confusion matrix and the confused pairs.
-    """
-    name = f"--weights {run.settings.weights}"
-    if found:
-        load_to_test(run, *found)
-        name = readable(str(found[0]))
-    elif run.settings.weights:
-        say(run.train_state.network.note)
-    else:
-        raise UserError(f"--test-only: no checkpoint in {run.settings.output_dir}")
-    confusion = Confusion()
-    results = evaluate(run, confusion=confusion)
-    if run.ranks.rank:
+def evaluate_and_report(run: Run) -> None:
+    """Evaluate the checkpoint of --resume, or --weights; print and write what it confuses."""
+    settings, ranks = run.settings, run.ranks
+    name, confusion = f"--weights {settings.weights}", Confusion()
+    with contextlib.closing(Checkpoints(settings, warn, ranks=ranks)) as checkpoints:
+        if found := ranks.first(find_resumed, settings, checkpoints):
+            load_to_test(run, *found)
+            name = readable(str(found[0]))
+        elif settings.weights:
+            say(run.train_state.network.note)
+        else:
+            raise UserError(f"--test-only: no checkpoint in {settings.output_dir}")
+        results = evaluate(run, confusion=confusion)
+    if ranks.rank:
         return
     for text in run.bad.messages:
         warn(f"{text}: left out")
-    classes = named_classes(run.data.classes, run.settings.num_classes)
+    classes = named_classes(run.data.classes, settings.num_classes)
     text = "loss {loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %"
     figures, *raw = (text.format_map(each.figures()) for each in results)
     lines = [f"{plural(results[0].images, 'image')}: {figures}"]
     lines += [f"raw, without the moving average: {each}" for each in raw]
     say("\n".join([*lines, "", *class_lines(confusion, classes)]))
-    if run.settings.output_dir:
-        title = f"{describe_run(run.settings)}: {figures}"
+    if settings.output_dir:
+        title = f"{describe_run(settings)}: {figures}"
         footer = picture_footer(run.topology)
-        write_confusion(run.settings.output_dir, title, confusion, classes, name, footer)
+        write_confusion(settings.output_dir, title, confusion, classes, name, footer)
     else:
         say("note: no confusion matrix is drawn without --output-dir")

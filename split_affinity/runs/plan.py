@@ -29,13 +29,22 @@ from split_affinity.runs.starting_weights import teacher_name
 from split_affinity.terminal import say, say_lines
 
 
-def imagined(settings: Settings, topology: Topology) -> Ranks:
-    """As many ranks of one machine as are asked for, none of which is there."""
-    ranks = Ranks()
-    ranks.hosts = settings.ranks * [dataclasses.replace(this_host(topology), name="this machine")]
-    shares = (rank_topology(ranks.hosts, rank) for rank in range(settings.ranks))
-    ranks.plans = [plan_for(settings, share) for share in shares]
-    return ranks
+def decide_plan(settings: Settings, topology: Topology, ranks: Ranks) -> tuple[CorePlan, Ranks]:
+    """The plan of this rank, and all ranks, which have theirs.
+
+    `plan --ranks 4` shows four ranks of this machine, though nobody has started them.
+    """
+    if settings.ranks > ranks.size:
+        ranks = Ranks()
+        host = dataclasses.replace(this_host(topology), name="this machine")
+        ranks.hosts = settings.ranks * [host]
+        shares = (rank_topology(ranks.hosts, rank) for rank in range(settings.ranks))
+        ranks.plans = [plan_for(settings, share) for share in shares]
+        return ranks.plans[0], ranks
+    with ranks.together():
+        plan = plan_for(settings, topology)
+    ranks.introduce(plan)
+    return plan, ranks
 
 
 def plan_lines(settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks) -> list[str]:
@@ -84,7 +93,7 @@ def print_model(
         say_lines([f"machine recorded in {settings.record}"])
 
 
-def list_models(settings: Settings, topology: Topology, ranks: Ranks = ONE_PROCESS) -> None:
+def list_models(settings: Settings, topology: Topology) -> None:
     """What `--list-models` prints: the names, and parameters for 1000 classes; timm's are many."""
     say(f"{'model':24} {'parameters':>13}")
     for name in classifier_names():

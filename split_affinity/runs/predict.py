@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from split_affinity.checkpoints.folder import Checkpoints
-from split_affinity.checkpoints.resume import find_resumed, fitting
+from split_affinity.checkpoints.resume import find_resumed, fit_errors
 from split_affinity.checkpoints.state import (
     State,
     preprocessing_of,
@@ -73,7 +73,7 @@ def trained_model(path: Path, state: State, overruling: Settings) -> Trained:
     ready = preprocessing_of(state).overruled(overruling)
     settings = dataclasses.replace(settings_of(saved_settings(state)), **vars(ready))
     check_model_name(settings.model)
-    with fitting(path, settings):
+    with fit_errors(path, settings):
         model = build_model(settings.model, settings.num_classes, settings.image_size)
         model.load_state_dict(versioned(state["average"] or state["model"], model))
     names = (state.get("data") or {}).get("classes", ())

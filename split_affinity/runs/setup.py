@@ -44,7 +44,7 @@ from split_affinity.training.update import GradientNorms, TrainState, build_aver
 
 
 def check_writable(settings: Settings) -> None:
-    """Raise UserError if the log or the output folder cannot be written; leaves no trace."""
+    """Raise UserError unless log, output folder and --json can be written. Leaves no trace."""
     log, output = settings.log_file, settings.output_dir
     flag = f"--log-file {log}"
     try:
@@ -65,7 +65,7 @@ def check_writable(settings: Settings) -> None:
 
 
 def check_json(path: Path | None) -> None:
-    """Raise UserError if the file of `--json` cannot be written; leaves no trace."""
+    """Raise UserError unless the file of --json can be written. Leaves no trace."""
     try:
         if path:
             check_appendable(followed(path), path.parent, any_kind=True)
@@ -73,9 +73,6 @@ def check_json(path: Path | None) -> None:
             tempfile.TemporaryFile(dir=path.resolve().parent).close()
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
-
-
-SUBSET = "subset.json"
 
 
 def build_train_state(
@@ -86,8 +83,10 @@ def build_train_state(
     classes: Sequence[str] = (),
     ranks: Ranks = ONE_PROCESS,
 ) -> TrainState:
-    """Model and optimizer, each built on the lane that uses it first. The learning rate runs over
-    `all_steps` optimizer steps, of which an epoch has `epoch_steps`; the data have these `classes`.
+    """Model and optimizer, each built on the lane that uses it first.
+
+    The learning rate runs over `all_steps` optimizer steps, `epoch_steps` in each epoch. `classes`
+    are those of the data: trained weights may know others.
     """
     model, note = lanes.forward.call(starting_model, settings, classes)
     optimizer = lanes.backward.call(build_optimizer, model, settings)
@@ -118,9 +117,7 @@ def build_train_state(
 def settings_in_force(
     settings: Settings, topology: Topology, data: ImageData, **others: Any
 ) -> Settings:
-    """The settings with classes, preprocessing, precision and teacher decided, and with the
-    `others`.
-    """
+    """The settings with everything decided that you left open, and with the `others` replaced."""
     return dataclasses.replace(
         settings,
         teacher=teacher_name(settings),
@@ -131,38 +128,11 @@ def settings_in_force(
     )
 
 
-def check_validation(settings: Settings, data: ImageData) -> None:
-    """Raise UserError for what needs validation images, if there are none."""
-    wanted = {
-        "--test-only": settings.test_only,
-        f"--early-stopping {settings.early_stopping}": settings.early_stopping,
-        f"--target-top1 {settings.target_top1}": settings.target_top1,
-    }
-    for flag, value in wanted.items():
-        if value and data.val is None:
-            places = "DIR/val/<class>/*.jpg, or --val-share"
-            raise UserError(f"{flag} needs validation images ({places})")
-
-
-def start_with_same_weights(run: Run) -> None:
-    """Have all ranks begin with the weights of the first, and draw numbers of their own."""
-    train_state, ranks = run.train_state, run.ranks
-    begun = ranks.first(train_state.network.model.state_dict)
-    into = [
-        train_state.network.model.state_dict(),
-        *([train_state.average.values] if train_state.average else []),
-    ]
-    for tensors, (name, value) in itertools.product(into, begun.items()):
-        tensors[name].copy_(value)
-    if ranks.rank:
-        torch.manual_seed(derived_seed(run.settings.seed, "rank", ranks.rank))
-
-
-def settled(
+def check_run(
     settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks
-) -> tuple[Settings, ImageData, str]:
-    """The settings that will be in force, the data, and a note on memory that could not be tuned,
-    if so. Raises UserError, with nothing written, for a run that cannot be.
+) -> tuple[Settings, ImageData, list[str]]:
+    """The settings in force, the data, and notes for you. Raises UserError for a run that cannot
+    be, before anything is written.
     """
     check_model_name(settings.model)
     data = open_data(settings)
@@ -176,19 +146,47 @@ def settled(
         data = with_known_classes(data, settings)
     note = tune_allocator() if settings.tuned_malloc else ""
     tuned = settings.tuned_malloc and not note
-    settings = settings_in_force(
-        settings, topology, data, loader_cores=plan.loader_cpus, tuned_malloc=tuned
-    )
+    others = {"loader_cores": plan.loader_cpus, "tuned_malloc": tuned}
+    settings = settings_in_force(settings, topology, data, **others)
     check_memory(settings, topology, settings.batch_size)
-    return settings, data, note
+    return settings, data, [note] if note else []
+
+
+def check_validation(settings: Settings, data: ImageData) -> None:
+    """Raise UserError for options that need validation images, if there are none."""
+    wanted = {
+        "--test-only": settings.test_only,
+        f"--early-stopping {settings.early_stopping}": settings.early_stopping,
+        f"--target-top1 {settings.target_top1}": settings.target_top1,
+    }
+    for flag, value in wanted.items():
+        if value and data.val is None:
+            places = "DIR/val/<class>/*.jpg, or --val-share"
+            raise UserError(f"{flag} needs validation images ({places})")
+
+
+def start_with_same_weights(run: Run) -> None:
+    """Give all ranks the weights of rank 0; each draws random numbers of its own from here on."""
+    train_state, ranks = run.train_state, run.ranks
+    first_weights = ranks.first(train_state.network.model.state_dict)
+    into = [
+        train_state.network.model.state_dict(),
+        *([train_state.average.values] if train_state.average else []),
+    ]
+    for tensors, (name, value) in itertools.product(into, first_weights.items()):
+        tensors[name].copy_(value)
+    if ranks.rank:
+        torch.manual_seed(derived_seed(run.settings.seed, "rank", ranks.rank))
 
 
 def check_subset(run: Run, resumed: bool) -> None:
-    """Keep the choice of `--subset` in the output folder; a resumed run has to make the same."""
+    """Write the choice of --subset into the output folder. Raises UserError if a resumed run
+    chooses other images.
+    """
     settings = run.settings
     if settings.subset == 1 or not settings.output_dir or run.ranks.rank:
         return
-    path = settings.output_dir / SUBSET
+    path = settings.output_dir / "subset.json"
     chosen = {"subset": settings.subset, "seed": settings.seed, "indices": run.data.chosen}
     text = json.dumps(chosen) + "\n"
     if resumed and path.is_file() and path.read_bytes() != text.encode():
@@ -197,7 +195,7 @@ def check_subset(run: Run, resumed: bool) -> None:
 
 
 def check_same_images(ranks: Ranks, fingerprint: str | None) -> None:
-    """Raise UserError unless all ranks have images of the same names and sizes to train on."""
+    """Raise UserError unless the images of all ranks have the same names and sizes."""
     for rank, found in enumerate(every := ranks.exchange(fingerprint)):
         if found != every[0]:
             where = f"rank {rank} on {ranks.hosts[rank].name}"

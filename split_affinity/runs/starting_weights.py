@@ -1,4 +1,4 @@
-"""The weights that a run starts from, `--weights` or `--init-from`, and those of its teacher."""
+"""The weights that a run starts from (--weights, --init-from), and those of its teacher."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ from split_affinity.options.contradictions import is_name
 from split_affinity.options.settings import DataSettings, Settings
 from split_affinity.training.network import Teacher
 
-# Where other programs keep weights in a file, a moving average first, as timm's own loading has it;
-# and what wrappers of a model (DataParallel, torch.compile) put before the names.
+# The keys under which other programs keep weights; a moving average comes first, as in timm.
 WEIGHTS_IN = ("model_ema", "state_dict_ema", "ema", "state_dict", "model", "model_state_dict")
+# What DataParallel and torch.compile put before the names.
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
 
 @dataclass(frozen=True)
 class SavedWeights:
-    """Weights from a file, by name; `classes` that they know, if the file says; `settings` (JSON
-    types) of the run that saved it, {} for a plain state dict; the `part` of the file that they
-    are, where it has several.
+    """Weights from a file, by name, with the `classes` that they know, if the file has these.
+
+    `settings` (JSON types) are those of the run that saved them, {} for a plain state dict; `part`
+    is their key in the file, if it has several.
     """
 
     weights: Weights
@@ -53,8 +54,9 @@ class SavedWeights:
 
 
 def read_weights(path: Path, flag: str = "--init-from") -> SavedWeights:
-    """The weights of a checkpoint of this program, verified, of its moving average if it has one;
-    or those of any other file of weights. Raises BadCheckpoint, the message led by the flag.
+    """The weights of a file: of a checkpoint, verified, its moving average if there is one.
+
+    Raises BadCheckpoint; the message begins with the flag.
     """
     try:
         if path.suffix == ".safetensors":
@@ -75,9 +77,7 @@ def read_weights(path: Path, flag: str = "--init-from") -> SavedWeights:
 
 
 def load_safetensors(path: Path) -> Weights:
-    """The tensors of a file in the format of safetensors, an optional package. Raises BadCheckpoint
-    or OSError.
-    """
+    """The tensors of a .safetensors file. Raises BadCheckpoint, OSError."""
     try:
         import safetensors.torch
     except ImportError:
@@ -91,9 +91,7 @@ def load_safetensors(path: Path) -> Weights:
 
 
 def plain_weights(path: Path, content: Any) -> SavedWeights:
-    """The weights in what a file of another program holds: tensors by name, perhaps as a part of
-    it, the moving average first; wrappers' prefixes are taken off. Raises BadCheckpoint.
-    """
+    """The tensors by name in the content of another program's file. Raises BadCheckpoint."""
     content = content if isinstance(content, dict) else {}
     if str(content.get("format")).startswith(CHECKPOINT_FORMAT.split()[0]):
         raise BadCheckpoint(f"{path}: damaged: it does not end with its SHA-256")
@@ -107,9 +105,25 @@ def plain_weights(path: Path, content: Any) -> SavedWeights:
     return SavedWeights(weights, part=part)
 
 
-def start_with_weights(model: nn.Module, settings: Settings, classes: Sequence[str]) -> str:
-    """Put `--weights` into a model; its classifier stays as it is if they know other classes than
-    the data's. Says what was taken.
+def starting_model(settings: Settings, classes: Sequence[str]) -> tuple[nn.Module, str]:
+    """The model that a run starts from, and where its weights come from, in words."""
+    shape, note = (settings.num_classes, settings.image_size), ""
+    model = build_model(settings.model, *shape, settings.stochastic_depth)
+    for size in dict.fromkeys((image_size_in(settings, 1), settings.image_size)):
+        check_input_shape(model, settings.model, settings.batch_size, size)
+    if settings.weights:
+        note = load_named_weights(model, settings, classes)
+    if settings.init_from:
+        note = load_weights_file(model, settings, classes)
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)
+    return model, note
+
+
+def load_named_weights(model: nn.Module, settings: Settings, classes: Sequence[str]) -> str:
+    """Load --weights into a new model; returns what was taken, in words.
+
+    The classifier stays new if the weights know other classes than the data.
     """
     shape = settings.num_classes, settings.image_size
     known = find_weights(settings.model, settings.weights, image_size=settings.image_size)
@@ -118,24 +132,10 @@ def start_with_weights(model: nn.Module, settings: Settings, classes: Sequence[s
     return f"weights from {known.title}: {take_weights(model, known.load(), left_out)}"
 
 
-def starting_model(settings: Settings, classes: Sequence[str]) -> tuple[nn.Module, str]:
-    """The model that a run starts from, and what is new in it if its weights have been trained."""
-    shape, note = (settings.num_classes, settings.image_size), ""
-    model = build_model(settings.model, *shape, settings.stochastic_depth)
-    for size in dict.fromkeys((image_size_in(settings, 1), settings.image_size)):
-        check_input_shape(model, settings.model, settings.batch_size, size)
-    if settings.weights:
-        note = start_with_weights(model, settings, classes)
-    if settings.init_from:
-        note = take_file(settings, model, classes)
-    if settings.channels_last:
-        model.to(memory_format=torch.channels_last)
-    return model, note
+def load_weights_file(model: nn.Module, settings: Settings, classes: Sequence[str]) -> str:
+    """Load --init-from into a new model; returns what was taken, in words.
 
-
-def take_file(settings: Settings, model: nn.Module, classes: Sequence[str]) -> str:
-    """Give a new model the weights of `--init-from`; says what was taken. The classifier stays new
-    if that of the file knows other classes than those of the data.
+    The classifier stays new if the file knows other classes than the data.
     """
     path, name = settings.init_from, settings.model
     saved = read_weights(path)
@@ -155,18 +155,10 @@ def take_file(settings: Settings, model: nn.Module, classes: Sequence[str]) -> s
     return f"weights from {path}{part}: {taken}{reason}"
 
 
-def read_teacher(settings: Settings) -> SavedWeights:
-    """The teacher's weights: torchvision's by name, or those of a file."""
-    name, flag = settings.teacher_weights, "--teacher-weights"
-    if not is_name(name):
-        return read_weights(Path(name), flag)
-    found = find_weights(settings.teacher, name, flag)
-    return SavedWeights(found.load(), found.classes, dataclasses.asdict(found.native))
-
-
 def teacher_name(settings: Settings) -> str | None:
-    """The teacher's model: as asked for, or the one that its weights, of a checkpoint, were made
-    by. Raises UserError if it is unknown, or not that one.
+    """The name of the teacher's model: as you typed it, or as its checkpoint has it.
+
+    Raises UserError if the name is unknown, or is not that of the checkpoint.
     """
     weights, asked = settings.teacher_weights, settings.teacher
     if weights is None or settings.test_only:
@@ -184,9 +176,10 @@ def teacher_name(settings: Settings) -> str | None:
 
 
 def check_teacher(settings: Settings, saved: SavedWeights, classes: Sequence[str]) -> None:
-    """Raise UserError if a teacher knows other classes than those of the data, in their order:
-    which ones, if both are known, and how many. Names of other people's weights may differ from
-    those of the data; unless some are the same, their number alone counts.
+    """Raise UserError unless a teacher knows the classes of the data, in their order.
+
+    Weights by name may call classes otherwise than the data: if no name is the same, their number
+    alone counts.
     """
     where, name = f"--teacher-weights {settings.teacher_weights}", settings.teacher
     known, count = saved.classes or (), settings.num_classes
@@ -201,28 +194,32 @@ def check_teacher(settings: Settings, saved: SavedWeights, classes: Sequence[str
 
 
 def teacher_lines(settings: Settings) -> Iterator[str]:
-    """What a run says of its teacher, if it has one."""
+    """A line on the teacher of a run, if it has one."""
     if settings.teacher_weights:
         share = f"{settings.teacher_share:g} of the target"
         yield f"taught by {settings.teacher}, weights {settings.teacher_weights}: {share}"
 
 
 def build_teacher(settings: Settings, classes: Sequence[str]) -> Teacher | None:
-    """The teacher, if there is one. Draws no random numbers: the student's are those of a run
-    without it. Raises UserError for weights that are not whole, or know other classes.
-    """
-    if not settings.teacher_weights or settings.test_only:
+    """The teacher, or None. Raises UserError for weights with gaps, or with other classes."""
+    weights, flag = settings.teacher_weights, "--teacher-weights"
+    if not weights or settings.test_only:
         return None
-    saved, name, size = read_teacher(settings), settings.teacher, settings.image_size
+    name, size = settings.teacher, settings.image_size
+    if is_name(weights):
+        found = find_weights(name, weights, flag)
+        saved = SavedWeights(found.load(), found.classes, dataclasses.asdict(found.native))
+    else:
+        saved = read_weights(Path(weights), flag)
     check_teacher(settings, saved, classes)
-    with torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()):  # the student draws what it would draw without it
         model = build_model(name, settings.num_classes, size).eval().requires_grad_(False)
         for each in dict.fromkeys((image_size_in(settings, 1), size)):
             check_input_shape(model, f"the teacher {name}", settings.batch_size, each)
     try:
         take_weights(model, saved.weights, least=1)
     except UserError as error:
-        raise UserError(f"--teacher-weights {settings.teacher_weights}, {name}: {error}") from None
+        raise UserError(f"{flag} {weights}, {name}: {error}") from None
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
     return Teacher(model, settings.teacher_share, *renormalised(settings, saved.settings))
@@ -231,8 +228,8 @@ def build_teacher(settings: Settings, classes: Sequence[str]) -> Teacher | None:
 def renormalised(
     settings: DataSettings, other: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[()]:
-    """Scale and shift (3, 1, 1) from images as they are normalised here to those of other settings,
-    if these say so and it is another mean or deviation.
+    """Scale and shift (3, 1, 1) that bring images, as normalised here, to the mean and deviation of
+    `other` settings; () if these are the same.
     """
     here = settings.mean, settings.std
     there = other.get("mean") or here[0], other.get("std") or here[1]

@@ -45,7 +45,7 @@ from split_affinity.training.network import Confusion, Scores
 from split_affinity.training.schedules import SCHEDULES
 from split_affinity.training.steps import run_schedule
 from split_affinity.training.update import MovingAverage, TrainState
-from train_split_affinity import prepared, reason_to_end
+from train_split_affinity import reason_to_end, set_up
 
 # Epochs
 
@@ -182,7 +182,7 @@ def test_an_evaluation_weighs_images_and_not_batches(in_tmp, epochs):
     """Twelve images in batches of five: the last batch has two."""
     settings = dataclasses.replace(TINY, **epochs | {"batch_size": 5})
     images, targets = validation_images(epochs)
-    with with_plan(prepared, settings) as run:
+    with with_plan(set_up, settings) as run:
         confusion = Confusion()
         (result,) = evaluation.evaluate(run, confusion=confusion)
         with torch.inference_mode():
@@ -206,7 +206,7 @@ def test_the_memory_of_a_validation_does_not_grow_with_the_square_of_the_classes
 
     monkeypatch.setitem(OWN_MODELS, "wide", wide)
     settings = dataclasses.replace(TINY, **epochs | {"model": "wide", "num_classes": 10**6})
-    with with_plan(prepared, settings) as run:
+    with with_plan(set_up, settings) as run:
         confusion = Confusion()
         (result,) = evaluation.evaluate(run, confusion=confusion)
     assert result.images == confusion.total() == 12

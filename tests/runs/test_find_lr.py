@@ -15,7 +15,7 @@ from split_affinity.reports.plots import RangeTest
 from split_affinity.runs.find_lr import judge_rates, range_test
 from split_affinity.training.network import NonFiniteLoss, Scores
 from split_affinity.training.schedules import SCHEDULES
-from train_split_affinity import prepared
+from train_split_affinity import set_up
 
 # The range test
 
@@ -24,7 +24,7 @@ from train_split_affinity import prepared
 def test_a_range_test_leaves_the_model_and_the_disk_alone(in_tmp, epochs, schedule):
     asked = {"split": "even", "schedule": schedule, "accumulate": 2, "batch_size": 2, "steps": 8}
     settings = dataclasses.replace(TINY, **epochs | asked)
-    with with_plan(prepared, settings) as run, run.stop:
+    with with_plan(set_up, settings) as run, run.stop:
         before = copy.deepcopy(run.train_state.network.model)
         result = range_test(run)
         for name, value in run.train_state.network.model.state_dict().items():
@@ -49,7 +49,7 @@ def say_losses(monkeypatch, *losses):
 
 def find_lr(**settings):
     chosen = dataclasses.replace(TINY, **{"split": "none"} | settings)
-    with with_plan(prepared, chosen) as run, run.stop:
+    with with_plan(set_up, chosen) as run, run.stop:
         return range_test(run)
 
 

@@ -248,9 +248,9 @@ def test_group_sizes_to_measure(cores, counts):
     assert core_counts(cores) == counts
 
 
-def perfect(count, train_state=(1.0, 2.0, 0.0, 0.0)):
+def perfect(count, work=(1.0, 2.0, 0.0, 0.0)):
     """Phase times that halve with twice the cores."""
-    return PhaseTimes(*(seconds / count for seconds in train_state))
+    return PhaseTimes(*(seconds / count for seconds in work))
 
 
 def test_phase_times_between_two_measurements():
@@ -271,13 +271,13 @@ def test_phase_times_between_two_measurements():
         ("overlap", (1.0, 2.0, 0.0, 0.0), 6),
     ],
 )
-def test_the_best_split_of_work_that_scales_perfectly(schedule, train_state, best):
-    measured = {count: perfect(count, train_state) for count in (4, 8, 12)}
+def test_the_best_split_of_work_that_scales_perfectly(schedule, work, best):
+    measured = {count: perfect(count, work) for count in (4, 8, 12)}
     bounds_s = split_bounds_s(schedule, 4, measured, 16)
     assert list(bounds_s) == list(range(4, 13))
     expected_s = {}
     for forward in bounds_s:
-        ours, theirs = perfect(forward, train_state), perfect(16 - forward, train_state)
+        ours, theirs = perfect(forward, work), perfect(16 - forward, work)
         times = PhaseTimes(ours.forward_s, theirs.backward_s, 0.0, 0.0)
         expected_s[forward] = step_bound_s(schedule, times, 4)
     assert bounds_s == pytest.approx(expected_s)
