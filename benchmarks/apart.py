@@ -258,7 +258,7 @@ def main(options: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("options", nargs="*", help="further options of the training, after --")
     given = parser.parse_args()
     if os.geteuid() or len(os.sched_getaffinity(0)) < 2:

@@ -86,7 +86,7 @@ def run_bytes(lanes: Lanes, steps: int, micro_batches: int) -> int:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     for name, default in (("threads", 64), ("cpus", 128), ("phases", 400), ("steps", 2000)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default: {default})")
     parser.add_argument("--micro-batches", type=int, default=8, help="of a step (default: 8)")

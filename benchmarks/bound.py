@@ -72,7 +72,7 @@ def step_s(lanes: Lanes, schedule: str, stub: Stub, steps: int) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=20, help="steps of each line (default: 20)")
     given = parser.parse_args()
     cpus = sorted(ALLOWED_CPUS)

@@ -69,7 +69,7 @@ def main(data: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("folder", type=Path, nargs="?", help="for the digits (default: a new one)")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -67,7 +67,7 @@ def measure(ways: list[Way], topology: Topology) -> dict[str, list[float]]:
 def main(options: list[str]) -> None:
     """Measure, and print the table."""
     if "--help" in options:
-        print(f"usage: {Path(__file__).name} [-h] [options of compare ...]\n\n{__doc__}")
+        print(f"usage: {Path(__file__).name} [-h] [options of compare ...]\n\n{__doc__ or ''}")
         raise SystemExit(0)
     topology = read_topology()
     ways = ways_to_train(options, topology)

@@ -317,7 +317,7 @@ def main(
 
 def parse_arguments() -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     choices = ("sequential", "overlap", "delayed")
     parser.add_argument("--schedule", choices=choices, default="delayed")
     parser.add_argument(

@@ -101,7 +101,7 @@ def table(given: Namespace, shared: bool) -> Iterator[str]:
 
 def parse_arguments() -> Namespace:
     """The options, whose defaults are ResNet-50's on the machine that the page names."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     for name, default, text in (
         ("images", 32, "images of a micro-batch"),
         ("batches", 8, "micro-batches of a step"),

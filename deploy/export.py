@@ -211,7 +211,7 @@ def parse_formats(text: str) -> tuple[str, ...]:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cp.common_parser(__doc__.partition("\n\n")[0])
+    parser = cp.common_parser((__doc__ or "").partition("\n\n")[0])
     parser.add_argument(
         "--output-dir", type=Path, required=True, metavar="DIR", help="the folder for the files"
     )

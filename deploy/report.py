@@ -456,7 +456,7 @@ def check_places(asked: argparse.Namespace) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = cp.common_parser(__doc__.partition("\n\n")[0])
+    parser = cp.common_parser((__doc__ or "").partition("\n\n")[0])
     parser.add_argument(
         "--output",
         type=Path,

@@ -16,7 +16,7 @@ from split_affinity.checkpoints.resume import check_classes, find_resumed, fit_e
 from split_affinity.checkpoints.state import Progress, State
 from split_affinity.data.classes import named_classes
 from split_affinity.data.dataset import describe_images
-from split_affinity.data.pictures import kept_apart
+from split_affinity.data.pictures import ImageData, kept_apart
 from split_affinity.errors import UserError
 from split_affinity.models.freezing import begin_training
 from split_affinity.models.weights import versioned
@@ -123,20 +123,22 @@ def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
     report.epoch(row, progress.history)
 
 
-def load_to_test(run: Run, path: Path, state: State) -> None:
-    """Load the weights of a checkpoint, and its moving average if it has one.
+def warn_of_known_images(path: Path, state: State, data: ImageData) -> None:
+    """Warn if a checkpoint may have been trained on images that are kept apart now."""
+    trained_on = (state.get("data") or {}).get("fingerprint")
+    if kept_apart(data) and trained_on != describe_images(data)["fingerprint"]:
+        asked = "--seed, --val-share and --subset"
+        warn(f"{path} was trained on other images than {asked} leave: it may know some of these")
 
-    Warns if the checkpoint may have been trained on images that are kept apart now.
-    """
+
+def load_to_test(run: Run, path: Path, state: State) -> None:
+    """Load the weights of a checkpoint, and its moving average if it has one."""
     for name in ("model", "num_classes"):
         ours, saved = getattr(run.settings, name), state["settings"].get(name)
         if ours != saved:
             raise UserError(f"--{name.replace('_', '-')} {ours}: {path} has {saved}")
     check_classes(path, state, run.data.classes)
-    trained_on = (state.get("data") or {}).get("fingerprint")
-    if kept_apart(run.data) and trained_on != describe_images(run.data)["fingerprint"]:
-        asked = "--seed, --val-share and --subset"
-        warn(f"{path} was trained on other images than {asked} leave: it may know some of these")
+    warn_of_known_images(path, state, run.data)
     with fit_errors(path, run.settings):
         model = run.train_state.network.model
         model.load_state_dict(versioned(state["average"] or state["model"], model))

@@ -29,7 +29,7 @@ from split_affinity.models.cost import check_memory
 from split_affinity.models.freezing import freeze
 from split_affinity.models.registry import check_model_name
 from split_affinity.options.contradictions import resizing_contradictions
-from split_affinity.options.settings import Settings
+from split_affinity.options.settings import ReportSettings, Settings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks
 from split_affinity.reports.tables import CURVES, GRADIENTS, METRICS, TENSORBOARD, TIMELINE, TRACE
 from split_affinity.runs.starting_weights import build_teacher, starting_model, teacher_name
@@ -43,7 +43,7 @@ from split_affinity.training.steps import Run
 from split_affinity.training.update import GradientNorms, TrainState, build_average
 
 
-def check_writable(settings: Settings) -> None:
+def check_writable(settings: ReportSettings) -> None:
     """Raise UserError unless log, output folder and --json can be written. Leaves no trace."""
     log, output = settings.log_file, settings.output_dir
     flag = f"--log-file {log}"

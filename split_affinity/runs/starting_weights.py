@@ -30,7 +30,7 @@ from split_affinity.models.pretrained import find_weights
 from split_affinity.models.registry import build_model, check_input_shape, check_model_name
 from split_affinity.models.weights import Weights, classifier_weights, take_weights
 from split_affinity.options.contradictions import is_name
-from split_affinity.options.settings import DataSettings, Settings
+from split_affinity.options.settings import DataSettings, Settings, TrainingSettings
 from split_affinity.training.network import Teacher
 
 # The keys under which other programs keep weights; a moving average comes first, as in timm.
@@ -193,7 +193,7 @@ def check_teacher(settings: Settings, saved: SavedWeights, classes: Sequence[str
             )
 
 
-def teacher_lines(settings: Settings) -> Iterator[str]:
+def teacher_lines(settings: TrainingSettings) -> Iterator[str]:
     """A line on the teacher of a run, if it has one."""
     if settings.teacher_weights:
         share = f"{settings.teacher_share:g} of the target"
