@@ -30,7 +30,7 @@ from split_affinity.errors import RunError
 from split_affinity.lanes.contention import Contention
 from split_affinity.machine.plan import CorePlan, Group, PhaseTimes
 from split_affinity.machine.topology import read_topology
-from split_affinity.models.freezing import trained
+from split_affinity.models.freezing import trainable_weights
 from split_affinity.models.own import SmallResNet
 from split_affinity.models.registry import OWN_MODELS
 from split_affinity.options.settings import Settings
@@ -63,7 +63,7 @@ def test_the_images_of_a_comparison_may_be_mixed(photos):
 def test_loaders_have_nothing_left_to_do_after_a_round(photos, monkeypatch):
     """A round may have more batches than the data; each has others, the same for all ways."""
     feeds, make = [], training_loader
-    set_everywhere(monkeypatch, "training_feed", lambda *a: feeds.append(make(*a)) or feeds[0])
+    set_everywhere(monkeypatch, "training_loader", lambda *a: feeds.append(make(*a)) or feeds[0])
     with supplied(of_photos(photos, workers=2), sorted(ALLOWED_CPUS)) as supply:
         first, second, again = (list(supply(number, 20)) for number in (1, 2, 1))
         assert feeds[0]._loader._iterator._tasks_outstanding == 0
@@ -77,7 +77,7 @@ def test_ranks_have_a_round_s_images_dealt_out(photos, preload, monkeypatch):
     """As many batches as were asked for each, which are those of one process in turn."""
     settings = of_photos(photos, workers=0, preload=preload, ranks=2)
     feeds, make = [], training_loader
-    set_everywhere(monkeypatch, "training_feed", lambda *a: feeds.append(make(*a)) or feeds[-1])
+    set_everywhere(monkeypatch, "training_loader", lambda *a: feeds.append(make(*a)) or feeds[-1])
     keys, dealt = [], []
     for rank in range(2):
         with supplied(settings, (), rank) as supply:
@@ -229,7 +229,7 @@ def test_all_ways_freeze_alike(monkeypatch, split_plan, one_lane_plan):
     assert len(built) == 7
     begun = SmallResNet(3, blocks=1).state_dict()
     for model in built:
-        assert list(trained(model)) == ["fc.weight", "fc.bias"]
+        assert list(trainable_weights(model)) == ["fc.weight", "fc.bias"]
         assert {name for name, each in model.named_modules() if each.training} == {"", "fc"}
         for name, value in model.named_buffers():
             assert torch.equal(value, begun[name]), name

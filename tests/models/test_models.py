@@ -16,7 +16,7 @@ from split_affinity.errors import UserError, memory_errors
 from split_affinity.lanes.lane import Lanes
 from split_affinity.machine.plan import CorePlan, Group
 from split_affinity.models.cost import measure_model
-from split_affinity.models.freezing import begin_training, freeze, trained
+from split_affinity.models.freezing import begin_training, freeze, trainable_weights
 from split_affinity.models.own import ChannelAttention, PadShortcut, TokenEncoder
 from split_affinity.models.registry import (
     build_model,
@@ -436,14 +436,14 @@ def test_what_is_frozen(name, asked, left):
     if isinstance(left, str):
         left = [each for each in names if each.startswith(left)]
     left = left or [each for each in names if not each.startswith("encoder.layers.")]
-    assert list(trained(model)) == left
+    assert list(trainable_weights(model)) == left
     assert sorted(frozen) == sorted(set(names) - set(left))
 
 
 def test_without_an_option_nothing_is_frozen():
     model = on_meta("resnet18", 10, 32)
     assert freeze(model, None, "resnet18", 10, 32) == ()
-    assert len(trained(model)) == 62
+    assert len(trainable_weights(model)) == 62
     assert all(module.training for module in model.modules())
 
 

@@ -43,7 +43,7 @@ from split_affinity.lanes.audit import thread_ids
 from split_affinity.lanes.lane import Lanes, confine_thread
 from split_affinity.machine.plan import CorePlan, Group, this_host
 from split_affinity.machine.topology import read_topology
-from split_affinity.models.freezing import trained
+from split_affinity.models.freezing import trainable_weights
 from split_affinity.models.registry import OWN_MODELS
 from split_affinity.options.settings import Settings, images_in_step, learning_rate
 from split_affinity.ranks.launch import Launch, launched
@@ -289,7 +289,7 @@ def train_part(ranks, schedule, accumulate, steps=10, bad=None, switches=()):
     if switches.pop("frozen", False):
         model[0].requires_grad_(False)
     network = Network(model, nn.CrossEntropyLoss(), accumulate, ranks=ranks.size)
-    optimizer = torch.optim.SGD(trained(model).values(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(trainable_weights(model).values(), lr=0.05, momentum=0.9)
     train_state = TrainState(network, optimizer, ranks=ranks, **switches)
     settings = Settings(schedule=schedule)
     own = batches[ranks.rank :: ranks.size]
