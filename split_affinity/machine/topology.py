@@ -6,11 +6,11 @@ The files are read under a root that tests can replace. Knows nothing of options
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import os
 import platform
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -18,17 +18,19 @@ from typing import Any
 
 from split_affinity import AFFINITY_REFUSED, ALLOWED_CPUS
 from split_affinity.files import read_text
-from split_affinity.machine.idleness import LOOK_S, busy_now
 from split_affinity.options.values import parse_cpu_list
 from split_affinity.text import format_cpu_list
+
+BF16_FLAGS = "amx_bf16", "avx512_bf16", "bf16"
+LOOK_S = 0.2  # 20 ticks
 
 
 @dataclass(frozen=True, order=True)
 class Core:
-    """One physical core and where it sits; `cpus` are its online hardware threads, ascending.
+    """One physical core and where it sits.
 
-    `l3` is the lowest logical CPU that shares the L3 cache (-1: none known), `capacity` the
-    relative speed (1024 for the fastest cores).
+    `l3` is the lowest logical CPU that shares the L3 cache (-1: unknown), `cpus` are the online
+    hardware threads, ascending, `capacity` is the relative speed (1024 for the fastest cores).
     """
 
     package: int
@@ -41,11 +43,12 @@ class Core:
 
 @dataclass(frozen=True)
 class Topology:
-    """A machine as one process may use it. `quota_cpus` is the cgroup's CPU quota, if any; `bf16`
-    names the instructions that compute in bfloat16, empty where there are none; `memory_bytes` are
-    infinite where nothing is known. Of the moment, and so no part of a machine's description, are
-    `affinity_refused`, why the system keeps no thread on cores though it could, and `busy`, for
-    which share of the time each CPU works, where a CPU quota leaves a choice.
+    """A machine as one process may use it.
+
+    `quota_cpus` is the cgroup's CPU quota. `bf16` names the instructions for bfloat16, if any.
+    `memory_bytes` is infinite if unknown. Two fields belong to the moment, not to the machine:
+    `affinity_refused` is why the system keeps no thread on cores though it could, `busy` the share
+    of time in which each CPU works, read only if a CPU quota leaves a choice.
     """
 
     cpu_model: str
@@ -71,13 +74,13 @@ def cpus_of(cores: Iterable[Core]) -> tuple[int, ...]:
 
 
 def read_number(path: Path, default: int) -> int:
-    """A system file that holds one number; `default` where it is missing or negative."""
+    """The number in a system file; `default` if it is missing or negative."""
     text = read_text(path)
     return int(text) if text.isdecimal() else default
 
 
 def read_cpus(path: Path) -> tuple[int, ...]:
-    """A system file that holds a list of logical CPUs; none where it is missing or empty."""
+    """The logical CPUs listed in a system file; none if it is missing or empty."""
     text = read_text(path)
     return parse_cpu_list(text) if text else ()
 
@@ -85,55 +88,56 @@ def read_cpus(path: Path) -> tuple[int, ...]:
 def read_topology(
     root: Path = Path("/"), allowed: frozenset[int] = ALLOWED_CPUS, look_s: float = LOOK_S
 ) -> Topology:
-    """Read the machine's topology from the files under `root`.
+    """The machine that the files under `root` show; the process may use the `allowed` CPUs.
 
-    `allowed` are the logical CPUs that the process may use. Where sysfs tells nothing (macOS),
-    every allowed CPU counts as a core. Where a CPU quota leaves a choice of cores, it is looked for
-    `look_s` seconds who else uses them.
+    Without sysfs (macOS) every allowed CPU counts as a core. If a CPU quota leaves a choice of
+    cores, this takes `look_s` seconds to see which of them others use.
     """
-    system = root / "sys/devices/system/cpu"
-    online = tuple(sorted(allowed.union(read_cpus(system / "online"))))
+    system = root / "sys/devices/system"
+    online = tuple(sorted(allowed.union(read_cpus(system / "cpu/online"))))
     node_of = {
         cpu: int(directory.name.removeprefix("node"))
-        for directory in (root / "sys/devices/system/node").glob("node[0-9]*")
+        for directory in (system / "node").glob("node[0-9]*")
         for cpu in read_cpus(directory / "cpulist")
     }
     capacity_of = read_capacities(root, online)
-    cores = {
-        read_core(system / f"cpu{cpu}", cpu, online, node_of.get(cpu, 0), capacity_of[cpu])
+    cores = {  # all hardware threads of a core give the same one
+        read_core(system / f"cpu/cpu{cpu}", cpu, online, node_of.get(cpu, 0), capacity_of[cpu])
         for cpu in online
     }
     quota = read_quota(root)
-    chosen = quota is not None and quota < sum(not allowed.isdisjoint(core.cpus) for core in cores)
+    allowed_cores = sum(not allowed.isdisjoint(core.cpus) for core in cores)
+    has_choice = quota is not None and quota < allowed_cores
+    cpu_model, bf16 = read_processor(root)
     return Topology(
-        cpu_model=read_cpu_model(root),
+        cpu_model=cpu_model,
         cores=tuple(sorted(cores)),
-        offline=frozenset(read_cpus(system / "offline")),
+        offline=frozenset(read_cpus(system / "cpu/offline")),
         allowed=allowed,
         quota_cpus=quota,
         has_affinity=hasattr(os, "sched_setaffinity") and not AFFINITY_REFUSED,
-        bf16=read_bf16(root),
+        bf16=bf16,
         memory_bytes=read_memory(root),
         affinity_refused=AFFINITY_REFUSED,
-        busy=busy_now(root, online, look_s) if chosen else {},
+        busy=busy_now(root, online, look_s) if has_choice else {},
     )
 
 
 def read_core(directory: Path, cpu: int, online: Sequence[int], node: int, capacity: int) -> Core:
-    """The physical core that `cpu` belongs to; all its hardware threads give the same Core."""
+    """The physical core of a logical CPU, from the CPU's directory in sysfs."""
     topology = directory / "topology"
     older, newer = topology / "thread_siblings_list", topology / "core_cpus_list"
     siblings = read_cpus(newer) or read_cpus(older)
     cpus = tuple(sibling for sibling in siblings if sibling in online) or (cpu,)
     sharing_l3 = [
-        read_cpus(cache / "shared_cpu_list")
+        sharing
         for cache in directory.glob("cache/index*")
         if read_text(cache / "level") == "3"
+        for sharing in read_cpus(cache / "shared_cpu_list")
     ]
-    l3 = min(itertools.chain(*sharing_l3), default=-1)
     package = read_number(topology / "physical_package_id", 0)
     core_id = read_number(topology / "core_id", cpus[0])
-    return Core(package, node, l3, core_id, cpus, capacity)
+    return Core(package, node, min(sharing_l3, default=-1), core_id, cpus, capacity)
 
 
 def read_capacities(root: Path, online: Sequence[int]) -> dict[int, int]:
@@ -145,26 +149,49 @@ def read_capacities(root: Path, online: Sequence[int]) -> dict[int, int]:
     return {cpu: read_number(system / f"cpu{cpu}/cpu_capacity", 1024) for cpu in online}
 
 
-def read_cpu_model(root: Path) -> str:
-    """The processor's name as the kernel gives it, or the nearest thing to it."""
-    match = re.search(r"^model name\s*:\s*(.+)$", read_text(root / "proc/cpuinfo"), re.MULTILINE)
-    if root != Path("/"):  # another machine's files, of whose processor Python knows nothing
-        return match[1].strip() if match else "unknown CPU"
-    return match[1].strip() if match else platform.processor() or platform.machine()
-
-
-BF16_FLAGS = "amx_bf16", "avx512_bf16", "bf16"
-
-
-def read_bf16(root: Path) -> str:
-    """The CPU's native bfloat16 arithmetic: AMX, AVX512-BF16 or Arm BF16; else empty."""
+def read_processor(root: Path) -> tuple[str, str]:
+    """The processor's name, and its native bfloat16 arithmetic (one of BF16_FLAGS, or empty)."""
     text = read_text(root / "proc/cpuinfo")
-    lists = re.findall(r"^(?:flags|Features)[ \t]*:(.*)$", text, re.MULTILINE)
-    flags = set(lists[0].split()) if lists else set()
-    return next((flag for flag in BF16_FLAGS if flag in flags), "")
+    if match := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
+        name = match[1].strip()
+    elif root == Path("/"):
+        name = platform.processor() or platform.machine()
+    else:
+        name = "unknown CPU"  # another machine's files: Python knows only this one
+    match = re.search(r"^(?:flags|Features)[ \t]*:(.*)$", text, re.MULTILINE)
+    flags = match[1].split() if match else []
+    return name, next((flag for flag in BF16_FLAGS if flag in flags), "")
 
 
-# Containers by what shows them: a file that their manager makes, a part of the cgroup's path.
+def busy_now(root: Path, online: Iterable[int], look_s: float) -> dict[int, float]:
+    """The share of the next `look_s` seconds in which each online CPU works, for anybody.
+
+    Empty if /proc/stat does not show all of them, or numbers them anew (lxcfs).
+    """
+    stat = root / "proc/stat"
+    before = cpu_ticks(read_text(stat))
+    if not look_s or not before.keys() >= {*online}:
+        return {}
+    time.sleep(look_s)
+    after = cpu_ticks(read_text(stat))
+    return {
+        cpu: max(0, after[cpu][0] - worked) / max(1, after[cpu][1] - total)
+        for cpu, (worked, total) in before.items()
+        if cpu in after
+    }
+
+
+def cpu_ticks(text: str) -> dict[int, tuple[int, int]]:
+    """By CPU, the ticks since boot in which it worked, and all of them, from proc_stat(5)."""
+    ticks = {}
+    for cpu, numbers in re.findall(r"^cpu(\d+)((?: +\d+){4,})$", text, re.MULTILINE):
+        # user, nice, system, idle, iowait, irq, softirq, steal; what follows is in user, too
+        counts = [*map(int, numbers.split())][:8]
+        ticks[int(cpu)] = sum(counts) - sum(counts[3:5]), sum(counts)
+    return ticks
+
+
+# How containers show: a file that their manager makes, a part of the cgroup's path.
 CONTAINERS = {
     "kubernetes": ("run/secrets/kubernetes.io", "kubepods"),
     "docker": (".dockerenv", "docker"),
@@ -176,36 +203,32 @@ VIRTUAL_MAKERS = "QEMU|KVM|VMware|Virtual|Xen|Parallels|EC2|Google Compute Engin
 
 
 def host_kind(root: Path = Path("/")) -> str:
-    """`bare metal`, `virtual machine`, or a container and which of these it is on, as in `container
-    (docker) on bare metal`; `unknown` where the system does not tell (macOS).
+    """`bare metal`, `virtual machine`, or a container on one, as in `container (docker) on bare
+    metal`; `unknown` if the system does not tell (macOS).
     """
-    if not read_text(root / "proc/cpuinfo"):
+    cpuinfo = read_text(root / "proc/cpuinfo")
+    if not cpuinfo:
         return "unknown"
-    host = "virtual machine" if is_virtual(root) else "bare metal"
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
+    if flags:
+        is_virtual = "hypervisor" in flags[1].split()
+    else:  # no x86: maker and product tell; a cloud calls its whole machines .metal
+        dmi = root / "sys/class/dmi/id"
+        names = f"{read_text(dmi / 'sys_vendor')} {read_text(dmi / 'product_name')}"
+        by_name = re.search(VIRTUAL_MAKERS, names) and not names.endswith(".metal")
+        is_virtual = by_name or read_text(root / "sys/hypervisor/type")
+    host = "virtual machine" if is_virtual else "bare metal"
+    cgroup = read_text(root / "proc/self/cgroup")
     for name, (mark, part) in CONTAINERS.items():
-        in_path = re.search(rf"/{part}\b(?!\.service)", read_text(root / "proc/self/cgroup"))
-        if in_path or any(root.glob(mark)):
-            return f"container ({name}) {'on' if host == 'bare metal' else 'in a'} {host}"
+        if re.search(rf"/{part}\b(?!\.service)", cgroup) or any(root.glob(mark)):
+            return f"container ({name}) {'in a' if is_virtual else 'on'} {host}"
     return host
 
 
-def is_virtual(root: Path) -> bool:
-    """Whether a hypervisor shows. On x86 a flag of the CPU tells; elsewhere the names of maker and
-    product do, and a cloud's whole machines are called .metal.
-    """
-    flags = re.search(r"^flags\s*:(.*)$", read_text(root / "proc/cpuinfo"), re.MULTILINE)
-    if flags:
-        return "hypervisor" in flags[1].split()
-    dmi = root / "sys/class/dmi/id"
-    names = f"{read_text(dmi / 'sys_vendor')} {read_text(dmi / 'product_name')}"
-    virtual = re.search(VIRTUAL_MAKERS, names) and not names.endswith(".metal")
-    return bool(virtual or read_text(root / "sys/hypervisor/type"))
-
-
 def read_quota(root: Path) -> float | None:
-    """The CPU quota in CPUs: the smallest among the process's cgroup and those around it.
+    """The CPU quota in CPUs: the smallest of the process's cgroup and of those around it.
 
-    In each directory it stands in `cpu.max` (v2) or in `cpu.cfs_quota_us` and `cpu.cfs_period_us`.
+    It stands in `cpu.max` (v2), or in `cpu.cfs_quota_us` and `cpu.cfs_period_us` (v1).
     """
     quotas = []
     for directory in cgroups(root, "cpu"):
@@ -217,9 +240,7 @@ def read_quota(root: Path) -> float | None:
 
 
 def read_memory(root: Path) -> float:
-    """Bytes of memory that the process can use, swap included: all of the machine's, or what the
-    limits of its cgroups leave.
-    """
+    """Bytes of memory that the process can use, swap included, within the limits of its cgroups."""
     lines = re.findall(r"^(\w+): +(\d+) kB$", read_text(root / "proc/meminfo"), re.MULTILINE)
     size_bytes = {name: 1024 * int(size_kib) for name, size_kib in lines}
     limits = [size_bytes.get("MemTotal", math.inf)]
@@ -230,22 +251,29 @@ def read_memory(root: Path) -> float:
 
 
 def cgroups(root: Path, controller: str) -> Iterator[Path]:
-    """Directories of the process's cgroups that can hold a limit of a controller (cpu, memory),
-    innermost first, v1 and v2.
+    """Directories that can limit a controller (cpu, memory) for the process, innermost first.
 
-    A mount may show only a part of the hierarchy (its root, in /proc/self/mountinfo): a container
-    sees its own cgroup there, and a path outside that part cannot be looked at.
+    A mount may show only a part of the hierarchy: a container sees its own cgroup as the mount's
+    root, and nothing outside of it.
     """
     path_of = {}  # by controller; v2 has one path for all, under the empty name
     for line in read_text(root / "proc/self/cgroup").split("\n"):
         _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
         if path:
             path_of |= dict.fromkeys(controllers.split(","), PurePosixPath(path))
-    for mount_root, mount_point, kind, options in mounts(root):
+    # Fields end at single blanks, lines at line feeds (proc_pid_mountinfo(5)): a source can be
+    # empty, and a name can have any other white space.
+    for line in read_text(root / "proc/self/mountinfo").split("\n"):
+        mount, _, source = line.partition(" - ")
+        fields, source_fields = mount.split(" "), source.split(" ")
+        if len(fields) < 5 or len(source_fields) < 3:
+            continue  # malformed
+        kind, _, options = source_fields[:3]
         has_limits = kind == "cgroup2" or (kind == "cgroup" and controller in options.split(","))
         path = path_of.get("" if kind == "cgroup2" else controller)
         if not has_limits or path is None:
             continue
+        mount_root, mount_point = map(unescape, fields[3:5])
         inside = PurePosixPath("/")
         if path.is_relative_to(mount_root):
             inside /= path.relative_to(mount_root)
@@ -253,28 +281,13 @@ def cgroups(root: Path, controller: str) -> Iterator[Path]:
             yield root / mount_point.lstrip("/") / str(directory).lstrip("/")
 
 
-def mounts(root: Path) -> Iterator[tuple[str, str, str, str]]:
-    """The process's mounts: what of the file system each shows, where, the kind of file system, and
-    its options. Lines that have no such fields are left out.
-
-    Fields end at single blanks, lines at line feeds (proc_pid_mountinfo(5)): a source can be empty,
-    and a name can have any other white space.
-    """
-    for line in read_text(root / "proc/self/mountinfo").split("\n"):
-        mount, _, source = line.partition(" - ")
-        fields, source_fields = mount.split(" "), source.split(" ")
-        if len(fields) >= 5 and len(source_fields) >= 3:
-            kind, _, options = source_fields[:3]
-            yield unescaped(fields[3]), unescaped(fields[4]), kind, options
-
-
-def unescaped(name: str) -> str:
+def unescape(name: str) -> str:
     """A name of /proc/self/mountinfo, where blanks and the like are octal numbers."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), name)
 
 
 def machine_metrics(topology: Topology) -> dict[str, Any]:
-    """The machine, as metrics.jsonl has it: in figures, and core by core."""
+    """The machine in metrics.jsonl: figures, and core by core."""
     known = math.isfinite(topology.memory_bytes)
     machine = {
         "cpu_model": topology.cpu_model,

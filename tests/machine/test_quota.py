@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 
 from split_affinity import ALLOWED_CPUS
 from split_affinity.machine.description import machine_text, parse_machine, read_machine
-from split_affinity.machine.idleness import busy_now, busy_shares, cpu_ticks
 from split_affinity.machine.plan import Host, plan_cores, rank_topology, usable_cores
-from split_affinity.machine.topology import cpus_of, read_topology
+from split_affinity.machine.topology import busy_now, cpu_ticks, cpus_of, read_topology
 from split_affinity.options.settings import Settings
 from split_affinity.options.values import parse_cpu_list
 
@@ -36,12 +35,21 @@ def stat(ticks, elapsed=20):
     return "\n".join([*lines, "intr 1 2 3 4 5 6", "ctxt 99", "cpufreq 1 2 3 4 5", ""])
 
 
-def test_how_busy_cpus_were_between_two_looks():
+def test_how_busy_cpus_were_between_two_looks(tmp_path, monkeypatch):
+    def busy_between(first, later):
+        machines.write_files(tmp_path, {"proc/stat": first})
+        monkeypatch.setattr(
+            time, "sleep", lambda _: machines.write_files(tmp_path, {"proc/stat": later})
+        )
+        return busy_now(tmp_path, cpu_ticks(first), 0.2)
+
     first = LINE.format(cpu=3, user=100, idle=5000, steal=1)
     later = LINE.format(cpu=3, user=103, idle=5012, steal=2)
     assert cpu_ticks(f"cpu 9 9 9 9 9\n{first}\n") == {3: (134, 5141)}
-    assert busy_shares(cpu_ticks(first), cpu_ticks(later)) == {3: 0.25}
-    assert busy_shares({0: (5, 9), 1: (5, 9)}, {0: (5, 9)}) == {0: 0.0}, "no tick, and one offline"
+    assert busy_between(first, later) == {3: 0.25}
+    both, one = "cpu0 5 0 0 4 0\ncpu1 5 0 0 4 0\n", "cpu0 5 0 0 4 0\n"
+    assert cpu_ticks(both) == {0: (5, 9), 1: (5, 9)}
+    assert busy_between(both, one) == {0: 0.0}, "no tick, and one offline"
     for odd in ("", "cpu", "cpu0", "cpu0 1 2\n", "cpu0 a b c d e\n"):
         assert cpu_ticks(odd) == {}
 
