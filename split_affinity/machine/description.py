@@ -10,14 +10,14 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from split_affinity.errors import UserError
 from split_affinity.machine.plan import CorePlan
 from split_affinity.machine.topology import BF16_FLAGS, Core, Topology, read_cpus, read_topology
-from split_affinity.options.settings import Settings
+from split_affinity.options.settings import DataSettings
 from split_affinity.options.values import COUNT, COUNT_FROM_0, number, parse_cpu_list, whole_number
 from split_affinity.text import format_cpu_list, plural, shown
 
@@ -35,15 +35,14 @@ def one_of(choices: dict[str, Any]) -> Callable[[str], Any]:
     return parse
 
 
-def exact_number(text: str) -> float:
-    """A number, with all digits of a whole one."""
-    return int(text) if text.isdigit() else float(text)
-
-
 def number_or(nothing: float | None) -> Callable[[str], float | None]:
     """A parser of numbers above 0, and of null for `nothing`."""
+
+    def exact(text: str) -> float:
+        return int(text) if text.isdigit() else float(text)  # no float has all digits of memory
+
     largest = sys.float_info.max
-    parse = number("a number above 0, or null", lambda value: 0 < value <= largest, exact_number)
+    parse = number("a number above 0, or null", lambda value: 0 < value <= largest, exact)
     return lambda text: nothing if text == "null" else parse(text)
 
 
@@ -79,7 +78,7 @@ def machine_text(topology: Topology) -> str:
 
 
 def parse_machine(text: str) -> Topology:
-    """The inverse of `machine_text`. Raises ArgumentTypeError for what is no such description."""
+    """The inverse of `machine_text`. Raises ArgumentTypeError for any other text."""
     values = None
     with contextlib.suppress(ValueError, RecursionError):
         values = json.loads(text)
@@ -119,8 +118,9 @@ def parse_fields(
 
 
 def read_machine(path: Path) -> Topology:
-    """The machine that a file describes; or, in a folder, its system files as they are below /: all
-    its CPUs count as allowed. Raises UserError for what is neither.
+    """The machine that a file describes, or a folder with its system files as they are below /.
+
+    All CPUs of a folder's machine count as allowed. Raises UserError for anything else.
     """
     try:
         if not path.is_dir():
@@ -142,14 +142,13 @@ def describe_topology(topology: Topology) -> str:
     sockets = plural(len({core.package for core in topology.cores}), "socket")
     threads = plural(len(topology.online), "hardware thread")
     quota = f", CPU quota {topology.quota_cpus:g}" if topology.quota_cpus is not None else ""
-    model = shown(topology.cpu_model)
     return (
-        f"{model}: {sockets}, {plural(len(topology.cores), 'core')}, {threads}; "
-        f"allowed: {format_cpu_list(topology.allowed)}{quota}"
+        f"{shown(topology.cpu_model)}: {sockets}, {plural(len(topology.cores), 'core')}, {threads};"
+        f" allowed: {format_cpu_list(topology.allowed)}{quota}"
     )
 
 
-def describe_plan(plan: CorePlan, settings: Settings) -> list[str]:
+def describe_plan(plan: CorePlan, settings: DataSettings) -> list[str]:
     """The allocation, a line for each group, then the notes."""
     tasks = {
         "forward": "forward pass",
@@ -163,15 +162,18 @@ def describe_plan(plan: CorePlan, settings: Settings) -> list[str]:
 
 
 def draw_plan(topology: Topology, *plans: CorePlan, columns: int = 16, first: int = 0) -> str:
-    """The machine as a grid for each L3 domain: a column per core, a row per hardware thread, and
-    one for the ranks if there are several plans, the `first` one's and those that follow; in one
-    line no more than `columns` cores and 80 characters.
+    """The machine as a grid for each L3 domain, a column per core.
+
+    Rows are the core's number, its kind if there are several, the ranks that use it if there are
+    several plans (of the `first` rank and those that follow), and its hardware threads. A line has
+    at most `columns` cores and 80 characters.
     """
     capacities = sorted({core.capacity for core in topology.cores}, reverse=True)
-    kinds = "PE" if len(capacities) == 2 else [str(capacity) for capacity in capacities]
+    kinds = "PE" if len(capacities) == 2 else map(str, capacities)
     kind_of = dict(zip(capacities, kinds, strict=True)) if len(capacities) > 1 else {}
-    every = core_rows(topology.cores, kind_of, topology, plans, first)
-    width = 1 + max(len(cell) for row in every for cell in row[1:])
+    cells_of = {core: core_cells(core, kind_of, topology, plans, first) for core in topology.cores}
+    titles = ["core"] + ["kind"] * bool(kind_of) + ["rank"] * (len(plans) > 1)
+    width = 1 + max(len(cell) for cells in cells_of.values() for cell in cells)
     columns, lines = min(columns, (80 - 7) // width), []
     domains = itertools.groupby(topology.cores, lambda core: (core.package, core.node, core.l3))
     for (package, node, l3), group in domains:
@@ -179,38 +181,30 @@ def draw_plan(topology: Topology, *plans: CorePlan, columns: int = 16, first: in
         cores = list(group)
         step = math.ceil(len(cores) / math.ceil(len(cores) / columns))  # lines of equal length
         for start in range(0, len(cores), step):
-            part = cores[start : start + step]
-            for title, *cells in core_rows(part, kind_of, topology, plans, first):
-                lines.append(f"{title:7}" + "".join(f"{cell:>{width}}" for cell in cells))
+            part = [cells_of[core] for core in cores[start : start + step]]
+            for row, cells in enumerate(itertools.zip_longest(*part, fillvalue="")):
+                title = titles[row] if row < len(titles) else "cpu"
+                lines.append(f"  {title:5}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join([*lines, "  F forward, B backward, - not used, x not allowed"])
 
 
-def core_rows(
-    cores: Sequence[Core],
+def core_cells(
+    core: Core,
     kind_of: dict[int, str],
     topology: Topology,
-    plans: Sequence[CorePlan],
+    plans: tuple[CorePlan, ...],
     first: int,
-) -> list[list[str]]:
-    """The drawing of some cores side by side, in cells: numbers, kinds, ranks, logical CPUs."""
-    rows = [["  core", *(str(core.core_id) for core in cores)]]
+) -> list[str]:
+    """A core's column: number, kind, ranks, then its CPUs as `F0`, `B1`, `FB0`, `-2` or `x3`."""
+    cells = [str(core.core_id)]
     if kind_of:
-        rows.append(["  kind", *(kind_of[core.capacity] for core in cores)])
+        cells.append(kind_of[core.capacity])
     if len(plans) > 1:
         used = [plan.forward.cpu_set | plan.backward.cpu_set for plan in plans]
-        ranks = (
-            [first + n for n, cpus in enumerate(used) if cpus & {*core.cpus}] for core in cores
-        )
-        rows.append(["  rank", *(",".join(map(str, each)) or "-" for each in ranks)])
-    for cpus in itertools.zip_longest(*(core.cpus for core in cores)):
-        rows.append(["  cpu", *(cpu_mark(cpu, topology, plans) for cpu in cpus)])
-    return rows
-
-
-def cpu_mark(cpu: int | None, topology: Topology, plans: Sequence[CorePlan]) -> str:
-    """What a logical CPU does, and its number: `F0`, `B1`, `FB0` (both), `-2`, `x3`."""
-    if cpu is None:
-        return ""
-    marks = "F" if any(cpu in plan.forward.cpus for plan in plans) else ""
-    marks += "B" if any(cpu in plan.backward.cpus for plan in plans) else ""
-    return (marks or ("-" if cpu in topology.allowed else "x")) + str(cpu)
+        ranks = [str(first + n) for n, cpus in enumerate(used) if cpus & {*core.cpus}]
+        cells.append(",".join(ranks) or "-")
+    for cpu in core.cpus:
+        mark = "F" if any(cpu in plan.forward.cpu_set for plan in plans) else ""
+        mark += "B" if any(cpu in plan.backward.cpu_set for plan in plans) else ""
+        cells.append((mark or ("-" if cpu in topology.allowed else "x")) + str(cpu))
+    return cells

@@ -21,12 +21,13 @@ from split_affinity.machine.topology import Core, Topology, cpus_of
 from split_affinity.options.settings import CoreSettings
 from split_affinity.text import format_cpu_list, plural, shown
 
+BUSY_SHARE = 0.1  # a core that others use for longer is not idle
+DOMAINS = "package", "node", "l3"
+
 
 @dataclass(frozen=True)
 class Group:
-    """The logical CPUs (ascending) of one lane, the number of its threads, and on how many physical
-    cores the CPUs are.
-    """
+    """One lane's logical CPUs (ascending), its number of threads, and of physical cores."""
 
     name: str
     cpus: tuple[int, ...]
@@ -39,8 +40,9 @@ class Group:
         return frozenset(self.cpus)
 
     def busy(self, cpu_s: float, elapsed_s: float) -> float:
-        """CPU time as a share of what the group can use: the time of its cores; with more threads
-        than cores, of as many of its logical CPUs as there are threads.
+        """CPU time as a share of what the group can use.
+
+        That is the time of its cores; with more threads than cores, of one CPU for each thread.
         """
         return cpu_s / (elapsed_s * max(self.cores, min(self.threads, len(self.cpus))))
 
@@ -50,7 +52,7 @@ class Group:
 
 @dataclass(frozen=True)
 class PhaseTimes:
-    """Seconds that the phases take while nothing else runs; of one micro-batch, where it counts."""
+    """Seconds of each phase while nothing else runs, of one micro-batch where it counts."""
 
     forward_s: float
     backward_s: float
@@ -61,8 +63,9 @@ class PhaseTimes:
 
 @dataclass(frozen=True)
 class CorePlan:
-    """Which cores do what. With `--split none`, forward and backward are the same group; with
-    `--split auto`, `measured` are the phases' times by number of cores.
+    """Which cores do what. With `--split none`, forward and backward are the same group.
+
+    With `--split auto`, `measured` has the phases' times by number of cores.
     """
 
     split: str
@@ -83,11 +86,11 @@ class CorePlan:
 
 
 def plan_cores(topology: Topology, settings: CoreSettings) -> CorePlan:
-    """Decide which logical CPUs each group gets. Pure; raises UserError for what cannot be.
+    """Decide which logical CPUs each group gets. Raises UserError for impossible requests.
 
-    Without lists the cores are shared out in the ratio of `--split`, rounded to whole physical
-    cores (a tie goes to the backward group), each group at least one. Groups have the same mix of
-    fast and slow cores, and sockets, NUMA nodes and L3 domains stay whole where the sizes allow.
+    Without lists the ratio of `--split` is rounded to whole physical cores (a tie goes to the
+    backward group), at least one for each group. Both groups have the same mix of fast and slow
+    cores; sockets, NUMA nodes and L3 domains stay whole where the sizes allow.
     """
     check_core_options(topology, settings)
     usable, notes = usable_cores(topology), []
@@ -97,8 +100,7 @@ def plan_cores(topology: Topology, settings: CoreSettings) -> CorePlan:
     else:
         cpus = settings.forward_cores, settings.backward_cores
         if cpus == (None, None):
-            cpus = divide_cores(usable, settings.split.replace("even", "1:1"))
-            notes += ratio_notes(usable, settings.split)
+            *cpus, notes = divide_cores(usable, settings.split)
         forward = make_group(topology, "forward", cpus[0], settings.forward_threads)
         backward = make_group(topology, "backward", cpus[1], settings.backward_threads)
     notes += plan_notes(topology, forward, backward)
@@ -107,8 +109,14 @@ def plan_cores(topology: Topology, settings: CoreSettings) -> CorePlan:
 
 
 def split_name(settings: CoreSettings) -> str:
-    """How the cores were asked to be divided: `lists` where they were given by hand."""
+    """The `--split` in force; `lists` if the cores are listed."""
     return "lists" if settings.forward_cores else settings.split
+
+
+def make_group(topology: Topology, name: str, cpus: Sequence[int], threads: int | None) -> Group:
+    """A group of logical CPUs; by default with one thread per physical core among them."""
+    cores = topology.count_cores(cpus)
+    return Group(name, tuple(cpus), threads or cores, cores)
 
 
 def check_core_options(topology: Topology, settings: CoreSettings) -> None:
@@ -156,24 +164,20 @@ def check_cpus(topology: Topology, flag: str, cpus: Sequence[int]) -> None:
 
 
 def usable_cores(topology: Topology) -> list[Core]:
-    """The cores, cut down to their allowed CPUs, that the CPU quota leaves room for; of these the
-    ones that are idle now, if that is known (see idle_first).
-    """
+    """The allowed cores within the CPU quota, reduced to their allowed CPUs; idle ones first."""
     cores = [
         dataclasses.replace(core, cpus=cpus)
         for core in topology.cores
         if (cpus := tuple(cpu for cpu in core.cpus if cpu in topology.allowed))
     ]
     room = len(cores) if topology.quota_cpus is None else max(1, math.floor(topology.quota_cpus))
-    return sorted(idle_first(cores, core_loads(topology), room)) if room < len(cores) else cores
-
-
-BUSY_SHARE = 0.1  # a core that others use for longer is not idle
-DOMAINS = "package", "node", "l3"
+    if room >= len(cores):
+        return cores
+    return sorted(choose_idle_cores(cores, core_loads(topology), room))
 
 
 def core_loads(topology: Topology) -> dict[int, float]:
-    """How busy a logical CPU's core is, its busiest hardware thread: others slow that down, too."""
+    """How busy each logical CPU's core is: as its busiest hardware thread, which slows the rest."""
     return {
         cpu: max(topology.busy.get(each, 0.0) for each in core.cpus)
         for core in topology.cores
@@ -181,54 +185,75 @@ def core_loads(topology: Topology) -> dict[int, float]:
     }
 
 
-def idle_first(cores: Sequence[Core], load: dict[int, float], count: int) -> list[Core]:
-    """The `count` cores to take beside others' work, of which `load` tells by logical CPU: idle
-    ones, the fastest of them; in one L3 domain, node or package, if one has so many, and in that
-    with the least work. If no core is busy these are the first; if too few are idle, the least
-    busy ones join them.
+def choose_idle_cores(cores: Sequence[Core], load: dict[int, float], count: int) -> list[Core]:
+    """Choose `count` cores by the `load` of their CPUs: idle ones, the fastest first.
+
+    They come from one L3 domain, node or package, if one has so many, and from the one with the
+    least load. If no core is busy, the first ones are chosen; if too few are idle, the least busy
+    ones join them.
     """
     fastest_first = sorted(cores, key=lambda core: -core.capacity)
     busy = [core for core in cores if load[core.cpus[0]] > BUSY_SHARE]
-    idle = [core for core in fastest_first if core not in busy]
-    fast = [core for core in idle if core.capacity == idle[0].capacity]
     if not busy:
         return fastest_first[:count]
+    idle = [core for core in fastest_first if core not in busy]
     if len(idle) < count:
         return (idle + sorted(busy, key=lambda core: load[core.cpus[0]]))[:count]
+    fast = [core for core in idle if core.capacity == idle[0].capacity]
     for depth in range(len(DOMAINS), 0, -1):
         place = operator.attrgetter(*DOMAINS[:depth])
-        domains = {place(core): [] for core in fast}
+        domains = {}
         for core in fast:
-            domains[place(core)].append(core)
-        fitting = [there for there in domains.items() if len(there[1]) >= count]
+            domains.setdefault(place(core), []).append(core)
+        fitting = [domain for domain, inside in domains.items() if len(inside) >= count]
         if fitting:
-            works = Counter(map(place, busy))
-            _, chosen = min(fitting, key=lambda there: works[there[0]])
-            return choose_cores(chosen, count, DOMAINS[depth:])
+            busy_in = Counter(map(place, busy))
+            quietest = min(fitting, key=lambda domain: busy_in[domain])
+            return choose_cores(domains[quietest], count, DOMAINS[depth:])
     return idle[:count]
 
 
-def why_these(topology: Topology, used: Sequence[Core]) -> str:
-    """Which cores were taken under a CPU quota, and why; empty where nobody knows who is busy."""
+def plan_notes(topology: Topology, forward: Group, backward: Group) -> Iterator[str]:
+    """What the user should know about an allocation."""
+    used_cpus = forward.cpu_set | backward.cpu_set
+    used, allowed = topology.count_cores(used_cpus), topology.count_cores(topology.allowed)
+    if topology.quota_cpus is not None and topology.quota_cpus < allowed:
+        quota = f"CPU quota of {topology.quota_cpus:g} CPUs"
+        usable = usable_cores(topology)
+        why = explain_choice(topology, usable) if {*cpus_of(usable)} == used_cpus else ""
+        yield f"{quota}: {used} of {plural(allowed, 'allowed core')} used{why}"
+    if topology.affinity_refused:
+        yield f"the system keeps no thread on cores ({topology.affinity_refused})"
+    if forward is not backward and forward.cpus == backward.cpus:
+        yield "one core: both groups share it, nothing is separated"
+    for core in topology.cores if forward.cpus != backward.cpus else ():
+        if set(core.cpus) & set(forward.cpus) and set(core.cpus) & set(backward.cpus):
+            name = f"core {core.core_id} of socket {core.package}"
+            cpus = f"CPUs {format_cpu_list(core.cpus)}"
+            yield f"{name} ({cpus}) is in both groups, by different hardware threads"
+    for group in dict.fromkeys((forward, backward)):
+        if group.threads > len(group.cpus):
+            yield f"{group.name}: {group.threads} threads on {plural(len(group.cpus), 'CPU')}"
+
+
+def explain_choice(topology: Topology, used: Sequence[Core]) -> str:
+    """Which cores were chosen under a CPU quota, and why; empty if the load is unknown."""
     if not topology.busy:
         return ""
     cpus, load = cpus_of(used), core_loads(topology)
     here = f"CPU{'s' if len(cpus) > 1 else ''} {format_cpu_list(cpus)}"
     allowed = [core for core in topology.cores if not topology.allowed.isdisjoint(core.cpus)]
     busy = [core for core in allowed if load[core.cpus[0]] > BUSY_SHARE]
-    taken = sum(load[core.cpus[0]] > BUSY_SHARE for core in used)
     if not busy:
         return f", {here}: the first, since all are idle"
-    if not taken:
+    if all(load[core.cpus[0]] <= BUSY_SHARE for core in used):
         return f", {here}: idle now, while others work on {plural(len(busy), 'core')}"
     return f", {here}: the least busy ones, since others work on {plural(len(busy), 'core')}"
 
 
 @dataclass(frozen=True)
 class Host:
-    """Where a rank is, as it says itself: its machine (`kernel` is the same for all processes of
-    one), the machine's name, and what of it the rank may use.
-    """
+    """A rank's machine, and what of it the rank may use. One machine's processes share `kernel`."""
 
     kernel: str
     name: str
@@ -237,20 +262,18 @@ class Host:
 
 
 def this_host(topology: Topology) -> Host:
-    """The machine of this process, told apart by the id that the kernel draws when it starts."""
+    """The machine of this process, identified by the kernel's random boot id."""
     name = shown(platform.node())
     kernel = read_text(Path("/proc/sys/kernel/random/boot_id")) or name
     return Host(kernel, name, topology, str(torch.__version__))
 
 
 def rank_topology(hosts: Sequence[Host], rank: int) -> Topology:
-    """What a rank may use: its part of the CPUs that are allowed to it and to others on the same
-    machine, as they have not been given any of their own.
+    """A rank's part of its machine. Raises UserError if there are more ranks than cores.
 
-    Ranks with the same allowed CPUs share them out; a mask that a launcher has set for one rank
-    (mpirun --bind-to, taskset) stays as it is. Of a CPU quota and of the
-    memory each rank of the machine has the same part. bfloat16 is native if it is so for all ranks.
-    Pure; raises UserError if there are more ranks than cores.
+    Ranks with the same allowed CPUs divide them; a mask that a launcher has set for one rank
+    (mpirun --bind-to, taskset) stays. Each rank of a machine has the same part of its CPU quota and
+    memory. bfloat16 is native if it is so for all ranks.
     """
     own = hosts[rank]
     there = [number for number, host in enumerate(hosts) if host.kernel == own.kernel]
@@ -277,95 +300,53 @@ def rank_topology(hosts: Sequence[Host], rank: int) -> Topology:
 
 
 def share_out(cores: Sequence[Core], ranks: int) -> list[list[Core]]:
-    """The cores of each rank: as many as of any other or one more, with the same mix of fast and
-    slow ones; sockets, NUMA nodes and L3 domains stay whole where the sizes allow.
-    """
+    """The cores of each rank: as many as of any other or one more, with the same mix."""
     left, shares = list(cores), []
     for others in reversed(range(ranks)):
-        count = -(-len(left) // (others + 1))
-        chosen = [
-            core for kind, part in share_by_kind(left, count) for core in choose_cores(kind, part)
-        ]
+        chosen = choose_mixed_cores(left, -(-len(left) // (others + 1)))
         shares.append(sorted(chosen))
         left = [core for core in left if core not in chosen]
     return shares
 
 
-def plan_notes(topology: Topology, forward: Group, backward: Group) -> Iterator[str]:
-    """What the user should know about an allocation."""
-    used_cpus = forward.cpu_set | backward.cpu_set
-    used, allowed = (
-        sum(not cpus.isdisjoint(core.cpus) for core in topology.cores)
-        for cpus in (used_cpus, topology.allowed)
-    )
-    if topology.quota_cpus is not None and topology.quota_cpus < allowed:
-        quota = f"CPU quota of {topology.quota_cpus:g} CPUs"
-        usable = usable_cores(topology)
-        why = why_these(topology, usable) if {*cpus_of(usable)} == used_cpus else ""
-        yield f"{quota}: {used} of {plural(allowed, 'allowed core')} used{why}"
-    if topology.affinity_refused:
-        yield f"the system keeps no thread on cores ({topology.affinity_refused})"
-    if forward is not backward and forward.cpus == backward.cpus:
-        yield "one core: both groups share it, nothing is separated"
-    for core in topology.cores if forward.cpus != backward.cpus else ():
-        if set(core.cpus) & set(forward.cpus) and set(core.cpus) & set(backward.cpus):
-            name = f"core {core.core_id} of socket {core.package}"
-            cpus = f"CPUs {format_cpu_list(core.cpus)}"
-            yield f"{name} ({cpus}) is in both groups, by different hardware threads"
-    for group in dict.fromkeys((forward, backward)):
-        if group.threads > len(group.cpus):
-            yield f"{group.name}: {group.threads} threads on {plural(len(group.cpus), 'CPU')}"
-
-
-def make_group(topology: Topology, name: str, cpus: Sequence[int], threads: int | None) -> Group:
-    """A group of logical CPUs; by default with one thread per physical core among them."""
-    cores = sum(not set(cpus).isdisjoint(core.cpus) for core in topology.cores)
-    return Group(name, tuple(cpus), threads or cores, cores)
-
-
-def divide_cores(cores: Sequence[Core], split: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The CPUs of the forward and the backward group, in the ratio of `split`.
+def divide_cores(
+    cores: Sequence[Core], split: str
+) -> tuple[tuple[int, ...], tuple[int, ...], list[str]]:
+    """The CPUs of the forward and of the backward group, in the ratio of `split`; and notes on it.
 
     A single core is divided into its hardware threads; if it has but one, both groups get it.
     """
-    cores = divisible(cores)
+    unit = "core"
     if len(cores) == 1:
-        return cores[0].cpus, cores[0].cpus
-    count = forward_count(len(cores), *map(int, split.split(":")))
-    forward = [
-        core for kind, share in share_by_kind(cores, count) for core in choose_cores(kind, share)
-    ]
-    return cpus_of(forward), cpus_of(core for core in cores if core not in forward)
-
-
-def divisible(cores: Sequence[Core]) -> Sequence[Core]:
-    """What a group cannot have a part of: cores; of a single core its hardware threads, each as a
-    core of its own.
-    """
-    if len(cores) > 1:
-        return cores
-    return [dataclasses.replace(cores[0], cpus=(cpu,)) for cpu in cores[0].cpus]
-
-
-def ratio_notes(cores: Sequence[Core], split: str) -> Iterator[str]:
-    """What became of a ratio that was asked for, if so many cores cannot be divided in it."""
-    count = len(divisible(cores))
-    if split == "even" or count == 1:
-        return
-    forward, backward = map(int, split.split(":"))
-    given = forward_count(count, forward, backward)
-    if given * backward != (count - given) * forward:
-        what = "core" if len(cores) > 1 else "hardware thread"
-        yield f"split {split} of {plural(count, what)} became {given}:{count - given}"
+        unit = "hardware thread"
+        cores = [dataclasses.replace(cores[0], cpus=(cpu,)) for cpu in cores[0].cpus]
+    if len(cores) == 1:
+        return cores[0].cpus, cores[0].cpus, []
+    ratio = (1, 1) if split == "even" else tuple(map(int, split.split(":")))
+    count = forward_count(len(cores), *ratio)
+    forward = choose_mixed_cores(cores, count)
+    backward = [core for core in cores if core not in forward]
+    notes = []
+    if split != "even" and count * ratio[1] != len(backward) * ratio[0]:
+        given = f"{count}:{len(backward)}"
+        notes.append(f"split {split} of {plural(len(cores), unit)} became {given}")
+    return cpus_of(forward), cpus_of(backward), notes
 
 
 def forward_count(count: int, forward: int, backward: int) -> int:
-    """How many of `count` cores come nearest to forward:backward; a tie goes to the backward
-    group, and each group gets at least one.
+    """How many of `count` cores come nearest to forward:backward, at least one for each group.
+
+    A tie goes to the backward group.
     """
     parts = forward + backward
     nearest = -((parts - 2 * count * forward) // (2 * parts))  # ceil(count * share - 1/2)
     return min(max(nearest, 1), count - 1)
+
+
+def choose_mixed_cores(cores: Sequence[Core], count: int) -> list[Core]:
+    """Choose `count` cores with the same mix of fast and slow ones as all have."""
+    kinds = share_by_kind(cores, count)
+    return [core for kind, share in kinds for core in choose_cores(kind, share)]
 
 
 def share_by_kind(cores: Sequence[Core], count: int) -> list[tuple[list[Core], int]]:
@@ -400,7 +381,7 @@ def choose_cores(cores: Sequence[Core], count: int, levels: Sequence[str] = DOMA
 
 
 def fullest_subset(sizes: Sequence[int], limit: int) -> tuple[int, ...]:
-    """Indices of sizes with the largest sum that does not exceed `limit`; early ones preferred."""
+    """Indices of sizes with the largest sum up to `limit`; early ones preferred."""
     subsets: dict[int, tuple[int, ...]] = {0: ()}
     for index, size in enumerate(sizes):
         for total, subset in list(subsets.items()):

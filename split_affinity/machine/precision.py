@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from split_affinity.machine.topology import Topology
-from split_affinity.options.settings import Settings
+from split_affinity.options.settings import SpeedSettings
 
 
-def choose_precision(settings: Settings, topology: Topology) -> tuple[str, str]:
+def choose_precision(settings: SpeedSettings, topology: Topology) -> tuple[str, str]:
     """The precision in force, fp32 or bf16, and the reason for it."""
     native = f"the CPU computes bfloat16 natively ({topology.bf16})"
     if not topology.bf16:

@@ -67,6 +67,10 @@ class Topology:
         """All online logical CPUs, ascending."""
         return cpus_of(self.cores)
 
+    def count_cores(self, cpus: Iterable[int]) -> int:
+        """The number of physical cores that have any of the CPUs."""
+        return sum(not set(cpus).isdisjoint(core.cpus) for core in self.cores)
+
 
 def cpus_of(cores: Iterable[Core]) -> tuple[int, ...]:
     """The logical CPUs of some cores, ascending."""
