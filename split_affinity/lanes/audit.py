@@ -1,13 +1,14 @@
 """The audit: where every phase really ran, by the CPU clock and the mask of each thread.
 
-It reads, at both ends of a phase, how much CPU time each thread of the process has used, and who
-was allowed to run where. Knows nothing of what a phase computes.
+At both ends of a phase it reads how much CPU time each thread of the process has used, and where
+each may run. Knows nothing of what a phase computes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import operator
 import os
 import resource
 import threading
@@ -15,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from split_affinity.files import read_text
 from split_affinity.machine.plan import CorePlan, Group
 from split_affinity.text import format_cpu_list, plural
 
-# One object each for all records without a closer look, of which a long run has many.
+# One object each for all records without a closer look: a long run has many of them.
 UNKNOWN: dict[int, float] = {}
 NOT_LOOKED_AT = {
     "cpu_busy_s": UNKNOWN,
@@ -34,37 +34,32 @@ NOT_LOOKED_AT = {
     "used_on_s": UNKNOWN,
 }
 LOOK_SHARE = 0.01  # of the time may go into looking closely at each kind of phase
+STRAY_WARNING_SHARE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class PhaseRecord:
     """What one phase did. Times are seconds; start and end are of time.perf_counter.
 
-    CPU time was used, `cpu_s` by compute threads confined to the phase's group, `stray_s` by
-    compute threads that were not, `other_lane_s` by the other lane's threads inside their own group
-    (for a phase of its own at the same time, or waiting: an idle OpenMP worker spins for some
-    milliseconds before it sleeps), `python_s` by the main thread and the interpreter's helper
-    threads. What two phases see at the same time, stray time above all, counts in each.
-
-    `mask` is the affinity mask in force; `audit_s` went into all this before and after the phase.
-    In phases that the audit had a closer look at (see Lane), `seen_on` is where the group's threads
-    were last seen, `used_on_s` what of `cpu_s` belongs to the threads last seen on each logical
-    CPU, and `cpu_busy_s` how long each was busy with anything at all, having been so for
-    `cpu_before_s` between boot and the phase.
+    CPU time that two phases see at the same time, stray time above all, counts in each. Fields of a
+    closer look (see Lane) are empty without one.
     """
 
     phase: str
     lane: str
     start_s: float
     end_s: float
-    mask: frozenset[int]
-    cpu_busy_s: dict[int, float]
-    cpu_s: float
-    stray_s: float
+    mask: frozenset[int]  # in force
+    cpu_busy_s: dict[int, float]  # closer look: by CPU, busy with anything in the phase
+    cpu_s: float  # CPU time of compute threads confined to the phase's group
+    stray_s: float  # of compute threads that were not
+    # Of the other lane's threads inside their own group: at a phase of their own, or waiting. An
+    # idle OpenMP worker spins for some milliseconds before it sleeps.
     other_lane_s: float
-    python_s: float
-    seen_on: frozenset[int]
-    audit_s: float = 0.0
+    python_s: float  # of the main thread and the interpreter's helper threads
+    seen_on: frozenset[int]  # closer look: where the group's threads were last seen
+    audit_s: float = 0.0  # the audit's own time before and after the phase
+    # Closer look: `cpu_s` by where its threads were last seen; by CPU, busy from boot to the phase.
     used_on_s: dict[int, float] = field(default_factory=lambda: UNKNOWN)
     cpu_before_s: dict[int, float] = field(default_factory=lambda: UNKNOWN)
 
@@ -75,7 +70,7 @@ class PhaseRecord:
 
 
 def thread_ids() -> list[int]:
-    """Kernel ids of the process's threads; none where the system does not show them."""
+    """Kernel ids of the process's threads; none if the system does not show them."""
     if not hasattr(os, "sched_getaffinity"):
         return []
     try:
@@ -85,18 +80,13 @@ def thread_ids() -> list[int]:
 
 
 def process_cpu_ns(pid: int) -> int:
-    """CPU time of a process in nanoseconds, threads that have ended included: the clock of
-    clock_getcpuclockid(3). Raises OSError if there is no such process.
-    """
-    return time.clock_gettime_ns((~pid << 3) | 2)
+    """CPU time of a process in nanoseconds, with ended threads. Raises OSError if it is gone."""
+    return time.clock_gettime_ns((~pid << 3) | 2)  # clock_getcpuclockid(3)
 
 
 def thread_cpu_ns(tid: int) -> int:
-    """CPU time of one thread of this process in nanoseconds. Raises OSError if it has ended.
-
-    This is the clock of pthread_getcpuclockid(3), here for any thread: exact also for a thread that
-    is running, where /proc/self/task/*/schedstat lags by up to a scheduler tick.
-    """
+    """CPU time of a thread of this process in nanoseconds. Raises OSError if it has ended."""
+    # pthread_getcpuclockid(3) is exact while the thread runs; its schedstat lags by up to a tick.
     return time.clock_gettime_ns((~tid << 3) | 6)
 
 
@@ -107,13 +97,11 @@ def last_cpu(tid: int) -> int:
 
 
 def thread_clocks_ns(known: Collection[int] = ()) -> dict[int, int]:
-    """CPU time so far of each thread. Without /proc Python's own threads are known alone, and those
-    of a lane among them; thread 0 stands for all others.
+    """CPU time so far of each thread; without /proc, of Python's threads, and of 0 for all others.
 
-    `known` are the threads of an earlier reading, which spare listing them if they are as many as
-    there are, and none of them has ended. A thread that is born and ends between two readings goes
-    unseen; PyTorch starts none such.
+    `known` are the threads of an earlier reading, listed again only if one has come or gone.
     """
+    # A thread that is born and ends between two readings goes unseen; PyTorch starts none such.
     with contextlib.suppress(OSError):
         if known and Path("/proc/self/task").stat().st_nlink == 2 + len(known):
             return dict(zip(known, map(thread_cpu_ns, known), strict=True))
@@ -127,18 +115,14 @@ def thread_clocks_ns(known: Collection[int] = ()) -> dict[int, int]:
 
 
 def python_threads() -> set[int]:
-    """Kernel ids of the threads that the interpreter knows; none where the system has no affinity,
-    by which their time is told apart.
-    """
+    """Kernel ids of the interpreter's threads; none without affinity, which tells them apart."""
     if not hasattr(os, "sched_getaffinity"):
         return set()
     return {thread.native_id for thread in threading.enumerate()}
 
 
 def cpu_times() -> list[Any]:
-    """Seconds since boot of each online logical CPU in each of its states (proc_stat(5));
-    empty where the system does not show them.
-    """
+    """Seconds since boot of each online logical CPU in each state (proc_stat(5)), if shown."""
     try:
         return psutil.cpu_times(percpu=True)
     except (OSError, ValueError, TypeError):  # no /proc/stat, or none that psutil understands
@@ -152,11 +136,9 @@ def cpu_busy_s() -> list[float]:
 
 
 def children_cpu_ns() -> int:
-    """CPU time so far of processes that this one started, such as loaders: of those that run now,
-    and of those that have ended.
-    """
+    """CPU time so far of the processes that this one started, such as loaders, ended or not."""
     living_ns = 0
-    for process in multiprocessing.active_children():  # takes note of those that have ended
+    for process in multiprocessing.active_children():  # it also reaps those that have ended
         with contextlib.suppress(OSError):
             living_ns += process_cpu_ns(process.pid)
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -183,11 +165,11 @@ class Reading:
 
 
 class Audit:
-    """Shares CPU time out among phases; `born_for` tells the group that a lane's thread is of."""
+    """Shares CPU time out among phases; `born_for` has the group of each lane's threads, by id."""
 
     def __init__(self, online: Sequence[int]):
         self.online = online
-        self.born_for: dict[int, Group] = {}  # by thread id
+        self.born_for: dict[int, Group] = {}
         self._known: dict[int, int] = {}  # the latest reading
 
     def begin(self, look: bool) -> Reading:
@@ -196,12 +178,16 @@ class Audit:
         return Reading(thread_clocks_ns(self._known), cpus_s)
 
     def end(self, group: Group, before: Reading) -> dict[str, Any]:
-        """The fields of a PhaseRecord from a reading before the phase, and one now, after it."""
+        """The fields of a PhaseRecord, from the reading before the phase and one now."""
         self._known = threads_ns = thread_clocks_ns(before.threads_ns)
         look = before.cpus_s is not None
-        busy = self.busy_between(before.cpus_s, cpu_busy_s()) if look else {}
-        used = self.attribute(group, before.threads_ns, threads_ns, look)
-        return NOT_LOOKED_AT | used | busy
+        after_s = cpu_busy_s() if look else []
+        fields = NOT_LOOKED_AT | self.attribute(group, before.threads_ns, threads_ns, look)
+        if look and len(self.online) == len(before.cpus_s) == len(after_s):  # none is hidden
+            busy_s = map(operator.sub, after_s, before.cpus_s)
+            fields["cpu_busy_s"] = dict(zip(self.online, busy_s, strict=True))
+            fields["cpu_before_s"] = dict(zip(self.online, before.cpus_s, strict=True))
+        return fields
 
     def attribute(
         self, group: Group, before_ns: dict[int, int], after_ns: dict[int, int], look: bool = True
@@ -229,40 +215,21 @@ class Audit:
             used |= {"seen_on": frozenset(used_on_s), "used_on_s": dict(used_on_s)}
         return used
 
-    def busy_between(
-        self, before_s: list[float], after_s: list[float]
-    ) -> dict[str, dict[int, float]]:
-        """Busy seconds of each logical CPU in a phase, and from boot until then; nothing where the
-        system hides some of them.
-        """
-        if not len(self.online) == len(before_s) == len(after_s):
-            return {}
-        busy = [after - before for before, after in zip(before_s, after_s, strict=True)]
-        by_cpu = partial(zip, self.online, strict=True)
-        return {"cpu_busy_s": dict(by_cpu(busy)), "cpu_before_s": dict(by_cpu(before_s))}
-
 
 def thread_role(mask: Set[int], group: Group, born_for: Group | None, is_python: bool) -> str:
-    """The PhaseRecord field to which a thread's CPU time belongs, during a phase of `group`.
-
-    A thread born for the other lane is that lane's own business only inside that lane's group;
-    threads of the interpreter coordinate and never compute; any other must be inside `group`.
-    """
+    """The PhaseRecord field to which a thread's CPU time belongs, during a phase of `group`."""
     if born_for and born_for.name != group.name:
         return "other_lane_s" if mask <= born_for.cpu_set else "stray_s"
-    if is_python:
+    if is_python:  # the interpreter's threads coordinate and never compute
         return "python_s"
     return "cpu_s" if mask <= group.cpu_set else "stray_s"
-
-
-STRAY_WARNING_SHARE = 0.01
 
 
 def placement_warnings(record: PhaseRecord, plan: CorePlan) -> Iterator[str]:
     """What a phase's record shows to be wrong with the placement of threads."""
     group = plan.group(record.lane)
     cores = format_cpu_list(group.cpus)
-    if record.mask != frozenset(group.cpus):
+    if record.mask != group.cpu_set:
         allowed = format_cpu_list(record.mask)
         yield f"{group.name} lane: the system allows only cores {allowed} of {cores} now"
     if record.stray_s > STRAY_WARNING_SHARE * record.duration_s:

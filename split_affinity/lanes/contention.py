@@ -14,45 +14,37 @@ from dataclasses import dataclass
 from split_affinity.lanes.audit import LOOK_SHARE, children_cpu_ns, cpu_times, thread_clocks_ns
 from split_affinity.machine.plan import CorePlan
 
-CONTENTION_SHARE = 0.1  # of a lane's cores: if others take that much, it is told
+CONTENTION_SHARE = 0.1  # of a lane's cores: if others take that much, the user is told
 
 
 @dataclass(frozen=True)
 class Contention:
-    """What others took of the cores between two moments (seconds of time.perf_counter): `others`,
-    by lane, is the time that other processes used of the lane's logical CPUs, as a share of what
-    the lane can use (Group.busy), 1 at most; `stolen` is the share of all used CPUs' time that the
-    hypervisor gave to other virtual machines.
-    """
+    """What others took of the cores between two moments (seconds of time.perf_counter)."""
 
     start_s: float
     end_s: float
-    others: dict[str, float]
-    stolen: float
+    others: dict[str, float]  # by lane: other processes' share of what it can use (Group.busy)
+    stolen: float  # the hypervisor's share of all used CPUs, for other virtual machines
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What clocks showed at one moment. Seconds, by online logical CPU: `busy_s` with processes,
-    whosever they are, and `stolen_s` by the hypervisor. Nanoseconds of CPU time: of each thread of
-    this process, of all its threads that ever were, and of the processes that it started.
-    """
+    """What clocks showed at one moment."""
 
     at_s: float
-    busy_s: list[float]
-    stolen_s: list[float]
-    threads_ns: dict[int, int]
-    process_ns: int
-    children_ns: int
+    busy_s: list[float]  # by online logical CPU: with anybody's processes
+    stolen_s: list[float]  # likewise: by the hypervisor
+    threads_ns: dict[int, int]  # CPU time of this process's threads, by id
+    process_ns: int  # of all its threads that ever were
+    children_ns: int  # of the processes that it started
 
 
 def read_usage(known: Collection[int] = ()) -> Usage:
-    """Read the clocks; `known` are the threads of an earlier reading. Interrupts are left out of
-    what is busy: no process is to blame for them.
-    """
+    """Read the clocks; `known` are the threads of an earlier reading."""
     at_s, cpus = time.perf_counter(), cpu_times()
     return Usage(
         at_s=at_s,
+        # Without interrupts: no process is to blame for them.
         busy_s=[times.user + times.nice + times.system for times in cpus],
         stolen_s=[getattr(times, "steal", 0.0) for times in cpus],
         threads_ns=thread_clocks_ns(known),
@@ -64,9 +56,8 @@ def read_usage(known: Collection[int] = ()) -> Usage:
 def own_time_s(
     before: Usage, after: Usage, loader_cpus: Iterable[int], online: Iterable[int]
 ) -> Counter[frozenset[int]]:
-    """CPU seconds that this process and its children used between two readings, by the logical CPUs
-    on which that can have been: threads by their masks, children on those of the loaders, threads
-    that have ended anywhere.
+    """CPU seconds of this process and its children between two readings, by where they can be from:
+    threads from their masks, children from the loaders' CPUs, ended threads from any.
     """
     used_s: Counter[frozenset[int]] = Counter()
     for tid, now_ns in after.threads_ns.items():
@@ -79,12 +70,13 @@ def own_time_s(
     return used_s
 
 
-def less_own_s(
+def subtract_own_time(
     busy_s: dict[frozenset[int], float], own_s: dict[frozenset[int], float]
 ) -> dict[frozenset[int], float]:
-    """What is left of the busy seconds of some sets of CPUs, none of which overlap, without the
-    own time (see own_time_s); never below 0. Time that can have been in several sets is taken from
-    each in proportion to what is left there, after all that can have been in fewer.
+    """The busy seconds of disjoint sets of CPUs without the own time (see own_time_s), 0 at least.
+
+    Time that can have been in fewer sets is taken away first. Time that can have been in several is
+    taken from each in proportion to what is left there.
     """
     left_s = dict(busy_s)
     spread = [([cpus for cpus in busy_s if cpus & mask], used_s) for mask, used_s in own_s.items()]
@@ -98,21 +90,17 @@ def less_own_s(
 def contention_between(
     plan: CorePlan, online: Sequence[int], before: Usage, after: Usage
 ) -> Contention | None:
-    """What others took between two readings; None where the system hides the times of some CPUs, or
-    has no affinity, by which own time is known.
-    """
-    whole = len(online) == len(before.busy_s) == len(after.busy_s)
-    if not whole or not hasattr(os, "sched_getaffinity"):
+    """What others took between two readings; None if the system hides some CPUs, or all masks."""
+    complete = len(online) == len(before.busy_s) == len(after.busy_s)
+    if not complete or not hasattr(os, "sched_getaffinity"):
         return None
     elapsed_s = after.at_s - before.at_s
-    busy_s, stolen_s = (
-        dict(zip(online, map(operator.sub, now_s, then_s), strict=True))
-        for now_s, then_s in ((after.busy_s, before.busy_s), (after.stolen_s, before.stolen_s))
-    )
+    busy_s = dict(zip(online, map(operator.sub, after.busy_s, before.busy_s), strict=True))
+    stolen_s = dict(zip(online, map(operator.sub, after.stolen_s, before.stolen_s), strict=True))
     lanes = {group.cpu_set for group in plan.groups}
     sets = [*lanes, frozenset(online).difference(*lanes)]
     busy = {cpus: sum(busy_s[cpu] for cpu in cpus) for cpus in sets}
-    left_s = less_own_s(busy, own_time_s(before, after, plan.loader_cpus, online))
+    left_s = subtract_own_time(busy, own_time_s(before, after, plan.loader_cpus, online))
     others = {group.name: group.busy(left_s[group.cpu_set], elapsed_s) for group in plan.groups}
     used = {*plan.loader_cpus}.union(*lanes)
     return Contention(
@@ -124,10 +112,10 @@ def contention_between(
 
 
 class ContentionMonitor:
-    """Looks who else uses the cores of a plan, from when it is made.
+    """Watches who else uses the cores of a plan, from when it is made.
 
-    CPUs' times come in ticks of 10 ms, and are off by about 1 % over a second. What another process
-    runs on a hardware thread that is in no lane, beside one that is, goes unseen.
+    CPUs' times come in ticks of 10 ms, and are off by about 1 % over a second. It does not see what
+    another process runs on a hardware thread outside of the lanes, beside one inside.
     """
 
     def __init__(self, plan: CorePlan, online: Sequence[int]):
@@ -136,9 +124,10 @@ class ContentionMonitor:
         self._latest = read_usage()
 
     def look(self, least_s: float = 1.0) -> Contention | None:
-        """What others took since the latest look; None if that is less than `least_s` ago, or so
-        little that looks would cost more than LOOK_SHARE of the time (with 0 it may cost what it
-        does), or if nobody can tell.
+        """Contention since the latest look, or None if it is too soon or unknown.
+
+        Looks are `least_s` apart, and rarer if they would take more than LOOK_SHARE of the time.
+        With 0 there is no limit.
         """
         start_s, before = time.perf_counter(), self._latest
         if least_s and start_s - before.at_s < max(least_s, self._cost_s / LOOK_SHARE):
@@ -150,7 +139,7 @@ class ContentionMonitor:
 
 
 def mean_contention(contentions: Sequence[Contention]) -> Contention:
-    """What others took in several spans, one after the other: the mean by time."""
+    """The mean by time of several spans, one after the other."""
     lengths_s = [each.end_s - each.start_s for each in contentions]
 
     def mean(shares: Iterable[float]) -> float:

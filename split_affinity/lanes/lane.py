@@ -1,8 +1,8 @@
 """Lanes: threads that each own one core group, used like device queues.
 
-A lane's OpenMP team is born inside the group's affinity mask and stays there: moving only the
-calling thread would leave the workers of an older team where they were [pytorch 161576]. Knows
-nothing of models.
+A lane's OpenMP team is born inside the group's affinity mask and stays there. To move the calling
+thread alone would leave the workers of an older team behind [pytorch 161576]. Knows nothing of
+models.
 """
 
 from __future__ import annotations
@@ -37,16 +37,10 @@ from split_affinity.text import format_cpu_list, plural
 
 
 def confine_thread(cpus: Iterable[int]) -> frozenset[int]:
-    """Keep the calling thread on `cpus`; returns the mask in force.
-
-    The mask is read back: the kernel silently drops CPUs that a container manager has taken away.
-    Raises RunError if none of them is left. Where the system has no affinity, or refuses it to
-    everybody, nothing happens; nor where the mask is as it should be.
-    """
+    """Confine the calling thread to `cpus`; returns the mask in force. Raises RunError."""
     wanted = frozenset(cpus)
-    if AFFINITY_REFUSED or not hasattr(os, "sched_setaffinity"):
-        return wanted
-    if process_cpus() == wanted:
+    refused = AFFINITY_REFUSED or not hasattr(os, "sched_setaffinity")
+    if refused or process_cpus() == wanted:
         return wanted
     try:
         os.sched_setaffinity(0, wanted)
@@ -57,26 +51,26 @@ def confine_thread(cpus: Iterable[int]) -> frozenset[int]:
             reason = f"the system does not keep a thread on cores {asked} any more"
             reason += f" (sched_setaffinity: {error.strerror})"
         raise RunError(reason) from error
-    return process_cpus()
+    return process_cpus()  # the kernel silently drops CPUs that a container manager has taken away
 
 
 @contextlib.contextmanager
 def confined_to(cpus: Iterable[int]) -> Iterator[None]:
-    """Keep the calling thread, and threads that it starts, on `cpus` for a while."""
+    """Confine the calling thread, and threads that it starts, to `cpus` for a while."""
     before = process_cpus()
     confine_thread(cpus)
     try:
         yield
     finally:
-        with contextlib.suppress(RunError):  # which would hide how the while ended
+        with contextlib.suppress(RunError):  # it would hide an error inside
             confine_thread(before)
 
 
 def tune_allocator() -> str:
-    """Have glibc keep freed memory for the next step; returns why that cannot be, or nothing.
+    """Have glibc keep freed memory for the next step, for good; returns why it cannot, or nothing.
 
-    By default a step's large buffers go back to the kernel, which hands them out again page by page
-    and zeroed: some 100,000 page faults a step. For the whole process and for good (mallopt(3)).
+    By default a step's large buffers go back to the kernel. It hands them out again page by page
+    and zeroed: some 100,000 page faults a step (mallopt(3)).
     """
     if platform.libc_ver()[0] != "glibc":
         return "the allocator stays as it is: its settings are known for glibc alone"
@@ -89,16 +83,15 @@ def tune_allocator() -> str:
 
 
 def start_team() -> set[int]:
-    """Have OpenMP start the calling thread's workers now, which inherit its mask; returns their
-    kernel ids. To be called before the thread's first parallel operation.
+    """Have OpenMP start the calling thread's workers, which inherit its mask; returns their ids.
 
-    If OpenMP gives fewer threads than PyTorch asks for (OMP_THREAD_LIMIT), PyTorch asks for no more
-    than these from now on: kernels of oneDNN would spin forever at a barrier for the missing ones.
+    Call this before the thread's first parallel operation.
     """
     before, asked = set(thread_ids()), torch.get_num_threads()
     torch.zeros(asked * 2**16).add_(1)  # PyTorch gives a thread at least 32,768 elements
     workers = set(thread_ids()) - before
-    if before and len(workers) + 1 < asked:
+    if before and len(workers) + 1 < asked:  # OMP_THREAD_LIMIT
+        # Kernels of oneDNN would spin forever at a barrier for the missing threads.
         torch.set_num_threads(len(workers) + 1)
     return workers
 
@@ -106,15 +99,14 @@ def start_team() -> set[int]:
 class Lane:
     """One core group and the thread that works for it, used like a device queue.
 
-    `records` collects a PhaseRecord per phase, in order; `group` has as many threads as OpenMP
-    gave. Where each thread was last seen, and how busy each CPU was, takes a system call per thread
-    and one that goes through all CPUs: so close a look is taken at each kind of phase as often as
-    it costs LOOK_SHARE of the time, which is every time unless phases are short or cores many.
+    The audit takes a closer look (where each thread was last seen, how busy each CPU was) at each
+    kind of phase as often as that costs LOOK_SHARE of the time: always, unless phases are short or
+    cores many.
     """
 
     def __init__(self, group: Group, audit: Audit):
-        self.group = group
-        self.records: list[PhaseRecord] = []
+        self.group = group  # with as many threads as OpenMP gave
+        self.records: list[PhaseRecord] = []  # of each phase, in order
         self.notes: list[str] = []
         self._audit = audit
         self._ident = 0  # of its thread, for Python
@@ -136,10 +128,16 @@ class Lane:
         return self.submit(phase, function, *args).result()
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run something on the lane's thread that is not a phase, such as building a model. What
-        interrupts the wait for it interrupts it too: a download, say.
+        """Run something on the lane's thread that is no phase, such as building a model.
+
+        Ctrl-C while waiting interrupts it too: a download, say.
         """
-        future = self._executor.submit(self._inside_group, function, args)
+
+        def inside_group() -> Any:
+            self._enter_group()
+            return function(*args)
+
+        future = self._executor.submit(inside_group)
         try:
             return future.result()
         except KeyboardInterrupt:
@@ -149,36 +147,27 @@ class Lane:
             raise
 
     def adopt(self, function: Callable[..., Any], *args: Any) -> Any:
-        """As `call`, for what starts threads of its own, as gloo does: they inherit the mask, and
-        belong to the lane from then on.
-        """
-        return self._executor.submit(self._adopting, function, args).result()
+        """As `call`, for something that starts threads, as gloo does; they belong to the lane."""
+
+        def adopting() -> Any:
+            before = set(thread_ids())
+            result = function(*args)
+            self._audit.born_for |= dict.fromkeys(set(thread_ids()) - before, self.group)
+            return result
+
+        return self.call(adopting)
 
     def close(self) -> None:
         """Drop what is queued, wait for what is running, and end the thread."""
         self._executor.shutdown(cancel_futures=True)
 
     def _enter_group(self) -> frozenset[int]:
-        """Keep the calling thread in the group, with its thread count; the mask in force.
-
-        The thread count is set only when it differs, since the call clears oneDNN's cache.
-        """
+        """Confine the calling thread to the group; returns the mask in force."""
         mask = confine_thread(self.group.cpus)
-        if mask == self.group.cpu_set:
-            mask = self.group.cpu_set  # one object for all records
-        if torch.get_num_threads() != self.group.threads:
+        if torch.get_num_threads() != self.group.threads:  # setting it clears oneDNN's cache
             torch.set_num_threads(self.group.threads)
-        return mask
-
-    def _inside_group(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
-        self._enter_group()
-        return function(*args)
-
-    def _adopting(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
-        before = set(thread_ids())
-        result = self._inside_group(function, args)
-        self._audit.born_for |= dict.fromkeys(set(thread_ids()) - before, self.group)
-        return result
+        # One object for all records.
+        return self.group.cpu_set if mask == self.group.cpu_set else mask
 
     def _start_team(self) -> None:
         """Start the lane's workers, inside the mask, and register them."""
@@ -213,8 +202,8 @@ class Lane:
 class Lanes:
     """The two lanes of a core plan; with `--split none`, one lane under both names.
 
-    A context manager: leaving it, by an exception too, drains and ends both lanes. `plan` has the
-    threads that OpenMP gave; `monitor` looks who else uses the lanes' cores.
+    Leaving this context manager, by an exception too, drains and ends both lanes. `plan` has the
+    threads that OpenMP gave; `notes` are for the user; `monitor` watches who else uses the cores.
     """
 
     def __init__(self, plan: CorePlan, online: Sequence[int]):
@@ -229,13 +218,9 @@ class Lanes:
         self.forward, self.backward = self._lanes[0], self._lanes[-1]
         groups = {"forward": self.forward.group, "backward": self.backward.group}
         self.plan = dataclasses.replace(plan, **groups)
-        self._hidden = list(hidden_figures(self.plan, online))
+        notes = [note for lane in self._lanes for note in lane.notes]
+        self.notes = [*notes, *hidden_figures(self.plan, online)]
         self.monitor = ContentionMonitor(self.plan, online)
-
-    @property
-    def notes(self) -> list[str]:
-        """What the user should know about the lanes."""
-        return [*(note for lane in self._lanes for note in lane.notes), *self._hidden]
 
     def take_records(self) -> tuple[PhaseRecord, ...]:
         """The phases since the last call, by start time; forgets them."""
@@ -259,16 +244,13 @@ class Lanes:
 
 @contextlib.contextmanager
 def coordinating(settings: Settings, plan: CorePlan) -> Iterator[None]:
-    """Make the calling thread the coordinator: on the loaders' cores, without an OpenMP team of its
-    own, and with the process's switches as set. Undone at the end, but for those of the allocator.
-
-    Lanes, and the workers of their teams, inherit whether denormals are flushed: it is a register
-    of each thread.
+    """Make the calling thread the coordinator for a while: on the loaders' cores, without a team,
+    and with the process's switches for determinism and denormals as set.
     """
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(settings.deterministic)
-    torch.set_flush_denormal(settings.flush_denormals)
+    torch.set_flush_denormal(settings.flush_denormals)  # of each thread; lanes inherit it
     try:
         with confined_to(plan.loader_cpus):
             yield

@@ -1,6 +1,6 @@
 """Variables that bind OpenMP threads, where libgomp read them before Python began (LD_PRELOAD).
 
-It has then cut the process's mask and made up its mind: the program begins anew without them.
+By then it has cut the process's mask and made up its mind: the program begins anew without them.
 """
 
 from __future__ import annotations
@@ -20,60 +20,60 @@ from split_affinity.text import format_cpu_list
 
 
 def begin_anew() -> None:
-    """Begin the program anew in this process, once, if a libgomp that was there first has read
-    variables that lanes ignore; with the CPUs that were allowed before. To be called before
-    PyTorch, which brings a libgomp, is loaded. Raises UserError if nobody knows which these were:
-    so it is, too, if a process that started this one, such as torchrun, has been bound.
+    """Begin the program anew, once, with all allowed CPUs, if a libgomp has bound it already.
+
+    Call this before PyTorch is loaded, which brings a libgomp. Raises UserError if the allowed CPUs
+    cannot be known any more, also if a process that started this one, such as torchrun, is bound.
     """
     read = {name: value for name, value in VARIABLES_HERE.items() if name != "KMP_AFFINITY"}
     if not read:
         return
-    bound = binding(read)
-    library, (outer, inherited) = loaded_libgomp("self"), outer_process(bound)
+    binding = binding_variables(read)
+    library, (outer, inherited) = loaded_libgomp("self"), unbound_ancestor(binding)
     if not library and not inherited:
         return
-    places = places_of(library) or [process_cpus()]
+    places = libgomp_places(library) or [process_cpus()]
     allowed = process_cpus().union(*places)
-    cut_before = inherited or len(places) == 1 or lists_cpus(bound)
-    unknown = bound and cut_before and not cpus_of_process(outer) <= allowed
+    cut_before = inherited or len(places) == 1 or lists_cpus(binding)
+    unknown = binding and cut_before and not cpus_of_process(outer) <= allowed
     if unknown or (library and BEGUN_ANEW):
-        name, value = next(iter((bound or read).items()))
+        name, value = next(iter((binding or read).items()))
         raise UserError(
             f"{name}={value}: by it libgomp, which was loaded before this program (LD_PRELOAD, or "
             f"torch in what started it), keeps it on cores {format_cpu_list(process_cpus())}; "
             f"unset {name}"
         )
     if library:
-        with contextlib.suppress(AttributeError, OSError):  # what was refused to libgomp, too
+        with contextlib.suppress(AttributeError, OSError):  # then libgomp was refused it, too
             os.sched_setaffinity(0, allowed)
         dropped = "\n".join(f"{name}={value}" for name, value in DROPPED_VARIABLES.items())
         environment = os.environ | {"SPLIT_AFFINITY_BEGUN_ANEW": dropped}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
-def binding(variables: dict[str, str]) -> dict[str, str]:
-    """Those of the variables by which libgomp cuts the mask of the thread that loads it."""
+def binding_variables(variables: dict[str, str]) -> dict[str, str]:
+    """The variables that make libgomp cut the mask of the thread that loads it."""
     if variables.get("OMP_PROC_BIND", "").strip().lower() == "false":
         return {}
     return {name: value for name, value in variables.items() if name != "OMP_DYNAMIC"}
 
 
 def lists_cpus(variables: dict[str, str]) -> bool:
-    """Whether places are some CPUs of those allowed, not all of them: listed, or counted."""
+    """Whether the places may leave out some allowed CPUs: they are listed, or counted."""
     places = variables.get("OMP_PLACES", "")
     return "GOMP_CPU_AFFINITY" in variables or not re.fullmatch(r"\s*[A-Za-z_]*\s*", places)
 
 
 def loaded_libgomp(process: int | str) -> str:
-    """The libgomp that is part of a process; empty if there is none, or nobody can tell."""
+    """Path of the libgomp that a process has loaded; empty if none, or unknown."""
     maps = read_text(Path(f"/proc/{process}/maps"))
     found = re.search(r" (/[^\n]*/libgomp[^/\n]*)$", maps, re.MULTILINE)
     return found[1] if found else ""
 
 
-def outer_process(variables: Iterable[str]) -> tuple[int, bool]:
-    """The nearest ancestor that libgomp has not bound by any of the variables, 0 if none can be
-    seen; and whether there are others in between.
+def unbound_ancestor(variables: Iterable[str]) -> tuple[int, bool]:
+    """The nearest ancestor that libgomp has not bound by these variables (0 if none can be seen),
+    and whether there are bound ones in between.
     """
     pid, between = os.getppid(), False
     while pid and loaded_libgomp(pid):
@@ -85,9 +85,10 @@ def outer_process(variables: Iterable[str]) -> tuple[int, bool]:
     return pid, between
 
 
-def places_of(library: str) -> list[frozenset[int]]:
-    """The CPUs of each place of libgomp, which are those that were allowed when it was loaded, or
-    the ones listed; none where it binds nothing.
+def libgomp_places(library: str) -> list[frozenset[int]]:
+    """The CPUs of each place of libgomp: those allowed when it was loaded, or those listed.
+
+    Empty if it binds nothing.
     """
     places = []
     with contextlib.suppress(OSError, AttributeError):
@@ -100,7 +101,7 @@ def places_of(library: str) -> list[frozenset[int]]:
 
 
 def cpus_of_process(pid: int) -> frozenset[int]:
-    """The CPUs that a process may run on; of 0, which is outside a container, all there are."""
+    """The CPUs that a process may run on; for 0, outside of a container, all there are."""
     with contextlib.suppress(AttributeError, OSError):
         if pid:
             return frozenset(os.sched_getaffinity(pid))

@@ -40,10 +40,7 @@ class Group:
         return frozenset(self.cpus)
 
     def busy(self, cpu_s: float, elapsed_s: float) -> float:
-        """CPU time as a share of what the group can use.
-
-        That is the time of its cores; with more threads than cores, of one CPU for each thread.
-        """
+        """CPU time as a share of that of the group's cores, or of its threads' CPUs if more."""
         return cpu_s / (elapsed_s * max(self.cores, min(self.threads, len(self.cpus))))
 
     def __str__(self) -> str:
@@ -63,17 +60,14 @@ class PhaseTimes:
 
 @dataclass(frozen=True)
 class CorePlan:
-    """Which cores do what. With `--split none`, forward and backward are the same group.
-
-    With `--split auto`, `measured` has the phases' times by number of cores.
-    """
+    """Which cores do what. With `--split none`, forward and backward are the same group."""
 
     split: str
     forward: Group
     backward: Group
     loader_cpus: tuple[int, ...]
     notes: tuple[str, ...] = ()
-    measured: dict[int, PhaseTimes] = field(default_factory=dict)
+    measured: dict[int, PhaseTimes] = field(default_factory=dict)  # by cores, for --split auto
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -173,32 +167,20 @@ def usable_cores(topology: Topology) -> list[Core]:
     room = len(cores) if topology.quota_cpus is None else max(1, math.floor(topology.quota_cpus))
     if room >= len(cores):
         return cores
-    return sorted(choose_idle_cores(cores, core_loads(topology), room))
+    return sorted(choose_idle_cores(topology, cores, room))
 
 
-def core_loads(topology: Topology) -> dict[int, float]:
-    """How busy each logical CPU's core is: as its busiest hardware thread, which slows the rest."""
-    return {
-        cpu: max(topology.busy.get(each, 0.0) for each in core.cpus)
-        for core in topology.cores
-        for cpu in core.cpus
-    }
-
-
-def choose_idle_cores(cores: Sequence[Core], load: dict[int, float], count: int) -> list[Core]:
-    """Choose `count` cores by the `load` of their CPUs: idle ones, the fastest first.
-
-    They come from one L3 domain, node or package, if one has so many, and from the one with the
-    least load. If no core is busy, the first ones are chosen; if too few are idle, the least busy
-    ones join them.
+def choose_idle_cores(topology: Topology, cores: Sequence[Core], count: int) -> list[Core]:
+    """Choose `count` cores, idle and fast ones first, from one L3 domain, node or package if it has
+    so many; of several such, from the one with the fewest busy cores.
     """
     fastest_first = sorted(cores, key=lambda core: -core.capacity)
-    busy = [core for core in cores if load[core.cpus[0]] > BUSY_SHARE]
+    busy = [core for core in cores if topology.load(core) > BUSY_SHARE]
     if not busy:
         return fastest_first[:count]
     idle = [core for core in fastest_first if core not in busy]
     if len(idle) < count:
-        return (idle + sorted(busy, key=lambda core: load[core.cpus[0]]))[:count]
+        return (idle + sorted(busy, key=topology.load))[:count]
     fast = [core for core in idle if core.capacity == idle[0].capacity]
     for depth in range(len(DOMAINS), 0, -1):
         place = operator.attrgetter(*DOMAINS[:depth])
@@ -240,15 +222,15 @@ def explain_choice(topology: Topology, used: Sequence[Core]) -> str:
     """Which cores were chosen under a CPU quota, and why; empty if the load is unknown."""
     if not topology.busy:
         return ""
-    cpus, load = cpus_of(used), core_loads(topology)
+    cpus = cpus_of(used)
     here = f"CPU{'s' if len(cpus) > 1 else ''} {format_cpu_list(cpus)}"
     allowed = [core for core in topology.cores if not topology.allowed.isdisjoint(core.cpus)]
-    busy = [core for core in allowed if load[core.cpus[0]] > BUSY_SHARE]
-    if not busy:
+    count = sum(topology.load(core) > BUSY_SHARE for core in allowed)
+    if not count:
         return f", {here}: the first, since all are idle"
-    if all(load[core.cpus[0]] <= BUSY_SHARE for core in used):
-        return f", {here}: idle now, while others work on {plural(len(busy), 'core')}"
-    return f", {here}: the least busy ones, since others work on {plural(len(busy), 'core')}"
+    if all(topology.load(core) <= BUSY_SHARE for core in used):
+        return f", {here}: idle now, while others work on {plural(count, 'core')}"
+    return f", {here}: the least busy ones, since others work on {plural(count, 'core')}"
 
 
 @dataclass(frozen=True)
@@ -272,8 +254,7 @@ def rank_topology(hosts: Sequence[Host], rank: int) -> Topology:
     """A rank's part of its machine. Raises UserError if there are more ranks than cores.
 
     Ranks with the same allowed CPUs divide them; a mask that a launcher has set for one rank
-    (mpirun --bind-to, taskset) stays. Each rank of a machine has the same part of its CPU quota and
-    memory. bfloat16 is native if it is so for all ranks.
+    (mpirun --bind-to, taskset) stays. The CPU quota and the memory are divided evenly.
     """
     own = hosts[rank]
     there = [number for number, host in enumerate(hosts) if host.kernel == own.kernel]
@@ -312,15 +293,12 @@ def share_out(cores: Sequence[Core], ranks: int) -> list[list[Core]]:
 def divide_cores(
     cores: Sequence[Core], split: str
 ) -> tuple[tuple[int, ...], tuple[int, ...], list[str]]:
-    """The CPUs of the forward and of the backward group, in the ratio of `split`; and notes on it.
-
-    A single core is divided into its hardware threads; if it has but one, both groups get it.
-    """
+    """The CPUs of the forward and the backward group, in the ratio of `split`; and notes on it."""
     unit = "core"
     if len(cores) == 1:
         unit = "hardware thread"
         cores = [dataclasses.replace(cores[0], cpus=(cpu,)) for cpu in cores[0].cpus]
-    if len(cores) == 1:
+    if len(cores) == 1:  # both groups share its only hardware thread
         return cores[0].cpus, cores[0].cpus, []
     ratio = (1, 1) if split == "even" else tuple(map(int, split.split(":")))
     count = forward_count(len(cores), *ratio)
@@ -334,12 +312,10 @@ def divide_cores(
 
 
 def forward_count(count: int, forward: int, backward: int) -> int:
-    """How many of `count` cores come nearest to forward:backward, at least one for each group.
-
-    A tie goes to the backward group.
-    """
+    """How many of `count` cores forward gets, nearest to the ratio; each group gets at least 1."""
     parts = forward + backward
-    nearest = -((parts - 2 * count * forward) // (2 * parts))  # ceil(count * share - 1/2)
+    # ceil(count * share - 1/2): a tie goes to the backward group
+    nearest = -((parts - 2 * count * forward) // (2 * parts))
     return min(max(nearest, 1), count - 1)
 
 
@@ -350,14 +326,12 @@ def choose_mixed_cores(cores: Sequence[Core], count: int) -> list[Core]:
 
 
 def share_by_kind(cores: Sequence[Core], count: int) -> list[tuple[list[Core], int]]:
-    """Each kind of core, fastest first, with its part of `count`, by largest remainders.
-
-    A tie goes to the slower kind, so that the other group gets the faster core.
-    """
+    """Each kind of core, fastest first, with its part of `count`, by largest remainders."""
     by_speed = sorted(cores, key=lambda core: -core.capacity)
     kinds = [list(kind) for _, kind in itertools.groupby(by_speed, lambda core: core.capacity)]
     shares = [len(kind) * count // len(cores) for kind in kinds]
     remainders = [len(kind) * count % len(cores) for kind in kinds]
+    # A tie goes to the slower kind, so that the other group gets the faster core.
     order = sorted(range(len(kinds)), key=lambda index: (-remainders[index], -index))
     for index in order[: count - sum(shares)]:
         shares[index] += 1

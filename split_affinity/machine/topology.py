@@ -27,38 +27,30 @@ LOOK_S = 0.2  # 20 ticks
 
 @dataclass(frozen=True, order=True)
 class Core:
-    """One physical core and where it sits.
-
-    `l3` is the lowest logical CPU that shares the L3 cache (-1: unknown), `cpus` are the online
-    hardware threads, ascending, `capacity` is the relative speed (1024 for the fastest cores).
-    """
+    """One physical core and where it sits."""
 
     package: int
     node: int
-    l3: int
+    l3: int  # the lowest logical CPU that shares the cache; -1: unknown
     core_id: int
-    cpus: tuple[int, ...]
-    capacity: int = 1024
+    cpus: tuple[int, ...]  # online hardware threads, ascending
+    capacity: int = 1024  # relative speed; 1024 for the fastest cores
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A machine as one process may use it.
-
-    `quota_cpus` is the cgroup's CPU quota. `bf16` names the instructions for bfloat16, if any.
-    `memory_bytes` is infinite if unknown. Two fields belong to the moment, not to the machine:
-    `affinity_refused` is why the system keeps no thread on cores though it could, `busy` the share
-    of time in which each CPU works, read only if a CPU quota leaves a choice.
-    """
+    """A machine as one process may use it."""
 
     cpu_model: str
     cores: tuple[Core, ...]
     offline: frozenset[int]
     allowed: frozenset[int]
-    quota_cpus: float | None
+    quota_cpus: float | None  # of the cgroup
     has_affinity: bool
-    bf16: str = ""
-    memory_bytes: float = math.inf
+    bf16: str = ""  # one of BF16_FLAGS: its native arithmetic, if any
+    memory_bytes: float = math.inf  # unknown
+    # Of the moment, not of the machine: why the system keeps no thread on cores though it could;
+    # the share of time in which each CPU works, known only if a CPU quota leaves a choice.
     affinity_refused: str = ""
     busy: dict[int, float] = field(default_factory=dict, compare=False)
 
@@ -70,6 +62,11 @@ class Topology:
     def count_cores(self, cpus: Iterable[int]) -> int:
         """The number of physical cores that have any of the CPUs."""
         return sum(not set(cpus).isdisjoint(core.cpus) for core in self.cores)
+
+    def load(self, part: Core) -> float:
+        """How busy a core is, if only a part of it: as its busiest thread, which slows the rest."""
+        (whole,) = (core for core in self.cores if part.cpus[0] in core.cpus)
+        return max(self.busy.get(cpu, 0.0) for cpu in whole.cpus)
 
 
 def cpus_of(cores: Iterable[Core]) -> tuple[int, ...]:
@@ -168,13 +165,10 @@ def read_processor(root: Path) -> tuple[str, str]:
 
 
 def busy_now(root: Path, online: Iterable[int], look_s: float) -> dict[int, float]:
-    """The share of the next `look_s` seconds in which each online CPU works, for anybody.
-
-    Empty if /proc/stat does not show all of them, or numbers them anew (lxcfs).
-    """
+    """The share of the next `look_s` seconds in which each online CPU works, for anybody."""
     stat = root / "proc/stat"
     before = cpu_ticks(read_text(stat))
-    if not look_s or not before.keys() >= {*online}:
+    if not look_s or not before.keys() >= {*online}:  # lxcfs shows some, with its own numbers
         return {}
     time.sleep(look_s)
     after = cpu_ticks(read_text(stat))
@@ -207,11 +201,9 @@ VIRTUAL_MAKERS = "QEMU|KVM|VMware|Virtual|Xen|Parallels|EC2|Google Compute Engin
 
 
 def host_kind(root: Path = Path("/")) -> str:
-    """`bare metal`, `virtual machine`, or a container on one, as in `container (docker) on bare
-    metal`; `unknown` if the system does not tell (macOS).
-    """
+    """`bare metal`, `virtual machine`, `container (docker) on bare metal`, ..., or `unknown`."""
     cpuinfo = read_text(root / "proc/cpuinfo")
-    if not cpuinfo:
+    if not cpuinfo:  # macOS
         return "unknown"
     flags = re.search(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)
     if flags:
@@ -230,10 +222,7 @@ def host_kind(root: Path = Path("/")) -> str:
 
 
 def read_quota(root: Path) -> float | None:
-    """The CPU quota in CPUs: the smallest of the process's cgroup and of those around it.
-
-    It stands in `cpu.max` (v2), or in `cpu.cfs_quota_us` and `cpu.cfs_period_us` (v1).
-    """
+    """The CPU quota in CPUs: the smallest of the process's cgroup and of those around it."""
     quotas = []
     for directory in cgroups(root, "cpu"):
         v1 = [read_text(directory / f"cpu.cfs_{name}_us") for name in ("quota", "period")]

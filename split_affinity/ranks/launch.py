@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """Which of the processes this one is that a launcher has started together, counted from 0: of
-    all `ranks`, and of those on its machine. A process by itself is the first and only one.
+    """Which of the processes that a launcher started together this one is, of all and per machine.
+
+    A process by itself is the first and only one.
     """
 
     rank: int = 0
@@ -20,14 +21,12 @@ class Launch:
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch:
-    """What torchrun says in the environment, or another launcher that sets the same variables. What
-    makes no sense, something else has set.
-    """
+    """What a launcher says in torchrun's variables; values that make no sense are ignored."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     texts = [environment.get(name, "") for name in names[:2]]
     texts.append(environment.get("LOCAL_RANK") or "0")
-    whole = (re.fullmatch(r"\d{1,9}", text, re.ASCII) for text in texts)
-    if not all(name in environment for name in names) or not all(whole):
+    numbers = (re.fullmatch(r"\d{1,9}", text, re.ASCII) for text in texts)
+    if not all(name in environment for name in names) or not all(numbers):
         return Launch()
     launch = Launch(*map(int, texts))
     return launch if launch.rank < launch.ranks else Launch()

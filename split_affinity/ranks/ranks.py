@@ -1,6 +1,6 @@
 """Ranks: processes that train one model together, each on its own part of the micro-batches.
 
-torchrun starts them; torch.distributed, with gloo, carries what they tell each other. Whatever
+torchrun starts them; torch.distributed, with gloo, carries what they tell each other. Code that
 depends on there being several asks the class Ranks.
 """
 
@@ -34,27 +34,24 @@ class RankLost(RunError):
 
 
 class Ranks:
-    """The processes that train one model together: here a single one. Rank 0 alone writes.
-
-    `hosts` and `plans` tell where each rank is, if there are several. `agreed` says whether an
-    error that ends the run is known to all ranks, and raised by all after the same step: what takes
-    all of them, a checkpoint say, can then still be done.
-    """
+    """The processes that train one model together: here a single one. Rank 0 alone writes."""
 
     rank, size = 0, 1
+    # All ranks know the error that ends the run, and raise it after the same step: then they can
+    # still do something together, such as a checkpoint.
     agreed = True
-    hosts: Sequence[Host] = ()
+    hosts: Sequence[Host] = ()  # of each rank, if there are several
     plans: Sequence[CorePlan] = ()
 
     def meet(self, topology: Topology) -> Topology:
-        """What this rank may use of the machine; all ranks get to know each other's `hosts`."""
+        """Exchange `hosts`; returns this rank's part of its machine. Raises UserError."""
         return topology
 
     def introduce(self, plan: CorePlan) -> None:
-        """Tell the others this rank's plan, and get to know theirs: `plans`."""
+        """Exchange `plans`."""
 
     def start(self) -> None:
-        """Connect with all others. What gloo starts for that has the mask of the calling thread."""
+        """Connect with all others. Threads of gloo get the mask of the calling thread."""
 
     def exchange(self, thing: Any) -> list[Any]:
         """What each rank hands in, anything that can be pickled, by rank."""
@@ -70,16 +67,16 @@ class Ranks:
             raise error
 
     def first(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What the function returns on rank 0, which alone calls it, or raises there."""
+        """Call the function on rank 0 alone; its result, or its error, is that of all ranks."""
         return function(*args)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Have an error inside, on any of the ranks, be one of all of them, when they leave it."""
+        """Raise an error inside, on any rank, on all of them at the end."""
         yield
 
     def close(self, together: bool) -> None:
-        """Part from the others; if they end together, once they all have come so far."""
+        """Part from the others; if they end together, wait until all of them have come here."""
 
 
 ONE_PROCESS = Ranks()
@@ -88,9 +85,9 @@ ONE_PROCESS = Ranks()
 class SeveralRanks(Ranks):
     """Several processes that a launcher has started; this one is `rank` of `size`.
 
-    Until `start`, what they tell each other goes through the launcher's store. Raises RankLost if
-    one of them does not answer for `timeout_s` seconds, or is known to have gone. They all have to
-    ask the same in the same order, each from one thread at a time.
+    Its methods do what Ranks says of them; all ranks call the same ones in the same order, each
+    from one thread at a time. They raise RankLost if a rank does not answer for `timeout_s`
+    seconds, or has gone. Until `start` they talk through the launcher's store.
     """
 
     agreed = False
@@ -98,37 +95,36 @@ class SeveralRanks(Ranks):
     def __init__(self, rank: int, size: int, store: distributed.Store, timeout_s: float):
         self.rank, self.size, self.lost = rank, size, False
         self._store, self._timeout_s = store, timeout_s
-        self._started, self._asked = False, 0
+        self._started, self._exchanges = False, 0
 
     def begin(self) -> None:
-        """Find the others that were started with this rank, and a part of the store for them alone.
+        """Find the ranks that were started with this one, and a part of the store for them alone.
 
-        A launcher may keep its store when it starts ranks once more, with all that earlier ones
-        have left there, and on each machine it counts the starts for itself. So each process gives
-        itself a name, and rank 0 goes on asking until one that is alive has answered.
+        A launcher may keep its store, with all that is in it, when it starts ranks once more; and
+        it counts the starts on each machine by itself. So each process gives itself a name, and
+        rank 0 tells its own to each until one that is alive has answered.
         """
         own, until_s = os.urandom(8).hex(), time.monotonic() + self._timeout_s
         with self.answered():
-            begun = own
             if self.rank:
                 self._store.set(f"here/{self.rank}", own)
                 begun = self._store.get(f"begun/{own}").decode()
                 self._store.set(f"heard/{begun}/{own}", "")
-            waiting = range(1, 1 if self.rank else self.size)
-            while waiting := [rank for rank in waiting if not self._hears(rank, begun)]:
-                if time.monotonic() > until_s:
-                    raise RuntimeError("timeout")
-                time.sleep(0.01)
+            else:
+                begun, waiting = own, range(1, self.size)
+                while waiting := [rank for rank in waiting if not self._hears(rank, begun)]:
+                    if time.monotonic() > until_s:
+                        raise RuntimeError("timeout")
+                    time.sleep(0.01)
         self._store = distributed.PrefixStore(begun, self._store)
 
     def _hears(self, rank: int, begun: str) -> bool:
-        """Tell a rank, once it is there, what has begun; whether it has answered."""
+        """Tell a rank, once it is there, what has begun; returns whether it has answered."""
         name = self._store.get(f"here/{rank}").decode()
         self._store.set(f"begun/{name}", begun)
         return self._store.check([f"heard/{begun}/{name}"])
 
     def meet(self, topology: Topology) -> Topology:
-        """As in Ranks. Raises UserError if they cannot work together."""
         self.hosts = self.exchange(this_host(topology))
         with self.together():
             versions = [host.torch_version for host in self.hosts]
@@ -137,15 +133,13 @@ class SeveralRanks(Ranks):
                     where = f"rank {rank} on {self.hosts[rank].name} has torch {version}"
                     raise UserError(f"{where}, rank 0 has {versions[0]}: all need the same")
             if "GLOO_SOCKET_IFNAME" not in os.environ:
-                os.environ["GLOO_SOCKET_IFNAME"] = network_interface(self.hosts)
+                os.environ["GLOO_SOCKET_IFNAME"] = find_network_interface(self.hosts)
             return rank_topology(self.hosts, self.rank)
 
     def introduce(self, plan: CorePlan) -> None:
-        """As in Ranks."""
         self.plans = self.exchange(plan)
 
     def start(self) -> None:
-        """As in Ranks."""
         with self.answered():
             distributed.init_process_group(
                 "gloo",
@@ -157,19 +151,17 @@ class SeveralRanks(Ranks):
         self._started = True
 
     def exchange(self, thing: Any) -> list[Any]:
-        """As in Ranks."""
         with self.answered():
             if self._started:
                 things = [None] * self.size
                 distributed.all_gather_object(things, thing)
                 return things
-            self._asked += 1
-            self._store.set(f"{self._asked}/{self.rank}", pickle.dumps(thing))
-            texts = [self._store.get(f"{self._asked}/{rank}") for rank in range(self.size)]
+            self._exchanges += 1
+            self._store.set(f"{self._exchanges}/{self.rank}", pickle.dumps(thing))
+            texts = [self._store.get(f"{self._exchanges}/{rank}") for rank in range(self.size)]
             return list(map(pickle.loads, texts))
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
-        """As in Ranks."""
         own = torch.tensor(values, dtype=torch.float64)
         every = [torch.empty_like(own) for _ in range(self.size)]
         with self.answered():
@@ -177,23 +169,19 @@ class SeveralRanks(Ranks):
         return [each.tolist() for each in every]
 
     def settle(self, error: Exception | None = None) -> None:
-        """As in Ranks. What was not foreseen is raised as it is where it happened, and as a
-        RunError elsewhere.
-        """
-        told = error
-        if error and not isinstance(error, (UserError, RunError, Stopped)):
-            told = RunError(likely_reason(error))
-        found = self.exchange(told)
-        for rank, each in enumerate(found):
-            if each:
+        foreseen = error is None or isinstance(error, (UserError, RunError, Stopped))
+        every = self.exchange(error if foreseen else RunError(likely_reason(error)))
+        for rank, found in enumerate(every):
+            if found:
                 self.agreed = True
-                if rank and not isinstance(each, Stopped):
+                if rank == self.rank and not foreseen:
+                    raise error  # as it is, with its traceback; a RunError elsewhere
+                if rank and not isinstance(found, Stopped):
                     place = f" on {self.hosts[rank].name}" if self.hosts else ""
-                    each.args = (f"rank {rank}{place}: {each}",)
-                raise error if told is not error and rank == self.rank else each
+                    found.args = (f"rank {rank}{place}: {found}",)
+                raise found
 
     def first(self, function: Callable[..., Any], *args: Any) -> Any:
-        """As in Ranks."""
         things = [None]
         with self.together():
             if not self.rank:
@@ -206,7 +194,6 @@ class SeveralRanks(Ranks):
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """As in Ranks."""
         try:
             yield
         except Exception as error:
@@ -231,7 +218,6 @@ class SeveralRanks(Ranks):
             raise RankLost(f"rank {self.rank} has lost another one: {reason}") from None
 
     def close(self, together: bool) -> None:
-        """As in Ranks."""
         if together:
             with contextlib.suppress(RankLost):
                 self.exchange(None)
@@ -258,15 +244,16 @@ def connect(launch: Launch, timeout_s: float) -> Ranks:
     return ranks
 
 
-def network_interface(hosts: Sequence[Host]) -> str:
-    """The network interface by which the others are reached: the one that leads to the address
-    that the launcher was given. Gloo by itself takes the one that the machine's own name stands
-    for, which on many systems is 127.0.1.1. Raises UserError if only this machine is reached by it.
+def find_network_interface(hosts: Sequence[Host]) -> str:
+    """The network interface that leads to the launcher's address, and so to the other ranks.
+
+    Gloo by itself takes the one of the machine's own name, on many systems 127.0.1.1. Raises
+    UserError if it leads to this machine alone and ranks are on others.
     """
     place, own = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), ""
     for family, kind, _, _, address in socket.getaddrinfo(*place, type=socket.SOCK_DGRAM)[::-1]:
         with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
-            probe.connect(address)  # which sends nothing
+            probe.connect(address)  # this sends nothing
             own = probe.getsockname()[0]
     if own.startswith(("127.", "::1")) and len({host.kernel for host in hosts}) > 1:
         remedy = "one that other machines know, or set GLOO_SOCKET_IFNAME"
@@ -280,9 +267,7 @@ def network_interface(hosts: Sequence[Host]) -> str:
 
 
 def machines_of(ranks: Ranks) -> Iterator[tuple[str, Topology, list[int]]]:
-    """The machines of several ranks: each in a line, what of it they may use, and which ranks are
-    there.
-    """
+    """Each machine of several ranks: a line about it, what they may use of it, their numbers."""
     for kernel in dict.fromkeys(host.kernel for host in ranks.hosts):
         there = [rank for rank, host in enumerate(ranks.hosts) if host.kernel == kernel]
         cpus = frozenset().union(*(ranks.hosts[rank].topology.allowed for rank in there))
@@ -292,7 +277,7 @@ def machines_of(ranks: Ranks) -> Iterator[tuple[str, Topology, list[int]]]:
 
 
 def rank_lines(ranks: Ranks) -> list[str]:
-    """Where each rank is, and its cores, in a line each, if there are several."""
+    """A line about each of several ranks: where it is, and its cores."""
     lines = []
     for rank, (host, plan) in enumerate(zip(ranks.hosts, ranks.plans, strict=True)):
         groups = "; ".join(f"{group.name} {group}" for group in plan.groups)
@@ -303,7 +288,7 @@ def rank_lines(ranks: Ranks) -> list[str]:
 
 
 def rank_metrics(ranks: Ranks) -> dict[str, Any]:
-    """Several ranks, as metrics.jsonl has them: the machine's name and the plan of each."""
+    """Several ranks in metrics.jsonl: the machine's name and the plan of each."""
     pairs = zip(ranks.hosts, ranks.plans, strict=True)
     rows = [{"host": host.name, "plan": dataclasses.asdict(plan)} for host, plan in pairs]
     return {"ranks": rows} if rows else {}

@@ -19,21 +19,16 @@ BUCKET_BYTES = 25 * 2**20  # of gradients that travel together, as in Distribute
 
 @dataclass
 class Bucket:
-    """Gradients that travel together: a flat tensor, and the part of it, shaped and laid out as
-    the weight is, for each by its name; those that are not there yet in this step, and what is to
-    be waited for once the bucket has set out.
-    """
+    """Gradients that travel together in a flat tensor; `parts` are views shaped as the weights."""
 
     flat: torch.Tensor
     parts: Weights
-    missing: set[str] = field(default_factory=set)
-    journey: distributed.TrainState | None = None
+    missing: set[str] = field(default_factory=set)  # gradients still to come in this step
+    transfer: distributed.Work | None = None
 
 
 def make_buckets(weights: Weights) -> list[Bucket]:
-    """Buckets for the gradients of some weights, the last ones first: backpropagation has them
-    first.
-    """
+    """Buckets for the gradients of some weights, the last ones first, as backpropagation goes."""
     groups: list[list[str]] = []
     filled_bytes = BUCKET_BYTES
     for name, weight in reversed(weights.items()):
@@ -55,89 +50,86 @@ def make_buckets(weights: Weights) -> list[Bucket]:
 
 
 class Reducer:
-    """Adds the gradients of all ranks up, in buckets (Li et al. 2020, arXiv 2006.15704): each sets
-    out as soon as backpropagation of the last of a step's micro-batches has filled it, in the same
-    order on all ranks, while that goes on.
+    """Adds up the gradients of all ranks (Li et al. 2020, arXiv 2006.15704).
 
-    It belongs to some models with the same weights, of which one at a time goes back; `batches`
-    says how many micro-batches a step has on each rank.
+    A bucket is sent as soon as the last micro-batch of a step has filled it, in the same order on
+    all ranks. `models` have the same weights, and one at a time goes back; `batches` says how many
+    micro-batches a step has on each rank.
     """
 
     def __init__(
         self, ranks: SeveralRanks, models: Sequence[nn.Module], batches: Callable[[], int]
     ):
         self._ranks, self._batches = ranks, batches
-        weights = trainable_weights(models[0])
-        self._buckets = make_buckets(weights)
+        self._buckets = make_buckets(trainable_weights(models[0]))
         self._bucket_of = {name: bucket for bucket in self._buckets for name in bucket.parts}
         self._hooks = [
-            weight.register_post_accumulate_grad_hook(partial(self._added, name))
+            weight.register_post_accumulate_grad_hook(partial(self._count_gradient, name))
             for model in models
             for name, weight in trainable_weights(model).items()
         ]
         self.size_bytes = sum(bucket.flat.nbytes for bucket in self._buckets)
-        self._begin()
+        self._begin_step()
 
     def close(self) -> None:
-        """Look at the models no more."""
+        """Remove the hooks from the models."""
         for hook in self._hooks:
             hook.remove()
 
     def finish(self, model: nn.Module) -> None:
-        """The reduce phase: wait for the sums, which are then the gradients of the model, without
-        a copy. Raises, with all other ranks, the error of one that could not take part.
+        """The reduce phase: wait for the sums, then make them the model's gradients (no copy).
+
+        If a rank could not take part, its error is raised on all.
         """
-        if self._arrive(failed=False):
+        if self._send_and_wait(failed=False):
             self._ranks.settle()
         for name, weight in trainable_weights(model).items():
             if weight.grad is not None:
                 weight.grad = self._bucket_of[name].parts[name]
-        self._begin()
+        self._begin_step()
 
     def give_up(self, error: Exception) -> None:
-        """Take part in a step that this rank cannot finish, so that no rank makes it; raises the
-        error, or that of the first rank that has one.
+        """Take part in a step that this rank cannot finish, so that no rank makes it.
+
+        Raises the error, or that of the first rank that has one.
         """
-        self._arrive(failed=True)
+        self._send_and_wait(failed=True)
         self._ranks.settle(error)
 
-    def _begin(self) -> None:
-        self._added_up: Counter[str] = Counter()
-        self._underway = 0  # so many buckets have set out
+    def _begin_step(self) -> None:
+        self._added: Counter[str] = Counter()  # micro-batches, by weight
+        self._sent = 0  # buckets
         for bucket in self._buckets:
             bucket.missing = set(bucket.parts)
 
-    def _added(self, name: str, weight: torch.Tensor) -> None:
+    def _count_gradient(self, name: str, weight: torch.Tensor) -> None:
         """A micro-batch has added to the gradient of a weight, on the backward lane."""
-        self._added_up[name] += 1
-        if self._added_up[name] < self._batches():
+        self._added[name] += 1
+        if self._added[name] < self._batches():
             return
         bucket = self._bucket_of[name]
         if weight.grad.data_ptr() != bucket.parts[name].data_ptr():  # not there already
             bucket.parts[name].copy_(weight.grad)
         bucket.missing.discard(name)
-        while self._underway < len(self._buckets) and not self._buckets[self._underway].missing:
-            self._set_out()
+        while self._sent < len(self._buckets) and not self._buckets[self._sent].missing:
+            self._send_bucket()
 
-    def _set_out(self) -> None:
-        """Send the next bucket on its way; what is missing in it, since no image needed the weight,
-        counts as 0.
-        """
-        bucket = self._buckets[self._underway]
-        for name in bucket.missing:
+    def _send_bucket(self) -> None:
+        bucket = self._buckets[self._sent]
+        for name in bucket.missing:  # no image needed the weight
             bucket.parts[name].zero_()
         with self._ranks.answered():
-            bucket.journey = distributed.all_reduce(bucket.flat, async_op=True)
-        self._underway += 1
+            bucket.transfer = distributed.all_reduce(bucket.flat, async_op=True)
+        self._sent += 1
 
-    def _arrive(self, failed: bool) -> bool:
-        """Send and await all that is left; whether any rank has failed."""
-        while self._underway < len(self._buckets):
-            self._set_out()
+    def _send_and_wait(self, failed: bool) -> bool:
+        """Send the remaining buckets and wait for all; returns whether any rank has failed."""
+        while self._sent < len(self._buckets):
+            self._send_bucket()
         failures = torch.tensor([int(failed)])
         with self._ranks.answered():
             last = distributed.all_reduce(failures, async_op=True)
             for bucket in self._buckets:
-                bucket.journey.wait()
+                bucket.transfer.wait()
             last.wait()
         return bool(failures.item())

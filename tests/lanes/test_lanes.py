@@ -36,8 +36,8 @@ from split_affinity.lanes.contention import (
     ContentionMonitor,
     Usage,
     contention_between,
-    less_own_s,
     own_time_s,
+    subtract_own_time,
 )
 from split_affinity.lanes.lane import Lane, Lanes, confine_thread, tune_allocator
 from split_affinity.machine.plan import CorePlan, Group
@@ -501,7 +501,7 @@ def test_the_own_time_by_where_it_can_have_been(monkeypatch):
 def test_what_is_left_without_the_own_time(own_s, left_s):
     busy_s = {frozenset({0}): 1.0, frozenset({1, 2}): 3.0, frozenset({3}): 2.0}
     masks = {frozenset(map(int, mask)): used_s for mask, used_s in own_s.items()}
-    assert list(less_own_s(busy_s, masks).values()) == pytest.approx(left_s)
+    assert list(subtract_own_time(busy_s, masks).values()) == pytest.approx(left_s)
 
 
 @pytest.fixture

@@ -18,7 +18,12 @@ from small import TINY, needs_two_cpus, read_metrics
 
 from split_affinity import ALLOWED_CPUS
 from split_affinity.machine import binding as module
-from split_affinity.machine.binding import binding, lists_cpus, outer_process, places_of
+from split_affinity.machine.binding import (
+    binding_variables,
+    libgomp_places,
+    lists_cpus,
+    unbound_ancestor,
+)
 from split_affinity.text import format_cpu_list
 
 BUNDLED = sorted(Path(torch.__file__).parent.parent.glob("torch*/**/libgomp*.so*"))
@@ -122,8 +127,8 @@ def test_it_begins_anew_once_at_most(monkeypatch):
     begun = []
     monkeypatch.setattr(module, "VARIABLES_HERE", {"OMP_PROC_BIND": "true"})
     monkeypatch.setattr(module, "loaded_libgomp", lambda process: "/lib/libgomp.so.1")
-    monkeypatch.setattr(module, "places_of", lambda library: [{cpu} for cpu in ALLOWED_CPUS])
-    monkeypatch.setattr(module, "outer_process", lambda variables: (os.getpid(), False))
+    monkeypatch.setattr(module, "libgomp_places", lambda library: [{cpu} for cpu in ALLOWED_CPUS])
+    monkeypatch.setattr(module, "unbound_ancestor", lambda variables: (os.getpid(), False))
     monkeypatch.setattr(os, "execve", lambda *args: begun.append(args))
     module.begin_anew()
     ((path, command, environment),) = begun
@@ -139,9 +144,9 @@ def test_it_begins_anew_once_at_most(monkeypatch):
 
 
 def test_which_variables_bind_and_which_list_cpus():
-    assert binding({"OMP_DYNAMIC": "true"}) == {}
-    assert binding({"OMP_PROC_BIND": "FALSE", "OMP_PLACES": "cores"}) == {}
-    assert binding({"OMP_PLACES": "cores", "OMP_DYNAMIC": "1"}) == {"OMP_PLACES": "cores"}
+    assert binding_variables({"OMP_DYNAMIC": "true"}) == {}
+    assert binding_variables({"OMP_PROC_BIND": "FALSE", "OMP_PLACES": "cores"}) == {}
+    assert binding_variables({"OMP_PLACES": "cores", "OMP_DYNAMIC": "1"}) == {"OMP_PLACES": "cores"}
     for places in ("cores", " sockets ", "LL_CACHES", ""):
         assert not lists_cpus({"OMP_PLACES": places})
     for places in ("cores(4)", "{0},{1}", "{0}:4:2", "0-3"):
@@ -151,5 +156,5 @@ def test_which_variables_bind_and_which_list_cpus():
 
 
 def test_where_nothing_is_bound(monkeypatch):
-    assert places_of("") == places_of("/nowhere/libgomp.so.1") == []
-    assert outer_process(["OMP_PROC_BIND"]) == (os.getppid(), False)
+    assert libgomp_places("") == libgomp_places("/nowhere/libgomp.so.1") == []
+    assert unbound_ancestor(["OMP_PROC_BIND"]) == (os.getppid(), False)
