@@ -37,7 +37,7 @@ from split_affinity.text import format_cpu_list, plural
 
 
 def confine_thread(cpus: Iterable[int]) -> frozenset[int]:
-    """Confine the calling thread to `cpus`; returns the mask in force. Raises RunError."""
+    """Confine the calling thread to `cpus`; returns the mask in force, or raises RunError."""
     wanted = frozenset(cpus)
     refused = AFFINITY_REFUSED or not hasattr(os, "sched_setaffinity")
     if refused or process_cpus() == wanted:
@@ -132,12 +132,7 @@ class Lane:
 
         Ctrl-C while waiting interrupts it too: a download, say.
         """
-
-        def inside_group() -> Any:
-            self._enter_group()
-            return function(*args)
-
-        future = self._executor.submit(inside_group)
+        future = self._executor.submit(self._run_inside_group, function, args)
         try:
             return future.result()
         except KeyboardInterrupt:
@@ -151,11 +146,11 @@ class Lane:
 
         def adopting() -> Any:
             before = set(thread_ids())
-            result = function(*args)
+            result = self._run_inside_group(function, args)
             self._audit.born_for |= dict.fromkeys(set(thread_ids()) - before, self.group)
             return result
 
-        return self.call(adopting)
+        return self._executor.submit(adopting).result()
 
     def close(self) -> None:
         """Drop what is queued, wait for what is running, and end the thread."""
@@ -168,6 +163,10 @@ class Lane:
             torch.set_num_threads(self.group.threads)
         # One object for all records.
         return self.group.cpu_set if mask == self.group.cpu_set else mask
+
+    def _run_inside_group(self, function: Callable[..., Any], args: Sequence[Any]) -> Any:
+        self._enter_group()
+        return function(*args)
 
     def _start_team(self) -> None:
         """Start the lane's workers, inside the mask, and register them."""

@@ -44,7 +44,7 @@ class Ranks:
     plans: Sequence[CorePlan] = ()
 
     def meet(self, topology: Topology) -> Topology:
-        """Exchange `hosts`; returns this rank's part of its machine. Raises UserError."""
+        """Exchange `hosts`; returns this rank's part of its machine, or raises UserError."""
         return topology
 
     def introduce(self, plan: CorePlan) -> None:
@@ -112,14 +112,14 @@ class SeveralRanks(Ranks):
                 self._store.set(f"heard/{begun}/{own}", "")
             else:
                 begun, waiting = own, range(1, self.size)
-                while waiting := [rank for rank in waiting if not self._hears(rank, begun)]:
+                while waiting := [rank for rank in waiting if not self._invite(rank, begun)]:
                     if time.monotonic() > until_s:
                         raise RuntimeError("timeout")
                     time.sleep(0.01)
         self._store = distributed.PrefixStore(begun, self._store)
 
-    def _hears(self, rank: int, begun: str) -> bool:
-        """Tell a rank, once it is there, what has begun; returns whether it has answered."""
+    def _invite(self, rank: int, begun: str) -> bool:
+        """Tell a rank, once it is there, the name of rank 0; returns whether it has answered."""
         name = self._store.get(f"here/{rank}").decode()
         self._store.set(f"begun/{name}", begun)
         return self._store.check([f"heard/{begun}/{name}"])
