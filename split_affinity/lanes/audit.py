@@ -41,8 +41,8 @@ STRAY_WARNING_SHARE = 0.01
 class PhaseRecord:
     """What one phase did. Times are seconds; start and end are of time.perf_counter.
 
-    CPU time that two phases see at the same time, stray time above all, counts in each. Fields of a
-    closer look (see Lane) are empty without one.
+    CPU time during two phases at once, stray time above all, counts in each. Without a closer look
+    (see Lane) its fields are empty.
     """
 
     phase: str
@@ -101,7 +101,7 @@ def thread_clocks_ns(known: Collection[int] = ()) -> dict[int, int]:
 
     `known` are the threads of an earlier reading, listed again only if one has come or gone.
     """
-    # A thread that is born and ends between two readings goes unseen; PyTorch starts none such.
+    # A thread that is born and ends between two readings goes unseen; PyTorch starts none.
     with contextlib.suppress(OSError):
         if known and Path("/proc/self/task").stat().st_nlink == 2 + len(known):
             return dict(zip(known, map(thread_cpu_ns, known), strict=True))

@@ -56,8 +56,8 @@ def read_usage(known: Collection[int] = ()) -> Usage:
 def own_time_s(
     before: Usage, after: Usage, loader_cpus: Iterable[int], online: Iterable[int]
 ) -> Counter[frozenset[int]]:
-    """CPU seconds of this process and its children between two readings, by where they can be from:
-    threads from their masks, children from the loaders' CPUs, ended threads from any.
+    """CPU seconds of this process and its children between two readings, by the CPUs possible for
+    them: a thread's mask, the loaders' CPUs for children, all CPUs for ended threads.
     """
     used_s: Counter[frozenset[int]] = Counter()
     for tid, now_ns in after.threads_ns.items():
@@ -75,8 +75,8 @@ def subtract_own_time(
 ) -> dict[frozenset[int], float]:
     """The busy seconds of disjoint sets of CPUs without the own time (see own_time_s), 0 at least.
 
-    Time that can have been in fewer sets is taken away first. Time that can have been in several is
-    taken from each in proportion to what is left there.
+    Time with fewer possible sets is taken away first; time with several, from each of them in
+    proportion to what is left there.
     """
     left_s = dict(busy_s)
     spread = [([cpus for cpus in busy_s if cpus & mask], used_s) for mask, used_s in own_s.items()]

@@ -22,8 +22,8 @@ from split_affinity.text import format_cpu_list
 def begin_anew() -> None:
     """Begin the program anew, once, with all allowed CPUs, if a libgomp has bound it already.
 
-    Call this before PyTorch is loaded, which brings a libgomp. Raises UserError if the allowed CPUs
-    cannot be known any more, also if a process that started this one, such as torchrun, is bound.
+    Call this before PyTorch brings a libgomp. Raises UserError if nobody knows the allowed CPUs any
+    more, also if a process that started this one, such as torchrun, is bound.
     """
     read = {name: value for name, value in VARIABLES_HERE.items() if name != "KMP_AFFINITY"}
     if not read:

@@ -10,14 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """Which of the processes that a launcher started together this one is, of all and per machine.
+    """The place of this process among those of a launcher; by itself it is the only one."""
 
-    A process by itself is the first and only one.
-    """
-
-    rank: int = 0
+    rank: int = 0  # of all
     ranks: int = 1
-    local_rank: int = 0
+    local_rank: int = 0  # of those on its machine
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> Launch:

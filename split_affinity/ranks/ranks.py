@@ -102,27 +102,27 @@ class SeveralRanks(Ranks):
 
         A launcher may keep its store, with all that is in it, when it starts ranks once more; and
         it counts the starts on each machine by itself. So each process gives itself a name, and
-        rank 0 tells its own to each until one that is alive has answered.
+        rank 0, the leader, tells its own to each until one that is alive has answered.
         """
         own, until_s = os.urandom(8).hex(), time.monotonic() + self._timeout_s
         with self.answered():
             if self.rank:
                 self._store.set(f"here/{self.rank}", own)
-                begun = self._store.get(f"begun/{own}").decode()
-                self._store.set(f"heard/{begun}/{own}", "")
+                leader = self._store.get(f"begun/{own}").decode()
+                self._store.set(f"heard/{leader}/{own}", "")
             else:
-                begun, waiting = own, range(1, self.size)
-                while waiting := [rank for rank in waiting if not self._invite(rank, begun)]:
+                leader, waiting = own, range(1, self.size)
+                while waiting := [rank for rank in waiting if not self._invite(rank, leader)]:
                     if time.monotonic() > until_s:
                         raise RuntimeError("timeout")
                     time.sleep(0.01)
-        self._store = distributed.PrefixStore(begun, self._store)
+        self._store = distributed.PrefixStore(leader, self._store)
 
-    def _invite(self, rank: int, begun: str) -> bool:
-        """Tell a rank, once it is there, the name of rank 0; returns whether it has answered."""
+    def _invite(self, rank: int, leader: str) -> bool:
+        """Tell a rank, once it is there, the leader's name; returns whether it has answered."""
         name = self._store.get(f"here/{rank}").decode()
-        self._store.set(f"begun/{name}", begun)
-        return self._store.check([f"heard/{begun}/{name}"])
+        self._store.set(f"begun/{name}", leader)
+        return self._store.check([f"heard/{leader}/{name}"])
 
     def meet(self, topology: Topology) -> Topology:
         self.hosts = self.exchange(this_host(topology))
