@@ -95,7 +95,7 @@ SIXTEEN = machines.SIXTEEN_CORES  # cores 0 to 7 share a cache, 8 to 15 another;
         ),
         # A sibling at work makes a core busy; both threads of an idle one are taken.
         (SIXTEEN, 2, {16: 20}, "8-9,24-25", "idle now, while others work on 1 core"),
-        # One cache, if one has room; the one with less company
+        # One cache, if one has room; the one with fewer busy cores
         (
             SIXTEEN,
             4,

@@ -1,6 +1,6 @@
 """Several ranks that train together. Run: python -m pytest tests/ranks/test_ranks.py
 
-The ranks are processes that live as long as the tests here; what they shall do is sent to them.
+The ranks are processes that live as long as the tests here; each test sends them its work.
 """
 
 import contextlib
@@ -64,8 +64,9 @@ ALL_SCHEDULES = pytest.mark.parametrize("schedule", list(SCHEDULES))
 
 
 def obey(rank):
-    """A rank's process: calls what it is sent, with the rank first. Gloo keeps a thread from its
-    first process group on, whose mask shall be that of the rank's core.
+    """A rank's process: calls what it is sent, with the rank first.
+
+    Gloo keeps a thread from its first process group on; it must have the mask of the rank's core.
     """
     confine_thread(one_core_plan(rank).loader_cpus)
     OWN_MODELS["small"] = small_model
@@ -79,7 +80,7 @@ def obey(rank):
 
 
 class Crew:
-    """Four processes, of which the first ones are the ranks."""
+    """Four processes; the first ones are the ranks."""
 
     def __init__(self, folder):
         self.folder, self.count = folder, 0
