@@ -59,8 +59,9 @@ class PhaseRecord:
     python_s: float  # of the main thread and the interpreter's helper threads
     seen_on: frozenset[int]  # closer look: where the group's threads were last seen
     audit_s: float = 0.0  # the audit's own time before and after the phase
-    # Closer look: `cpu_s` by where its threads were last seen; by CPU, busy from boot to the phase.
+    # Closer look: by CPU, `cpu_s` of the threads last seen there.
     used_on_s: dict[int, float] = field(default_factory=lambda: UNKNOWN)
+    # Closer look: by CPU, busy between boot and the phase.
     cpu_before_s: dict[int, float] = field(default_factory=lambda: UNKNOWN)
 
     @property
