@@ -765,7 +765,7 @@ def torchrun(folder, *options):
 
 def wait_for(text, folder):
     printed = folder / "printed.txt"
-    end_s = time.perf_counter() + 100
+    end_s = time.perf_counter() + 300  # a busy machine starts ranks slowly
     while text not in printed.read_text():
         assert time.perf_counter() < end_s, printed.read_text()
         time.sleep(0.02)
@@ -781,7 +781,7 @@ def test_killed_ranks_come_back_and_the_run_ends_as_if_they_had_not(crew, tmp_pa
         ranks = psutil.Process(process.pid).children()
         chosen = [rank for rank in ranks if rank.environ()["RANK"] == str(victim)]
         chosen[0].kill()
-    assert process.wait(100) == 0
+    assert process.wait(300) == 0
     printed = (tmp_path / "printed.txt").read_text()
     for victim in (0, 1):
         other = (
