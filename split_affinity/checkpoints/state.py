@@ -137,7 +137,7 @@ def make_state(
     mean = mean_rank_state(rank_states) if rank_states else {"buffers": {}, "average": {}}
     return {
         "format": CHECKPOINT_FORMAT,
-        "model": train_state.values() | mean["buffers"],
+        "model": train_state.model_state() | mean["buffers"],
         "average": train_state.average.values | mean["average"] if train_state.average else None,
         "optimizer": train_state.optimizer.state_dict(),
         "scheduler": train_state.scheduler.state_dict() if train_state.scheduler else None,

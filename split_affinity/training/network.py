@@ -16,8 +16,8 @@ from split_affinity.data.samples import Batch
 from split_affinity.models.freezing import trainable_weights
 from split_affinity.models.weights import Weights, with_tensors
 
-# Of a forward phase: logits (n, classes) in float32, with the graph to go back through, targets as
-# in a batch, and if there is a teacher its probabilities (n, classes), without a graph.
+# What a forward phase returns: logits (n, classes) in float32 with their graph, the targets of the
+# batch, and with a teacher its probabilities (n, classes) without a graph.
 Output = tuple[torch.Tensor, ...]
 
 
@@ -27,9 +27,7 @@ class NonFiniteLoss(Exception):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a batch came to: mean loss, images, and how many of them had their class first, and
-    among the first five.
-    """
+    """Mean loss of a batch, its images, and how many were right in top-1 and top-5."""
 
     loss: float
     images: int
@@ -43,7 +41,7 @@ class Scores:
 
 
 def score(loss: float, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
-    """Count right answers; of mixed images (targets (n, classes)), the larger share is right."""
+    """Count right answers; for mixed images (targets (n, classes)) the larger share is right."""
     labels = targets.argmax(1) if targets.ndim == 2 else targets
     best = logits.detach().topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
     return Scores(loss, len(labels), int(best[:, 0].sum()), int(best.sum()))
@@ -51,15 +49,15 @@ def score(loss: float, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
 
 def combine_scores(scores: Sequence[Scores]) -> Scores:
     """The scores of some batches together."""
-    loss_sum = sum(each.loss * each.images for each in scores)
-    images, top1, top5 = (
-        sum(getattr(each, name) for each in scores) for name in ("images", "top1", "top5")
+    images = sum(each.images for each in scores)
+    loss = sum(each.loss * each.images for each in scores) / images
+    return Scores(
+        loss, images, sum(each.top1 for each in scores), sum(each.top5 for each in scores)
     )
-    return Scores(loss_sum / images, images, top1, top5)
 
 
 def interleave(dealt: Iterable[Sequence[Any]]) -> list[Any]:
-    """What was dealt out to ranks one by one, in the order that it had before."""
+    """What was dealt out to ranks one by one, in its former order."""
     nothing = object()
     rounds = itertools.zip_longest(*dealt, fillvalue=nothing)
     return [each for one in rounds for each in one if each is not nothing]
@@ -67,9 +65,10 @@ def interleave(dealt: Iterable[Sequence[Any]]) -> list[Any]:
 
 @dataclass(frozen=True)
 class StepEnd:
-    """What the phases of the next step change before its update, as it was at the end of a step:
-    buffers, such as BatchNorm's running statistics, and the random state. `weights` are those that
-    the next step of `delayed` uses, where they are not the model's own.
+    """What the next step changes before its update, as it was at the end of a step.
+
+    `buffers` are BatchNorm's running statistics and the like. `weights` are those of the next step
+    if `delayed` has begun it: one update old.
     """
 
     buffers: Weights
@@ -79,12 +78,11 @@ class StepEnd:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A trained model, frozen and in evaluation mode, whose probabilities for the very images that
-    the student sees, cropped and mixed alike, are `share` of the target, and the labels the rest
-    (Beyer et al. 2022, arXiv 2106.05237). The loss is linear in the target, so it is divided too.
+    """A trained model in evaluation mode; its probabilities are `share` of the target.
 
-    Called with images, it gives the probabilities (n, classes). Images that are not normalised as
-    it was trained are first brought to that, channel by channel, by `scale` and `shift` (3, 1, 1).
+    Labels are the rest. The teacher sees the very images that the student sees, cropped and mixed
+    alike (Beyer et al. 2022, arXiv 2106.05237). `scale` and `shift` (3, 1, 1) normalise them as the
+    teacher was trained, if that differs.
     """
 
     model: nn.Module
@@ -93,6 +91,7 @@ class Teacher:
     shift: torch.Tensor | None = None
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Probabilities (n, classes) for images."""
         with torch.no_grad():
             if self.scale is not None:
                 images = images * self.scale + self.shift
@@ -101,7 +100,7 @@ class Teacher:
     def loss(
         self, of_labels: torch.Tensor, logits: torch.Tensor, probabilities: torch.Tensor
     ) -> torch.Tensor:
-        """The loss of the student's logits, of which `of_labels` is the part without a teacher."""
+        """The loss with a teacher; it is linear in the target, so each part counts by its share."""
         taught = nn.functional.cross_entropy(logits, probabilities)
         return (1 - self.share) * of_labels + self.share * taught
 
@@ -110,10 +109,8 @@ class Teacher:
 class Network:
     """A model and how it computes: everything but the update of its weights.
 
-    The phases work on the model itself, or on a copy of it, made by `copy`, which has weights of
-    its own; frozen weights and the buffers belong to both. A loss counts as one of `accumulate` in
-    a step, on each of `ranks`. `note` says what was taken by a model that starts from trained
-    weights; `frozen` names the weights that `--freeze` keeps as they are.
+    A step has `accumulate` micro-batches on each of `ranks`. `note` describes the trained weights
+    that the model starts from; `frozen` names the weights that `--freeze` keeps as they are.
     """
 
     model: nn.Module
@@ -127,9 +124,7 @@ class Network:
     frozen: Collection[str] = ()
 
     def compute(self, model: Callable[..., torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-        """What a model, or the teacher, makes of images (n, 3, size, size): (n, classes), float32,
-        in the memory format and the precision of the network.
-        """
+        """Run the model or the teacher on images (n, 3, size, size): (n, classes) in float32."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
@@ -137,7 +132,7 @@ class Network:
         return computed.float()
 
     def forward(self, batch: Batch, model: nn.Module | None = None) -> Output:
-        """The forward phase; the teacher's comes first, while the model has no activations yet."""
+        """The forward phase; the teacher is first, while the model has no activations yet."""
         images, targets = batch
         taught = (self.compute(self.teacher, images),) if self.teacher else ()
         return self.compute(model or self.model, images), targets, *taught
@@ -156,8 +151,10 @@ class Network:
         return score(value, logits, targets)
 
     def copy(self, begun: Weights | None = None) -> nn.Module:
-        """A copy of the model to run phases with; with the weights of a step already begun, if a
-        run goes on there.
+        """A copy of the model to run phases on, with weights of its own.
+
+        Frozen weights and buffers belong to both. `begun` are the weights of a step that was begun
+        before the run was resumed.
         """
         names = trainable_weights(self.model)
         now = names | (begun or {})
@@ -165,7 +162,7 @@ class Network:
         return with_tensors(self.model, own)
 
     def refresh(self, copied: nn.Module) -> StepEnd:
-        """Bring a copy up to the model's own weights: the next step begins here, with it."""
+        """Copy the model's weights into a copy; the next step begins with it."""
         weights = trainable_weights(self.model)
         with torch.no_grad():
             for name, weight in trainable_weights(copied).items():
@@ -173,7 +170,7 @@ class Network:
         return self.step_end(trainable_weights(copied))
 
     def step_end(self, begun: Weights | None = None) -> StepEnd:
-        """The end of a step, which is now, of all that the next one changes before its update."""
+        """The end of a step, which is now; `begun` are the weights of the next one."""
         weights = dict(self.model.named_parameters())
         state = self.model.state_dict()
         buffers = {name: state[name].clone() for name in state if name not in weights}

@@ -1,4 +1,4 @@
-"""The optimizer and the course of its learning rate, as the options ask. Knows nothing of cores."""
+"""The optimizer and its learning rate schedule, by the options. Knows nothing of cores."""
 
 from __future__ import annotations
 
@@ -22,24 +22,22 @@ from split_affinity.options.settings import (
 WARMUP_START = 0.01  # part of the learning rate at which a warm-up begins
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-BIASES = ("bias", "in_proj_bias")  # as modules call them; the latter is nn.MultiheadAttention's
+BIASES = ("bias", "in_proj_bias")  # the latter is nn.MultiheadAttention's
 
 
 def steps_in_epoch(settings: Settings, epoch_batches: int) -> int:
-    """Optimizer steps of an epoch; batches that do not fill a step are left out of it."""
+    """Optimizer steps of an epoch; batches that do not fill a step are left out."""
     return epoch_batches // batches_in_step(settings)
 
 
 def total_steps(settings: Settings, epoch_batches: int) -> int:
-    """Optimizer steps of the whole run: as asked, or as the epochs hold; 50 by default."""
+    """Optimizer steps of the whole run: `--steps`, at most those of all epochs; else 50."""
     planned = planned_steps(settings, epoch_batches)
     return min(settings.steps or planned, planned)
 
 
 def planned_steps(settings: Settings, epoch_batches: int) -> int:
-    """Optimizer steps over which the learning rate runs: of all epochs, even if `--steps` ends
-    the run before; without epochs those of the run.
-    """
+    """Optimizer steps of the learning rate's schedule: those of all epochs, if there are any."""
     if not settings.epochs:
         return settings.steps or 50
     return settings.epochs * steps_in_epoch(settings, epoch_batches)
@@ -48,9 +46,9 @@ def planned_steps(settings: Settings, epoch_batches: int) -> int:
 def weights_by_decay(
     model: nn.Module, settings: TrainingSettings, names: Collection[str]
 ) -> list[dict[str, Any]]:
-    """The parameters of those names as groups of an optimizer: behind the others those that
-    have a weight decay of their own, of one dimension, of normalisation layers, or biases. A bias
-    of a normalisation layer is a bias first, as in torchvision's reference training.
+    """The named parameters as groups of an optimizer, each with its weight decay.
+
+    The bias of a normalisation layer counts as a bias, as in torchvision's reference training.
     """
     decays = {"other": settings.weight_decay, "flat": 0.0 if settings.skip_decay_1d else None}
     decays |= {"norm": settings.norm_weight_decay, "bias": settings.bias_weight_decay}
@@ -58,10 +56,11 @@ def weights_by_decay(
     norms = {each for layer in modules if isinstance(layer, NORMS) for each in layer.parameters()}
     biases = {getattr(layer, name, None) for layer in modules for name in BIASES}
     groups: dict[str, list[torch.Tensor]] = {kind: [] for kind in decays}
-    for weight in (weight for name, weight in model.named_parameters() if name in names):
-        kinds = {"bias": weight in biases, "norm": weight in norms, "flat": weight.ndim <= 1}
-        own = (kind for kind, is_so in kinds.items() if is_so and decays[kind] is not None)
-        groups[next(own, "other")].append(weight)
+    for name, weight in model.named_parameters():
+        if name in names:
+            kinds = {"bias": weight in biases, "norm": weight in norms, "flat": weight.ndim <= 1}
+            own = [kind for kind in kinds if kinds[kind] and decays[kind] is not None]
+            groups[own[0] if own else "other"].append(weight)
     return [
         {"params": weights, "weight_decay": decays[kind]}
         for kind, weights in groups.items()
@@ -69,45 +68,40 @@ def weights_by_decay(
     ]
 
 
-def optimizer_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """All parameters, frozen ones too, in groups with a learning rate and a weight decay each. If
-    the body has a rate of its own, the classifier's groups come first: the rate that is shown is
-    that of the first group.
+def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """The optimizer of `--opt` over all parameters, in groups by learning rate and weight decay.
+
+    Frozen parameters are among them, so that a thaw does not change the layout: torch skips those
+    without a gradient, and keeps nothing for them.
     """
-    lr, factor = learning_rate(settings), settings.lr_body_factor
+    lr, momentum, fused = learning_rate(settings), settings.momentum, settings.fused
     names = {name for name, _ in model.named_parameters()}
     parts = [(names, lr)]
-    if factor < 1:
+    if settings.lr_body_factor < 1:
         shape = settings.model, settings.num_classes, settings.image_size
         classifier = classifier_weights(*shape)
-        parts = [(classifier, lr), (names - classifier, factor * lr)]
-    return [
+        # The rate that is shown is that of the first group: the classifier's.
+        parts = [(classifier, lr), (names - classifier, settings.lr_body_factor * lr)]
+    groups = [
         group | {"lr": rate}
         for part, rate in parts
         for group in weights_by_decay(model, settings, part)
     ]
-
-
-def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """The optimizer of `--opt` over all parameters, so that its layout is the same before and
-    after a thaw: torch leaves those without a gradient alone, and keeps nothing of them. RMSprop
-    has the constants of torchvision's reference training.
-    """
-    momentum, fused = settings.momentum, settings.fused
     kinds = {
         "sgd": partial(torch.optim.SGD, momentum=momentum, fused=fused),
         "adam": partial(torch.optim.Adam, fused=fused),
         "adamw": partial(torch.optim.AdamW, fused=fused),
         "nadam": torch.optim.NAdam,
+        # The constants are those of torchvision's reference training.
         "rmsprop": partial(torch.optim.RMSprop, momentum=momentum, alpha=0.9, eps=0.0316),
     }
-    return kinds[settings.opt](optimizer_groups(model, settings), lr=learning_rate(settings))
+    return kinds[settings.opt](groups, lr=lr)
 
 
 def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Have weights without a momentum begin with one of 0, where others have been trained before:
-    what SGD does by itself, but for its fused kernel, which fails; and RMSprop fails if it had no
-    momentum until now.
+    """Give weights without a momentum one of 0, if others have been trained before.
+
+    SGD does so by itself, but its fused kernel fails; RMSprop fails if it had no momentum so far.
     """
     is_sgd = isinstance(optimizer, torch.optim.SGD)  # RMSprop begins what has no state at all
     for group in optimizer.param_groups if optimizer.state else ():
@@ -119,9 +113,10 @@ def begin_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 def warmup_epochs(settings: TrainingSettings, epoch_steps: int, all_steps: int) -> float:
-    """Epochs (of `epoch_steps` optimizer steps) of the warm-up: as many as asked for. A rate that
-    nobody chose rises over the first tenth of `all_steps`, at most 5 epochs (Goyal et al., arXiv
-    1706.02677) and less than the first milestone; onecycle rises by itself.
+    """Epochs of the warm-up, of `epoch_steps` optimizer steps each.
+
+    By default there is one unless `--lr` is given: the first tenth of `all_steps`, at most 5 epochs
+    (Goyal et al., arXiv 1706.02677), and less than the first milestone. onecycle has its own.
     """
     if settings.lr_warmup_epochs is not None:
         return settings.lr_warmup_epochs
@@ -134,8 +129,9 @@ def warmup_epochs(settings: TrainingSettings, epoch_steps: int, all_steps: int) 
 
 
 class InProportion:
-    """Mixed into schedulers with a lowest rate, which torch gives to all groups alike: it becomes
-    that of the first group, to whose rate those of all others stay in proportion.
+    """Mixed into schedulers with a lowest rate: torch would give all groups that same rate.
+
+    Here it is the lowest rate of the first group; the others stay in proportion to the first.
     """
 
     def get_lr(self) -> list[float]:
@@ -155,44 +151,33 @@ class Restarts(InProportion, lr_scheduler.CosineAnnealingWarmRestarts):
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, settings: TrainingSettings, epoch_steps: int, all_steps: int
 ) -> LRScheduler:
-    """The course of the learning rate, to be stepped after every optimizer step.
+    """The learning rate's schedule, to be stepped after every optimizer step.
 
-    Epochs count as `epoch_steps` optimizer steps each. After a warm-up, cosine, steps and restarts
-    begin with its end, as in torchvision's reference training; milestones count from the beginning.
+    An epoch has `epoch_steps`. After a warm-up, cosine, steps and restarts begin at its end, as in
+    torchvision's reference training; milestones count from the beginning.
     """
     warmup = round(warmup_epochs(settings, epoch_steps, all_steps) * epoch_steps)
-    main = main_scheduler(optimizer, settings, epoch_steps, all_steps, warmup)
+    lowest, factor, steps = settings.min_lr, settings.lr_gamma, all_steps - warmup
+    match settings.lr_scheduler:
+        case "cosine":
+            main = Cosine(optimizer, T_max=max(1, steps), eta_min=lowest)
+        case "step":
+            every = settings.lr_step_epochs * epoch_steps
+            main = lr_scheduler.StepLR(optimizer, every, factor)
+        case "multistep":
+            ends = [epoch * epoch_steps - warmup for epoch in settings.lr_milestones]
+            main = lr_scheduler.MultiStepLR(optimizer, ends, factor)
+        case "onecycle":
+            highest = [group["lr"] for group in optimizer.param_groups]
+            # The rate alone: torch would cycle the momentum too, whatever --momentum says.
+            main = lr_scheduler.OneCycleLR(
+                optimizer, highest, total_steps=max(2, steps), cycle_momentum=False
+            )
+        case "warm-restarts":
+            main = Restarts(optimizer, settings.lr_restart_epochs * epoch_steps, 2, lowest)
+        case _:
+            main = lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
     if not warmup:
         return main
     rising = lr_scheduler.LinearLR(optimizer, start_factor=WARMUP_START, total_iters=warmup)
     return lr_scheduler.SequentialLR(optimizer, [rising, main], milestones=[warmup])
-
-
-def main_scheduler(
-    optimizer: torch.optim.Optimizer,
-    settings: TrainingSettings,
-    epoch_steps: int,
-    all_steps: int,
-    warmup: int,
-) -> LRScheduler:
-    """The course of the learning rate after a warm-up of `warmup` optimizer steps."""
-    lowest, factor, steps = settings.min_lr, settings.lr_gamma, all_steps - warmup
-    match settings.lr_scheduler:
-        case "cosine":
-            return Cosine(optimizer, T_max=max(1, steps), eta_min=lowest)
-        case "step":
-            every = settings.lr_step_epochs * epoch_steps
-            return lr_scheduler.StepLR(optimizer, every, factor)
-        case "multistep":
-            ends = [epoch * epoch_steps - warmup for epoch in settings.lr_milestones]
-            return lr_scheduler.MultiStepLR(optimizer, ends, factor)
-        case "onecycle":
-            highest = [group["lr"] for group in optimizer.param_groups]
-            # The rate alone: torch would cycle the momentum too, whatever --momentum says.
-            return lr_scheduler.OneCycleLR(
-                optimizer, highest, total_steps=max(2, steps), cycle_momentum=False
-            )
-        case "warm-restarts":
-            first = settings.lr_restart_epochs * epoch_steps
-            return Restarts(optimizer, first, 2, lowest)
-    return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)

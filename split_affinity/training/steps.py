@@ -33,14 +33,12 @@ PHASES = ("forward", "backward", "reduce", "update", "refresh")
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: mean loss per image, images, the records of the phases that ended in it,
-    in order, and of the batches that it took; `main_thread_s` is the main thread's CPU time, `top1`
-    and `top5` count right answers, `lr` is the learning rate of the step. `contention` is what
-    others took of the cores since the latest look; None without a look after this step.
+    """One optimizer step: its figures, over all ranks, and its records, of this rank.
 
-    Loss and counts are those of all ranks. If there are several, `ready_s` has for each how long it
-    took until its gradients were all there, and at `synced_s` (of time.perf_counter) all ranks had
-    made the step.
+    `loss` is the mean per image; `top1` and `top5` count right answers. `records` are the phases
+    that ended in the step, in order. `main_thread_s` is CPU time. `contention` is None unless
+    somebody looked after this step. Of several ranks, `ready_s` is the time that each took until it
+    had all its gradients; at `synced_s` (of time.perf_counter) all had made the step.
     """
 
     step: int
@@ -59,11 +57,11 @@ class StepResult:
 
     @property
     def waited_s(self) -> tuple[float, ...]:
-        """How long each rank waited for the one whose gradients came last."""
+        """How long each rank waited for the slowest one."""
         return tuple(max(self.ready_s) - ready_s for ready_s in self.ready_s)
 
     def total(self, quantity: str, phase: str | None = None) -> float:
-        """A quantity of PhaseRecord, added up over the records of a phase, or over all."""
+        """The sum of a quantity of PhaseRecord, over the records of a phase or all of them."""
         records = (record for record in self.records if phase in (None, record.phase))
         return sum(getattr(record, quantity) for record in records)
 
@@ -85,8 +83,9 @@ class Diverged(RunError):
 def run_schedule(
     settings: Settings, lanes: Lanes, train_state: TrainState, batches: Batches, first_step: int = 1
 ) -> Iterator[StepResult]:
-    """Train step by step until the batches run out. Raises Diverged, before any update, if a loss
-    is not finite. If there are several ranks, an error on one of them is one of all.
+    """Train step by step until the batches run out.
+
+    Raises Diverged, before any update, if a loss is not finite. An error on one rank ends all.
     """
     steps = SCHEDULES[settings.schedule](lanes, train_state, batches)
     for step in itertools.count(first_step):
@@ -117,11 +116,13 @@ def run_schedule(
 
 
 def agreed_error(lanes: Lanes, train_state: TrainState, error: Exception) -> Exception:
-    """The error with which all ranks end a step that one of them cannot finish: that of the first
-    of them. One that comes from another rank, or after the gradients have been added up, is this
-    rank's own.
+    """The error that ends a step on all ranks: that of the first rank that has one.
+
+    If the others know of it, or have added up the gradients without this rank's trouble, it stays
+    as it is.
     """
-    ranks, known = train_state.ranks, train_state.ranks.agreed or isinstance(error, RankLost)
+    ranks = train_state.ranks
+    known = ranks.agreed or isinstance(error, RankLost)
     if not known and train_state.reducer and not train_state.reduced:
         try:
             lanes.backward.call(train_state.reducer.give_up, error)
@@ -133,9 +134,7 @@ def agreed_error(lanes: Lanes, train_state: TrainState, error: Exception) -> Exc
 def scores_of_ranks(
     ranks: Ranks, scores: list[Scores], records: Sequence[PhaseRecord], start_s: float
 ) -> tuple[list[Scores], tuple[float, ...]]:
-    """The scores of a step's micro-batches on all ranks, in the order in which these were dealt
-    out; and by rank how long it took since `start_s` until its gradients were all there.
-    """
+    """The scores of a step's micro-batches on all ranks, in order, and StepResult.ready_s."""
     if ranks.size == 1:
         return scores, ()
     ready_s = max(record.start_s for record in records if record.phase == "reduce") - start_s
@@ -150,7 +149,7 @@ def scores_of_ranks(
 
 @dataclass(frozen=True)
 class Run:
-    """What a run works with, once all of it has been set up; `settings` are those in force."""
+    """Everything that a run works with; `settings` are those in force."""
 
     settings: Settings
     topology: Topology
@@ -171,8 +170,9 @@ class Run:
 
 
 def check_between_steps(run: Run) -> None:
-    """Raise Stopped if a signal has come, to any of the ranks; let broken images that one of them
-    has found count for all, and raise RunError if these are too many.
+    """Raise Stopped if a signal has come to any rank, RunError if there are too many bad images.
+
+    Bad images that one rank has found count for all.
     """
     ranks, bad = run.ranks, run.bad
     if ranks.size == 1:

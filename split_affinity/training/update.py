@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from split_affinity.data.samples import Batch
 from split_affinity.models.freezing import begin_training, layer_groups, trainable_weights
 from split_affinity.models.weights import Weights, with_tensors
-from split_affinity.options.settings import Settings
+from split_affinity.options.settings import TrainingSettings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks
 from split_affinity.ranks.reducer import Reducer
 from split_affinity.training.network import Network, Scores, StepEnd, score
@@ -27,13 +27,12 @@ STEPS_BETWEEN_NORMS = 10
 
 
 class MovingAverage:
-    """An exponential moving average of weights and buffers, one step after each optimizer step;
-    `model` computes with them.
+    """An exponential moving average of weights and buffers, updated after each optimizer step.
 
-    Averages with torch's own function; what is no floating-point number (a count) is copied. The
-    decay begins with 0.1 and rises to `decay` with the number of `updates` made, as that of
-    TensorFlow's ExponentialMovingAverage (and, on a curve of its own, timm's ModelEmaV3): about the
-    last ninth of the steps counts, and a short run does not keep the weights that it began with.
+    `model` computes with it. The decay begins at 0.1 and rises to `decay` with the number of
+    `updates`, as in TensorFlow's ExponentialMovingAverage (and, on another curve, in timm's
+    ModelEmaV3). So about the last ninth of the steps counts, and a short run does not keep its
+    initial weights.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -43,22 +42,24 @@ class MovingAverage:
         self._decay = decay
 
     def update(self, values: Weights) -> None:
-        """Take in the model's values of today, by the names of its state_dict."""
+        """Average with the model's values of today, by the names of its state_dict."""
         decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         with torch.no_grad():
             floats = [name for name, value in self.values.items() if value.is_floating_point()]
             ours, theirs = ([each[name] for name in floats] for each in (self.values, values))
             torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(ours, theirs, 0)
-            for name in self.values.keys() - set(floats):
+            for name in self.values.keys() - set(floats):  # counts are copied
                 self.values[name].copy_(values[name])
 
 
-class GradientNorms:
-    """Norms of the gradients by layer group, every tenth optimizer step.
+def build_average(model: nn.Module, settings: TrainingSettings) -> MovingAverage | None:
+    """The moving average of the weights, with `--model-ema`."""
+    return MovingAverage(model, settings.model_ema_decay) if settings.model_ema else None
 
-    `pop_means` gives the means since the last call.
-    """
+
+class GradientNorms:
+    """Norms of the gradients by layer group, every tenth optimizer step."""
 
     def __init__(self, model: nn.Module):
         self.watch(model)
@@ -66,16 +67,15 @@ class GradientNorms:
         self._measured = self._steps = 0
 
     def watch(self, model: nn.Module) -> None:
-        """Look at what is trained from here on."""
-        watched = trainable_weights(model)
-        groups = layer_groups(name for name, _ in model.named_parameters())
-        watched_by_group = {
-            group: [name for name in groups[group] if name in watched] for group in groups
-        }
-        self._groups = {group: names for group, names in watched_by_group.items() if names}
+        """From here on, measure those weights that are trained now."""
+        trained = trainable_weights(model)
+        self._groups = {}
+        for group, names in layer_groups(name for name, _ in model.named_parameters()).items():
+            if present := [name for name in names if name in trained]:
+                self._groups[group] = present
 
     def measure(self, weights: Weights) -> dict[str, float]:
-        """The norms of a step that is about to be made, if it is one to look at."""
+        """The norms before an update; empty if this step is not measured."""
         if self._steps % STEPS_BETWEEN_NORMS:
             return {}
         norms = {}
@@ -85,22 +85,20 @@ class GradientNorms:
         return norms
 
     def add(self, norms: dict[str, float]) -> None:
-        """Take in the norms of a step that has been made."""
+        """Add the norms of a step, once its update is made."""
         self._steps += 1
         self._measured += bool(norms)
-        self._sums.update(norms)  # which adds, in a Counter
+        self._sums.update(norms)  # a Counter adds
 
     def pop_means(self) -> dict[str, float]:
-        """The mean norm of each layer group since the last call; empty if none was measured. What
-        is not finite counts as 1e200, which JSON can hold and a picture can show.
-        """
-        largest = 1e200
-        norms = {
+        """The mean norm of each layer group since the last call; empty if none was measured."""
+        largest = 1e200  # in place of inf and NaN: JSON can hold it and a picture can show it
+        means = {
             group: total / self._measured if total <= largest else largest
             for group, total in self._sums.items()
         }
         self._sums, self._measured, self._steps = Counter(), 0, 0
-        return norms
+        return means
 
     def state(self) -> dict[str, Any]:
         """What has been measured since the last `pop_means`, in plain types."""
@@ -113,7 +111,7 @@ class GradientNorms:
 
 
 def gradient_warnings(norms: dict[str, float]) -> Iterator[str]:
-    """What the gradient norms of an epoch show to be wrong."""
+    """Warnings about the gradient norms of an epoch."""
     for group, norm in norms.items():
         if norm < VANISHING_NORM:
             yield f"gradients vanish in {group}: norm {norm:.1e}, below {VANISHING_NORM:g}"
@@ -121,33 +119,30 @@ def gradient_warnings(norms: dict[str, float]) -> Iterator[str]:
             yield f"gradients explode in {group}: norm {norm:.1e}, above {EXPLODING_NORM:g}"
 
 
-# What each rank has for itself between two steps: "buffers", such as BatchNorm's statistics, those
-# of the moving "average", and the "random_state".
+# What each rank has for itself between two steps: the model's "buffers", such as BatchNorm's
+# statistics, those of its moving "average", and the "random_state".
 RankState = dict[str, Any]
 
 
 def mean_rank_state(rank_states: Sequence[RankState]) -> RankState:
-    """The means of the ranks' buffers; what is no floating-point number (a count) is rank 0's."""
-    means = {}
-    for kind in ("buffers", "average"):
-        means[kind] = {
-            name: torch.stack([rank_state[kind][name].double() for rank_state in rank_states])
-            .mean(0)
-            .to(value.dtype)
-            if value.is_floating_point()
-            else value
-            for name, value in rank_states[0][kind].items()
-        }
+    """The mean buffers of all ranks; a count is that of rank 0."""
+    means: RankState = {"buffers": {}, "average": {}}
+    for kind, tensors in means.items():
+        for name, value in rank_states[0][kind].items():
+            if value.is_floating_point():
+                of_ranks = [rank_state[kind][name].double() for rank_state in rank_states]
+                value = torch.stack(of_ranks).mean(0).to(value.dtype)
+            tensors[name] = value
     return means
 
 
 @dataclass
 class TrainState:
-    """The update of a network's weights, and what a run needs to go on between two steps.
+    """A network, its optimizer, and whatever else changes from step to step.
 
-    Together with `end`, that of the latest step, the weights and all that an update changes are the
-    state between two steps, at any moment but within an update: then `updating` is set. `reduced`
-    is, once all ranks have their gradients together, until the update is made.
+    `end` is what the phases of the next step may already have changed, as it was after the latest
+    step. With it, this is the state between two steps at any moment but within an update: then
+    `updating` is set. `reduced` is set from the sum of all ranks' gradients until the update.
     """
 
     network: Network
@@ -163,18 +158,19 @@ class TrainState:
     updating: bool = False
     reduced: bool = False
 
-    def watch(self, *models: nn.Module) -> None:
-        """Have the gradients of these models, which an epoch's steps go back on, be added up over
-        the ranks, if there are several.
-        """
+    # A step: what precedes its first one, and what follows the backward phase.
+
+    def attach_reducer(self, *models: nn.Module) -> None:
+        """With several ranks, add up the gradients of these models from here on."""
         if self.reducer:
             self.reducer.close()
         if self.ranks.size > 1:
             self.reducer = Reducer(self.ranks, models, lambda: self.network.accumulate)
 
     def reduce(self, copied: nn.Module | None = None, after: Future | None = None) -> None:
-        """The gradients of the model or of a copy become those of all ranks, added up. Raises what
-        the phase `after` which it was queued has raised.
+        """Replace the gradients, of the model or a copy, by the sum over all ranks.
+
+        Raises the error of the phase `after` which it was queued.
         """
         if after:
             after.result()
@@ -187,10 +183,10 @@ class TrainState:
         begun: StepEnd | None = None,
         after: Future | None = None,
     ) -> None:
-        """The optimizer step, with the gradients of the model or of a copy, and what belongs to it:
-        norms, clipping, learning rate of the next step, moving average; clears the gradients.
-        `begun` is the end of this step if `delayed` has begun the next one. Raises what the phase
-        `after` which it was queued has raised.
+        """Make the optimizer step, with the gradients of the model or a copy; clears these.
+
+        `begun` is the end of this step if `delayed` has begun the next one already. Raises the
+        error of the phase `after` which it was queued.
         """
         if after:
             after.result()
@@ -200,7 +196,7 @@ class TrainState:
         norms = self.gradient_norms.measure(weights) if self.gradient_norms else {}
         if self.clip_grad_norm:
             nn.utils.clip_grad_norm_(weights.values(), self.clip_grad_norm)
-        end = begun or self.network.step_end()  # what needs memory comes first: it may fail
+        end = begun or self.network.step_end()  # needs memory: it comes first, since it may fail
         self.updating = True
         self.optimizer.step()
         if self.scheduler:
@@ -209,11 +205,60 @@ class TrainState:
             self.gradient_norms.add(norms)
         self.end = end
         if self.average:
-            self.average.update(self.values())
+            self.average.update(self.model_state())
         self.updating = self.reduced = False
         self.optimizer.zero_grad(set_to_none=self.grads_to_none)
         if copied and self.grads_to_none:
             copied.zero_grad()
+
+    # Between two steps: saving, with several ranks each its own part.
+
+    def model_state(self) -> Weights:
+        """The model's state_dict after the latest step, without changes by a step already begun."""
+        return self.network.model.state_dict() | (self.end.buffers if self.end else {})
+
+    def rank_state(self) -> RankState:
+        """What belongs to this rank alone, after the latest step."""
+        end = self.end or self.network.step_end()
+        values = self.average.values if self.average else {}
+        average = {name: values[name].clone() for name in end.buffers if values}
+        return {"buffers": end.buffers, "average": average, "random_state": end.random_state}
+
+    def load_buffers(self, rank_state: RankState) -> None:
+        """Copy buffers into the model and its moving average."""
+        into = {"buffers": self.network.model.state_dict()}
+        into["average"] = self.average.values if self.average else {}
+        for kind, tensors in into.items():
+            for name, value in rank_state[kind].items():
+                tensors[name].copy_(value)
+
+    # Between two epochs.
+
+    @contextlib.contextmanager
+    def with_mean_buffers(self) -> Iterator[None]:
+        """Compute with the mean of all ranks' buffers for a while: the same on every rank."""
+        if self.ranks.size == 1:
+            yield
+            return
+        own = self.rank_state()
+        self.load_buffers(mean_rank_state(self.ranks.exchange(own)))
+        try:
+            yield
+        finally:
+            self.load_buffers(own)
+
+    def evaluate(self, batch: Batch) -> tuple[list[Scores], torch.Tensor]:
+        """The scores of a batch, and the predicted classes (n,), in evaluation mode.
+
+        With a moving average, its scores come first and it predicts; the model's own scores follow.
+        """
+        network, (images, targets) = self.network, batch
+        models = [*([self.average.model] if self.average else []), network.model]
+        with torch.inference_mode():
+            logits = [network.compute(model, images) for model in models]
+            losses = [nn.functional.cross_entropy(each, targets).item() for each in logits]
+            pairs = zip(losses, logits, strict=True)
+            return [score(*pair, targets) for pair in pairs], logits[0].argmax(1)
 
     def thaw(self) -> None:
         """Train all weights from here on; not within an epoch, where `delayed` has copies."""
@@ -225,54 +270,3 @@ class TrainState:
         begin_momentum(self.optimizer)
         if self.gradient_norms:
             self.gradient_norms.watch(model)
-
-    def evaluate(self, batch: Batch) -> tuple[list[Scores], torch.Tensor]:
-        """The scores of a batch, first of the moving average if there is one, last of the model's
-        own weights, and the classes (n,) that the first predicts; the model has to be in evaluation
-        mode.
-        """
-        network, (images, targets) = self.network, batch
-        models = [*([self.average.model] if self.average else []), network.model]
-        with torch.inference_mode():
-            logits = [network.compute(model, images) for model in models]
-            losses = [nn.functional.cross_entropy(each, targets).item() for each in logits]
-            pairs = zip(losses, logits, strict=True)
-            return [score(*pair, targets) for pair in pairs], logits[0].argmax(1)
-
-    def rank_state(self) -> RankState:
-        """What belongs to this rank alone, as of the last step."""
-        end = self.end or self.network.step_end()
-        values = self.average.values if self.average else {}
-        average = {name: values[name].clone() for name in end.buffers if values}
-        return {"buffers": end.buffers, "average": average, "random_state": end.random_state}
-
-    def load_buffers(self, rank_state: RankState) -> None:
-        """Give the model, and its moving average, other buffers."""
-        into = {"buffers": self.network.model.state_dict()}
-        into["average"] = self.average.values if self.average else {}
-        for kind, tensors in into.items():
-            for name, value in rank_state[kind].items():
-                tensors[name].copy_(value)
-
-    @contextlib.contextmanager
-    def with_mean_buffers(self) -> Iterator[None]:
-        """Have the model, and its moving average, compute with the mean of all ranks' buffers for a
-        while, so that they are the same on all of them.
-        """
-        own, alone = self.rank_state(), self.ranks.size == 1
-        if not alone:
-            self.load_buffers(mean_rank_state(self.ranks.exchange(own)))
-        try:
-            yield
-        finally:
-            if not alone:
-                self.load_buffers(own)
-
-    def values(self) -> Weights:
-        """The model's state as of the last step: what a step already begun has changed left out."""
-        return self.network.model.state_dict() | (self.end.buffers if self.end else {})
-
-
-def build_average(model: nn.Module, settings: Settings) -> MovingAverage | None:
-    """The moving average of the weights, if it is asked for."""
-    return MovingAverage(model, settings.model_ema_decay) if settings.model_ema else None

@@ -372,7 +372,7 @@ def watch_buckets(ranks, bucket_bytes):
     model = make_model()
     network = Network(model, nn.CrossEntropyLoss(), 2, ranks=2)
     train_state = TrainState(network, torch.optim.SGD(model.parameters(), lr=0.1), ranks=ranks)
-    train_state.watch(model)
+    train_state.attach_reducer(model)
     underway = []
     for _ in range(2):
         batch = torch.randn(4, 3, 16, 16), torch.randint(0, 10, (4,))
@@ -402,7 +402,7 @@ def unused(ranks):
     model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
     network = Network(model, nn.CrossEntropyLoss(), ranks=2)
     train_state = TrainState(network, torch.optim.SGD(model.parameters(), lr=0.1), ranks=ranks)
-    train_state.watch(model)
+    train_state.attach_reducer(model)
     (model["used"](torch.ones(1, 2)).sum() * (1 + ranks.rank)).backward()
     train_state.reduce()
     return model["unused"].weight.grad, model["used"].bias.grad.tolist()

@@ -267,7 +267,7 @@ def test_a_signal_ends_a_validation_between_two_batches(in_tmp, monkeypatch, no_
 
 
 def test_an_unexpected_exception_ends_the_lanes(in_tmp, monkeypatch):
-    def fail(self):
+    def fail(self, *args):
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(TrainState, "update", fail)
@@ -283,7 +283,10 @@ def test_deterministic_is_set_for_the_run_only(in_tmp, monkeypatch):
     monkeypatch.setattr(
         TrainState,
         "update",
-        lambda self: (seen.append(torch.are_deterministic_algorithms_enabled()), update(self)),
+        lambda self, *args: (
+            seen.append(torch.are_deterministic_algorithms_enabled()),
+            update(self, *args),
+        ),
     )
     train(split="none", steps=1, deterministic=True)
     train(split="none", steps=1)

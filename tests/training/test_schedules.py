@@ -258,9 +258,9 @@ def test_a_queued_update_does_nothing_after_a_backward_phase_that_failed(split_p
     with Lanes(split_plan, ()) as lanes, pytest.raises(ArithmeticError):
         for _ in delayed(lanes, train_state, make_stream(batches)):
             assert before is None, "one step"
-            before, end = copy.deepcopy(train_state.values()), train_state.end
+            before, end = copy.deepcopy(train_state.model_state()), train_state.end
     assert train_state.end is end
-    for name, value in train_state.values().items():
+    for name, value in train_state.model_state().items():
         assert torch.equal(value, before[name])
 
 
@@ -280,7 +280,7 @@ def test_a_step_of_delayed_is_given_out_before_an_error_of_the_next_one(accumula
     torch.manual_seed(3)
     with Lanes(split_plan, ()) as lanes:
         for _ in delayed(lanes, whole, make_stream(batches)):
-            expected.append((copy.deepcopy(whole.values()), whole.end))
+            expected.append((copy.deepcopy(whole.model_state()), whole.end))
     torch.manual_seed(3)
     steps = 0
     with Lanes(split_plan, ()) as lanes, pytest.raises(RunError, match="no more images"):
@@ -288,7 +288,7 @@ def test_a_step_of_delayed_is_given_out_before_an_error_of_the_next_one(accumula
             steps += 1
     assert steps == 2
     values, end = expected[1]
-    for name, value in broken.values().items():
+    for name, value in broken.model_state().items():
         assert torch.equal(value, values[name]), name
     assert torch.equal(broken.end.random_state, end.random_state)
     assert not broken.updating

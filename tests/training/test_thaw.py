@@ -47,7 +47,9 @@ def test_frozen_weights_stay_and_have_no_copies(schedule, split_plan):
             copied = train_state.end.weights or {}
             assert not copied or copied.keys() == trainable_weights(model).keys()
     changed = {
-        name for name, value in train_state.values().items() if not torch.equal(value, before[name])
+        name
+        for name, value in train_state.model_state().items()
+        if not torch.equal(value, before[name])
     }
     assert changed.isdisjoint(frozen), "BatchNorm's statistics move, its weights do not"
     assert changed >= {"3.weight", "9.weight", "1.running_mean"}
@@ -79,7 +81,7 @@ def test_what_is_frozen_stays_to_the_bit(
     )
     with Lanes(split_plan, ()) as lanes:
         list(SCHEDULES[schedule](lanes, train_state, make_stream(make_batches(6, side=16))))
-    for values in (train_state.values(), train_state.average.values):
+    for values in (train_state.model_state(), train_state.average.values):
         changed = {name for name in before if not torch.equal(values[name], before[name])}
         assert changed == {"9.weight", "9.bias"}
     assert len(train_state.optimizer.state) == 2

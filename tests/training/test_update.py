@@ -94,14 +94,14 @@ def test_what_delayed_has_begun_is_told_apart_from_what_is_done(accumulate, spli
         for step, _ in enumerate(delayed(lanes, train_state, make_stream(batches)), start=1):
             model, random_state = done[step]
             for name, value in model.state_dict().items():
-                assert torch.equal(train_state.values()[name], value), (step, name)
+                assert torch.equal(train_state.model_state()[name], value), (step, name)
             assert (train_state.end.weights is None) == (step == 4), "the pipeline is drained"
             if train_state.end.weights:
                 assert torch.equal(train_state.end.random_state, random_state)
                 for name, weight in done[step - 1][0].named_parameters():
                     assert torch.equal(train_state.end.weights[name], weight), "one update old"
                 running_mean = train_state.network.model.state_dict()["1.running_mean"]
-                assert not torch.equal(running_mean, train_state.values()["1.running_mean"])
+                assert not torch.equal(running_mean, train_state.model_state()["1.running_mean"])
 
 
 @ALL_SCHEDULES
@@ -111,7 +111,7 @@ def test_a_moving_average_takes_in_nothing_of_a_step_already_begun(schedule, spl
     train_state.average = MovingAverage(train_state.network.model, 0.0)
     with Lanes(split_plan, ()) as lanes:
         for _ in SCHEDULES[schedule](lanes, train_state, make_stream(make_batches(6, side=16))):
-            for name, value in train_state.values().items():
+            for name, value in train_state.model_state().items():
                 assert torch.equal(train_state.average.values[name], value), name
             running_mean = train_state.network.model.state_dict()["1.running_mean"]
             begun = not torch.equal(train_state.average.values["1.running_mean"], running_mean)
@@ -125,4 +125,4 @@ def test_other_schedules_begin_nothing(schedule, split_plan):
         for _ in SCHEDULES[schedule](lanes, train_state, make_stream(make_batches(4, side=16))):
             assert train_state.end.weights is None
             for name, value in train_state.network.model.state_dict().items():
-                assert torch.equal(train_state.values()[name], value)
+                assert torch.equal(train_state.model_state()[name], value)
