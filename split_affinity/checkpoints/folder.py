@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from split_affinity.checkpoints.mirror import Mirror
+from split_affinity.checkpoints.schema import check_content
 from split_affinity.checkpoints.state import (
     BadCheckpoint,
     Progress,
-    State,
-    fault_of_state,
+    SavedState,
     make_state,
     read_checkpoint,
     verify_checkpoint,
@@ -26,38 +26,37 @@ from split_affinity.ranks.ranks import ONE_PROCESS, RankLost, Ranks
 from split_affinity.training.update import RankState, TrainState
 
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
-KEPT = re.compile(r"(best|epoch)-(\d{4,})\.pt")
+NAMED_BY_EPOCH = re.compile(r"(best|epoch)-(\d{4,})\.pt")
 
 
 class Checkpoints:
     """The checkpoints of an output folder.
 
-    `last.pt` is the newest state, `previous.pt` the one before; `best-EPOCH.pt` those with the best
-    top-1, `best.pt` the first of them, `epoch-EPOCH.pt` those kept for good. A state is written
-    once; the other names are links to the same file. Of several ranks, the first alone writes.
+    `last.pt` is the newest, `previous.pt` the one before it. `best-EPOCH.pt` have the best top-1,
+    `best.pt` is the first of these. `epoch-EPOCH.pt` are kept for good. A state is written once;
+    its other names are links to the same file. Of several ranks, only rank 0 writes.
     """
 
     def __init__(
         self,
         settings: Settings,
         warn: Callable[[str], None],
-        data: State | None = None,
+        data: SavedState | None = None,
         asked: Values | None = None,
         ranks: Ranks = ONE_PROCESS,
     ):
         self.folder = settings.output_dir
-        self._ranks = ranks
         self.warn = warn
         self.data = data
-        self._asked = asked
-        self._settings = settings
-        self._saved: tuple[int, int] | None = None  # step and epoch of the newest state
+        self._settings, self._asked, self._ranks = settings, asked, ranks
+        self._saved_at: tuple[int, int] | None = None  # step and epoch of the newest state
         self._lock: io.FileIO | None = None
         self._mirror = Mirror(settings.mirror) if settings.mirror and not ranks.rank else None
 
     def hold(self, make: bool = False) -> None:
-        """Have the folder, if it is there or to be made, belong to this process alone until
-        `close`. Raises UserError if another process has it.
+        """Lock the folder for this process until `close`, if it exists or is to be made.
+
+        Raises UserError if another process has it.
         """
         if self._ranks.rank:
             return
@@ -72,32 +71,31 @@ class Checkpoints:
             self.warn(f"{reason}: see to it that no other run is started there")
 
     def save(self, train_state: TrainState, progress: Progress) -> None:
-        """Save the state of a run; where that fails, say so and leave the earlier files alone."""
-        stands = progress.step, progress.epoch
-        if not self.folder or not progress.step or stands == self._saved:
+        """Save the state of a run; if that fails, warn and leave earlier files as they are."""
+        now = progress.step, progress.epoch
+        if not self.folder or not progress.step or now == self._saved_at:
             return
         several = self._ranks.size > 1
         try:
             rank_states = self._ranks.exchange(train_state.rank_state()) if several else ()
-            saved = not self._ranks.rank and self._write(train_state, progress, rank_states)
-            if any(self._ranks.exchange(saved)):
-                self._saved = stands
+            written = not self._ranks.rank and self._write(train_state, progress, rank_states)
+            if any(self._ranks.exchange(written)):
+                self._saved_at = now
         except RankLost as error:
             self.warn(f"{self.folder / LAST}: not saved: {error}")
-        self._tell()
+        self._warn_of_mirror()
 
     def _write(
         self, train_state: TrainState, progress: Progress, rank_states: Sequence[RankState]
     ) -> bool:
-        """Write a state, and keep what is to be kept; False if that fails, which is said."""
+        """Write a state under all its names; if that fails, warn and return False."""
         temporary, last = self.folder / f"{LAST}.tmp", self.folder / LAST
         try:
-            state = make_state(
+            saved = make_state(
                 self._settings, train_state, progress, self.data, self._asked, rank_states
             )
-            if fault := fault_of_state(state):
-                raise BadCheckpoint(fault)
-            write_verified(temporary, state)
+            check_content(saved)
+            write_verified(temporary, saved)
             with contextlib.suppress(BadCheckpoint):
                 verify_checkpoint(last)  # a damaged one must not replace a good previous.pt
                 last.replace(self.folder / PREVIOUS)
@@ -113,8 +111,9 @@ class Checkpoints:
         return True
 
     def keep(self, source: Path, progress: Progress) -> None:
-        """Give the names to the newest state, in `source`, and to the best ones, that they have to
-        have; where that fails, say so.
+        """At the end of an epoch, link its state in `source` to the names that it deserves.
+
+        Removes those that are no longer among the best. Warns if that fails.
         """
         if not progress.epoch or progress.batches or self._ranks.rank:
             return
@@ -127,7 +126,7 @@ class Checkpoints:
                 link_file(source, self.folder / name)
             if best and best[0].exists():
                 link_file(best[0], self.folder / BEST)
-            for epoch, path in self._kept():
+            for epoch, path in self._named_by_epoch():
                 if path.name.startswith("best") and path not in best and epoch <= progress.epoch:
                     path.unlink()
                     if self._mirror:
@@ -139,13 +138,13 @@ class Checkpoints:
             if (self.folder / name).exists():
                 self._mirror.copy(self.folder / name)
 
-    def newest_good(self) -> tuple[Path, State] | None:
-        """The newest state that is whole; None if there has never been one. Names damaged files.
+    def newest_good(self) -> tuple[Path, SavedState] | None:
+        """The newest state that is whole, or None if the folder has no checkpoints.
 
-        Raises BadCheckpoint if there are files, but none of them is good.
+        Warns of damaged files. Raises BadCheckpoint if all are damaged.
         """
-        paths = [self.folder / name for name in (LAST, PREVIOUS)]
-        paths += [path for _, path in self._kept()]
+        paths = [self.folder / LAST, self.folder / PREVIOUS]
+        paths += [path for _, path in self._named_by_epoch()]
         bad = ""
         for path in filter(Path.exists, paths):
             try:
@@ -157,30 +156,30 @@ class Checkpoints:
             raise BadCheckpoint(f"--resume auto: no good checkpoint; {bad}")
         return None
 
-    def _kept(self) -> list[tuple[int, Path]]:
-        """Epoch and file of those that are named for an epoch, the newest first."""
-        matches = ((KEPT.fullmatch(path.name), path) for path in self.folder.glob("*.pt"))
-        found = [(int(match[2]), path) for match, path in matches if match]
-        return sorted(found, key=lambda one: (-one[0], one[1]))
-
     def exist(self) -> bool:
         """Whether a run has saved something here."""
         if not self.folder:
             return False
         names = (LAST, PREVIOUS, BEST)
-        return any((self.folder / name).exists() for name in names) or bool(self._kept())
+        return any((self.folder / name).exists() for name in names) or bool(self._named_by_epoch())
 
     def close(self) -> None:
-        """Wait for the mirror, for a while, and give the folder free."""
+        """Wait a while for the mirror, and unlock the folder."""
         if self._mirror:
             self._mirror.close()
-            self._tell()
+            self._warn_of_mirror()
         if self._lock:
             with contextlib.suppress(OSError):
                 (self.folder / LOCK).unlink()
             self._lock.close()
             self._lock = None
 
-    def _tell(self) -> None:
+    def _named_by_epoch(self) -> list[tuple[int, Path]]:
+        """Epoch and path of the files that are named by an epoch, the newest first."""
+        matches = ((NAMED_BY_EPOCH.fullmatch(path.name), path) for path in self.folder.glob("*.pt"))
+        found = [(int(match[2]), path) for match, path in matches if match]
+        return sorted(found, key=lambda one: (-one[0], one[1]))
+
+    def _warn_of_mirror(self) -> None:
         while self._mirror and self._mirror.messages:
             self.warn(self._mirror.messages.pop(0))

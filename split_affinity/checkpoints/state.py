@@ -23,12 +23,14 @@ import torchvision
 
 from split_affinity import PROGRAM, __version__
 from split_affinity.checkpoints.schema import (
-    fault_of_archive,
-    fault_of_content,
-    fault_of_sizes,
-    fault_of_weights,
-    like,
-    like_optimizer,
+    CHECKPOINT_FORMAT,
+    Fault,
+    check_archive,
+    check_content,
+    check_shapes,
+    check_size,
+    match_optimizer,
+    match_state,
 )
 from split_affinity.data.named import CIFAR10
 from split_affinity.data.pictures import derived_seed
@@ -43,17 +45,14 @@ from split_affinity.options.values import Values
 from split_affinity.training.optimizer import begin_momentum, planned_steps
 from split_affinity.training.update import RankState, TrainState, mean_rank_state
 
-CHECKPOINT_FORMAT = "train_split_affinity 1"
 SEAL = b"\nsha256 "
 SEAL_BYTES = len(SEAL) + 64 + 1  # 64 hexadecimal digits and a line feed
 
-# What a machine decides where it is not given.
-BY_MACHINE = "loader_cores forward_threads backward_threads precision tuned_malloc".split()
-
-# What becomes of another value of each setting when a run is resumed: see `option`.
+# What happens to a changed value of each setting when a run is resumed: see `option`.
 ON_RESUME = {each.name: each.metadata["on_resume"] for each in dataclasses.fields(Settings)}
 
-State = dict[str, Any]  # what a checkpoint holds, or its part on the data: plain types, tensors
+SavedState = dict[str, Any]  # a checkpoint's content, or a part of it: plain types and tensors
+State = SavedState  # its former name, which other modules still use
 
 
 class BadCheckpoint(UserError):
@@ -62,10 +61,11 @@ class BadCheckpoint(UserError):
 
 @dataclass
 class Progress:
-    """Where a run stands, the same on all ranks. `epoch` epochs are finished and `batches` of the
-    next one are taken;
-    `loss_sum`, `top1`, `top5` and `images` are that epoch's so far, of `epoch_batches` batches.
-    `best` has (top-1, epoch) of the best epochs, best first; `history` a row for each finished one.
+    """Where a run stands, the same on all ranks.
+
+    `epoch` epochs are finished, and `batches` of the `epoch_batches` of the next one. `loss_sum`,
+    `top1`, `top5` and `images` belong to that one. `best` has (top-1, epoch) of the best epochs,
+    best first; `history` has a row for each finished one.
     """
 
     step: int = 0
@@ -82,7 +82,7 @@ class Progress:
     lr: float = 0.0
 
     def add_step(self, images: int, loss: float, top1: int, top5: int, batches: int) -> None:
-        """Take in one optimizer step; `loss` is the mean per image."""
+        """Add one optimizer step; `loss` is the mean per image."""
         self.step += 1
         self.batches += batches
         self.images += images
@@ -91,13 +91,13 @@ class Progress:
         self.top5 += top5
 
     def begin_epoch(self) -> None:
-        """The running epoch is finished."""
+        """Begin the next epoch."""
         self.epoch += 1
         self.batches = self.images = self.top1 = self.top5 = 0
         self.loss_sum = 0.0
 
     def end_epoch(self, row: dict[str, Any], keep_best: int) -> None:
-        """Enter a finished epoch's figures; the next one begins."""
+        """Enter the figures of the finished epoch, and begin the next one."""
         self.begin_epoch()
         self.history.append(row)
         if row["val_top1"] is not None:
@@ -105,8 +105,14 @@ class Progress:
             self.best = sorted(ranked, key=lambda one: (-one[0], one[1]))[:keep_best]
 
 
+def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of the epoch with the best validation top-1, the first of equals, as in best.pt."""
+    validated = (row for row in history if row["val_top1"] is not None)
+    return max(validated, key=lambda row: row["val_top1"], default=None)
+
+
 def versions() -> dict[str, str]:
-    """Versions of all that the figures depend on."""
+    """Versions of everything that the figures depend on."""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -117,19 +123,21 @@ def versions() -> dict[str, str]:
     }
 
 
+# A run's state, saved and restored.
+
+
 def make_state(
     settings: Settings,
     train_state: TrainState,
     progress: Progress,
-    data: State | None = None,
+    data: SavedState | None = None,
     asked: Values | None = None,
     rank_states: Sequence[RankState] = (),
-) -> State:
-    """Everything needed to go on from the end of the latest optimizer step, in plain types and
-    tensors. Raises BadCheckpoint if an update was broken off.
+) -> SavedState:
+    """The state of a run after its latest optimizer step, ready to be saved.
 
-    `settings` are those in force; `asked` are those that a run which goes on takes in their place.
-    `parts` are those of several ranks, whose mean the model gets.
+    `settings` are those in force; a resumed run takes those in `asked` instead. With several ranks
+    the model gets the mean of their buffers. Raises BadCheckpoint if an update was broken off.
     """
     if train_state.updating:
         raise BadCheckpoint("an error broke off the update of the weights")
@@ -153,17 +161,71 @@ def make_state(
     }
 
 
-def saved_settings(state: State) -> Values:
-    """The settings of a saved run, as JSON types. One that its version did not know yet counts as
-    its default, which is to leave things as they were.
+def restore_state(saved: SavedState, train_state: TrainState, settings: Settings) -> Progress:
+    """Put the objects of a new run into a saved state; returns where the run stands.
+
+    Raises Fault for a state that does not belong to these objects.
     """
-    return plain_settings(Settings()) | state["settings"]
+    progress = Progress(**saved["progress"])
+    model, ranks = train_state.network.model, train_state.ranks
+    model.load_state_dict(versioned(saved["model"], model))
+    restore_optimizer(saved, train_state, settings)
+    if train_state.average:
+        for name, value in train_state.average.values.items():
+            value.copy_(saved["average"][name])
+        train_state.average.updates = progress.step  # one in each
+    if train_state.gradient_norms and saved["flow"]:
+        train_state.gradient_norms.restore(saved["flow"])
+    rank_states = saved.get("ranks") or []
+    if len(rank_states) == ranks.size:
+        train_state.load_buffers(rank_states[ranks.rank])
+        torch.set_rng_state(rank_states[ranks.rank]["random_state"])
+    elif ranks.rank:  # a new rank
+        torch.manual_seed(derived_seed(settings.seed, "rank", ranks.rank, progress.step))
+    else:
+        torch.set_rng_state(saved["random_state"])
+    ahead = saved["ahead"] if settings.schedule == "delayed" else None
+    train_state.end = train_state.network.step_end(ahead)
+    return progress
+
+
+def restore_optimizer(saved: SavedState, train_state: TrainState, settings: Settings) -> None:
+    """Put optimizer and scheduler into a saved state.
+
+    Learning rates and the like may have been changed. The new ones then hold from here on, and the
+    learning rate goes on at the same step of its new course.
+    """
+    optimizer, scheduler = train_state.optimizer, train_state.scheduler
+    ours, theirs = plain_settings(settings), saved_settings(saved)
+    same = all(theirs[name] == ours[name] for name in ours if ON_RESUME[name] == "rate")
+    new_groups = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(match_optimizer(optimizer, saved["optimizer"]))
+    if same:
+        course = match_state(scheduler.state_dict(), saved["scheduler"], "scheduler")
+        scheduler.load_state_dict(course)
+    else:
+        for group, new_group in zip(optimizer.param_groups, new_groups, strict=True):
+            group |= new_group
+        step, epoch_batches = saved["progress"]["step"], saved["progress"]["epoch_batches"]
+        with warnings.catch_warnings():  # torch expects an optimizer step before each of these
+            warnings.simplefilter("ignore")
+            for _ in range(min(step, planned_steps(settings, epoch_batches))):
+                scheduler.step()
+    begin_momentum(optimizer)  # of weights that were frozen until now
+
+
+# The settings of a saved run.
+
+
+def saved_settings(saved: SavedState) -> Values:
+    """The settings of a saved run, as JSON types; those unknown to its version have defaults."""
+    return plain_settings(Settings()) | saved["settings"]
 
 
 def asked_again(asked: Settings, in_force: Settings) -> Values:
-    """Settings that a run which goes on takes in place of those that were in force, in plain types:
-    what was left to the data or the machine is decided anew, and the images are found from any
-    folder.
+    """The settings that a resumed run takes instead of those in force, as JSON types.
+
+    What was left to the data or the machine is decided anew. The images' path is absolute.
     """
     values, decided = plain_settings(asked), plain_settings(in_force)
     if asked.data_path:
@@ -172,104 +234,48 @@ def asked_again(asked: Settings, in_force: Settings) -> Values:
     return {key: values[key] for key in values if values[key] != decided[key] and key not in ready}
 
 
-def settings_to_go_on(state: State) -> Settings:
-    """The settings that a run takes from the saved one which it goes on with, and where that had
-    its images. Versions that did not save what was asked for had these decided anew each time.
-    """
-    asked = state.get("asked")
-    if asked is None:
-        plain = plain_settings(Settings())
-        asked = {name: plain[name] for name in BY_MACHINE}
-    saved = saved_settings(state) | asked
-    taken = {name: saved[name] for name in (*TAKEN, "data_path")}
-    if is_name(saved["teacher_weights"] or ""):
-        taken["teacher_weights"] = saved["teacher_weights"]
+def settings_to_go_on(saved: SavedState) -> Settings:
+    """The settings that a resumed run takes, with the path of the images."""
+    asked = saved.get("asked")
+    if asked is None:  # an earlier version: leave to the machine what it may have decided
+        names = "loader_cores forward_threads backward_threads precision tuned_malloc".split()
+        asked = {name: plain_settings(Settings())[name] for name in names}
+    values = saved_settings(saved) | asked
+    taken = {name: values[name] for name in (*TAKEN, "data_path")}
+    if is_name(values["teacher_weights"] or ""):
+        taken["teacher_weights"] = values["teacher_weights"]
     return settings_of(taken)
 
 
-def preprocessing_of(state: State) -> Preprocessing:
+def preprocessing_of(saved: SavedState) -> Preprocessing:
     """How pictures were made ready to validate a saved model.
 
     Versions that did not save it did so as for CIFAR-10 or as for ImageNet. Of their data only
     image folders have a fingerprint of files, and the classes of synthetic images are numbers.
     """
-    data = state.get("data") or {"classes": ["0"], "fingerprint": ""}
+    data = saved.get("data") or {"classes": ["0"], "fingerprint": ""}
     words = not data["classes"][0].isdigit()
     files = data["fingerprint"] != hashlib.sha256().hexdigest()
     native = CIFAR10 if words and not files else Preprocessing()
-    known = {name: state["settings"].get(name) for name in vars(native)}
+    known = {name: saved["settings"].get(name) for name in vars(native)}
     return native.overruled(settings_of(known))
 
 
-def restore_state(state: State, train_state: TrainState, settings: Settings) -> Progress:
-    """Put a run's objects, made as for a new run, into a saved state; says where the run stands.
-
-    Rates that are not those of the saved run hold from here on: the learning rate goes on at the
-    same step of its new course.
-    """
-    own = [dict(group, params=None) for group in train_state.optimizer.param_groups]
-    progress = Progress(**state["progress"])
-    model = train_state.network.model
-    ours, saved = plain_settings(settings), saved_settings(state)
-    same = all(saved[name] == ours[name] for name in ours if ON_RESUME[name] == "rate")
-    optimizer = like_optimizer(train_state.optimizer, state["optimizer"])
-    if same:
-        scheduler = like(train_state.scheduler.state_dict(), state["scheduler"], "scheduler")
-    model.load_state_dict(versioned(state["model"], model))
-    train_state.optimizer.load_state_dict(optimizer)
-    if same:
-        train_state.scheduler.load_state_dict(scheduler)
-    else:
-        for group, values in zip(train_state.optimizer.param_groups, own, strict=True):
-            group |= values | {"params": group["params"]}
-        with warnings.catch_warnings():  # torch expects an optimizer step before each of these
-            warnings.simplefilter("ignore")
-            for _ in range(min(progress.step, planned_steps(settings, progress.epoch_batches))):
-                train_state.scheduler.step()
-    if train_state.average:
-        for name, value in train_state.average.values.items():
-            value.copy_(state["average"][name])
-        train_state.average.updates = progress.step  # one in each
-    if train_state.gradient_norms and state["flow"]:
-        train_state.gradient_norms.restore(state["flow"])
-    begin_momentum(train_state.optimizer)  # of what the saved run has kept frozen
-    restore_rank_state(
-        state,
-        train_state,
-        derived_seed(settings.seed, "rank", train_state.ranks.rank, progress.step),
-    )
-    train_state.end = train_state.network.step_end(
-        state["ahead"] if settings.schedule == "delayed" else None
-    )
-    return progress
-
-
-def restore_rank_state(state: State, train_state: TrainState, seed: int) -> None:
-    """Go on with what belonged to this rank alone; if there were not as many ranks, with what is
-    common to all, and random numbers by the seed, which rank 0 has no need of.
-    """
-    rank_states, ranks = state.get("ranks") or [], train_state.ranks
-    if len(rank_states) == ranks.size:
-        train_state.load_buffers(rank_states[ranks.rank])
-        torch.set_rng_state(rank_states[ranks.rank]["random_state"])
-    elif ranks.rank:
-        torch.manual_seed(seed)
-    else:
-        torch.set_rng_state(state["random_state"])
+# Files.
 
 
 def seal(digest: Any) -> bytes:
-    """What a checkpoint ends with: the SHA-256 of all bytes before it.
+    """The end of a checkpoint: the SHA-256 of all bytes before it.
 
     torch.load checks no checksums, and an archive's own cover only the contents of its entries: a
     flipped bit in its directory can make a tensor look like a folder, and torch.load then leaves
-    the tensor's memory as it was. What follows an archive, torch.load does not mind.
+    the tensor's memory as it was. torch.load ignores what follows an archive.
     """
     return SEAL + digest.hexdigest().encode() + b"\n"
 
 
-class Digested(io.BufferedWriter):
-    """A file to write; `digest` is the SHA-256 of what was written."""
+class DigestingWriter(io.BufferedWriter):
+    """A new file; `digest` is the SHA-256 of what was written to it."""
 
     def __init__(self, path: Path):
         super().__init__(new_file(path))
@@ -281,8 +287,26 @@ class Digested(io.BufferedWriter):
         return super().write(data)
 
 
+def write_verified(path: Path, saved: SavedState) -> None:
+    """Write a state to disk and read it back.
+
+    If that fails, nothing is left behind. Raises OSError, BadCheckpoint, or RuntimeError: torch's,
+    for a full disk.
+    """
+    try:
+        with DigestingWriter(path) as file:
+            torch.save(saved, file)
+            file.write(seal(file.digest))
+            file.flush()
+            os.fsync(file.fileno())
+        verify_checkpoint(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
 def verify_checkpoint(path: Path) -> None:
-    """Raise BadCheckpoint unless a file ends with the seal of all that stands before it."""
+    """Raise BadCheckpoint unless a file ends with the seal of everything before it."""
     digest = hashlib.sha256()
     try:
         with os.fdopen(open_itself(path.resolve(), os.O_RDONLY), "rb") as file:
@@ -301,37 +325,26 @@ def verify_checkpoint(path: Path) -> None:
         raise BadCheckpoint(f"{path}: damaged: its SHA-256 is not the one that it ends with")
 
 
-def read_checkpoint(path: Path) -> State:
-    """A saved state, verified: whole, and of what a state is made of. Of its settings those are
-    left that a run may take from it (options/saved.py); the names of others are in `left`.
-    Raises BadCheckpoint.
-    """
-    verify_checkpoint(path)
-    state = load_plain(path)
-    fault = fault_of_state(state)
-    if fault := fault or fault_of_sizes(state, path.stat().st_size):
-        raise BadCheckpoint(f"{path}: {fault}")
-    state["left"] = settings_left(state["settings"])
-    for name in ("settings", "asked"):
-        if state.get(name) is not None:
-            state[name] = settings_brought(state[name])
-    if fault := fault_of_weights(state):
-        raise BadCheckpoint(f"{path}: {fault}")
-    return state
+def is_sealed(path: Path) -> bool:
+    """Whether a file ends as a checkpoint of this program does, damaged or not. Raises OSError."""
+    with os.fdopen(open_itself(path.resolve(), os.O_RDONLY), "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - SEAL_BYTES))
+        return file.read().startswith(SEAL)
 
 
 def load_plain(path: Path, *harmless: type) -> Any:
-    """What torch.save wrote into a file: tensors and plain data, and objects of `harmless` classes.
-    Nothing that a file holds is run. Raises BadCheckpoint.
+    """What torch.save wrote: tensors, plain data, and objects of the `harmless` classes.
+
+    Runs nothing that the file holds. Raises BadCheckpoint.
     """
     try:
-        if fault := fault_of_archive(path):
-            raise BadCheckpoint(f"{path}: {fault}")
+        check_archive(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([*harmless]):
-            warnings.simplefilter("ignore")  # of the kinds of files that cannot be read
+            warnings.simplefilter("ignore")  # about the kinds of files that cannot be read
             return torch.load(path, map_location="cpu", weights_only=True)
-    except BadCheckpoint:
-        raise
+    except Fault as fault:
+        raise BadCheckpoint(f"{path}: {fault}") from None
     except Exception as error:  # torch raises many kinds
         reason = "not a file of torch.save, or cut short"
         if isinstance(error, (RuntimeError, OSError)):
@@ -341,43 +354,22 @@ def load_plain(path: Path, *harmless: type) -> Any:
     raise BadCheckpoint(f"{path}: cannot be read: {reason}")
 
 
-def fault_of_state(state: Any) -> str:
-    """What keeps a file's content from being a state to go on from, if anything."""
-    saved = state.get("format") if isinstance(state, dict) else None
-    if saved != CHECKPOINT_FORMAT:
-        name, _, number = str(saved).rpartition(" ")
-        ours, _, known = CHECKPOINT_FORMAT.rpartition(" ")
-        if name == ours and number.isdigit() and int(number) > int(known):
-            return f"made by a newer version of this program (format {number}; this one: {known})"
-        return f"no checkpoint of this program ({CHECKPOINT_FORMAT})"
-    return fault_of_content(state)
+def read_checkpoint(path: Path) -> SavedState:
+    """A saved state, verified and checked. Raises BadCheckpoint.
 
-
-def is_sealed(path: Path) -> bool:
-    """Whether a file ends as a checkpoint of this program does, damaged or not. Raises OSError."""
-    with os.fdopen(open_itself(path.resolve(), os.O_RDONLY), "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - SEAL_BYTES))
-        return file.read().startswith(SEAL)
-
-
-def write_verified(path: Path, state: State) -> None:
-    """Write a state to disk and read it back. Raises OSError, RuntimeError (torch's, for a full
-    disk) or BadCheckpoint, and leaves nothing behind then.
+    Only the settings that a run may take from it are kept (options/saved.py); `left` names those
+    that must be typed again.
     """
+    verify_checkpoint(path)
+    saved = load_plain(path)
     try:
-        with Digested(path) as file:
-            torch.save(state, file)
-            file.write(seal(file.digest))
-            file.flush()
-            os.fsync(file.fileno())
-        verify_checkpoint(path)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The epoch with the best validation top-1, the first of equals, as for best.pt."""
-    validate_batches = (row for row in history if row["val_top1"] is not None)
-    return max(validate_batches, key=lambda row: row["val_top1"], default=None)
+        check_content(saved)
+        check_size(saved, path)
+        saved["left"] = settings_left(saved["settings"])
+        for name in ("settings", "asked"):
+            if saved.get(name) is not None:
+                saved[name] = settings_brought(saved[name])
+        check_shapes(saved)
+    except Fault as fault:
+        raise BadCheckpoint(f"{path}: {fault}") from None
+    return saved

@@ -172,7 +172,8 @@ def test_a_file_with_a_class_runs_none_of_its_code(tmp_path):
         ),
         (
             lambda state: state["model"]["1.running_var"].fill_(math.inf),
-            "1.running_var holds values that are infinite or no numbers: the run had diverged",
+            "model.1.running_var holds values that are infinite or no numbers: the run had "
+            "diverged",
         ),
     ],
 )
