@@ -18,13 +18,14 @@ from split_affinity.errors import UserError, one_line
 from split_affinity.text import CHAINED, plural, without_login, without_logins
 
 UPLOAD_ATTEMPTS, LAST_UPLOADS_S = 3, 60
-ANSWER_S = 60  # within which the other side has to answer,
-SLOWEST_BYTES_PER_S = 1e5  # and how fast it has to take a file beside that
+ANSWER_S = 60  # time limit of an answer,
+SLOWEST_BYTES_PER_S = 1e5  # to which this adds for the size of a file
 
 
 def check_address(url: str) -> None:
-    """Raise UserError for an address that is wrong by itself: a protocol that fsspec does not know,
-    or has no package for, or a port that is no number. Connects with nobody.
+    """Raise UserError for a protocol that fsspec cannot use, or a port that is no number.
+
+    Connects to nobody.
     """
     parts = CHAINED.split(url)
     for part in parts:
@@ -43,16 +44,16 @@ def check_address(url: str) -> None:
 
 
 class Mirror:
-    """Copies files to an address of fsspec, and removes them there, in the background, one after
-    the other. Nothing that the other side does, or leaves undone, ends or holds a run.
+    """Copies files to an address of fsspec, and removes them there, in the background.
 
-    `messages` collects what failed. A file that waits is copied as it is when its turn comes.
+    It works on one file at a time. A waiting file is copied as it is when its turn comes.
+    `messages` collects what failed. Whatever the other side does, it neither ends nor holds a run.
     """
 
     def __init__(self, url: str):
         check_address(url)
         self._url = url
-        self._place: tuple[Any, str] | None = None  # a file system and a folder, once connected
+        self._place: tuple[Any, str] | None = None  # file system and folder, once connected
         self.messages: list[str] = []
         self._queue: queue.Queue[tuple[str, Path] | None] = queue.Queue()
         self._waiting: list[tuple[str, Path]] = []
@@ -62,15 +63,15 @@ class Mirror:
         self._thread.start()
 
     def copy(self, path: Path) -> None:
-        """Have a file copied, soon."""
+        """Copy a file soon."""
         self._add("copied", path)
 
     def remove(self, path: Path) -> None:
-        """Have the copy of a file removed, soon."""
+        """Remove the copy of a file soon."""
         self._add("removed", path)
 
     def close(self) -> None:
-        """Wait for what is left to do, but no longer than a minute."""
+        """Wait for the rest, but no longer than a minute."""
         self._queue.put(None)
         self._thread.join(LAST_UPLOADS_S)
         left = (*self._running, *self._waiting) if self._thread.is_alive() else ()
@@ -84,30 +85,29 @@ class Mirror:
             self._queue.put((done, path))
 
     def _work(self) -> None:
+        """Do one job after the other, in up to UPLOAD_ATTEMPTS each."""
         while job := self._queue.get():
             self._running = [job]
             self._waiting.remove(job)
             done, path = job
-            if fault := self._fault_of(self._upload if done == "copied" else self._delete, path):
+            for attempt in range(1, UPLOAD_ATTEMPTS + 1):
+                try:
+                    fault = self._try(self._upload if done == "copied" else self._delete, path)
+                    break
+                except Exception as error:  # whatever the other side raises
+                    self._place = None  # the connection may be lost: make another one
+                    reason = without_logins(one_line(error))
+                    fault = f"in {plural(UPLOAD_ATTEMPTS, 'attempt')}: {reason}"
+                if attempt < UPLOAD_ATTEMPTS:
+                    time.sleep(attempt)
+            if fault:
                 self.messages.append(f"mirror: {path.name} not {done} {fault}")
 
-    def _fault_of(self, act: Callable[[Path], None], path: Path) -> str:
-        """Do something, in as many attempts as it may take; says what has kept it from being done,
-        if anything.
-        """
-        for attempt in range(1, UPLOAD_ATTEMPTS + 1):
-            try:
-                return self._within_limits(act, path)
-            except Exception as error:  # whatever the other side raises
-                self._place = None  # a connection may have been lost: the next attempt makes one
-                reason = without_logins(one_line(error))
-            if attempt < UPLOAD_ATTEMPTS:
-                time.sleep(attempt)
-        return f"in {plural(UPLOAD_ATTEMPTS, 'attempt')}: {reason}"
+    def _try(self, act: Callable[[Path], None], path: Path) -> str:
+        """Do something in a thread of its own, within limits; returns why it was given up, if so.
 
-    def _within_limits(self, act: Callable[[Path], None], path: Path) -> str:
-        """Do something in a thread of its own. Without an answer in time that is left to itself,
-        and nothing else is begun until it ends: what it still sends would get into another copy.
+        Nothing else begins while a thread gives no answer: what it still sends would get into the
+        next copy.
         """
         if self._unanswered and not self._unanswered.done():
             return f"since {without_login(self._url)} gives no answer"
@@ -136,8 +136,9 @@ class Mirror:
         return self._place
 
     def _upload(self, path: Path) -> None:
-        """Under another name first, so that the other side never has half a file. What is gone
-        here meanwhile, no longer among the best, say, is left out.
+        """Copy a file, under another name first: the other side never has half a file.
+
+        A file that is gone meanwhile (no longer among the best, say) is left out.
         """
         if path.exists():
             filesystem, root = self._connected()

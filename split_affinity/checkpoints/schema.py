@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,8 @@ def describe_value(value: Any) -> str:
 
 def place_in(where: str, key: Any) -> str:
     """The place of a table's entry."""
-    return f"{where}.{str(key)[:60]}" if where else str(key)[:60]
+    name = key[:60] if isinstance(key, str) else describe_value(key)
+    return f"{where}.{name}" if where else name
 
 
 def require(is_right: bool, value: Any, where: str, allowed: str) -> None:
@@ -85,21 +87,21 @@ def check_entries(values: Any, where: str, *kinds: type) -> None:
         raise Fault(f"{where} has {len(values)} entries; {MOST_ENTRIES} are allowed")
 
 
-def check(value: Any, form: Any, where: str = "") -> None:
-    """Raise Fault unless a value has a form: a check, or [form], (form, None) or {key: form}.
+def check_form(value: Any, form: Any, where: str = "") -> None:
+    """Raise Fault unless a value has a form.
 
-    These are a list of values of that form, a value that may be None, and a table. The key of a
-    form is a name, which the table must have, or a type, for all keys that are not named.
+    A form is a check; or [form], a list; or (form, None), a value that may be None; or {key: form},
+    a table. The key is a name that the table must have, or the type of all other keys.
     """
     if callable(form):
         form(value, where)
     elif isinstance(form, tuple):
         if value is not None:
-            check(value, form[0], where)
+            check_form(value, form[0], where)
     elif isinstance(form, list):
         check_entries(value, where, list, tuple)
         for number, each in enumerate(value):
-            check(each, form[0], f"{where}[{number}]")
+            check_form(each, form[0], f"{where}[{number}]")
     else:
         check_entries(value, where or "the content", dict)
         if missing := form.keys() - value.keys() - MAY_BE_MISSING - {str, int}:
@@ -110,7 +112,7 @@ def check(value: Any, form: Any, where: str = "") -> None:
                 known = form.get(key, known)
             if known is None:
                 raise Fault(f"{place_in(where, key)} is unknown to this version")
-            check(each, known, place_in(where, key))
+            check_form(each, known, place_in(where, key))
 
 
 def check_tensor(value: Any, where: str) -> None:
@@ -160,12 +162,12 @@ def check_settings(values: Any, where: str) -> None:
         settings_brought(values)
     except argparse.ArgumentTypeError as error:
         raise Fault(f"{where}.{error}") from None
-    check(values, {str: check_nested}, where)  # the others, too, are plain and not too deep
+    check_form(values, {str: check_nested}, where)  # the others, too, are plain and not too deep
 
 
 def check_best(pair: Any, where: str) -> None:
     """The top-1 of an epoch, and its number."""
-    check(pair, [check_number], where)
+    check_form(pair, [check_number], where)
     right = len(pair) == 2 and 0 <= pair[0] <= 100
     require(right, pair, where, "a top-1 from 0 to 100 and an epoch")
     check_count(pair[1], f"{where}[1]")
@@ -221,13 +223,13 @@ def check_content(saved: Any) -> None:
     """Raise Fault if the content of a checkpoint contradicts the schema, or itself."""
     made_by = saved.get("format") if isinstance(saved, dict) else None
     if made_by != CHECKPOINT_FORMAT:
-        name, _, number = str(made_by).rpartition(" ")
-        ours, _, known = CHECKPOINT_FORMAT.rpartition(" ")
-        if name == ours and number.isdigit() and int(number) > int(known):
-            newer = f"made by a newer version of this program (format {number}; this one: {known})"
-            raise Fault(newer)
+        name, _, ours = CHECKPOINT_FORMAT.rpartition(" ")
+        found = re.fullmatch(rf"{name} (\d{{1,9}})", made_by) if isinstance(made_by, str) else None
+        if found and int(found[1]) > int(ours):
+            formats = f"format {found[1]}; this one: {ours}"
+            raise Fault(f"made by a newer version of this program ({formats})")
         raise Fault(f"no checkpoint of this program ({CHECKPOINT_FORMAT})")
-    check(saved, CHECKPOINT)
+    check_form(saved, CHECKPOINT)
     progress, settings = saved["progress"], settings_brought(saved["settings"])
     step, epoch, batches = progress["step"], progress["epoch"], progress["batches"]
     epoch_batches = progress["epoch_batches"]
@@ -244,7 +246,7 @@ def check_content(saved: Any) -> None:
 def fault_of_tensors(found: Weights) -> str:
     """What is wrong with the weights of another program by themselves, if anything."""
     try:
-        check(found, WEIGHTS)
+        check_form(found, WEIGHTS)
     except Fault as fault:
         return str(fault)
     return ""

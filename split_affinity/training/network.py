@@ -40,7 +40,7 @@ class Scores:
         return {"loss": self.loss, "top1": top1, "top5": top5}
 
 
-def score(loss: float, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
+def score_batch(loss: float, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
     """Count right answers; for mixed images (targets (n, classes)) the larger share is right."""
     labels = targets.argmax(1) if targets.ndim == 2 else targets
     best = logits.detach().topk(min(5, logits.shape[1])).indices == labels.unsqueeze(1)
@@ -148,7 +148,7 @@ class Network:
             raise NonFiniteLoss(str(value))
         # For CPU tensors this runs in the calling thread.
         (loss / (self.accumulate * self.ranks)).backward()
-        return score(value, logits, targets)
+        return score_batch(value, logits, targets)
 
     def copy(self, begun: Weights | None = None) -> nn.Module:
         """A copy of the model to run phases on, with weights of its own.

@@ -21,7 +21,7 @@ from split_affinity.lanes.contention import Contention
 from split_affinity.lanes.lane import Lanes
 from split_affinity.machine.plan import CorePlan
 from split_affinity.machine.topology import Topology
-from split_affinity.options.settings import Settings
+from split_affinity.options.settings import CoreSettings, Settings
 from split_affinity.ranks.ranks import RankLost, Ranks
 from split_affinity.signals import StopRequest
 from split_affinity.training.network import NonFiniteLoss, Scores, combine_scores, interleave
@@ -81,7 +81,11 @@ class Diverged(RunError):
 
 
 def run_schedule(
-    settings: Settings, lanes: Lanes, train_state: TrainState, batches: Batches, first_step: int = 1
+    settings: CoreSettings,
+    lanes: Lanes,
+    train_state: TrainState,
+    batches: Batches,
+    first_step: int = 1,
 ) -> Iterator[StepResult]:
     """Train step by step until the batches run out.
 

@@ -19,7 +19,7 @@ from split_affinity.models.weights import Weights, with_tensors
 from split_affinity.options.settings import TrainingSettings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks
 from split_affinity.ranks.reducer import Reducer
-from split_affinity.training.network import Network, Scores, StepEnd, score
+from split_affinity.training.network import Network, Scores, StepEnd, score_batch
 from split_affinity.training.optimizer import begin_momentum
 
 VANISHING_NORM, EXPLODING_NORM = 1e-7, 1e3
@@ -258,7 +258,7 @@ class TrainState:
             logits = [network.compute(model, images) for model in models]
             losses = [nn.functional.cross_entropy(each, targets).item() for each in logits]
             pairs = zip(losses, logits, strict=True)
-            return [score(*pair, targets) for pair in pairs], logits[0].argmax(1)
+            return [score_batch(*pair, targets) for pair in pairs], logits[0].argmax(1)
 
     def thaw(self) -> None:
         """Train all weights from here on; not within an epoch, where `delayed` has copies."""

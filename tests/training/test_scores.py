@@ -9,7 +9,7 @@ from lanes_and_plain import assert_same_state, make_batches, make_tiny_model, ma
 from small import needs_two_cpus
 from torch import nn
 
-from split_affinity.training.network import Scores, score
+from split_affinity.training.network import Scores, score_batch
 from split_affinity.training.update import MovingAverage
 
 pytestmark = needs_two_cpus
@@ -37,7 +37,7 @@ LOGITS = torch.tensor(
     ],
 )
 def test_right_answers(targets, top1, top5):
-    assert score(0.5, LOGITS, torch.tensor(targets)) == Scores(0.5, 3, top1, top5)
+    assert score_batch(0.5, LOGITS, torch.tensor(targets)) == Scores(0.5, 3, top1, top5)
 
 
 def test_of_mixed_images_the_larger_share_is_right():
@@ -48,17 +48,17 @@ def test_of_mixed_images_the_larger_share_is_right():
             [0.9, 0.0, 0.0, 0.1, 0.0, 0.0],
         ]
     )
-    assert score(0.5, LOGITS, targets) == Scores(0.5, 3, 2, 3)
+    assert score_batch(0.5, LOGITS, targets) == Scores(0.5, 3, 2, 3)
 
 
 def test_with_fewer_than_five_classes_all_are_among_the_first_five():
     targets = torch.tensor([1, 1, 2])
-    assert score(0.5, LOGITS[:, :3], targets) == Scores(0.5, 3, 0, 3)
+    assert score_batch(0.5, LOGITS[:, :3], targets) == Scores(0.5, 3, 0, 3)
 
 
 def test_scores_keep_no_graph():
     logits = LOGITS.clone().requires_grad_()
-    scores = score(0.5, logits, torch.tensor([0, 5, 3]))
+    scores = score_batch(0.5, logits, torch.tensor([0, 5, 3]))
     assert all(type(value) in (int, float) for value in dataclasses.astuple(scores))
 
 
