@@ -54,10 +54,7 @@ class Checkpoints:
         self._mirror = Mirror(settings.mirror) if settings.mirror and not ranks.rank else None
 
     def hold(self, make: bool = False) -> None:
-        """Lock the folder for this process until `close`, if it exists or is to be made.
-
-        Raises UserError if another process has it.
-        """
+        """Lock the folder until `close`. Raises UserError if another process has it."""
         if self._ranks.rank:
             return
         if make and self.folder:
@@ -111,10 +108,7 @@ class Checkpoints:
         return True
 
     def keep(self, source: Path, progress: Progress) -> None:
-        """At the end of an epoch, link its state in `source` to the names that it deserves.
-
-        Removes those that are no longer among the best. Warns if that fails.
-        """
+        """At the end of an epoch, link its state to its names; drop what was best before."""
         if not progress.epoch or progress.batches or self._ranks.rank:
             return
         names = [f"best-{epoch:04}.pt" for _, epoch in progress.best if epoch == progress.epoch]
@@ -139,10 +133,7 @@ class Checkpoints:
                 self._mirror.copy(self.folder / name)
 
     def newest_good(self) -> tuple[Path, SavedState] | None:
-        """The newest state that is whole, or None if the folder has no checkpoints.
-
-        Warns of damaged files. Raises BadCheckpoint if all are damaged.
-        """
+        """The newest whole state; None without files. Raises BadCheckpoint if all are damaged."""
         paths = [self.folder / LAST, self.folder / PREVIOUS]
         paths += [path for _, path in self._named_by_epoch()]
         bad = ""

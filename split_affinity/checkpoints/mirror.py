@@ -23,10 +23,7 @@ SLOWEST_BYTES_PER_S = 1e5  # to which this adds for the size of a file
 
 
 def check_address(url: str) -> None:
-    """Raise UserError for a protocol that fsspec cannot use, or a port that is no number.
-
-    Connects to nobody.
-    """
+    """Raise UserError for a protocol that fsspec cannot use, or a port that is no number."""
     parts = CHAINED.split(url)
     for part in parts:
         scheme, separator, _ = part.partition("://")
@@ -136,11 +133,8 @@ class Mirror:
         return self._place
 
     def _upload(self, path: Path) -> None:
-        """Copy a file, under another name first: the other side never has half a file.
-
-        A file that is gone meanwhile (no longer among the best, say) is left out.
-        """
-        if path.exists():
+        """Copy a file, under another name first: the other side never has half a file."""
+        if path.exists():  # still among the best, say
             filesystem, root = self._connected()
             target = f"{root}/{path.name}"
             filesystem.makedirs(root, exist_ok=True)

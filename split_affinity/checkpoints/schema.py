@@ -253,10 +253,7 @@ def fault_of_tensors(found: Weights) -> str:
 
 
 def check_shapes(saved: dict[str, Any]) -> None:
-    """Raise Fault for tensors that are not those of the model that a checkpoint names.
-
-    A model that cannot be built here is no fault of the file: building it later says why.
-    """
+    """Raise Fault for tensors that are not those of the model that a checkpoint names."""
     settings, tensors = saved["settings"], saved["model"]
     name, size = settings.get("model"), settings.get("image_size") or 224
     most_rows = max((max(value.shape, default=0) for value in tensors.values()), default=0)
@@ -265,7 +262,7 @@ def check_shapes(saved: dict[str, Any]) -> None:
     try:
         with torch.device("meta"):  # takes no memory
             own = build_model(name, num_classes, size).state_dict()
-    except Exception:  # unknown, not installed, too small an image: libraries raise many kinds
+    except Exception:  # unknown, not installed, too small an image: whoever builds it says why
         return
     parts = {part: saved[part] for part in ("model", "average", "ahead")}
     for number, rank_state in enumerate(saved.get("ranks") or ()):
@@ -302,25 +299,22 @@ def check_size(saved: Any, path: Path) -> None:
 
 
 def check_archive(path: Path) -> None:
-    """Raise Fault for an archive that would take more memory than its file.
-
-    torch.save compresses nothing. What is no archive passes: torch.load says so better.
-    """
+    """Raise Fault for an archive that would take more memory than its file."""
     size_bytes = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        return
-    claimed = sum(entry.file_size for entry in entries)
+        return  # torch.load will say so in its own words
+    claimed = sum(entry.file_size for entry in entries)  # torch.save compresses nothing
     if claimed > size_bytes or any(entry.compress_type for entry in entries):
         raise Fault(f"its entries claim {claimed} bytes, and it has {size_bytes}")
 
 
 def match_state(own: Any, saved: Any, where: str) -> Any:
-    """The saved state of an object, without what only other versions of PyTorch have in it.
+    """A saved state, as far as it is made like the object's own; raises Fault for other values.
 
-    `own` is the object's state of today. Raises Fault for values of other kinds than its own.
+    Other versions of PyTorch may have more in it, or less.
     """
     if isinstance(own, dict):
         check_entries(saved, where, dict)
@@ -350,10 +344,7 @@ SCHEDULED = ("lr", "momentum", "betas")  # what a scheduler changes
 
 
 def match_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-    """The saved state of an optimizer; what follows from the settings is taken from this one.
-
-    Raises Fault if this optimizer could not go on from it.
-    """
+    """An optimizer's saved state, with settings of this one. Raises Fault if it does not fit."""
     groups = optimizer.state_dict()["param_groups"]
     theirs = match_state(groups, saved["param_groups"], "optimizer.param_groups")
     for number, (own, group) in enumerate(zip(groups, theirs, strict=True)):
@@ -384,10 +375,7 @@ def match_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
 
 
 def kept_for_weight(optimizer: torch.optim.Optimizer) -> Weights:
-    """What an optimizer keeps after a step, for a weight of the shape (1,).
-
-    What has the shape () counts steps; all else has the shape of the weight.
-    """
+    """What an optimizer keeps for a weight of the shape (1,): a count of steps has the shape ()."""
     weight = torch.zeros(1, requires_grad=True)
     weight.grad = torch.zeros(1)
     known = inspect.signature(type(optimizer)).parameters

@@ -63,9 +63,8 @@ class BadCheckpoint(UserError):
 class Progress:
     """Where a run stands, the same on all ranks.
 
-    `epoch` epochs are finished, and `batches` of the `epoch_batches` of the next one. `loss_sum`,
-    `top1`, `top5` and `images` belong to that one. `best` has (top-1, epoch) of the best epochs,
-    best first; `history` has a row for each finished one.
+    `epoch` epochs are finished; `batches`, `images`, `loss_sum`, `top1` and `top5` are of the next
+    one. `best` has (top-1, epoch), best first; `history` has a row for each finished epoch.
     """
 
     step: int = 0
@@ -162,10 +161,7 @@ def make_state(
 
 
 def restore_state(saved: SavedState, train_state: TrainState, settings: Settings) -> Progress:
-    """Put the objects of a new run into a saved state; returns where the run stands.
-
-    Raises Fault for a state that does not belong to these objects.
-    """
+    """Put the objects of a new run into a saved state; returns where the run stands."""
     progress = Progress(**saved["progress"])
     model, ranks = train_state.network.model, train_state.ranks
     model.load_state_dict(versioned(saved["model"], model))
@@ -190,11 +186,7 @@ def restore_state(saved: SavedState, train_state: TrainState, settings: Settings
 
 
 def restore_optimizer(saved: SavedState, train_state: TrainState, settings: Settings) -> None:
-    """Put optimizer and scheduler into a saved state.
-
-    Learning rates and the like may have been changed. The new ones then hold from here on, and the
-    learning rate goes on at the same step of its new course.
-    """
+    """Put optimizer and scheduler into a saved state, but for rates that you have changed."""
     optimizer, scheduler = train_state.optimizer, train_state.scheduler
     ours, theirs = plain_settings(settings), saved_settings(saved)
     same = all(theirs[name] == ours[name] for name in ours if ON_RESUME[name] == "rate")
@@ -203,7 +195,7 @@ def restore_optimizer(saved: SavedState, train_state: TrainState, settings: Sett
     if same:
         course = match_state(scheduler.state_dict(), saved["scheduler"], "scheduler")
         scheduler.load_state_dict(course)
-    else:
+    else:  # new rates hold from here on, at the same step of their schedule
         for group, new_group in zip(optimizer.param_groups, new_groups, strict=True):
             group |= new_group
         step, epoch_batches = saved["progress"]["step"], saved["progress"]["epoch_batches"]
@@ -267,9 +259,8 @@ def preprocessing_of(saved: SavedState) -> Preprocessing:
 def seal(digest: Any) -> bytes:
     """The end of a checkpoint: the SHA-256 of all bytes before it.
 
-    torch.load checks no checksums, and an archive's own cover only the contents of its entries: a
-    flipped bit in its directory can make a tensor look like a folder, and torch.load then leaves
-    the tensor's memory as it was. torch.load ignores what follows an archive.
+    torch.load checks no checksums, and an archive has none for its directory: a flipped bit there
+    can leave a tensor's memory as it was. torch.load ignores what follows an archive.
     """
     return SEAL + digest.hexdigest().encode() + b"\n"
 
@@ -288,11 +279,7 @@ class DigestingWriter(io.BufferedWriter):
 
 
 def write_verified(path: Path, saved: SavedState) -> None:
-    """Write a state to disk and read it back.
-
-    If that fails, nothing is left behind. Raises OSError, BadCheckpoint, or RuntimeError: torch's,
-    for a full disk.
-    """
+    """Write a state to disk and read it back; if that fails, nothing is left behind."""
     try:
         with DigestingWriter(path) as file:
             torch.save(saved, file)
@@ -334,10 +321,7 @@ def is_sealed(path: Path) -> bool:
 
 
 def load_plain(path: Path, *harmless: type) -> Any:
-    """What torch.save wrote: tensors, plain data, and objects of the `harmless` classes.
-
-    Runs nothing that the file holds. Raises BadCheckpoint.
-    """
+    """What torch.save wrote: tensors, plain data and `harmless` classes. Raises BadCheckpoint."""
     try:
         check_archive(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals([*harmless]):

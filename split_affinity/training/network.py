@@ -80,9 +80,8 @@ class StepEnd:
 class Teacher:
     """A trained model in evaluation mode; its probabilities are `share` of the target.
 
-    Labels are the rest. The teacher sees the very images that the student sees, cropped and mixed
-    alike (Beyer et al. 2022, arXiv 2106.05237). `scale` and `shift` (3, 1, 1) normalise them as the
-    teacher was trained, if that differs.
+    It sees the very images that the student sees, cropped and mixed alike (Beyer et al. 2022, arXiv
+    2106.05237), but normalised anew by `scale` and `shift` (3, 1, 1) if it was trained so.
     """
 
     model: nn.Module
@@ -151,11 +150,7 @@ class Network:
         return score_batch(value, logits, targets)
 
     def copy(self, begun: Weights | None = None) -> nn.Module:
-        """A copy of the model to run phases on, with weights of its own.
-
-        Frozen weights and buffers belong to both. `begun` are the weights of a step that was begun
-        before the run was resumed.
-        """
+        """A copy with trained weights of its own: the model's, or those of a step already begun."""
         names = trainable_weights(self.model)
         now = names | (begun or {})
         own = {name: nn.Parameter(now[name].detach().clone()) for name in names}

@@ -71,8 +71,7 @@ def weights_by_decay(
 def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """The optimizer of `--opt` over all parameters, in groups by learning rate and weight decay.
 
-    Frozen parameters are among them, so that a thaw does not change the layout: torch skips those
-    without a gradient, and keeps nothing for them.
+    Frozen ones are included, so that a thaw does not change the layout: torch skips them.
     """
     lr, momentum, fused = learning_rate(settings), settings.momentum, settings.fused
     names = {name for name, _ in model.named_parameters()}
