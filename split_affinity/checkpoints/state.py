@@ -32,7 +32,6 @@ from split_affinity.checkpoints.schema import (
     match_optimizer,
     match_state,
 )
-from split_affinity.data.named import CIFAR10
 from split_affinity.data.pictures import derived_seed
 from split_affinity.errors import UserError, one_line
 from split_affinity.files import new_file, open_itself
@@ -240,17 +239,9 @@ def settings_to_go_on(saved: SavedState) -> Settings:
 
 
 def preprocessing_of(saved: SavedState) -> Preprocessing:
-    """How pictures were made ready to validate a saved model.
-
-    Versions that did not save it did so as for CIFAR-10 or as for ImageNet. Of their data only
-    image folders have a fingerprint of files, and the classes of synthetic images are numbers.
-    """
-    data = saved.get("data") or {"classes": ["0"], "fingerprint": ""}
-    words = not data["classes"][0].isdigit()
-    files = data["fingerprint"] != hashlib.sha256().hexdigest()
-    native = CIFAR10 if words and not files else Preprocessing()
-    known = {name: saved["settings"].get(name) for name in vars(native)}
-    return native.overruled(settings_of(known))
+    """How pictures were made ready to validate a saved model; ImageNet's way if it does not say."""
+    known = {name: saved["settings"].get(name) for name in vars(Preprocessing())}
+    return Preprocessing().overruled(settings_of(known))
 
 
 # Files.

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cifar import accept, make_cifar_digits
 from patching import set_everywhere
 from saved_runs import (
     EARLIER,
@@ -38,7 +37,6 @@ from split_affinity.checkpoints.state import (
     versions,
 )
 from split_affinity.data.dataset import describe_images, open_data
-from split_affinity.data.named import CIFAR10, CIFAR10_MEAN, CIFAR10_STD
 from split_affinity.errors import UserError
 from split_affinity.models.pretrained import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from split_affinity.options.recipes import RECIPES
@@ -512,12 +510,6 @@ NO_FILES = hashlib.sha256().hexdigest()
 @pytest.mark.parametrize(
     ("settings", "data", "ready"),
     [
-        ({"image_size": 32}, (CIFAR10_CLASSES, NO_FILES), CIFAR10),
-        (
-            {"image_size": 64},
-            (CIFAR10_CLASSES, NO_FILES),
-            Preprocessing(64, 64, "bilinear", CIFAR10_MEAN, CIFAR10_STD),
-        ),
         ({"image_size": 32}, (CIFAR10_CLASSES, "ab12"), Preprocessing(32, 37)),
         ({"image_size": 224}, (["cat", "dog"], "ab12"), Preprocessing()),
         ({"image_size": 32}, (["0", "1"], NO_FILES), Preprocessing(32, 37)),
@@ -534,18 +526,11 @@ NO_FILES = hashlib.sha256().hexdigest()
             Preprocessing(96, 100, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
         ),
     ],
-    ids=["CIFAR-10", "larger", "a folder of it", "folder", "synthetic", "unknown", "saved"],
+    ids=["a folder of CIFAR-10", "folder", "synthetic", "unknown", "saved"],
 )
 def test_how_pictures_were_made_ready(settings, data, ready):
     state = {"settings": settings, "data": data and {"classes": data[0], "fingerprint": data[1]}}
     assert preprocessing_of(state) == ready
-
-
-def test_the_classes_of_cifar10_in_a_checkpoint(in_tmp, monkeypatch):
-    """In files of versions that saved nothing else that tells them from a folder's."""
-    folder = accept(monkeypatch, make_cifar_digits(in_tmp / "c", 15))
-    data = describe_images(open_data(Settings(data_path=folder, batch_size=2)))
-    assert preprocessing_of({"settings": {}, "data": data}) == CIFAR10
 
 
 RUN = Settings(
