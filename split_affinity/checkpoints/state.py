@@ -175,7 +175,7 @@ def restore_state(saved: SavedState, train_state: TrainState, settings: Settings
     if len(rank_states) == ranks.size:
         train_state.load_buffers(rank_states[ranks.rank])
         torch.set_rng_state(rank_states[ranks.rank]["random_state"])
-    elif ranks.rank:  # a new rank
+    elif ranks.rank:  # there is another number of ranks now
         torch.manual_seed(derived_seed(settings.seed, "rank", ranks.rank, progress.step))
     else:
         torch.set_rng_state(saved["random_state"])

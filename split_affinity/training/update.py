@@ -158,7 +158,7 @@ class TrainState:
     updating: bool = False
     reduced: bool = False
 
-    # A step: what precedes its first one, and what follows the backward phase.
+    # A step: `attach_reducer` comes before an epoch's first one, the others after backward.
 
     def attach_reducer(self, *models: nn.Module) -> None:
         """With several ranks, add up the gradients of these models from here on."""
