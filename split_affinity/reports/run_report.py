@@ -12,7 +12,6 @@ import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -36,11 +35,10 @@ from split_affinity.reports.tables import (
     GRADIENTS,
     METRICS,
     RAW_FIELDS,
-    RECENT_STEPS,
     TENSORBOARD,
     TIMELINE,
     TRACE,
-    bar_text,
+    WIDE_COLUMNS,
     contention_texts,
     describe_run,
     epoch_line,
@@ -48,26 +46,27 @@ from split_affinity.reports.tables import (
     phase_table,
     rank_table,
     result_lines,
-    step_line,
+    step_figures,
     summary_lines,
     tables_of_ranks,
 )
 from split_affinity.reports.tensorboard import EventFile, epoch_scalars, step_scalars
 from split_affinity.reports.timeline import Panel, draw_timelines, steps_to_draw
-from split_affinity.reports.trace import by_one_clock, trace_events, trace_of_ranks
+from split_affinity.reports.trace import trace_of_ranks
 from split_affinity.terminal import say, say_lines, warn
 from split_affinity.text import plural, shown, span_text
 from split_affinity.training.optimizer import steps_in_epoch, total_steps
 from split_affinity.training.steps import StepResult
 from split_affinity.training.update import gradient_warnings
 
+RECENT_STEPS = 100  # go into the time that is left; the median of thousands would take longer
 STEPS_OF_RANKS = 50  # the latest, which trace.json has of several ranks
 RANKS_TO_DRAW, RANKS_WITH_CORES = 16, 4  # in timeline.png; and with rows of their cores
 
 
 @dataclass(frozen=True)
 class RankFigures:
-    """What a rank has to tell at the end of a run; `steps` are the latest ones."""
+    """The figures of one rank at the end of a run; `steps` are the latest ones."""
 
     summary: Summary | None
     warnings: Sequence[str]
@@ -75,28 +74,43 @@ class RankFigures:
     looks: Sequence[Contention]
 
 
-def rank_panels(
-    what: str,
-    ranks: Ranks,
-    every: Sequence[RankFigures],
-    steps_by_rank: Sequence[Sequence[StepResult]],
-    count: int,
-) -> list[Panel]:
-    """A panel for the latest steps, `count` of them, of each rank, all by one clock; of many ranks
-    the first ones, without rows of cores.
+def by_one_clock(every: Sequence[RankFigures]) -> list[RankFigures]:
+    """The figures of all ranks with their times by the clock of rank 0.
+
+    At the end of a step all ranks have just heard of each other: `synced_s` is the same moment.
     """
-    latest = [steps[-count:] for steps in steps_by_rank][:RANKS_TO_DRAW]
+
+    def shift(spans: Iterable[Any], by_s: float) -> tuple[Any, ...]:
+        return tuple(
+            dataclasses.replace(span, start_s=span.start_s + by_s, end_s=span.end_s + by_s)
+            for span in spans
+        )
+
+    aligned = []
+    for figures in every:
+        pairs = zip(every[0].steps, figures.steps, strict=True)
+        by_s = statistics.median(first.synced_s - own.synced_s for first, own in pairs)
+        steps = [
+            dataclasses.replace(
+                step, records=shift(step.records, by_s), loads=shift(step.loads, by_s)
+            )
+            for step in figures.steps
+        ]
+        looks = shift(figures.looks, by_s)
+        aligned.append(dataclasses.replace(figures, steps=steps, looks=looks))
+    return aligned
+
+
+def rank_panels(ranks: Ranks, every: Sequence[RankFigures], count: int, what: str) -> list[Panel]:
+    """A panel for each of the first ranks with its latest steps, all times by one clock."""
+    latest = [figures.steps[-count:] for figures in every[:RANKS_TO_DRAW]]
     zero_s = min(record.start_s for steps in latest for step in steps for record in step.records)
     panels = []
     for rank, steps in enumerate(latest):
         plan, host = ranks.plans[rank], ranks.hosts[rank]
         title = f"rank {rank} on {host.name}" + ("" if rank else f": {what}")
-        ahead_s = steps[-1].synced_s - every[rank].steps[-1].synced_s
-        looks = [
-            dataclasses.replace(each, start_s=each.start_s + ahead_s, end_s=each.end_s + ahead_s)
-            for each in every[rank].looks
-        ]
         lanes_only = ranks.size > RANKS_WITH_CORES
+        looks = every[rank].looks
         panels.append(Panel(title, plan, steps, host.topology.cores, looks, zero_s, lanes_only))
     return panels
 
@@ -104,8 +118,8 @@ def rank_panels(
 class RunReport:
     """Everything that one run shows and writes while it goes on, and when it ends.
 
-    metrics.jsonl is continued if it exists: every run begins with its own line of type "run". What
-    cannot be written, on a full disk say, is warned of, and the run goes on.
+    metrics.jsonl is continued if it exists: every run begins with its own line of type "run". A
+    file that cannot be written, on a full disk say, is a warning: the run goes on.
     """
 
     def __init__(
@@ -117,8 +131,9 @@ class RunReport:
         asked: Settings | None = None,
         ranks: Ranks = ONE_PROCESS,
     ):
-        """`asked` are the settings as they were before what they leave open was decided. All but
-        the first of the `ranks` are silent, but for what is wrong with their own cores.
+        """`asked` are the settings as typed, before open ones were decided.
+
+        Ranks other than the first are silent, but for warnings about their own cores.
         """
         self._settings, self._topology, self._plan = settings, topology, plan
         self._progress, self._ranks = progress, ranks
@@ -127,11 +142,11 @@ class RunReport:
         self._warnings: dict[str, str] = {}  # by kind: each kind is shown once
         if settings.output_dir and not ranks.rank:
             settings.output_dir.mkdir(parents=True, exist_ok=True)
-        run = {"settings": plain_settings(settings), "plan": dataclasses.asdict(plan)}
-        run |= {"resumed_at_step": progress.step, "versions": versions(), **rank_metrics(ranks)}
         tqdm.monitor_interval = 0  # its watching thread would use CPU time on some core
         look = {"bar_format": BAR, "dynamic_ncols": True, "disable": True if ranks.rank else None}
         self._bar = tqdm(total=self._total, initial=progress.step, **look)
+        run = {"settings": plain_settings(settings), "plan": dataclasses.asdict(plan)}
+        run |= {"resumed_at_step": progress.step, "versions": versions(), **rank_metrics(ranks)}
         self._write_metrics({"type": "run", **run, **machine_metrics(topology)})
         self._events: EventFile | None = None
         if settings.tensorboard and not ranks.rank:
@@ -141,8 +156,9 @@ class RunReport:
         self._write(self._log.begin)
 
     def warn(self, kind: str, text: str, own: bool = False) -> None:
-        """Show a warning on the screen, the first of its kind, and keep it for the log; of other
-        ranks than the first only what is their `own`.
+        """Show the first warning of a kind, and keep it for the log.
+
+        Of ranks other than the first, only warnings about their `own` cores are shown.
         """
         rank = self._ranks.rank
         if own and self._ranks.size > 1:
@@ -153,7 +169,7 @@ class RunReport:
                 warn(text)
 
     def alarm(self, text: str) -> None:
-        """Show a warning every time that it arises, and keep it for the log."""
+        """Show a warning every time, and keep it for the log."""
         self._warnings[text] = text
         if not self._ranks.rank:
             warn(text)
@@ -165,14 +181,13 @@ class RunReport:
                 self.warn(f"{record.phase} {number}", text, own=True)
 
     def contention(self, contention: Contention | None) -> None:
-        """Take in what others took of the cores, if they were looked for; warn when that begins."""
-        if not contention:
-            return
-        lately = self._statistics.add_contention(contention)
-        for text in contention_texts(lately, CONTENTION_SHARE) if lately else ():
+        """Take in a look at contention, if there was one; warn when it begins to be large."""
+        lately = self._statistics.add_contention(contention) if contention else None
+        if lately:
             latest = f"in the latest {lately.end_s - lately.start_s:.0f} s"
             slower = "every step waits for the slowest of its threads"
-            self.warn(text.partition(" took")[0], f"{text} {latest}: {slower}", own=True)
+            for text in contention_texts(lately, CONTENTION_SHARE):
+                self.warn(text.partition(" took")[0], f"{text} {latest}: {slower}", own=True)
 
     def bad_images(self, bad: BadImages) -> None:
         """Warn of broken images that were left out."""
@@ -190,22 +205,18 @@ class RunReport:
         recent = itertools.islice(reversed(self._statistics.latest), RECENT_STEPS)
         step_s = statistics.median(step.step_s for step in recent)
         left_s = step_s * (self._total - result.step)  # validation is not counted
-        columns = self._bar.format_dict["ncols"] or 0
-        self._bar.set_postfix_str(bar_text(result, left_s, columns), refresh=False)
+        wide = (self._bar.format_dict["ncols"] or 0) >= WIDE_COLUMNS
+        self._bar.set_postfix_str(step_figures(result, left_s, phases=wide), refresh=False)
         self._bar.update()
         if result.step % self._settings.print_freq == 0:
-            say(step_line(result, self._total, left_s, self._epoch_left(step_s)))
-
-    def _epoch_left(self, step_s: float) -> str:
-        """The running epoch, and the time that is left of it; empty where the run has none."""
-        progress, epochs = self._progress, self._settings.epochs
-        if not epochs:
-            return ""
-        steps = steps_in_epoch(self._settings, progress.epoch_batches - progress.batches)
-        return f" (epoch {progress.epoch + 1}/{epochs}: {span_text(step_s * steps)})"
+            progress, epochs, epoch = self._progress, self._settings.epochs, ""
+            if epochs:
+                left = steps_in_epoch(self._settings, progress.epoch_batches - progress.batches)
+                epoch = f"epoch {progress.epoch + 1}/{epochs}: {span_text(step_s * left)}"
+            say(f"step {result.step}/{self._total}: {step_figures(result, left_s, epoch)}")
 
     def epoch(self, row: dict[str, Any], history: Sequence[dict[str, Any]]) -> None:
-        """Take in the figures of a finished epoch; `history` has those of all."""
+        """Take in the figures of a finished epoch; `history` has those of all epochs."""
         say(epoch_line(row))
         if RAW_FIELDS[0] in row:
             say(epoch_line(row, RAW_FIELDS))
@@ -221,68 +232,71 @@ class RunReport:
             self._write(draw_curves, folder / CURVES, title, history, footer)
             self._write(draw_gradients, folder / GRADIENTS, title, history, footer)
 
-    def _figures(self) -> RankFigures:
-        """What this rank has to tell."""
-        steps = itertools.islice(reversed(self._statistics.latest), STEPS_OF_RANKS)
-        summary = self._statistics.summary() if self._statistics.steps else None
-        warned = list(self._warnings.values())
-        return RankFigures(summary, warned, [*steps][::-1], self._statistics.looks)
-
-    def _gather(self) -> list[RankFigures]:
-        """What all ranks have to tell; if one of them has gone meanwhile, what this one has."""
-        if self._ranks.size > 1:
-            with contextlib.suppress(RankLost):
-                return self._ranks.exchange(self._figures())
-        return [self._figures()]
-
     def finish(self, outcome: str, together: bool = True) -> None:
-        """Print the summary, end the log and the metrics, draw; with those of the other ranks, if
-        these end `together` with this one.
+        """Print the summary, end the log and the metrics, and draw.
+
+        The figures of all ranks go in if the ranks end `together`.
         """
         self._bar.close()
-        every = self._gather() if together else [self._figures()]
+        every = self._gather(together)
         if self._ranks.rank:
             return
         step, total = self._progress.step, self._total
         done = f"{step} of {plural(total, 'step')}"
-        if step > total:  # of a run that goes on with fewer epochs than it has made
+        if step > total:  # a run that goes on with fewer epochs than it has made
             done = f"{plural(step, 'step')}; {total} were asked for"
         outcome = shown(f"{outcome} after {done}")
-        summary, hosts = every[0].summary, self._ranks.hosts
+        summary = every[0].summary
         results = result_lines(self._settings, self._progress, (TIMELINE, TRACE) if summary else ())
-        tables = [*summary_lines(summary), "", phase_table(summary, False)] if summary else []
-        several = [each.summary for each in every] if summary and len(every) > 1 else []
-        tables += ["", rank_table(hosts, several)] if several else []
         say_lines(["", *results, f"log in {self._settings.log_file}", "", outcome])
-        if tables:
-            say("\n".join(tables))
-        figures = dataclasses.asdict(summary) if summary else {}
-        figures |= {"ranks": list(map(dataclasses.asdict, several))} if several else {}
-        self._write_metrics({"type": "summary", "outcome": outcome, **figures})
         results.append(f"outcome: {outcome}")
+        metrics, tables_below = {"type": "summary", "outcome": outcome}, []
         if summary:
+            tables = [*summary_lines(summary), "", phase_table(summary, with_cores=False)]
+            metrics |= dataclasses.asdict(summary)
+            if len(every) > 1:
+                hosts, summaries = self._ranks.hosts, [each.summary for each in every]
+                tables += ["", rank_table(hosts, summaries)]
+                tables_below = tables_of_ranks(hosts, summaries)
+                metrics["ranks"] = [dataclasses.asdict(each) for each in summaries]
+            say("\n".join(tables))
             results += memory_lines(summary.memory_by_node, self._topology, self._plan)
+        self._write_metrics(metrics)
         warned = dict.fromkeys(text for each in every for text in each.warnings)
-        others = tables_of_ranks(hosts, several) if several else ()
-        self._write(self._log.end, log_summary(results, summary, warned, others))
+        self._write(self._log.end, log_summary(results, summary, warned, tables_below))
         if summary and self._settings.output_dir:
             self._draw(every)
 
+    def _gather(self, together: bool) -> list[RankFigures]:
+        """The figures of all ranks, or of this one alone if it ends by itself or lost another."""
+        own = RankFigures(
+            summary=self._statistics.summary() if self._statistics.steps else None,
+            warnings=list(self._warnings.values()),
+            steps=list(self._statistics.latest)[-STEPS_OF_RANKS:],
+            looks=self._statistics.looks,
+        )
+        if together:
+            with contextlib.suppress(RankLost):
+                return self._ranks.exchange(own)
+        return [own]
+
     def _draw(self, every: Sequence[RankFigures]) -> None:
         """timeline.png and trace.json of the latest steps, in place of those of an earlier run."""
-        steps, folder = list(self._statistics.latest), self._settings.output_dir
-        drawn = steps_to_draw(steps)
-        what = f"steps {drawn[0].step} to {drawn[-1].step}, split {self._plan.split}"
-        what = f"{self._settings.schedule}, {what}"
-        panels = [Panel(what, self._plan, drawn, self._topology.cores, self._statistics.looks)]
-        trace = partial(trace_events, self._plan, steps)
-        if len(every) > 1:
-            aligned = by_one_clock([each.steps for each in every])
-            panels = rank_panels(what, self._ranks, every, aligned, len(drawn))
-            trace = partial(trace_of_ranks, self._ranks.plans, aligned)
+        latest, folder = list(self._statistics.latest), self._settings.output_dir
+        drawn = steps_to_draw(latest)
+        what = f"{self._settings.schedule}, steps {drawn[0].step} to {drawn[-1].step}"
+        what += f", split {self._plan.split}"
+        if len(every) == 1:
+            plans, steps_by_rank = [self._plan], [latest]
+            panels = [Panel(what, self._plan, drawn, self._topology.cores, self._statistics.looks)]
+        else:
+            every, plans = by_one_clock(every), self._ranks.plans
+            steps_by_rank = [each.steps for each in every]
+            panels = rank_panels(self._ranks, every, len(drawn), what)
         title, footer = describe_run(self._settings), picture_footer(self._topology)
         self._write(draw_timelines, folder / TIMELINE, title, panels, footer)
-        self._write(write_whole, folder / TRACE, json.dumps(trace()))
+        trace = trace_of_ranks(plans, steps_by_rank)
+        self._write(write_whole, folder / TRACE, json.dumps(trace))
 
     def _write_metrics(self, line: dict[str, Any]) -> None:
         if self._settings.output_dir:
@@ -290,7 +304,7 @@ class RunReport:
             self._write(append_text, self._settings.output_dir / METRICS, text)
 
     def _write(self, function: Callable[..., None], *args: Any) -> None:
-        """Write something, on the first rank; if that fails, warn."""
+        """Write something, on the first rank; a failure is a warning."""
         if self._ranks.rank:
             return
         try:

@@ -27,6 +27,9 @@ EPOCH_FIELDS = ("train_loss", "train_top1", "train_top5", "val_loss", "val_top1"
 RAW_FIELDS = ("val_raw_loss", "val_raw_top1", "val_raw_top5")
 PARTS = {"train": "train", "val": "validation", "val_raw": "raw validation"}  # of these, in words
 
+BAR = "|{bar}| {n_fmt}/{total_fmt}{postfix}"  # for tqdm
+WIDE_COLUMNS = 99  # have room for the phases' times; tqdm leaves one column of a terminal free
+
 
 def phase_table(summary: Summary, with_cores: bool = True) -> str:
     """The per-phase table; it fits 80 columns without the cores, which can be many."""
@@ -173,34 +176,17 @@ def result_lines(
     return lines
 
 
-BAR = "|{bar}| {n_fmt}/{total_fmt}{postfix}"
-WIDE_COLUMNS = 99  # tqdm leaves one of a terminal's free
-RECENT_STEPS = 100  # go into the time that is left; the median of thousands would take longer
+def step_figures(result: StepResult, left_s: float, epoch: str = "", phases: bool = False) -> str:
+    """A step's figures and the time that is left, for the progress bar and for a line.
 
-
-def step_figures(result: StepResult, left_s: float) -> list[str]:
-    """Loss, top-1, speed and the time that is left."""
-    return [
-        f"loss {result.loss:.4f}",
-        f"top-1 {100 * result.top1 / result.images:.1f} %",
-        f"{result.images / result.step_s:.4g} img/s",
-        f"{span_text(left_s)} left",
-    ]
-
-
-def bar_text(result: StepResult, left_s: float, columns: int) -> str:
-    """What stands beside the progress bar; the phases' times where there is room."""
-    *figures, left = step_figures(result, left_s)
-    if columns >= WIDE_COLUMNS:
-        names = ("forward", "fwd"), ("backward", "bwd")
-        figures += [f"{short} {result.total('duration_s', name):.2f} s" for name, short in names]
-    return ", ".join([*figures, left])
-
-
-def step_line(result: StepResult, steps: int, left_s: float, epoch: str = "") -> str:
-    """The line of a step. Where the run has epochs, `epoch` stands for the top-1, which the line of
-    an epoch has: 80 columns have no room for both.
+    `epoch` tells about the running epoch, `phases` adds their times.
     """
-    loss, top1, *others = step_figures(result, left_s)
-    figures = ", ".join([loss, *others] if epoch else [loss, top1, *others])
-    return f"step {result.step}/{steps}: {figures}{epoch}"
+    figures = [f"loss {result.loss:.4f}"]
+    if not epoch:  # 80 columns have no room for both, and the line of an epoch has the top-1
+        figures.append(f"top-1 {100 * result.top1 / result.images:.1f} %")
+    figures.append(f"{result.images / result.step_s:.4g} img/s")
+    if phases:
+        figures.append(f"fwd {result.total('duration_s', 'forward'):.2f} s")
+        figures.append(f"bwd {result.total('duration_s', 'backward'):.2f} s")
+    figures.append(f"{span_text(left_s)} left")
+    return ", ".join(figures) + (f" ({epoch})" if epoch else "")

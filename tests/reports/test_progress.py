@@ -23,9 +23,8 @@ from tqdm import tqdm
 
 from split_affinity.checkpoints.state import Progress
 from split_affinity.machine.topology import read_topology
-from split_affinity.reports import tables
 from split_affinity.reports.run_report import RunReport
-from split_affinity.reports.tables import BAR, bar_text
+from split_affinity.reports.tables import BAR, WIDE_COLUMNS, step_figures
 from split_affinity.terminal import say, silenced_output, warn
 from split_affinity.text import span_text
 
@@ -60,7 +59,7 @@ LONGEST = "loss 12.3456, top-1 100.0 %, 1234 img/s"
 
 def drawn_bar(columns, result, steps, left_s):
     """The progress bar on a terminal of so many columns, of which tqdm leaves one free."""
-    text = bar_text(result, left_s, columns - 1)
+    text = step_figures(result, left_s, phases=columns - 1 >= WIDE_COLUMNS)
     return tqdm.format_meter(
         result.step, steps, 1.0, ncols=columns - 1, bar_format=BAR, postfix=text
     )
@@ -90,9 +89,9 @@ def test_the_bar_of_a_small_run():
 
 def test_the_line_of_a_step_fits_80_columns_with_the_longest_figures():
     result, left_s = longest_step(), 24 * 3600 - 1
-    line = tables.step_line(result, 450_360, left_s)
+    line = f"step 450360/450360: {step_figures(result, left_s)}"
     assert line == f"step 450360/450360: {LONGEST}, 23h59m left"
-    with_epoch = tables.step_line(result, 450_360, left_s, " (epoch 90/90: 59m59s)")
+    with_epoch = f"step 450360/450360: {step_figures(result, left_s, 'epoch 90/90: 59m59s')}"
     assert with_epoch == (
         "step 450360/450360: loss 12.3456, 1234 img/s, 23h59m left (epoch 90/90: 59m59s)"
     )

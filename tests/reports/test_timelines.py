@@ -24,16 +24,16 @@ from split_affinity.reports.timeline import (
     Panel,
     Row,
     busy_in_phase,
-    cpu_bars,
+    core_bars,
     draw_panel,
     draw_timelines,
     lane_bars,
     number_batches,
     panel_rows,
-    spaced,
+    readings_apart,
     steps_to_draw,
 )
-from split_affinity.reports.trace import trace_events, trace_of_ranks
+from split_affinity.reports.trace import trace_of_ranks
 from split_affinity.training.steps import PHASES, StepResult
 
 
@@ -201,7 +201,7 @@ def test_time_beyond_a_phase_s_duration_goes_where_there_was_room():
 
 def test_a_single_core_s_short_phases_are_exact_without_a_closer_look():
     made = record("forward", 0.0, 0.04, cpu_s=0.01, cpu_busy_s={}, seen_on=frozenset())
-    (bar,) = cpu_bars(Row("core 0", PLAN.forward, (0,)), [made])
+    (bar,) = core_bars(Row("core 0", PLAN.forward, (0,)), [made])
     assert bar.height == pytest.approx(0.7 * 0.25)
     assert bar.alpha == 1, "and whether the rest was idle is unknown"
 
@@ -217,7 +217,7 @@ def test_a_single_core_s_short_phases_are_exact_without_a_closer_look():
     ],
 )
 def test_readings_too_close_for_the_kernel_s_ticks_are_passed_over(times_s, kept):
-    assert [time_s for time_s, _ in spaced([(time_s, {}) for time_s in times_s])] == kept
+    assert [time_s for time_s, _ in readings_apart([(time_s, {}) for time_s in times_s])] == kept
 
 
 def rows_on(tmp_path, machine, knows_cores=True, **asked):
@@ -453,7 +453,7 @@ def test_a_picture_that_cannot_be_written(tmp_path):
 def test_the_trace():
     loads = (LoadRecord(1, -0.5, -0.25), LoadRecord(0, 0.0, 1.0), LoadRecord(-1, 1, 2))
     result = StepResult(1, 1.0, 8, 5.0, step(1).records, loads)
-    trace = json.loads(json.dumps(trace_events(PLAN, [result])))
+    trace = json.loads(json.dumps(trace_of_ranks([PLAN], [[result]])))
     events = trace["traceEvents"]
     names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
     assert list(names.values()) == [
@@ -563,7 +563,7 @@ def test_the_trace_tells_step_and_micro_batch(steps, expected):
         StepResult(number, 1.0, 8, 1.0, tuple(phases(*triples)))
         for number, triples in enumerate(steps, start=5)
     ]
-    spans = [event for event in trace_events(PLAN, results)["traceEvents"] if "cat" in event]
+    spans = [event for event in trace_of_ranks([PLAN], [results])["traceEvents"] if "cat" in event]
     found = [
         f"{event['cat']} {event['args']['step']}"
         + (f".{event['args']['micro_batch']}" if "micro_batch" in event["args"] else "")
