@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import unicodedata
 from collections import Counter
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from split_affinity.files import write_whole
-from split_affinity.reports.labels import labels_of
+from split_affinity.reports.labels import short_labels
 from split_affinity.reports.timeline import new_figure, save_figure
 from split_affinity.terminal import say_lines
 from split_affinity.text import UNSEEN, csv_text, markdown_table, shown
@@ -27,6 +26,33 @@ USUAL_LETTERS, LETTER_INCHES = 12, 0.08  # of names beside a picture; what longe
 LARGEST_MATRIX = 4000  # classes: to draw that many takes 1 GiB, twice as many four times that
 
 
+def write_confusion(
+    folder: Path,
+    title: str,
+    confusion: Confusion,
+    classes: Sequence[str],
+    checkpoint: str,
+    footer: str = "",
+) -> None:
+    """Write the confused pairs, and the confusion matrix as text and as a picture.
+
+    With too many classes for a matrix, write the worst pairs as text and say so.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / CONFUSED, confused_json(confusion, classes, checkpoint))
+    count = len(classes)
+    if count > LARGEST_MATRIX:
+        pairs = [(classes[a], classes[b], images) for (a, b), images in worst_pairs(confusion)]
+        write_whole(folder / PAIRS, csv_text([("true class", "predicted class", "images"), *pairs]))
+        many = f"{count} classes are too many for a matrix"
+        say_lines([f"{folder / PAIRS}: the worst confusions; {many}"])
+        return
+    matrix = confusion_matrix(confusion, count)
+    rows = [[name, *images] for name, images in zip(classes, matrix.tolist(), strict=True)]
+    write_whole(folder / f"{CONFUSION}.csv", csv_text([["true class", *classes], *rows]))
+    draw_confusion(folder / f"{CONFUSION}.png", title, matrix, classes, footer)
+
+
 def confusion_matrix(confusion: Confusion, count: int) -> torch.Tensor:
     """How often an image of class i was taken for class j, (count, count)."""
     matrix = torch.zeros(count, count, dtype=torch.long)
@@ -38,23 +64,23 @@ def confusion_matrix(confusion: Confusion, count: int) -> torch.Tensor:
 def draw_confusion(
     path: Path, title: str, matrix: torch.Tensor, classes: Sequence[str], footer: str = ""
 ) -> None:
-    """A confusion matrix, as shares of each row's class; with names and counts if there is room.
+    """Draw a confusion matrix as shares of each row; names and counts if there is room.
+
     Says which numbers stand for names that a picture cannot show.
     """
     count = len(classes)
-    labels = labels_of(classes if count <= CLASSES_TO_SHOW else ())
-    side_inches = min(12, 3 + 0.45 * count)
-    longest = max(map(len, labels.texts), default=0)
-    side_inches += LETTER_INCHES * max(0, longest - USUAL_LETTERS)
+    names, families, numbered = short_labels(classes if count <= CLASSES_TO_SHOW else ())
+    longest = max(map(len, names), default=0)
+    side_inches = min(12, 3 + 0.45 * count) + LETTER_INCHES * max(0, longest - USUAL_LETTERS)
     figure = new_figure(side_inches + 1, side_inches, footer)
     ax = figure.subplots()
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     image = ax.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=ax, label="share of the true class", shrink=0.8)
-    if labels.texts:
-        style = {"fontfamily": labels.families, "parse_math": False}
-        ax.set_xticks(range(count), labels.texts, rotation=90, **style)
-        ax.set_yticks(range(count), labels.texts, **style)
+    if names:
+        style = {"fontfamily": families, "parse_math": False}
+        ax.set_xticks(range(count), names, rotation=90, **style)
+        ax.set_yticks(range(count), names, **style)
         for row, column in matrix.nonzero().tolist():
             colour = "white" if shares[row, column] > 0.6 else "black"
             text = str(matrix[row, column].item())
@@ -62,56 +88,36 @@ def draw_confusion(
     ax.set(xlabel="predicted class", ylabel="true class")
     figure.suptitle(shown(title), fontsize=10, parse_math=False)
     save_figure(figure, path)
-    if labels.numbered:
-        listed = ", ".join(f"no. {number} {name}" for number, name in labels.numbered.items())
+    if numbered:
+        listed = ", ".join(f"no. {number} {name}" for number, name in numbered.items())
         reason = "the fonts here lack characters of these names, or they are alike in short"
         say_lines([f"note: {path} has numbers for some classes: {reason}: {listed}"])
 
 
-def confusion_csv(matrix: torch.Tensor, classes: Sequence[str]) -> str:
-    """A confusion matrix with a row per true class, a column per predicted one."""
-    rows = ([name, *row] for name, row in zip(classes, matrix.tolist(), strict=True))
-    return csv_text(itertools.chain([["true class", *classes]], rows))
-
-
 def worst_pairs(confusion: Confusion) -> list[tuple[tuple[int, int], int]]:
-    """The pairs of classes that were confused most often, with how often, the worst first."""
+    """The pairs of classes that were confused most often, and how often, worst first."""
     wrong = [(pair, images) for pair, images in confusion.items() if pair[0] != pair[1]]
     return sorted(wrong, key=lambda each: (-each[1], each[0]))[:PAIRS_TO_WRITE]
 
 
-def pairs_csv(confusion: Confusion, classes: Sequence[str]) -> str:
-    """The worst pairs, with a row for each."""
-    rows = ((classes[a], classes[b], images) for (a, b), images in worst_pairs(confusion))
-    return csv_text([("true class", "predicted class", "images"), *rows])
-
-
 def confused_json(confusion: Confusion, classes: Sequence[str], checkpoint: str) -> str:
-    """What was tested, and the worst pairs, a line for each, so that they are easily left out:
-    `images` of the `true` class, a `share` of them, were `taken_for` the other.
+    """The tested checkpoint and the worst pairs, one a line: a line is easily deleted.
+
+    `images` of the `true` class, a `share` of all of its, were `taken_for` the other class.
     """
     totals = images_by_class(confusion)
     right, count = sum(confusion[true, true] for true in totals), totals.total()
+    lines = []
+    for (true, predicted), images in worst_pairs(confusion):
+        pair = {"true": classes[true], "taken_for": classes[predicted], "images": images}
+        lines.append(json_line(pair | {"share": round(images / totals[true], 4)}))
     top1 = round(100 * right / count, 4)
-    lines = (
-        {
-            "true": classes[true],
-            "taken_for": classes[predicted],
-            "images": images,
-            "share": round(images / totals[true], 4),
-        }
-        for (true, predicted), images in worst_pairs(confusion)
-    )
-    listed = ",\n".join(map(json_line, lines))
-    head = {"checkpoint": checkpoint, "images": count, "top1": top1, "pairs": []}
-    text = json_line(head).removesuffix("]}")
-    return f"{text}\n{listed}\n]}}\n"
+    head = json_line({"checkpoint": checkpoint, "images": count, "top1": top1, "pairs": []})
+    return "\n".join([head.removesuffix("]}"), ",\n".join(lines), "]}\n"])
 
 
 def json_line(value: Any) -> str:
-    """A value as JSON in one line, where letters stay as they are, and what is not seen is escaped:
-    a file is looked at on a terminal, too.
-    """
+    """A value as JSON in one line, safe on a terminal: letters stay, what is unseen is escaped."""
     escaped = (*UNSEEN, "Cs")  # and lone surrogates, which UTF-8 cannot hold
     return "".join(
         json.dumps(each)[1:-1] if unicodedata.category(each) in escaped else each
@@ -119,32 +125,8 @@ def json_line(value: Any) -> str:
     )
 
 
-def write_confusion(
-    folder: Path,
-    title: str,
-    confusion: Confusion,
-    classes: Sequence[str],
-    checkpoint: str,
-    footer: str = "",
-) -> None:
-    """Write the confused pairs of a checkpoint, and the confusion matrix, as text and as a picture;
-    of too many classes for one, the worst pairs instead, and say so.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / CONFUSED, confused_json(confusion, classes, checkpoint))
-    count = len(classes)
-    if count > LARGEST_MATRIX:
-        write_whole(folder / PAIRS, pairs_csv(confusion, classes))
-        many = f"{count} classes are too many for a matrix"
-        say_lines([f"{folder / PAIRS}: the worst confusions; {many}"])
-        return
-    matrix = confusion_matrix(confusion, count)
-    write_whole(folder / f"{CONFUSION}.csv", confusion_csv(matrix, classes))
-    draw_confusion(folder / f"{CONFUSION}.png", title, matrix, classes, footer)
-
-
 def images_by_class(confusion: Confusion) -> Counter[int]:
-    """How many images there were of each class that had any."""
+    """How many images each class has, of classes that have any."""
     totals: Counter[int] = Counter()
     for (true, _), images in confusion.items():
         totals[true] += images
@@ -152,16 +134,15 @@ def images_by_class(confusion: Confusion) -> Counter[int]:
 
 
 def class_lines(confusion: Confusion, classes: Sequence[str]) -> list[str]:
-    """A table of the accuracy of each class, the worst first, of many classes only those."""
+    """A table of the accuracy of each class, worst first; of many classes only the worst."""
     found = []
     for true, total in images_by_class(confusion).items():
         right = confusion[true, true]
-        name, counts = shown(classes[true]), (str(right), str(total))
-        found.append((right / total, name, f"{right / total:.1%}", *counts))
-    rows = [
-        (name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 3] + "...", *cells)
-        for _, name, *cells in sorted(found)[:CLASSES_TO_SHOW]
-    ]
+        found.append((right / total, shown(classes[true]), str(right), str(total)))
+    rows = []
+    for share, name, right, total in sorted(found)[:CLASSES_TO_SHOW]:
+        short = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 3] + "..."
+        rows.append((short, f"{share:.1%}", right, total))
     lines = [markdown_table(("class", "right", "images right", "images"), rows)]
     if len(found) > CLASSES_TO_SHOW:
         lines.append(f"(the worst {CLASSES_TO_SHOW} of {len(found)} classes)")

@@ -17,9 +17,7 @@ from split_affinity.text import shown
 def draw_curves(
     path: Path, title: str, history: Sequence[dict[str, Any]], footer: str = ""
 ) -> None:
-    """Losses, accuracies and learning rate by epoch, one above the other, and which epoch was the
-    best; what only some epochs have is drawn for those.
-    """
+    """Draw losses, accuracies and learning rate by epoch, and mark the best epoch."""
     epochs = [row["epoch"] for row in history]
     figure = new_figure(9.5, 8, footer)
     losses, accuracies, rates = figure.subplots(3, sharex=True, height_ratios=(3, 3, 2))
@@ -37,7 +35,7 @@ def draw_curves(
         for ax in (losses, accuracies):
             style = {"color": "#555555", "linestyle": "--", "linewidth": 0.8}
             ax.axvline(best["epoch"], label=label if ax is accuracies else None, **style)
-    for ax in (losses, accuracies):  # beside the curves: they leave no corner free for certain
+    for ax in (losses, accuracies):  # beside the curves, which may fill any corner
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     losses.set_ylabel("loss")
     accuracies.set_ylabel("right answers, %")
@@ -48,7 +46,7 @@ def draw_curves(
 def draw_gradients(
     path: Path, title: str, history: Sequence[dict[str, Any]], footer: str = ""
 ) -> None:
-    """The norm of the gradients of each layer group, by epoch."""
+    """Draw the norm of the gradients of each layer group by epoch."""
     from matplotlib import colormaps
 
     figure = new_figure(8, 5, footer)
@@ -65,9 +63,7 @@ def draw_gradients(
 
 @dataclass(frozen=True)
 class RangeTest:
-    """Learning rates that rose from step to step, the loss at each, smoothed, and the rate that
-    follows from them; None if they do not tell.
-    """
+    """Rising learning rates, the smoothed loss at each, and the suggested rate, if any."""
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]
@@ -75,7 +71,7 @@ class RangeTest:
 
 
 def draw_range_test(path: Path, title: str, result: RangeTest, footer: str = "") -> None:
-    """Smoothed loss by learning rate, and the suggestion, if there is one."""
+    """Draw the smoothed loss by learning rate, and the suggestion if there is one."""
     figure = new_figure(8, 5, footer)
     ax = figure.subplots()
     ax.plot(result.rates, result.losses, marker=".", color="#4477aa", label="loss, smoothed")
@@ -90,7 +86,7 @@ def draw_range_test(path: Path, title: str, result: RangeTest, footer: str = "")
 
 
 def save_axes(figure: Any, path: Path, title: str, x_label: str) -> None:
-    """Write a picture whose axes share the x axis, with its title and a light frame and grid."""
+    """Give axes that share the x axis a title, a grid and a light frame, and write the picture."""
     from matplotlib.ticker import MaxNLocator
 
     figure.suptitle(shown(title), fontsize=10, parse_math=False)

@@ -19,9 +19,7 @@ from split_affinity.training.steps import StepResult
 
 
 def event_record(**event: Any) -> bytes:
-    """An event as TensorBoard reads it: its message (event.proto), framed. Raises ImportError
-    without the package.
-    """
+    """An event for TensorBoard (event.proto), framed. Raises ImportError without the package."""
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -31,9 +29,7 @@ def event_record(**event: Any) -> bytes:
 
 
 def check_tensorboard(settings: Settings) -> None:
-    """Raise UserError if `--tensorboard` is asked for without the package, or with one that does
-    not work.
-    """
+    """Raise UserError if `--tensorboard` is asked for and the package is missing or broken."""
     try:
         if settings.tensorboard and not settings.test_only:
             event_record()
@@ -43,23 +39,20 @@ def check_tensorboard(settings: Settings) -> None:
 
 
 class EventFile:
-    """A run's figures for TensorBoard, in a file of its own; what earlier ones in the same folder
-    have from `first_step` on is no longer shown.
+    """A run's figures for TensorBoard, in a file of its own.
 
-    The records are TensorBoard's, but they are written as all else is, not by SummaryWriter: a full
-    disk ends the thread of that with a traceback on the screen, and where there is TensorFlow, that
-    is imported for it.
+    TensorBoard stops showing what earlier files have from `first_step` on. SummaryWriter does not
+    write it: its thread dies of a full disk, and it imports TensorFlow where there is one.
     """
 
     def __init__(self, folder: Path, first_step: int):
         host = shown(platform.node()).replace("/", "_")
-        name = f"events.out.tfevents.{time.time():.6f}.{host}.{os.getpid()}"
-        self._path = folder / name
+        self._path = folder / f"events.out.tfevents.{time.time():.6f}.{host}.{os.getpid()}"
         purge = event_record(step=first_step, session_log={"status": "START"})
         self._header = event_record(file_version="brain.Event:2") + purge
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
-        """Write figures after an optimizer step, by name. Raises RunError if that cannot be."""
+        """Write figures, by name, after an optimizer step. Raises RunError if that fails."""
         values = [{"tag": tag, "simple_value": value} for tag, value in scalars.items()]
         self._path.parent.mkdir(exist_ok=True)
         append_bytes(self._path, event_record(step=step, summary={"value": values}), self._header)
@@ -76,7 +69,7 @@ def step_scalars(result: StepResult) -> dict[str, float]:
 
 
 def epoch_scalars(row: dict[str, Any]) -> dict[str, float]:
-    """A finished epoch's figures for TensorBoard, without those that were not measured."""
+    """A finished epoch's figures for TensorBoard, as far as they were measured."""
     names = "epoch", *EPOCH_FIELDS, *RAW_FIELDS
     scalars = {f"epoch/{name}": row[name] for name in names if row.get(name) is not None}
     return scalars | {f"gradients/{name}": norm for name, norm in row["gradient_norms"].items()}

@@ -18,10 +18,8 @@ from split_affinity.machine.topology import read_topology
 from split_affinity.reports.confusion import (
     class_lines,
     confused_json,
-    confusion_csv,
     confusion_matrix,
     draw_confusion,
-    pairs_csv,
     write_confusion,
 )
 from split_affinity.reports.log import picture_footer
@@ -329,12 +327,6 @@ def test_a_confusion_matrix_of_many_classes_has_no_room_for_numbers(tmp_path, fi
     assert not figures[0].axes[0].texts
 
 
-def test_a_confusion_matrix_as_text():
-    assert confusion_csv(CONFUSION, CLASSES) == (
-        'true class,bee,cat,"dog, wet"\nbee,3,1,0\ncat,0,0,0\n"dog, wet",2,0,2\n'
-    )
-
-
 def test_the_accuracy_of_each_class_with_the_worst_first():
     assert class_lines(PAIRS, CLASSES) == [
         "| class    | right | images right | images |\n"
@@ -363,10 +355,12 @@ def test_of_many_classes_the_worst_are_shown():
     assert note == "(the worst 30 of 40 classes)"
 
 
-def test_the_pairs_of_classes_that_are_confused_most():
+def test_the_pairs_of_classes_that_are_confused_most(tmp_path, monkeypatch):
     """Of equal ones those of the first classes."""
+    set_everywhere(monkeypatch, "LARGEST_MATRIX", 2)
     confusion = PAIRS + Confusion({(1, 0): 1, (2, 1): 1, (1, 1): 9})
-    assert pairs_csv(confusion, CLASSES) == (
+    write_confusion(tmp_path, "title", confusion, CLASSES, "a.pt")
+    assert (tmp_path / "confusion-pairs.csv").read_text() == (
         "true class,predicted class,images\n"
         '"dog, wet",bee,2\nbee,cat,1\ncat,bee,1\n"dog, wet",cat,1\n'
     )
@@ -410,34 +404,41 @@ def test_without_a_mistake_no_pair_is_confused():
     assert json.loads(text) == found
 
 
-def test_of_many_pairs_the_worst_are_written():
+def test_of_many_pairs_the_worst_are_written(tmp_path, monkeypatch):
+    set_everywhere(monkeypatch, "LARGEST_MATRIX", 2000)
     pairs = {(true, true + 1): images for true, images in enumerate(range(2000, 0, -1))}
-    lines = pairs_csv(Confusion(pairs), range(2001)).splitlines()
+    write_confusion(tmp_path, "title", Confusion(pairs), range(2001), "a.pt")
+    lines = (tmp_path / "confusion-pairs.csv").read_text().splitlines()
     assert (len(lines), lines[1], lines[-1]) == (1001, "0,1,2000", "999,1000,1001")
     found = json.loads(confused_json(Confusion(pairs), range(2001), ""))["pairs"]
     assert len(found) == 1000
     assert found[-1] == {"true": 999, "taken_for": 1000, "images": 1001, "share": 1.0}
 
 
+MATRIX_TEXT = 'true class,bee,cat,"dog, wet"\nbee,3,1,0\ncat,0,0,0\n"dog, wet",2,0,2\n'
+PAIRS_TEXT = 'true class,predicted class,images\n"dog, wet",bee,2\nbee,cat,1\n'
+
+
 @pytest.mark.parametrize(
-    ("largest", "written"),
-    [(3, ["confusion.csv", "confusion.png"]), (2, ["confusion-pairs.csv"])],
+    ("largest", "written", "text"),
+    [
+        (3, ["confusion.csv", "confusion.png"], MATRIX_TEXT),
+        (2, ["confusion-pairs.csv"], PAIRS_TEXT),
+    ],
 )
 def test_of_too_many_classes_for_a_matrix_the_worst_pairs(
-    tmp_path, monkeypatch, capsys, largest, written
+    tmp_path, monkeypatch, capsys, largest, written, text
 ):
     set_everywhere(monkeypatch, "LARGEST_MATRIX", largest)
     folder = tmp_path / "out"
     write_confusion(folder, "title", PAIRS, CLASSES, "a.pt")
     assert sorted(path.name for path in folder.iterdir()) == ["confused.json", *written]
     assert (folder / "confused.json").read_text() == (confused_json(PAIRS, CLASSES, "a.pt"))
-    text = (folder / written[0]).read_text()
-    wide = written[0] == "confusion.csv"
-    assert text == (confusion_csv(CONFUSION, CLASSES) if wide else pairs_csv(PAIRS, CLASSES))
+    assert (folder / written[0]).read_text() == text
     line = (
         f"{folder}/confusion-pairs.csv: the worst confusions; 3 classes are too many for a matrix\n"
     )
-    assert capsys.readouterr().out == ("" if wide else line)
+    assert capsys.readouterr().out == ("" if largest == 3 else line)
 
 
 def test_a_range_test_drawn(tmp_path, figures):
