@@ -26,22 +26,20 @@ from split_affinity.training.steps import PHASES, StepResult
 LATEST_STEPS = 2000
 STEPS_TO_DRAW = 3
 SHORTEST_LOOK_S = 0.25  # at what others took: with ticks of 10 ms, what is shorter tells nothing
-CONTENTION_WINDOW_S = (
-    10  # over which others' share has to be large: short bursts are nobody's concern
-)
+CONTENTION_WINDOW_S = 10  # contention counts if it is large for so long: short bursts do not
 
 
-def covered_s(records: Iterable[PhaseRecord]) -> float:
-    """Seconds during which at least one of the phases ran; they come by start time."""
-    total_s, covered_until_s = 0.0, -math.inf
+def time_in_phases_s(records: Iterable[PhaseRecord]) -> float:
+    """Seconds during which at least one phase ran, of phases by start time."""
+    total_s, busy_until_s = 0.0, -math.inf
     for record in records:
-        total_s += max(0.0, record.end_s - max(record.start_s, covered_until_s))
-        covered_until_s = max(covered_until_s, record.end_s)
+        total_s += max(0.0, record.end_s - max(record.start_s, busy_until_s))
+        busy_until_s = max(busy_until_s, record.end_s)
     return total_s
 
 
-def running_alone(records: Sequence[PhaseRecord]) -> Iterator[PhaseRecord]:
-    """The phases beside which no other ran; they come by start time."""
+def phases_alone(records: Sequence[PhaseRecord]) -> Iterator[PhaseRecord]:
+    """The phases that ran while no other did, of phases by start time."""
     busy_until_s = -math.inf
     for record, following in itertools.zip_longest(records, records[1:]):
         if busy_until_s <= record.start_s and not (following and following.start_s < record.end_s):
@@ -51,9 +49,10 @@ def running_alone(records: Sequence[PhaseRecord]) -> Iterator[PhaseRecord]:
 
 @dataclass(frozen=True)
 class PhaseSummary:
-    """One phase of a run. Durations are per optimizer step; `stray_ms` is the total over all steps.
-    `share` of the step and `busy` are fractions; so is `cpu_busy`, by logical CPU, which like
-    `seen_on` covers all phases that the audit looked at closely.
+    """One phase of a run. Times are per optimizer step, but `stray_ms` is the total of the run.
+
+    `share` of the step, `busy` and `cpu_busy` (by logical CPU) are fractions. `cpu_busy` and
+    `seen_on` come from the audit's closer looks.
     """
 
     phase: str
@@ -70,13 +69,14 @@ class PhaseSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A whole run. Speeds and shares leave the first `warmup_steps` out, and of a long run they
-    cover the latest 2,000 steps; the rest covers all. `busy` is each lane's CPU time in its own
-    phases as a share of what its group can use; `waiting_s` CPU time of a lane's threads while the
-    other lane alone had a phase to run. The audit takes `audit_ms` a phase, and `audit_share` of a
-    step. `contention` is what others took in the whole run, if that is known; `memory_by_node` are
-    bytes, where there are several NUMA nodes; `waited_s` by rank is how long it waited in a step
-    for the slowest one, mean, where there are several.
+    """A whole run. Speeds and shares are those of the latest 2,000 steps, without `warmup_steps`.
+
+    `busy`: each lane's CPU time in its own phases, as a share of what its group can use.
+    `waiting_s`: CPU time of a lane's threads while the other lane alone had a phase.
+    `audit_ms`, `audit_share`: what the audit takes a phase, and of a step.
+    `contention`: that of the whole run, if known.
+    `memory_by_node`: bytes, if there are several NUMA nodes.
+    `waited_s`: by rank, mean seconds a step of waiting for the slowest rank, if there are several.
     """
 
     steps: int
@@ -101,14 +101,15 @@ class Summary:
 
     @property
     def threads_seen(self) -> bool:
-        """Whether the system showed where threads ran, without which stray time is unknown."""
+        """Whether the system showed where threads ran; else stray time is unknown."""
         return any(phase.seen_on != format_cpu_list(()) for phase in self.phases)
 
 
 class RunStatistics:
-    """What the summary needs of a run, in bounded memory: totals over all steps, and the latest
-    steps themselves. Figures by CPU, 12 KB a phase with 128 CPUs, are added up at once, and kept
-    whole only for the steps that a picture can show.
+    """What the summary needs of a run, in bounded memory: totals, and the latest steps.
+
+    Figures by CPU (12 KB a phase with 128 CPUs) are added up at once, and kept only for the steps
+    that a picture can show.
     """
 
     def __init__(self, plan: CorePlan):
@@ -118,7 +119,7 @@ class RunStatistics:
         self.looks: list[Contention] = []  # those of the latest CONTENTION_WINDOW_S
         self._plan = plan
         self._loss_first = math.nan
-        self._stray_s: Counter[str] = Counter()  # by phase, as the three that follow
+        self._stray_s: Counter[str] = Counter()  # by phase, like the next three
         self._cpu_busy_s: dict[str, Counter[int]] = {phase: Counter() for phase in PHASES}
         self._looked_at_s: Counter[str] = Counter()
         self._seen_on: dict[str, set[int]] = {phase: set() for phase in PHASES}
@@ -132,54 +133,49 @@ class RunStatistics:
         self.images += step.images
         self.latest.append(step)
         self._main_thread_s += step.main_thread_s
-        self._waiting_s += sum(record.other_lane_s for record in running_alone(step.records))
+        self._waiting_s += sum(record.other_lane_s for record in phases_alone(step.records))
         for record in step.records:
-            self._add_phase(record)
+            self._stray_s[record.phase] += record.stray_s
+            self._seen_on[record.phase] |= record.seen_on
+            if record.cpu_busy_s:
+                self._looked_at_s[record.phase] += record.duration_s
+                self._cpu_busy_s[record.phase].update(record.cpu_busy_s)
         if len(self.latest) > STEPS_TO_DRAW:
             old = self.latest[-1 - STEPS_TO_DRAW]
-            slim = tuple(
-                dataclasses.replace(record, **NOT_LOOKED_AT)
-                if record.seen_on or record.cpu_busy_s
-                else record
-                for record in old.records
-            )
-            self.latest[-1 - STEPS_TO_DRAW] = dataclasses.replace(old, records=slim)
+            slim = []
+            for record in old.records:
+                looked_at = record.seen_on or record.cpu_busy_s
+                slim.append(dataclasses.replace(record, **NOT_LOOKED_AT) if looked_at else record)
+            self.latest[-1 - STEPS_TO_DRAW] = dataclasses.replace(old, records=tuple(slim))
 
     def add_contention(self, contention: Contention) -> Contention | None:
-        """Take in what others took of the cores; returns what they took in the latest
-        CONTENTION_WINDOW_S, once that long has been looked at.
-        """
-        self.contention = (
-            mean_contention([self.contention, contention]) if self.contention else contention
-        )
+        """Take in a look; returns the contention of the latest 10 s, or None before so long."""
+        known = [self.contention] if self.contention else []
+        self.contention = mean_contention([*known, contention])
         since_s = contention.end_s - CONTENTION_WINDOW_S
         self.looks = [each for each in self.looks if each.end_s >= since_s] + [contention]
         lately = mean_contention(self.looks)
         return lately if lately.end_s - lately.start_s >= CONTENTION_WINDOW_S else None
 
-    def _add_phase(self, record: PhaseRecord) -> None:
-        self._stray_s[record.phase] += record.stray_s
-        self._seen_on[record.phase] |= record.seen_on
-        if record.cpu_busy_s:
-            self._looked_at_s[record.phase] += record.duration_s
-            self._cpu_busy_s[record.phase].update(record.cpu_busy_s)
-
     def summary(self) -> Summary:
-        """The figures so far, after one step at the least."""
+        """The figures so far, after at least one step."""
         warmup = min(2, (self.steps - 1) // 2)
         timed = [step for step in self.latest if step.step >= self._first + warmup]
         timed_s = sum(step.step_s for step in timed)
         records = [record for step in timed for record in step.records]
         audit_s = sum(record.audit_s for record in records)
-        seen = [phase for phase in PHASES if any(record.phase == phase for record in records)]
+        seen = {record.phase for record in records}
+        waits_s = zip(*(step.waited_s for step in timed), strict=True)  # of each rank
         return Summary(
             steps=self.steps,
             warmup_steps=warmup,
             images=self.images,
             images_per_s=sum(step.images for step in timed) / timed_s,
             median_step_s=statistics.median(step.step_s for step in timed),
-            no_phase_share=1 - sum(covered_s(step.records) for step in timed) / timed_s,
-            phases=tuple(self._summarise_phase(phase, timed, timed_s) for phase in seen),
+            no_phase_share=1 - sum(time_in_phases_s(step.records) for step in timed) / timed_s,
+            phases=tuple(
+                self._summarise_phase(phase, timed, timed_s) for phase in PHASES if phase in seen
+            ),
             busy=lanes_busy(self._plan, records, timed_s),
             stray_s=self._stray_s.total(),
             waiting_s=self._waiting_s,
@@ -191,9 +187,7 @@ class RunStatistics:
             peak_memory_bytes=peak_memory_bytes(),
             contention=self.contention,
             memory_by_node=memory_by_node(),
-            waited_s=tuple(
-                map(statistics.fmean, zip(*(step.waited_s for step in timed), strict=True))
-            ),
+            waited_s=tuple(map(statistics.fmean, waits_s)),
         )
 
     def _summarise_phase(
@@ -221,7 +215,7 @@ class RunStatistics:
 def lanes_busy(
     plan: CorePlan, records: Iterable[PhaseRecord], elapsed_s: float
 ) -> dict[str, float]:
-    """By lane, CPU time in its own phases as a share of what its group can use."""
+    """Each lane's CPU time in its own phases as a share of what its group can use."""
     used_s: Counter[str] = Counter()
     for record in records:
         used_s[record.lane] += record.cpu_s
@@ -229,27 +223,22 @@ def lanes_busy(
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident size that this process has had; loader processes not included."""
+    """The largest resident size that this process has had, without its loader processes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def memory_by_node(root: Path = Path("/")) -> dict[int, int]:
-    """Bytes of this process's memory in each NUMA node, as in parse_numa_maps; empty where there is
-    one node. Between steps activations count if the allocator keeps what is freed (see
-    tune_allocator). The kernel goes through all pages for this: not to be asked for in every step.
-    """
-    several = len(list((root / "sys/devices/system/node").glob("node[0-9]*"))) > 1
-    return parse_numa_maps(read_text(root / "proc/self/numa_maps")) if several else {}
+    """Bytes of this process's memory in each NUMA node, without files; empty with a single node.
 
-
-def parse_numa_maps(text: str) -> dict[int, int]:
-    """Bytes by NUMA node in the form of /proc/self/numa_maps, of memory that belongs to no file:
-    weights, gradients and activations are there; libraries, and batches that loader processes
-    handed over, are not.
+    Weights, gradients and activations count; libraries, and batches from loader processes, do not.
+    Activations count between steps too, if the allocator keeps freed memory (see tune_allocator).
+    The kernel goes through all pages for this: do not ask in every step.
     """
+    if len(list((root / "sys/devices/system/node").glob("node[0-9]*"))) < 2:
+        return {}
     counted: Counter[int] = Counter()
-    for line in text.splitlines():
+    for line in read_text(root / "proc/self/numa_maps").splitlines():
         page_kib = re.search(r" kernelpagesize_kB=(\d+)", line)
         if page_kib and " file=" not in line:
             for node, pages in re.findall(r" N(\d+)=(\d+)", line):

@@ -13,11 +13,10 @@ from split_affinity.machine.topology import read_topology
 from split_affinity.options.settings import Settings
 from split_affinity.reports.summary import (
     RunStatistics,
-    covered_s,
     lanes_busy,
     memory_by_node,
-    parse_numa_maps,
-    running_alone,
+    phases_alone,
+    time_in_phases_s,
 )
 from split_affinity.reports.tables import summary_lines
 from split_affinity.training.steps import StepResult
@@ -130,7 +129,7 @@ def spans(*pairs):
     ],
 )
 def test_seconds_with_at_least_one_phase(pairs, seconds):
-    assert covered_s(spans(*pairs)) == pytest.approx(seconds)
+    assert time_in_phases_s(spans(*pairs)) == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,7 @@ def test_seconds_with_at_least_one_phase(pairs, seconds):
     ],
 )
 def test_phases_without_company(pairs, alone):
-    assert [(r.start_s, r.end_s) for r in running_alone(spans(*pairs))] == alone
+    assert [(r.start_s, r.end_s) for r in phases_alone(spans(*pairs))] == alone
 
 
 def overlapping_step():
@@ -300,26 +299,27 @@ NUMA_MAPS = """\
 """
 
 
-def test_memory_by_node():
-    """As in the kernel's numa_maps, with pages of three sizes; files are left out."""
-    assert parse_numa_maps(NUMA_MAPS) == {
-        0: 2**30 + 10 * 2**16,
-        1: 2**20 + 3 * 2**21 + 10 * 2**16,
-        2: 10 * 2**16,
-        3: 10 * 2**16,
-        10: 5 * 2**12,
-    }
-    assert parse_numa_maps("") == {}
+MEMORY = {
+    0: 2**30 + 10 * 2**16,
+    1: 2**20 + 3 * 2**21 + 10 * 2**16,
+    2: 10 * 2**16,
+    3: 10 * 2**16,
+    10: 5 * 2**12,
+}
 
 
 @pytest.mark.parametrize(
-    ("rows", "maps", "nodes"),
+    ("rows", "maps", "memory"),
     [
-        (machines.TWO_SOCKETS, NUMA_MAPS, [0, 1, 2, 3, 10]),
-        (machines.TWO_SOCKETS, None, []),
-        (machines.THREE, NUMA_MAPS, []),
+        (machines.TWO_SOCKETS, NUMA_MAPS, MEMORY),
+        (machines.TWO_SOCKETS, "", {}),
+        (machines.TWO_SOCKETS, None, {}),
+        (machines.THREE, NUMA_MAPS, {}),
     ],
 )
-def test_memory_is_told_by_node_where_there_are_several(tmp_path, rows, maps, nodes):
-    files = {"proc/self/numa_maps": maps} if maps else {}
-    assert list(memory_by_node(machines.write_machine(tmp_path, rows, files))) == nodes
+def test_memory_by_node_where_there_are_several(tmp_path, rows, maps, memory):
+    """As in the kernel's numa_maps, with pages of three sizes; files are left out."""
+    files = {} if maps is None else {"proc/self/numa_maps": maps}
+    found = memory_by_node(machines.write_machine(tmp_path, rows, files))
+    assert found == memory
+    assert list(found) == sorted(found)
