@@ -46,7 +46,7 @@ epoch | train_loss | train_top1 | train_top5 | val_loss | val_top1 | val_top5 | 
 
 
 def picture_footer(topology: Topology) -> str:
-    """What the figures of a picture depend on: the machine and the versions, in a line."""
+    """The machine and the versions, in a line below a picture."""
     threads, cores = len(topology.online), len(topology.cores)
     machine = f"{topology.cpu_model}, {plural(cores, 'core')}, {plural(threads, 'hardware thread')}"
     used = ", ".join(f"{name} {version}" for name, version in versions().items())
@@ -61,16 +61,10 @@ def log_heading(
     resumed_at: int = 0,
     ranks: Ranks = ONE_PROCESS,
 ) -> str:
-    """The beginning of a run's section of logs.md; `settings` are those in force."""
-    in_force = {
-        key: format_cpu_list(value) if key.endswith("_cores") else option_text(value)
-        for key, value in plain_settings(settings).items()
-        if value is not None
-    }
+    """The beginning of a run's section of logs.md: `settings` in force, and those `asked` for."""
     title = f"{settings.model}, {settings.schedule}, split {plan.split}"
     title += f", {ranks.size} ranks" if ranks.size > 1 else ""
     title += f", resumed after step {resumed_at}" if resumed_at else ""
-    options = as_options(asked)
     machines = [text for text, _, _ in machines_of(ranks)] or [describe_topology(topology)]
     lines = [
         f"machine: {'; '.join(machines)}; {host_kind()}",
@@ -78,11 +72,19 @@ def log_heading(
         *(rank_lines(ranks) or describe_plan(plan, settings)),
         f"versions: {', '.join(f'{name} {version}' for name, version in versions().items())}",
     ]
-    asked_for = f"settings: {code_span(options) if options else 'the defaults'}"
-    listed = [*map(in_markdown, lines), asked_for]
-    all_settings = in_markdown(", ".join(f"{key} {value}" for key, value in in_force.items()))
+    options = as_options(asked)
+    lines = [
+        *map(in_markdown, lines),
+        f"settings: {code_span(options) if options else 'the defaults'}",
+    ]
+    items = "\n".join(f"- {line}" for line in lines)
+    in_force = []
+    for key, value in plain_settings(settings).items():
+        if value is not None:
+            text = format_cpu_list(value) if key.endswith("_cores") else option_text(value)
+            in_force.append(f"{key} {text}")
+    all_settings = in_markdown(", ".join(in_force))
     folded = f"<details><summary>all settings in force</summary>\n\n{all_settings}\n\n</details>"
-    items = "\n".join(f"- {line}" for line in listed)
     return f"\n## {utc_now()} {in_markdown(title)}\n\n{items}\n\n{folded}\n\n"
 
 
@@ -90,28 +92,23 @@ def log_summary(
     results: Iterable[str],
     summary: Summary | None,
     warned: Iterable[str],
-    others: Sequence[str] = (),
+    tables_of_ranks: Sequence[str] = (),
 ) -> str:
-    """The end of a run's section of logs.md; without figures if no step was finished. `others` are
-    the tables of several ranks.
-    """
-    lines = [
-        *results,
-        f"ended: {utc_now()}",
-        *(f"warning: {text}" for text in warned),
-        *(summary_lines(summary) if summary else ()),
-    ]
-    tables = ["", phase_table(summary), "", cpu_table(summary)] if summary else []
-    return "\n".join([*(f"- {in_markdown(line)}" for line in lines), *tables, *others]) + "\n"
+    """The end of a run's section of logs.md; without figures if no step was finished."""
+    lines = [*results, f"ended: {utc_now()}", *(f"warning: {text}" for text in warned)]
+    tables = []
+    if summary:
+        lines += summary_lines(summary)
+        tables = ["", phase_table(summary), "", cpu_table(summary), *tables_of_ranks]
+    return "\n".join([*(f"- {in_markdown(line)}" for line in lines), *tables]) + "\n"
 
 
 class LogSection:
-    """A run's section of logs.md: the heading when the run begins, a line for each epoch, a summary
-    in the end.
+    """A run's section of logs.md: a heading, a line for each epoch, a summary in the end.
 
-    A comment that no reader sees keeps the place where the section goes on, since another run may
-    have begun one below, and the user may have edited the file meanwhile. If the place has gone,
-    the section begins once more, at the end of the file.
+    A hidden comment keeps the place where the section goes on: meanwhile another run may have begun
+    its section below, and you may have edited the file. If the comment has gone, the section begins
+    once more at the end of the file.
     """
 
     def __init__(self, path: Path, heading: str, over_epochs: bool):
@@ -134,7 +131,7 @@ class LogSection:
         self._go_on(self._place, f"\n{summary}", summary, summary)
 
     def _go_on(self, place: str, text: str, appended: str, anew: str) -> None:
-        """Put text at a place; where there can be none, append it, or in a section that is new."""
+        """Put text at its place; append it to a file without one, or begin the section anew."""
         if not self._edited:
             append_text(self._path, appended)
         elif not replace_text(self._path, place, text):

@@ -246,8 +246,8 @@ class RunReport:
         if step > total:  # a run that goes on with fewer epochs than it has made
             done = f"{plural(step, 'step')}; {total} were asked for"
         outcome = shown(f"{outcome} after {done}")
-        summary = every[0].summary
-        results = result_lines(self._settings, self._progress, (TIMELINE, TRACE) if summary else ())
+        summary, folder = every[0].summary, self._settings.output_dir
+        results = result_lines(folder, self._progress, (TIMELINE, TRACE) if summary else ())
         say_lines(["", *results, f"log in {self._settings.log_file}", "", outcome])
         results.append(f"outcome: {outcome}")
         metrics, tables_below = {"type": "summary", "outcome": outcome}, []
@@ -264,7 +264,7 @@ class RunReport:
         self._write_metrics(metrics)
         warned = dict.fromkeys(text for each in every for text in each.warnings)
         self._write(self._log.end, log_summary(results, summary, warned, tables_below))
-        if summary and self._settings.output_dir:
+        if summary and folder:
             self._draw(every)
 
     def _gather(self, together: bool) -> list[RankFigures]:

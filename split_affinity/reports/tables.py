@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from split_affinity.checkpoints.folder import BEST, LAST
@@ -19,9 +20,8 @@ from split_affinity.training.steps import PHASES, StepResult
 
 CONTENTION_IN_SUMMARY = 0.02  # below that it may be the error of the clocks
 METRICS, TIMELINE, TRACE = "metrics.jsonl", "timeline.png", "trace.json"
-TENSORBOARD = "tensorboard"
-
 CURVES, GRADIENTS, RANGE_PLOT = "curves.png", "gradients.png", "lr.png"
+TENSORBOARD = "tensorboard"
 
 EPOCH_FIELDS = ("train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5")
 RAW_FIELDS = ("val_raw_loss", "val_raw_top1", "val_raw_top5")
@@ -32,23 +32,32 @@ WIDE_COLUMNS = 99  # have room for the phases' times; tqdm leaves one column of 
 
 
 def phase_table(summary: Summary, with_cores: bool = True) -> str:
-    """The per-phase table; it fits 80 columns without the cores, which can be many."""
-    rows = []
+    """The per-phase table; without the cores it fits 80 columns."""
+    header = (
+        "phase",
+        "cores",
+        "threads",
+        "median ms",
+        "p95 ms",
+        "share of step",
+        "busy",
+        "stray ms",
+    )
+    rows = [header]
     for phase in summary.phases:
-        median, p95, stray = (f"{ms:.1f}" for ms in (phase.median_ms, phase.p95_ms, phase.stray_ms))
-        stray = stray if summary.threads_seen else "-"
+        median, p95 = f"{phase.median_ms:.1f}", f"{phase.p95_ms:.1f}"
+        stray = f"{phase.stray_ms:.1f}" if summary.threads_seen else "-"
         threads, share, busy = str(phase.threads), f"{phase.share:.1%}", f"{phase.busy:.0%}"
         rows.append((phase.phase, phase.cores, threads, median, p95, share, busy, stray))
     rest = "no phase (data, hand-over)" if with_cores else "no phase"
     rows.append((rest, "", "", "", "", f"{summary.no_phase_share:.1%}", "", ""))
-    table = ["phase,cores,threads,median ms,p95 ms,share of step,busy,stray ms".split(","), *rows]
     if not with_cores:
-        table = [(first, *others) for first, _, *others in table]
-    return markdown_table(table[0], table[1:])
+        rows = [(phase, *others) for phase, _, *others in rows]
+    return markdown_table(rows[0], rows[1:])
 
 
 def cpu_table(summary: Summary) -> str:
-    """Which logical CPUs were busy in each phase, with whatever ran on the machine."""
+    """Which logical CPUs were busy in each phase, with anything on the machine."""
     rows = []
     for phase in summary.phases:
         busy = [cpu for cpu, share in phase.cpu_busy.items() if share >= 0.5]
@@ -62,14 +71,12 @@ def cpu_table(summary: Summary) -> str:
 
 
 def contention_texts(contention: Contention, least: float) -> Iterator[str]:
-    """What others took of the cores, if that was `least` or more: other processes by lane, and the
-    hypervisor.
-    """
-    shares = [
-        f"{100 * share:.0f} % of {'all' if lane == 'all' else f'the {lane}'} cores"
-        for lane, share in contention.others.items()
-        if share >= least
-    ]
+    """The contention by other processes and by the hypervisor, as far as it is `least` or more."""
+    shares = []
+    for lane, share in contention.others.items():
+        if share >= least:
+            cores = "all cores" if lane == "all" else f"the {lane} cores"
+            shares.append(f"{100 * share:.0f} % of {cores}")
     if shares:
         yield f"other processes took {' and '.join(shares)}"
     if contention.stolen >= least:
@@ -77,7 +84,7 @@ def contention_texts(contention: Contention, least: float) -> Iterator[str]:
 
 
 def memory_lines(by_node: dict[int, int], topology: Topology, plan: CorePlan) -> list[str]:
-    """Where memory is, in a line that names the lanes with cores in each node, if it is known."""
+    """A line about memory by NUMA node, with the lanes that have cores there; none if unknown."""
     places = []
     for node, size_bytes in by_node.items():
         cpus = {*cpus_of(core for core in topology.cores if core.node == node)}
@@ -93,28 +100,30 @@ def summary_lines(summary: Summary) -> list[str]:
     stray = f"{1e3 * summary.stray_s:.1f} ms: {strayed}"
     if not summary.threads_seen:
         stray = "unknown: the system does not show threads"
-    waiting_s = summary.waiting_s
-    contention = summary.contention and [
-        *contention_texts(summary.contention, CONTENTION_IN_SUMMARY)
-    ]
     busy = ", ".join(f"{name} cores {share:.0%}" for name, share in summary.busy.items())
-    return [
+    beside = f"main thread {summary.main_thread_s:.2f} s"
+    if summary.waiting_s >= 0.005:
+        beside += f", waiting threads of the other lane {summary.waiting_s:.2f} s"
+    lines = [
         f"{summary.images_per_s:.2f} images/s, {summary.median_step_s:.3f} s a step (median), "
         f"{plural(summary.warmup_steps, 'warm-up step')} left out; "
         f"loss {summary.loss_first:.4f} first, {summary.loss_last:.4f} last",
         f"peak memory {summary.peak_memory_bytes / 2**30:.2f} GiB, loader processes not counted; "
         f"stray time {stray}",
-        f"busy over whole steps: {busy}; CPU time beside that: "
-        f"main thread {summary.main_thread_s:.2f} s"
-        + (f", waiting threads of the other lane {waiting_s:.2f} s" if waiting_s >= 0.005 else ""),
-        *(["; ".join(contention)] if contention else []),
-        f"the audit of where threads ran took {summary.audit_ms:.2f} ms a phase, "
-        f"{summary.audit_share:.1%} of a step",
+        f"busy over whole steps: {busy}; CPU time beside that: {beside}",
     ]
+    if summary.contention:
+        texts = contention_texts(summary.contention, CONTENTION_IN_SUMMARY)
+        lines += filter(None, ["; ".join(texts)])
+    lines.append(
+        f"the audit of where threads ran took {summary.audit_ms:.2f} ms a phase, "
+        f"{summary.audit_share:.1%} of a step"
+    )
+    return lines
 
 
 def epoch_line(row: dict[str, Any], names: Sequence[str] = EPOCH_FIELDS) -> str:
-    """A finished epoch, as logs.md has it; `-` for what was not measured."""
+    """A finished epoch as a line of logs.md; `-` for what was not measured."""
     cells = [f"epoch: {row['epoch']}"]
     for name in names:
         form = "{:.3f}" if name.endswith("loss") else "{:.1f}%"
@@ -129,13 +138,12 @@ def describe_run(settings: Settings) -> str:
         batches = f"{settings.accumulate} batches of {batches}"
     if settings.ranks > 1:
         batches = f"{settings.ranks} ranks with {batches}"
-    size = f"{settings.image_size} px"
-    taught = f", taught by {settings.teacher}" if settings.teacher else ""
-    return f"{settings.model}, {size}, {batches} a step, {settings.precision}{taught}"
+    text = f"{settings.model}, {settings.image_size} px, {batches} a step, {settings.precision}"
+    return text + (f", taught by {settings.teacher}" if settings.teacher else "")
 
 
 def rank_table(hosts: Sequence[Host], summaries: Sequence[Summary]) -> str:
-    """The phases of each rank, and how long it waited for the slowest, in 80 columns."""
+    """Each rank's phases, and how long it waited for the slowest rank, in 80 columns."""
     phases = [phase for phase in PHASES if any(each.phase == phase for each in summaries[0].phases)]
     rows = []
     for rank, (host, summary) in enumerate(zip(hosts, summaries, strict=True)):
@@ -149,27 +157,24 @@ def rank_table(hosts: Sequence[Host], summaries: Sequence[Summary]) -> str:
 
 
 def tables_of_ranks(hosts: Sequence[Host], summaries: Sequence[Summary]) -> list[str]:
-    """What logs.md has beside the first rank's tables, each after an empty line."""
+    """The tables for logs.md beside those of the first rank, each after an empty line."""
     lines = ["", rank_table(hosts, summaries)]
     for rank, summary in enumerate(summaries[1:], 1):
         title = html.escape(shown(f"rank {rank} on {hosts[rank].name}"))
         tables = f"{phase_table(summary)}\n\n{cpu_table(summary)}"
-        lines += [
-            "",
-            f"<details><summary>{title}</summary>\n\n{tables}\n\n</details>",
-        ]
+        lines += ["", f"<details><summary>{title}</summary>\n\n{tables}\n\n</details>"]
     return lines
 
 
 def result_lines(
-    settings: Settings, progress: Progress, to_come: Collection[str] = ()
+    folder: Path | None, progress: Progress, to_come: Collection[str] = ()
 ) -> list[str]:
-    """How good the model has become, and the files in which it is; some may be still to come."""
+    """The best accuracy, and the files in the output folder with those still `to_come`."""
     lines = []
     if progress.best:
         top1, epoch = progress.best[0]
         lines.append(f"best validation top-1: {top1:.2f} % in epoch {epoch}")
-    if folder := settings.output_dir:
+    if folder:
         names = (BEST, LAST, CURVES, GRADIENTS, TIMELINE, TRACE, METRICS, TENSORBOARD)
         there = [name for name in names if name in to_come or (folder / name).exists()]
         lines.append(f"files in {folder}: {', '.join(there)}")

@@ -157,19 +157,19 @@ def test_settings_that_differ_from_the_defaults_as_they_are_typed(typed):
 
 def test_best_accuracy_and_files(tmp_path):
     progress = Progress()
-    assert result_lines(Settings(), progress) == []
+    assert result_lines(None, progress) == []
     for top1 in (50.0, 98.765, 98.0):
         progress.end_epoch({"val_top1": top1}, keep_best=3)
     for name in ("metrics.jsonl", "last.pt", "curves.png", "best.pt", "mine.txt"):
         (tmp_path / name).touch()
-    assert result_lines(Settings(output_dir=tmp_path), progress) == [
+    assert result_lines(tmp_path, progress) == [
         "best validation top-1: 98.77 % in epoch 2",
         f"files in {tmp_path}: best.pt, last.pt, curves.png, metrics.jsonl",
     ]
-    _, files = result_lines(Settings(output_dir=tmp_path), progress, ["timeline.png"])
+    _, files = result_lines(tmp_path, progress, ["timeline.png"])
     assert files.endswith(": best.pt, last.pt, curves.png, timeline.png, metrics.jsonl")
     (tmp_path / "tensorboard").mkdir()
-    _, files = result_lines(Settings(output_dir=tmp_path), progress)
+    _, files = result_lines(tmp_path, progress)
     assert files.endswith(": best.pt, last.pt, curves.png, metrics.jsonl, tensorboard")
 
 
