@@ -34,10 +34,7 @@ def write_confusion(
     checkpoint: str,
     footer: str = "",
 ) -> None:
-    """Write the confused pairs, and the confusion matrix as text and as a picture.
-
-    With too many classes for a matrix, write the worst pairs as text and say so.
-    """
+    """Write confused.json and the confusion matrix, or the worst pairs of too many classes."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / CONFUSED, confused_json(confusion, classes, checkpoint))
     count = len(classes)
@@ -64,10 +61,7 @@ def confusion_matrix(confusion: Confusion, count: int) -> torch.Tensor:
 def draw_confusion(
     path: Path, title: str, matrix: torch.Tensor, classes: Sequence[str], footer: str = ""
 ) -> None:
-    """Draw a confusion matrix as shares of each row; names and counts if there is room.
-
-    Says which numbers stand for names that a picture cannot show.
-    """
+    """Draw a confusion matrix as shares of each row, with names and counts if there is room."""
     count = len(classes)
     names, families, numbered = short_labels(classes if count <= CLASSES_TO_SHOW else ())
     longest = max(map(len, names), default=0)
@@ -101,10 +95,7 @@ def worst_pairs(confusion: Confusion) -> list[tuple[tuple[int, int], int]]:
 
 
 def confused_json(confusion: Confusion, classes: Sequence[str], checkpoint: str) -> str:
-    """The tested checkpoint and the worst pairs, one a line: a line is easily deleted.
-
-    `images` of the `true` class, a `share` of all of its, were `taken_for` the other class.
-    """
+    """The worst pairs as JSON, one a line, so that you can delete some of them."""
     totals = images_by_class(confusion)
     right, count = sum(confusion[true, true] for true in totals), totals.total()
     lines = []

@@ -31,10 +31,7 @@ def short_labels(names: Sequence[str]) -> tuple[list[str], list[str], dict[int, 
 
 
 def fonts_for(text: str) -> tuple[list[str], set[str]]:
-    """The font families that a text needs, and the characters that no font has.
-
-    matplotlib's own font comes first, others follow only where they are needed.
-    """
+    """The font families that a text needs, the usual one first; the characters that none has."""
     from matplotlib import font_manager, rcParams
 
     families, missing = list(rcParams["font.family"]), {*text}

@@ -75,10 +75,7 @@ class RankFigures:
 
 
 def by_one_clock(every: Sequence[RankFigures]) -> list[RankFigures]:
-    """The figures of all ranks with their times by the clock of rank 0.
-
-    At the end of a step all ranks have just heard of each other: `synced_s` is the same moment.
-    """
+    """The figures of all ranks with their times by the clock of rank 0."""
 
     def shift(spans: Iterable[Any], by_s: float) -> tuple[Any, ...]:
         return tuple(
@@ -88,6 +85,7 @@ def by_one_clock(every: Sequence[RankFigures]) -> list[RankFigures]:
 
     aligned = []
     for figures in every:
+        # A step ends when all ranks have heard of each other: `synced_s` is the same moment.
         pairs = zip(every[0].steps, figures.steps, strict=True)
         by_s = statistics.median(first.synced_s - own.synced_s for first, own in pairs)
         steps = [
@@ -116,7 +114,7 @@ def rank_panels(ranks: Ranks, every: Sequence[RankFigures], count: int, what: st
 
 
 class RunReport:
-    """Everything that one run shows and writes while it goes on, and when it ends.
+    """Prints and writes the figures of one run; the first rank alone does, others are silent.
 
     metrics.jsonl is continued if it exists: every run begins with its own line of type "run". A
     file that cannot be written, on a full disk say, is a warning: the run goes on.
@@ -131,10 +129,7 @@ class RunReport:
         asked: Settings | None = None,
         ranks: Ranks = ONE_PROCESS,
     ):
-        """`asked` are the settings as typed, before open ones were decided.
-
-        Ranks other than the first are silent, but for warnings about their own cores.
-        """
+        """`asked` are the settings as typed, before open ones were decided."""
         self._settings, self._topology, self._plan = settings, topology, plan
         self._progress, self._ranks = progress, ranks
         self._total = total_steps(settings, progress.epoch_batches)
@@ -156,10 +151,7 @@ class RunReport:
         self._write(self._log.begin)
 
     def warn(self, kind: str, text: str, own: bool = False) -> None:
-        """Show the first warning of a kind, and keep it for the log.
-
-        Of ranks other than the first, only warnings about their `own` cores are shown.
-        """
+        """Show the first warning of a kind, and keep it for the log; each rank shows its `own`."""
         rank = self._ranks.rank
         if own and self._ranks.size > 1:
             text = f"rank {rank}: {text}"
@@ -233,10 +225,7 @@ class RunReport:
             self._write(draw_gradients, folder / GRADIENTS, title, history, footer)
 
     def finish(self, outcome: str, together: bool = True) -> None:
-        """Print the summary, end the log and the metrics, and draw.
-
-        The figures of all ranks go in if the ranks end `together`.
-        """
+        """Print the summary, end log and metrics, draw; with all ranks if they end `together`."""
         self._bar.close()
         every = self._gather(together)
         if self._ranks.rank:

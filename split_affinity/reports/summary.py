@@ -49,35 +49,23 @@ def phases_alone(records: Sequence[PhaseRecord]) -> Iterator[PhaseRecord]:
 
 @dataclass(frozen=True)
 class PhaseSummary:
-    """One phase of a run. Times are per optimizer step, but `stray_ms` is the total of the run.
-
-    `share` of the step, `busy` and `cpu_busy` (by logical CPU) are fractions. `cpu_busy` and
-    `seen_on` come from the audit's closer looks.
-    """
+    """One phase of a run."""
 
     phase: str
     cores: str
     threads: int
-    median_ms: float
+    median_ms: float  # in an optimizer step, as the next two
     p95_ms: float
-    share: float
-    busy: float
-    stray_ms: float
-    seen_on: str
+    share: float  # of the step
+    busy: float  # a share of what the group can use
+    stray_ms: float  # in the whole run
+    seen_on: str  # the CPUs, by the audit's closer looks; as the shares of time that follow
     cpu_busy: dict[int, float]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A whole run. Speeds and shares are those of the latest 2,000 steps, without `warmup_steps`.
-
-    `busy`: each lane's CPU time in its own phases, as a share of what its group can use.
-    `waiting_s`: CPU time of a lane's threads while the other lane alone had a phase.
-    `audit_ms`, `audit_share`: what the audit takes a phase, and of a step.
-    `contention`: that of the whole run, if known.
-    `memory_by_node`: bytes, if there are several NUMA nodes.
-    `waited_s`: by rank, mean seconds a step of waiting for the slowest rank, if there are several.
-    """
+    """A whole run. Speeds and shares: of the latest 2,000 steps, without `warmup_steps`."""
 
     steps: int
     warmup_steps: int
@@ -86,18 +74,18 @@ class Summary:
     median_step_s: float
     no_phase_share: float
     phases: tuple[PhaseSummary, ...]
-    busy: dict[str, float]
+    busy: dict[str, float]  # by lane, see lanes_busy
     stray_s: float
-    waiting_s: float
+    waiting_s: float  # CPU time of a lane's threads while only the other lane had a phase
     main_thread_s: float
-    audit_ms: float
-    audit_share: float
+    audit_ms: float  # a phase
+    audit_share: float  # of a step
     loss_first: float
     loss_last: float
     peak_memory_bytes: int
-    contention: Contention | None
-    memory_by_node: dict[int, int]
-    waited_s: tuple[float, ...] = ()
+    contention: Contention | None  # in the whole run; None if unknown
+    memory_by_node: dict[int, int]  # bytes, if there are several NUMA nodes
+    waited_s: tuple[float, ...] = ()  # by rank, for the slowest rank, mean of the steps
 
     @property
     def threads_seen(self) -> bool:

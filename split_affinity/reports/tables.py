@@ -182,10 +182,7 @@ def result_lines(
 
 
 def step_figures(result: StepResult, left_s: float, epoch: str = "", phases: bool = False) -> str:
-    """A step's figures and the time that is left, for the progress bar and for a line.
-
-    `epoch` tells about the running epoch, `phases` adds their times.
-    """
+    """A step's figures, for the progress bar and for a line that also tells about the `epoch`."""
     figures = [f"loss {result.loss:.4f}"]
     if not epoch:  # 80 columns have no room for both, and the line of an epoch has the top-1
         figures.append(f"top-1 {100 * result.top1 / result.images:.1f} %")

@@ -45,10 +45,7 @@ class Row:
     cpus: tuple[int, ...] = ()
 
     def share(self, busy_s: dict[int, float], elapsed_s: float) -> float:
-        """The share of the time that the CPUs were busy, 1 at most.
-
-        Of several CPUs it is the share of what the group can use of them (see Group.busy).
-        """
+        """The share of the time that the CPUs were busy, 1 at most; of several see Group.busy."""
         total_s = sum(busy_s.get(cpu, 0.0) for cpu in self.cpus)
         if len(self.cpus) == 1:
             return min(1.0, total_s / elapsed_s)
@@ -58,20 +55,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Panel:
-    """One timeline of a picture: the lanes of a plan during some steps.
-
-    `cores` are the machine's: they name the rows if the plan has many CPUs. `looks` is the
-    contention of the whole run, since a few steps may be too short for a look. The time axis begins
-    at `zero_s`, else with the first phase. `lanes_only` leaves the rows of CPUs out.
-    """
+    """One timeline of a picture: the lanes of a plan during some steps."""
 
     title: str
     plan: CorePlan
     steps: Sequence[StepResult]
-    cores: Sequence[Core] = ()
-    looks: Sequence[Contention] = ()
-    zero_s: float | None = None
-    lanes_only: bool = False
+    cores: Sequence[Core] = ()  # of the machine; they name the rows if the plan has many CPUs
+    looks: Sequence[Contention] = ()  # of the whole run: a few steps may be too short for one
+    zero_s: float | None = None  # where the time begins; None: with the first phase
+    lanes_only: bool = False  # no rows of CPUs
 
     @property
     def contentions(self) -> Sequence[Contention]:
@@ -149,15 +141,12 @@ def panel_rows(panel: Panel) -> list[Row]:
 
 
 def draw_timelines(path: Path, title: str, panels: Sequence[Panel], footer: str = "") -> None:
-    """Draw panels one above the other, over the same span of time.
-
-    The span is that of the shortest panel, but it has a whole step of each.
-    """
+    """Draw panels one above the other, over the same span of time."""
     from matplotlib.patches import Patch
 
     span_s = max(
         min(extent_s(panel.records) for panel in panels),
-        *(extent_s(step.records) for panel in panels for step in panel.steps),
+        *(extent_s(step.records) for panel in panels for step in panel.steps),  # whole steps
     )
     rows = [len(panel_rows(panel)) for panel in panels]
     row_inches = 0.3 if max(rows) <= 12 else 0.2
@@ -219,15 +208,12 @@ def draw_panel(ax: Any, panel: Panel, span_s: float) -> None:
 
 @dataclass(frozen=True)
 class Bar:
-    """A rectangle in a row of a timeline, in the colour of its key.
-
-    `top` is measured from the row's middle downwards, where a row is 1 high.
-    """
+    """A rectangle in a row of a timeline, in the colour of its key."""
 
     key: str
     start_s: float
     end_s: float
-    top: float = -0.36
+    top: float = -0.36  # from the row's middle downwards; a row is 1 high
     height: float = 0.81
     text: str = ""
     alpha: float = 1.0
@@ -341,10 +327,7 @@ def bars_between_phases(row: Row, records: Sequence[PhaseRecord]) -> Iterator[Ba
 
 
 def readings_apart(readings: Sequence[tuple[float, Any]]) -> list[tuple[float, Any]]:
-    """The readings, by time, that are far enough apart for the kernel's ticks.
-
-    The last reading is among them, unless all are too close.
-    """
+    """The readings that are far enough apart for the kernel's ticks, up to the last one."""
     chosen = list(readings[:1])
     for reading in readings[1:]:
         if reading[0] - chosen[-1][0] >= SHORT_PHASE_S:
