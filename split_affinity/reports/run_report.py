@@ -114,10 +114,11 @@ def rank_panels(ranks: Ranks, every: Sequence[RankFigures], count: int, what: st
 
 
 class RunReport:
-    """Prints and writes the figures of one run; the first rank alone does, others are silent.
+    """Prints and writes the figures of one run while it goes on, and when it ends.
 
-    metrics.jsonl is continued if it exists: every run begins with its own line of type "run". A
-    file that cannot be written, on a full disk say, is a warning: the run goes on.
+    Of several ranks the first does; the others only warn about their own cores. metrics.jsonl is
+    continued if it exists: every run begins with its own line of type "run". A file that cannot be
+    written, on a full disk say, is a warning: the run goes on.
     """
 
     def __init__(

@@ -33,17 +33,8 @@ WIDE_COLUMNS = 99  # have room for the phases' times; tqdm leaves one column of 
 
 def phase_table(summary: Summary, with_cores: bool = True) -> str:
     """The per-phase table; without the cores it fits 80 columns."""
-    header = (
-        "phase",
-        "cores",
-        "threads",
-        "median ms",
-        "p95 ms",
-        "share of step",
-        "busy",
-        "stray ms",
-    )
-    rows = [header]
+    figures = ("median ms", "p95 ms", "share of step", "busy", "stray ms")
+    rows = [("phase", "cores", "threads", *figures)]
     for phase in summary.phases:
         median, p95 = f"{phase.median_ms:.1f}", f"{phase.p95_ms:.1f}"
         stray = f"{phase.stray_ms:.1f}" if summary.threads_seen else "-"
@@ -113,8 +104,8 @@ def summary_lines(summary: Summary) -> list[str]:
         f"busy over whole steps: {busy}; CPU time beside that: {beside}",
     ]
     if summary.contention:
-        texts = contention_texts(summary.contention, CONTENTION_IN_SUMMARY)
-        lines += filter(None, ["; ".join(texts)])
+        texts = list(contention_texts(summary.contention, CONTENTION_IN_SUMMARY))
+        lines += ["; ".join(texts)] if texts else []
     lines.append(
         f"the audit of where threads ran took {summary.audit_ms:.2f} ms a phase, "
         f"{summary.audit_share:.1%} of a step"

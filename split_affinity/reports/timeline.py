@@ -61,13 +61,13 @@ class Panel:
     plan: CorePlan
     steps: Sequence[StepResult]
     cores: Sequence[Core] = ()  # of the machine; they name the rows if the plan has many CPUs
-    looks: Sequence[Contention] = ()  # of the whole run: a few steps may be too short for one
+    looks: Sequence[Contention] = ()  # lately: a few steps may be too short for one
     zero_s: float | None = None  # where the time begins; None: with the first phase
     lanes_only: bool = False  # no rows of CPUs
 
     @property
     def contentions(self) -> Sequence[Contention]:
-        """Contention in the run, or else in the steps."""
+        """The looks at contention, those of the steps if there are no others."""
         return self.looks or [step.contention for step in self.steps if step.contention]
 
     @property

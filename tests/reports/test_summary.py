@@ -141,7 +141,7 @@ def test_seconds_with_at_least_one_phase(pairs, seconds):
         ([(0, 1), (2, 6), (3, 4), (5, 7), (7, 8)], [(0, 1), (7, 8)]),
     ],
 )
-def test_phases_without_company(pairs, alone):
+def test_phases_that_ran_alone(pairs, alone):
     assert [(r.start_s, r.end_s) for r in phases_alone(spans(*pairs))] == alone
 
 
@@ -162,7 +162,7 @@ def test_the_summary_of_overlapping_phases():
     assert [phase.cores for phase in summary.phases] == ["0", "1-2", "1-2", "0"]
     assert summary.no_phase_share == pytest.approx(0.1)
     assert summary.busy == pytest.approx({"forward": 0.3, "backward": 0.9})
-    assert summary.waiting_s == pytest.approx(0.007), "the update alone had no company"
+    assert summary.waiting_s == pytest.approx(0.007), "only the update ran alone"
     assert summary.main_thread_s == pytest.approx(0.05)
 
 
