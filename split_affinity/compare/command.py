@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable
 
@@ -10,9 +11,9 @@ from split_affinity.compare.report import (
     comparison_json,
     comparison_notes,
     comparison_section,
+    comparison_tables,
     draw_comparison,
     split_lines,
-    tables_of,
 )
 from split_affinity.compare.rounds import run_rounds
 from split_affinity.compare.verdict import Compared, Comparison
@@ -32,15 +33,12 @@ from split_affinity.terminal import say, say_lines
 
 
 def compare(settings: Settings, topology: Topology) -> list[Compared]:
-    """Run all ways to train in turn, round by round; print and write how they compare.
-
-    Each way has a process of its own, and at least `settings.steps` measured steps in all; by
-    default as many, or such parts of a step, as fit into TIME_LIMIT_S.
-    """
+    """Run all ways to train in turn, round by round; print and write how they compare."""
     begun_s, asked = time.perf_counter(), settings
+    check_comparison(settings, topology)
     say(describe_topology(topology))
-    check_comparison(settings)
     settings = measured_settings(settings, topology)
+    # Preloaded images of a whole step stay in memory.
     images = settings.batch_size * (1 if is_loading(settings) else settings.accumulate)
     check_memory(settings, topology, images)
     check_writable(settings)
@@ -49,18 +47,40 @@ def compare(settings: Settings, topology: Topology) -> list[Compared]:
         check_input_shape(meta_model(*shape), settings.model, chosen.batch_size, shape[2])
     ways = all_ways(settings, topology)
     say_lines(split_lines(ways))
-    rounds = run_rounds(ways, topology.online, begun_s, bool(settings.output_dir))
+    rounds = run_rounds(ways, topology.online)
     seconds = time.perf_counter() - begun_s
     found = Comparison(asked, settings, topology, ways, rounds, image_flops(settings), seconds)
     say_lines(["", *comparison_notes(found)])
-    say("\n".join([*tables_of(found), "", found.verdict]))
+    say("\n".join([*comparison_tables(found), "", found.verdict]))
     write_comparison(found)
     return found.rows
 
 
+def check_comparison(settings: Settings, topology: Topology) -> None:
+    """Raise UserError for a system or options that leave nothing to compare."""
+    if not topology.has_affinity:
+        reason = f"{platform.system()} cannot keep threads on cores"
+        if topology.affinity_refused:
+            reason = f"the system keeps no thread on cores ({topology.affinity_refused})"
+        raise UserError(
+            f"compare: {reason}; there is no split to compare, only train --split none works"
+        )
+    chosen = {
+        f"--split {settings.split}": "none" in settings.split.split(","),
+        f"--schedule {settings.schedule}": settings.schedule != "sequential",
+    }
+    for asked, is_wrong in chosen.items():
+        if is_wrong:
+            raise UserError(f"{asked}: compare runs every schedule beside --split none by itself")
+    if settings.epochs and not settings.recipe:
+        raise UserError(f"--epochs {settings.epochs}: compare takes --steps, for each way to train")
+    check_model_name(settings.model)
+
+
 def write_comparison(found: Comparison) -> None:
-    """Write what took minutes to measure: the figures, the picture, and a section of logs.md. What
-    cannot be written costs none of the others; RunError, in the end, says all that is missing.
+    """Write what took minutes to measure: the figures, the picture, and a section of logs.md.
+
+    What cannot be written costs none of the others. RunError, in the end, names all of it.
     """
     settings, reasons = found.settings, []
     writers: list[Callable[[], None]] = []
@@ -87,14 +107,3 @@ def image_flops(settings: Settings) -> ByLane:
     if settings.teacher:
         flops["forward"] += measure_model(settings.teacher, *shape).flops["forward"]
     return flops
-
-
-def check_comparison(settings: Settings) -> None:
-    """Raise UserError for options that leave nothing to compare."""
-    if "none" in settings.split.split(",") or settings.schedule != "sequential":
-        split = "none" in settings.split.split(",")
-        asked = f"--split {settings.split}" if split else f"--schedule {settings.schedule}"
-        raise UserError(f"{asked}: compare runs every schedule beside --split none by itself")
-    if settings.epochs and not settings.recipe:
-        raise UserError(f"--epochs {settings.epochs}: compare takes --steps, for each way to train")
-    check_model_name(settings.model)

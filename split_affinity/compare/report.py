@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from split_affinity.checkpoints.state import versions
-from split_affinity.compare.loops import ByLane, Round
-from split_affinity.compare.rounds import disturbance, part_note, rounds_used
-from split_affinity.compare.verdict import Compared, Comparison
-from split_affinity.compare.ways import ROUNDS, Way, is_loading, of_one_rank, why_no_ranks
+from split_affinity.compare.loops import ByLane
+from split_affinity.compare.rounds import Round, disturbance, rounds_used
+from split_affinity.compare.verdict import Comparison
+from split_affinity.compare.ways import ROUNDS, Way, halved_step, is_loading, way_of_rank
 from split_affinity.machine.description import describe_topology
 from split_affinity.machine.plan import split_name
 from split_affinity.machine.topology import host_kind
@@ -24,73 +24,57 @@ from split_affinity.text import code_span, in_markdown, markdown_table, plural, 
 
 def comparison_notes(found: Comparison) -> list[str]:
     """What has been compared, and which rounds others disturbed, in sentences."""
-    rows = found.rows
-    pairs = zip(rows, found.ways, strict=True)
-    parts = {row.way: (row.timed_batches, way.settings.accumulate) for row, way in pairs}
-    flags = "bf16" if found.settings.precision == "bf16" else "fp32"
-    images = "loaded beforehand"
-    if is_loading(found.settings):
-        images = f"loaded meanwhile, by {plural(found.settings.workers, 'process')} a way"
+    rows, settings = found.rows, found.settings
+    flags = "bf16" if settings.precision == "bf16" else "fp32"
+    images, own_loaders = "loaded beforehand", ""
+    if is_loading(settings):
+        images = f"loaded meanwhile, by {plural(settings.workers, 'process')} a way"
+        own_loaders = ", with loaders of its own"
     ranks = ""
     if any(row.ranks > 1 for row in rows):
-        each = ", with loaders of its own" if is_loading(found.settings) else ""
-        ranks = f"; ranks: data parallelism, a process on each group of the split{each}"
+        ranks = f"; ranks: data parallelism, a process on each group of the split{own_loaders}"
     about = (
-        f"{describe_run(found.settings)}; {plural(len(rows[0].to_none_rounds), 'round')}, images "
+        f"{describe_run(settings)}; {plural(len(rows[0].to_none_rounds), 'round')}, images "
         f"{images}; plain: a PyTorch loop in its defaults, {found.plain}: with the flags of other "
-        f"trainers ({flags}, channels_last){ranks}{part_note(parts)}"
+        f"trainers ({flags}, channels_last){ranks}"
     )
     return [about, *disturbance_lines(found.rounds)]
 
 
-def disturbance_lines(rounds: dict[str, list[Round]]) -> Iterator[str]:
+def disturbance_lines(rounds: Sequence[Round]) -> Iterator[str]:
     """Which rounds others disturbed, and what has become of them."""
     used = rounds_used(rounds)
-    for index in range(len(next(iter(rounds.values())))):
-        share, text = disturbance(rounds, index)
+    for index, each in enumerate(rounds):
+        share, text = disturbance(each)
         fate = "kept, for want of an undisturbed one" if index in used else "left out"
         if share:
             yield f"round {index + 1} was disturbed: {text}; {fate}"
 
 
-def tables_of(found: Comparison) -> list[str]:
-    """The tables of a comparison, which 80 columns hold, each after an empty line."""
-    tables = speed_table(found), placement_table(found.rows), rate_table(found.rows)
-    return [f"\n{table}" for table in tables]
+def comparison_tables(found: Comparison) -> list[str]:
+    """Speeds, use of the machine, and rates, in tables of at most 80 columns.
 
-
-def speed_table(found: Comparison) -> str:
-    """How fast the ways are; a bound with the share of it that is reached."""
-    cells = []
+    Each comes after an empty line. The cores are not in them: split_lines names these.
+    """
+    speeds, uses, rates = [], [], []
     for row in found.rows:
         low, high = map(speed_text, row.images_per_s_range)
         bound = ""
         if row.bound_images_per_s:
             bound = f"{speed_text(row.bound_images_per_s)} ({row.bound_share:.0%})"
         ratios = f"{row.to_none:.2f}", f"{row.to_plain:.2f}"
-        cells.append((row.way, speed_text(row.images_per_s), f"{low}-{high}", *ratios, bound))
-    return markdown_table(
-        ("way", "img/s", "range", "to none", f"to {found.plain}", "of bound"), cells
-    )
-
-
-def placement_table(rows: Sequence[Compared]) -> str:
-    """What the ways use of the machine; their cores are told before (see split_lines)."""
-    cells = []
-    for row in rows:
+        speeds.append((row.way, speed_text(row.images_per_s), f"{low}-{high}", *ratios, bound))
         memory, stray = f"{row.peak_memory_bytes / 2**30:.2f}", f"{1e3 * row.stray_s:.1f}"
-        cells.append((row.way, row.batches, lanes_text(row.busy, "{:.0%}"), memory, stray))
-    return markdown_table(("way", "batches", "busy", "peak GiB", "stray ms"), cells)
-
-
-def rate_table(rows: Sequence[Compared]) -> str:
-    """What the ways compute, beside what large matrix products reach on their cores."""
-    cells = []
-    for row in rows:
+        uses.append((row.way, row.batches, lanes_text(row.busy, "{:.0%}"), memory, stray))
         rate = lanes_text(row.matrix_gflops, "{:.0f}")
         share = lanes_text(row.matrix_share, "{:.0%}")
-        cells.append((row.way, f"{row.gflops:.0f}", rate, share))
-    return markdown_table(("way", "GFLOP/s", "matrix GFLOP/s", "share of matrix rate"), cells)
+        rates.append((row.way, f"{row.gflops:.0f}", rate, share))
+    tables = {
+        ("way", "img/s", "range", "to none", f"to {found.plain}", "of bound"): speeds,
+        ("way", "batches", "busy", "peak GiB", "stray ms"): uses,
+        ("way", "GFLOP/s", "matrix GFLOP/s", "share of matrix rate"): rates,
+    }
+    return [f"\n{markdown_table(header, cells)}" for header, cells in tables.items()]
 
 
 def lanes_text(figures: ByLane, pattern: str) -> str:
@@ -112,7 +96,7 @@ def comparison_section(found: Comparison) -> str:
     title = f"compare, {found.settings.model}, split {split_name(found.settings)}"
     heading = f"\n## {utc_now()} {in_markdown(title)}\n"
     items = "\n".join(f"- {line}" for line in lines)
-    return "\n".join([heading, items, *tables_of(found), "", found.verdict]) + "\n"
+    return "\n".join([heading, items, *comparison_tables(found), "", found.verdict]) + "\n"
 
 
 def comparison_json(found: Comparison) -> str:
@@ -121,11 +105,11 @@ def comparison_json(found: Comparison) -> str:
     rounds = [
         {
             "round": index + 1,
-            "images_per_s": {way: each[index].images_per_s for way, each in found.rounds.items()},
-            "disturbance": disturbance(found.rounds, index)[1] or None,
+            "images_per_s": {way: result.images_per_s for way, result in each.items()},
+            "disturbance": disturbance(each)[1] or None,
             "counts": index in used,
         }
-        for index in range(len(found.rounds["none"]))
+        for index, each in enumerate(found.rounds)
     ]
     figures = {
         "machine": describe_topology(found.topology),
@@ -141,32 +125,28 @@ def comparison_json(found: Comparison) -> str:
 
 
 def draw_comparison(path: Path, found: Comparison) -> None:
-    """The timelines of one lane and of the schedules in the seventh round, over the same span of
-    time, in which each has a whole step. Makes the folder if it is not there.
+    """Draw each way's steps of the seventh round over the same span of time, but for plain loops.
+
+    Each rank has a panel of its own. Makes the folder if it is not there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     panels = []
     for way, row in zip(found.ways, found.rows, strict=True):
-        if not way.plain:
-            title = f"{row.way}: {row.images_per_s:.1f} images/s, {row.batches} images a step"
-            steps = steps_to_draw(found.rounds[row.way][ROUNDS - 1].steps)
-            panels += panels_of(way, Panel(title, way.plan, steps, found.topology.cores))
-    footer = picture_footer(found.topology)
-    draw_timelines(path, describe_run(found.settings), panels, footer)
-
-
-def panels_of(way: Way, panel: Panel) -> Iterator[Panel]:
-    """A panel of a way, or one for each of its ranks, whose micro-batches are counted each."""
-    zero_s = panel.records[0].start_s
-    for rank in range(way.ranks):
-        plan = of_one_rank(way, rank).plan
-        lanes = {group.name for group in plan.groups}
-        steps = [
-            dataclasses.replace(step, records=tuple(r for r in step.records if r.lane in lanes))
-            for step in panel.steps
-        ]
-        title = panel.title if not rank else ""
-        yield dataclasses.replace(panel, title=title, plan=plan, steps=steps, zero_s=zero_s)
+        if way.plain:
+            continue
+        title = f"{row.way}: {row.images_per_s:.1f} images/s, {row.batches} images a step"
+        shown = steps_to_draw(found.rounds[ROUNDS - 1][row.way].steps)
+        zero_s = min(record.start_s for step in shown for record in step.records)
+        for rank in range(way.ranks):
+            plan = way_of_rank(way, rank).plan
+            lanes = {group.name for group in plan.groups}
+            steps = []
+            for step in shown:
+                own = tuple(record for record in step.records if record.lane in lanes)
+                steps.append(dataclasses.replace(step, records=own))
+            panel = Panel("" if rank else title, plan, steps, found.topology.cores, zero_s=zero_s)
+            panels.append(panel)
+    draw_timelines(path, describe_run(found.settings), panels, picture_footer(found.topology))
 
 
 def split_lines(ways: Sequence[Way]) -> Iterator[str]:
@@ -174,9 +154,17 @@ def split_lines(ways: Sequence[Way]) -> Iterator[str]:
     ranked = {way.settings.split for way in ways if way.ranks > 1} | {"none"}
     on_lanes = [way for way in ways if not way.plain and way.ranks == 1]
     for split, way in {way.settings.split: way for way in on_lanes}.items():
-        groups = "; ".join(f"{group.name} {group}" for group in way.plan.groups)
-        yield f"split {way.plan.split}: {groups}"
-        if split not in ranked:
-            yield f"note: no ranks beside split {way.plan.split}: {why_no_ranks(way)}"
+        plan, settings = way.plan, way.settings
+        groups = "; ".join(f"{group.name} {group}" for group in plan.groups)
+        yield f"split {plan.split}: {groups}"
+        if split in ranked:
+            continue
+        reason = f"the {settings.accumulate} x {settings.batch_size} images of a step"
+        reason += " cannot be halved"
+        if plan.forward.cpus == plan.backward.cpus:
+            reason = "both groups are the same core"
+        elif halved_step(settings):
+            reason = "this build of torch has no gloo to connect them"
+        yield f"note: no ranks beside split {plan.split}: {reason}"
     for note in dict.fromkeys(note for way in ways for note in way.plan.notes):
         yield f"note: {note}"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
-from split_affinity.compare.loops import ByLane, Round
-from split_affinity.compare.rounds import clean_rounds, rounds_used
+from split_affinity.compare.loops import ByLane, WayRound
+from split_affinity.compare.rounds import Round, disturbance, rounds_used
 from split_affinity.compare.ways import Way, best_plain
 from split_affinity.machine.plan import split_name
 from split_affinity.machine.topology import Topology
@@ -23,11 +23,10 @@ class Compared:
     """One way to train in a comparison: medians over the rounds; ranges are (lowest, highest).
 
     Ratios are taken within a round; `to_plain` is that to the plain loop with the best flags.
-    `bound_share` is the bound's share of the step's time, `gflops` of the whole machine;
-    `matrix_share`, by lane, is the rate of convolutions and matrix products as a share of the
-    lane's rate in large matrix products: over whole steps for a single lane, during its phases for
-    a lane of two. Steps were measured by `timed_batches` of theirs, at the least. Where there are
-    several `ranks`, that is what each of them had, and `batches` are ranks x batches x images.
+    `bound_share` is the bound's share of the step's time. `gflops` are those of the whole machine;
+    `matrix_share`, by lane, is the rate of convolutions and matrix products, relative to that of
+    large matrix products: over whole steps for a single lane, over its phases for a lane of two.
+    With several `ranks`, `batches` are ranks x batches x images.
     """
 
     way: str
@@ -36,7 +35,6 @@ class Compared:
     cores: str
     ranks: int
     batches: str
-    timed_batches: int
     images_per_s: float
     images_per_s_range: tuple[float, float]
     to_none: float
@@ -52,7 +50,7 @@ class Compared:
     stray_s: float
 
 
-def matrix_share(lane: str, each: Round, flops: ByLane) -> float:
+def matrix_share(lane: str, each: WayRound, flops: ByLane) -> float:
     """The rate of a lane's convolutions and matrix products, relative to `matrix_flops`."""
     if lane in flops:
         achieved_flops = flops[lane] * each.steps[0].images / each.phase_s(lane)
@@ -61,100 +59,93 @@ def matrix_share(lane: str, each: Round, flops: ByLane) -> float:
     return achieved_flops / each.matrix_flops[lane]
 
 
-def against_bound(rounds: Sequence[Round], settings: Settings) -> dict[str, float | None]:
-    """The bound in images a second, and its share of the step's time, medians; plain loops and
-    ranks have none.
-    """
-    if not rounds[0].alone:
-        return {"bound_images_per_s": None, "bound_share": None}
-    schedule, accumulate = settings.schedule, settings.accumulate
-    bounds_s = [step_bound_s(schedule, each.alone, accumulate) for each in rounds]
-    shares = [bound_s / each.step_s for bound_s, each in zip(bounds_s, rounds, strict=True)]
-    speed = settings.batch_size * accumulate / statistics.median(bounds_s)
-    return {"bound_images_per_s": speed, "bound_share": statistics.median(shares)}
+def lane_medians(rounds: Sequence[ByLane]) -> ByLane:
+    """The median of each lane's figures."""
+    return {lane: median(each[lane] for each in rounds) for lane in rounds[0]}
 
 
-def compared_way(way: Way, rounds: dict[str, list[Round]], flops: ByLane) -> Compared:
-    """The figures of one way to train."""
-    own, settings = rounds[way.name], way.settings
+def compared_way(way: Way, rounds: Sequence[Round], flops: ByLane) -> Compared:
+    """The figures of one way to train; `flops` are an image's operations by phase."""
+    own, settings = [each[way.name] for each in rounds], way.settings
+    schedule, batches = settings.schedule, (settings.accumulate, settings.batch_size)
     speeds = [each.images_per_s for each in own]
     to_none, to_plain = (
-        [each.images_per_s / other.images_per_s for each, other in zip(own, others, strict=True)]
-        for others in (rounds["none"], rounds[best_plain(rounds)])
+        [each[way.name].images_per_s / each[other].images_per_s for each in rounds]
+        for other in ("none", best_plain(rounds[0]))
     )
-    lanes, batches = own[0].matrix_flops, (settings.accumulate, settings.batch_size)
+    bound_speed = bound_share = None
+    if own[0].alone:
+        bounds_s = [step_bound_s(schedule, each.alone, settings.accumulate) for each in own]
+        bound_speed = math.prod(batches) / median(bounds_s)
+        pairs = zip(bounds_s, own, strict=True)
+        bound_share = median(bound_s / each.step_s for bound_s, each in pairs)
+    shares = [{lane: matrix_share(lane, each, flops) for lane in each.matrix_flops} for each in own]
+    rates = lane_medians([each.matrix_flops for each in own])
     return Compared(
         way=way.name,
         split=split_name(settings),
-        schedule=settings.schedule,
+        schedule=schedule,
         cores=" + ".join(format_cpu_list(group.cpus) for group in way.plan.groups),
         ranks=way.ranks,
         batches=" x ".join(map(str, batches if way.ranks == 1 else (way.ranks, *batches))),
-        timed_batches=round(min(each.share for each in own) * settings.accumulate),
-        images_per_s=statistics.median(speeds),
+        images_per_s=median(speeds),
         images_per_s_range=(min(speeds), max(speeds)),
-        to_none=statistics.median(to_none),
+        to_none=median(to_none),
         to_none_rounds=tuple(to_none),
-        to_plain=statistics.median(to_plain),
-        **against_bound(own, settings),
-        busy={name: statistics.median(each.busy[name] for each in own) for name in own[0].busy},
+        to_plain=median(to_plain),
+        bound_images_per_s=bound_speed,
+        bound_share=bound_share,
+        busy=lane_medians([each.busy for each in own]),
         peak_memory_bytes=max(each.peak_memory_bytes for each in own),
-        gflops=sum(flops.values()) * statistics.median(speeds) / 1e9,
-        matrix_share={
-            lane: statistics.median(matrix_share(lane, each, flops) for each in own)
-            for lane in lanes
-        },
-        matrix_gflops={
-            lane: statistics.median(each.matrix_flops[lane] for each in own) / 1e9 for lane in lanes
-        },
+        gflops=sum(flops.values()) * median(speeds) / 1e9,
+        matrix_share=lane_medians(shares),
+        matrix_gflops={lane: rate / 1e9 for lane, rate in rates.items()},
         stray_s=sum(step.total("stray_s") for each in own for step in each.steps),
     )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What has been compared, in settings as they were `asked` for, and as they are in force: all
-    rounds of each way, by its name, the floating-point operations of an image, and how long
-    everything took.
+    """What has been compared, in settings as `asked` for and as in force; all rounds of it.
+
+    `flops` are an image's operations by phase; everything took `seconds`.
     """
 
     asked: Settings
     settings: Settings
     topology: Topology
     ways: Sequence[Way]
-    rounds: dict[str, list[Round]]
+    rounds: Sequence[Round]
     flops: ByLane
     seconds: float
 
     @functools.cached_property
     def rows(self) -> list[Compared]:
         """The figures of the ways, from the rounds that count."""
-        used = rounds_used(self.rounds)
-        counting = {way: [each[index] for index in used] for way, each in self.rounds.items()}
+        counting = [self.rounds[index] for index in rounds_used(self.rounds)]
         return [compared_way(way, counting, self.flops) for way in self.ways]
 
     @property
     def plain(self) -> str:
         """The name of the plain loop with the best flags."""
-        return best_plain(self.rounds)
+        return best_plain(self.rounds[0])
 
     @property
     def verdict(self) -> str:
-        """The verdict, with a word of warning if disturbed rounds count; none, and no advice, if
-        most of them are disturbed.
-        """
+        """The verdict, with a warning if disturbed rounds count; none if most are disturbed."""
         used = rounds_used(self.rounds)
-        disturbed = len(set(used).difference(clean_rounds(self.rounds)))
+        disturbed = sum(disturbance(self.rounds[index])[0] > 0 for index in used)
         # Where most are undisturbed, medians lie between their figures, whatever the others are.
         needed = len(used) // 2 + 1
         if len(used) - disturbed < needed:
             return (
-                f"No verdict, and no advice: {disturbed} of the {plural(len(used), 'round')} were "
-                f"disturbed by others, whose doing the figures may be; {needed} undisturbed "
-                "ones are needed. Compare once more while nothing else runs on this machine."
+                f"No verdict, and no advice: others disturbed {disturbed} of the "
+                f"{plural(len(used), 'round')}, so the figures may be their doing; {needed} "
+                "undisturbed ones are needed. Compare once more while nothing else runs on this "
+                "machine."
             )
         warning = f" But {disturbed} of the {plural(len(used), 'round')} were disturbed by others."
-        return verdict(self.rows) + (warning if disturbed else "")
+        return judge_ways(self.rows) + (warning if disturbed else "")
 
 
 def judge_rounds(ratios: Iterable[float], candidates: int = 3) -> str:
@@ -164,24 +155,23 @@ def judge_rounds(ratios: Iterable[float], candidates: int = 3) -> str:
 
 
 def beyond_noise(ratios: Iterable[float], candidates: int) -> int:
-    """Whether relative speeds, each measured in a round of its own, show the fastest of some
-    candidates to be faster (1) or slower (-1) than what it is compared with, or neither (0).
+    """Whether the fastest of some candidates is faster (1) or slower (-1) than another, or neither.
 
-    All rounds have to agree, but for at most the one that is nearest to 1: in seven rounds, a
-    signed-rank test at 3 in 100. The fastest of many looks better than it is: of more than those of
-    three splits, all rounds have to agree.
+    Each of its relative speeds comes from a round of its own. All rounds have to agree, but for at
+    most the one nearest to 1: in seven rounds, a signed-rank test at 3 in 100. The fastest of many
+    looks better than it is: with the schedules of more than three splits, all have to agree.
     """
     decisive = sorted(map(math.log, ratios), key=abs)[candidates <= 9 :]
     return (min(decisive) > 0) - (max(decisive) < 0)
 
 
-def verdict(compared: Sequence[Compared]) -> str:
+def judge_ways(compared: Sequence[Compared]) -> str:
     """What a comparison says about the split, and what to do, in some sentences."""
     candidates = [row for row in compared if row.split != "none" and row.ranks == 1]
     best = max(candidates, key=lambda row: row.to_none)
     low, high = min(best.to_none_rounds), max(best.to_none_rounds)
     judgement = judge_rounds(best.to_none_rounds, len(candidates))
-    rival, ahead = rival_of(best, compared)
+    rival, ahead = judge_ranks(best, compared)
     listed = best.split == "lists"
     advice = "train with --split none"
     if ahead:
@@ -201,9 +191,11 @@ def verdict(compared: Sequence[Compared]) -> str:
     )
 
 
-def rival_of(best: Compared, compared: Sequence[Compared]) -> tuple[str, bool]:
-    """What data parallelism on the same groups reaches, in a sentence, if it is faster than the
-    split's `best` schedule or than one lane; and whether it is faster than both beyond the noise.
+def judge_ranks(best: Compared, compared: Sequence[Compared]) -> tuple[str, bool]:
+    """What data parallelism on the same groups reaches, in a sentence, if that is worth saying.
+
+    That is, if it is faster than the split's `best` schedule or than one lane. And whether it is
+    faster than both, beyond the noise.
     """
     rivals = [row for row in compared if row.ranks > 1]
     rival = max(rivals, key=lambda row: row.to_none, default=None)
@@ -212,8 +204,8 @@ def rival_of(best: Compared, compared: Sequence[Compared]) -> tuple[str, bool]:
     rounds = rival.to_none_rounds
     pairs = zip(rounds, best.to_none_rounds, strict=True)
     ahead = [own / max(1.0, other) for own, other in pairs]
-    return (
+    sentence = (
         f" Data parallelism on the same groups, {rival.way}, trains at {rival.to_none:.2f} of one "
-        f"lane's speed ({min(rounds):.2f} to {max(rounds):.2f}).",
-        beyond_noise(ahead, len(rivals)) > 0,
+        f"lane's speed ({min(rounds):.2f} to {max(rounds):.2f})."
     )
+    return sentence, beyond_noise(ahead, len(rivals)) > 0

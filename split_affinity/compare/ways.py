@@ -1,9 +1,10 @@
-"""All ways to train that are compared: plain loops, one lane, and for each split every schedule."""
+"""All ways to train that are compared: plain loops, one lane, and every schedule of each split."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,20 +13,21 @@ from torch import distributed
 from split_affinity.errors import UserError
 from split_affinity.machine.plan import CorePlan, make_group
 from split_affinity.machine.topology import Topology
-from split_affinity.options.settings import Settings
+from split_affinity.options.settings import Settings, TrainingSettings
 from split_affinity.runs.measurement import plan_for
 from split_affinity.training.schedules import SCHEDULES
 
 ROUNDS = 7
-
-MOST_STEPS = 32
+MOST_STEPS = 32  # of a way in a round, unless --steps asks for more
+LEAST_STEPS_S = 2.0  # where steps are short, a round has as many as take so long
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: a plain PyTorch loop, or this program's own on the lanes of a plan; or in
-    two ranks, one on each of the plan's groups. Phases without company are timed for it if its
-    batches are not those of `sequential`, whose phases tell the same where they are.
+    """One way to train: a plain PyTorch loop, or the lanes of a plan; or two ranks, on its groups.
+
+    With `times_phases` the phases are timed without contention, too. Ways with the batches of
+    `sequential` need not: its phases never overlap.
     """
 
     name: str
@@ -43,21 +45,6 @@ class Way:
         """In how many processes it trains."""
         return self.settings.ranks
 
-    @property
-    def strict(self) -> bool:
-        """Whether batches come strictly one after the other: then a part of a step tells all."""
-        return self.settings.schedule == "sequential"
-
-    @property
-    def warmup(self) -> int:
-        """Batches to leave out of a round: memory that others have had meanwhile is fetched again.
-        Of two phases that are timed for themselves, the one whose memory was there is taken.
-        """
-        return 2 if self.times_phases else 1
-
-
-CORES_OF_GROUPS = ("forward_cores", "backward_cores", "forward_threads", "backward_threads")
-
 
 def best_plain(names: Iterable[str]) -> str:
     """The plain loop with the best flags, among the names of ways."""
@@ -67,11 +54,12 @@ def best_plain(names: Iterable[str]) -> str:
 def way_settings(settings: Settings) -> dict[str, Settings]:
     """The settings of the ways to train, by name; all have the same images in an optimizer step.
 
-    If a step has one batch only, `overlap` divides it into micro-batches, four if possible. There
-    are no ranks where two cannot have a step between them (see halved_step), or without gloo.
+    Of a step with one batch, `overlap` makes micro-batches, four if possible. There are no ranks
+    without gloo, or if two cannot share a step (see halved_step).
     """
-    groups = dict.fromkeys(CORES_OF_GROUPS)  # they are for the lanes of a split alone
-    none = dataclasses.replace(settings, split="none", schedule="sequential", **groups)
+    # Lists of cores and thread counts are for the lanes of a split alone.
+    own = ("forward_cores", "backward_cores", "forward_threads", "backward_threads")
+    none = dataclasses.replace(settings, split="none", schedule="sequential", **dict.fromkeys(own))
     ways = {
         "plain": dataclasses.replace(none, precision="fp32", channels_last=False),
         "plain bf16" if settings.precision == "bf16" else "plain nhwc": dataclasses.replace(
@@ -92,9 +80,10 @@ def way_settings(settings: Settings) -> dict[str, Settings]:
     return ways
 
 
-def halved_step(settings: Settings) -> dict[str, int]:
-    """What one of two ranks has of a step: half of its batches, or of an odd number all, of half
-    the size. Nothing if that is odd too, or leaves single images, too few for BatchNorm.
+def halved_step(settings: TrainingSettings) -> dict[str, int]:
+    """One of two ranks' share of a step: half of the batches, or all of them in half the size.
+
+    Empty if both are odd, or if single images would be left: BatchNorm needs two.
     """
     if settings.accumulate % 2 == 0:
         return {"accumulate": settings.accumulate // 2}
@@ -112,14 +101,12 @@ def micro_batches(batch_size: int) -> int:
 
 
 def all_ways(settings: Settings, topology: Topology) -> list[Way]:
-    """The ways to train, with their cores: where these are listed, each way has all of them. Ranks
-    have the groups of the split beside them; there are none where these are the same core.
-    """
+    """The ways to train, with their cores: where these are listed, each way has all of them."""
     listed = {*(settings.forward_cores or ()), *(settings.backward_cores or ())}
     ways = []
     for name, chosen in way_settings(settings).items():
         if chosen.ranks > 1:
-            plan = ways[-1].plan
+            plan = ways[-1].plan  # of the split beside which they stand
             if plan.forward.cpus != plan.backward.cpus:
                 ways.append(Way(name, chosen, plan_of_ranks(plan)))
             continue
@@ -132,19 +119,11 @@ def all_ways(settings: Settings, topology: Topology) -> list[Way]:
     return ways
 
 
-def why_no_ranks(way: Way) -> str:
-    """Why no ranks stand beside a way on two groups."""
-    if way.plan.forward.cpus == way.plan.backward.cpus:
-        return "both groups are the same core"
-    if halved_step(way.settings):
-        return "this build of torch has no gloo to connect them"
-    batches = f"{way.settings.accumulate} x {way.settings.batch_size}"
-    return f"the {batches} images of a step cannot be halved"
-
-
 def plan_of_ranks(plan: CorePlan) -> CorePlan:
-    """A rank on each group of a split. Loaders stay off the other rank's cores: they are on those
-    that were listed for them beside both groups, else each rank's are on its own.
+    """A rank on each group of a split.
+
+    Loaders have the cores that were listed for them outside of both groups; else each rank's share
+    its own.
     """
     groups = [
         dataclasses.replace(group, name=f"rank {rank}") for rank, group in enumerate(plan.groups)
@@ -154,8 +133,8 @@ def plan_of_ranks(plan: CorePlan) -> CorePlan:
     return dataclasses.replace(plan, forward=groups[0], backward=groups[1], loader_cpus=loader_cpus)
 
 
-def of_one_rank(way: Way, rank: int) -> Way:
-    """A way as one of its ranks has it, if it has several: on a lane over its own group."""
+def way_of_rank(way: Way, rank: int) -> Way:
+    """A way as one of its ranks trains it: with several, on one lane over the rank's group."""
     if way.ranks == 1:
         return way
     group = way.plan.groups[rank]
@@ -169,6 +148,13 @@ def is_loading(settings: Settings) -> bool:
     return bool(settings.data_path) and not settings.preload
 
 
-def steps_in_round(settings: Settings) -> int:
-    """The most steps that a way is measured by in one round."""
-    return -(-settings.steps // ROUNDS) if settings.steps else MOST_STEPS
+def steps_in_round(asked: int | None, shortest_s: float | None = None) -> int:
+    """Steps of each way in a round: as asked in all rounds, or enough to take LEAST_STEPS_S.
+
+    Without the shortest way's step in seconds, the most that there can be.
+    """
+    if asked:
+        return math.ceil(asked / ROUNDS)
+    if shortest_s is None:
+        return MOST_STEPS
+    return max(1, min(MOST_STEPS, math.ceil(LEAST_STEPS_S / shortest_s)))

@@ -39,7 +39,7 @@ from split_affinity.text import format_cpu_list, option_text, readable, without_
 
 MOST_CLASSES = 10**7
 MOST_SYNTHETIC_IMAGES = 2**17  # in a step; more than any published training had
-COMPARED_BATCHES = 8  # in a step: 256 images with the default batch, as recipes have them
+COMPARED_BATCHES = 4  # in a step, as in most recipes
 
 
 def option(

@@ -32,29 +32,31 @@ RANGE, RANGE_STEPS = (1e-6, 10.0), 100
 
 
 def quarter_decade(rates: Sequence[float]) -> int:
-    """In how many steps the rates, which rise by the same factor, rise by a quarter of a decade."""
+    """In how many steps rates that rise by the same factor rise by a quarter of a decade."""
     return int(0.25 / math.log10(rates[1] / rates[0]) + 1e-6) if len(rates) > 1 else 0
 
 
 def judge_rates(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
-    """Smooth the losses of a range test, and find the rate at which the loss begins to rise for
-    good; suggested is a tenth of it. Nothing is, unless the loss has fallen clearly before.
+    """Smooth a range test's losses, and suggest a tenth of the rate at which they rise for good.
 
-    A loss becomes the median of those up to a quarter of a decade away, however many steps these
-    are. It rises for good where it stays clearly above the lowest loss so far for a quarter of a
-    decade; what comes after that, such as a second valley, says nothing. Clear is a tenth of the
-    first loss, and more than chance: five times the usual change from one step to the next, divided
-    by the cube root of the number of losses in a median (2.6 times in 100 steps).
+    Nothing is suggested unless the loss has fallen clearly before. A loss becomes the median of
+    those up to a quarter of a decade away, however many steps these are. It rises for good where it
+    stays clearly above the lowest loss so far for a quarter of a decade; what comes after that, a
+    second valley, say, counts for nothing. Clear is a tenth of the first loss, and more than
+    chance: five times the usual change from one step to the next, divided by the cube root of the
+    number of losses in a median (2.6 times in 100 steps).
     """
     near = quarter_decade(rates)
-    windows = (losses[max(0, i - near) : i + near + 1] for i in range(len(losses)))
+    windows = [losses[max(0, i - near) : i + near + 1] for i in range(len(losses))]
     smoothed = tuple(map(statistics.median, windows))
     changes = [abs(b - a) / (max(a, b) or 1.0) for a, b in itertools.pairwise(losses)]
     chance = 5 * statistics.median(changes or [1.0]) / (2 * near + 1) ** (1 / 3)
     clear = smoothed[0] * max(0.1, chance)
-    lowest = itertools.accumulate(smoothed, min)
-    rises = (i for i, low in enumerate(lowest) if min(smoothed[i : i + near + 1]) > low + clear)
-    end = next(rises, len(rates))
+    end = len(rates)
+    for i, low in enumerate(itertools.accumulate(smoothed, min)):
+        if min(smoothed[i : i + near + 1]) > low + clear:
+            end = i
+            break
     if min(smoothed[:end]) > smoothed[0] - clear:
         return RangeTest(tuple(rates), smoothed, None)
     edge = math.sqrt(rates[end - 1] * rates[min(end, len(rates) - 1)])
@@ -62,27 +64,25 @@ def judge_rates(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
 
 
 def range_test(run: Run) -> RangeTest:
-    """Learning rate range test (Smith, arXiv 1506.01186): the rate rises from 1e-6 to 10, by the
-    same factor after each of `steps` steps (100), until the median loss of half a decade is four
-    times the lowest such median.
+    """Learning rate range test (Smith, arXiv 1506.01186); leaves the model as it was.
 
-    The model is left as it was.
+    The rate rises from 1e-6 to 10, by the same factor after each of `steps` steps (100). The test
+    ends early when the median loss of half a decade is four times the lowest such median.
     """
     settings, train_state = run.settings, run.train_state
-    model = train_state.network.model
+    model, optimizer = train_state.network.model, train_state.optimizer
     before = {name: value.clone() for name, value in model.state_dict().items()}
     count = settings.steps or RANGE_STEPS
     low, high = RANGE
-    highest = train_state.optimizer.param_groups[0]["initial_lr"]
-    for (
-        group
-    ) in train_state.optimizer.param_groups:  # the body's rate stays a part of the classifier's
+    highest = optimizer.param_groups[0]["initial_lr"]
+    for group in optimizer.param_groups:
+        # The body's rate stays a part of the classifier's.
         part = group["initial_lr"] / highest if highest else 1.0
         group["lr"] = group["initial_lr"] = part * low
     factor = (high / low) ** (1 / max(1, count - 1))
-    train_state.scheduler = lr_scheduler.ExponentialLR(train_state.optimizer, factor)
+    train_state.scheduler = lr_scheduler.ExponentialLR(optimizer, factor)
     rates, losses, medians = [], [], []
-    with contextlib.suppress(Diverged):  # which is what the test is looking for
+    with contextlib.suppress(Diverged):  # the test is looking for that
         for result in itertools.islice(endless_steps(run), count):
             check_between_steps(run)
             run.stop.begin("this step", result.step_s)
@@ -107,14 +107,14 @@ def endless_steps(run: Run) -> Iterator[StepResult]:
 
 
 def range_test_settings(settings: Settings) -> Settings:
-    """The settings of a run whose learning rate is tried out, in steps that no epoch ends."""
+    """The settings of a run to try out learning rates: no epochs, frozen as most of the run."""
     others = {"freeze": mostly_frozen(settings), "freeze_epochs": None}
     others |= {"epochs": None, "lr_warmup_epochs": 0, "model_ema": False}
     return dataclasses.replace(settings, **others)
 
 
 def find_lr_and_report(run: Run) -> RangeTest:
-    """The `find-lr` command, once its run is set up: the test, its suggestion, and the plot."""
+    """The `find-lr` command in a run that is set up: the test, its suggestion, and the plot."""
     result = range_test(run)
     if run.ranks.rank:
         return result

@@ -1,7 +1,7 @@
-"""What this machine makes of the work: phase times, and the split that suits them.
+"""Measuring on this machine: processes for it, phase times, and the split that suits them.
 
-What is measured runs in processes of its own, since the allocator's settings, threads and peak
-memory belong to a process, and only one of them works at a time.
+Measurements run in processes of their own: the allocator's settings, threads and peak memory belong
+to a process. Only one of them works at a time.
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ ENDED_WITHIN_S = 5  # a process whose pipe is closed
 
 
 class MeasuringProcess(Iterator[Any]):
-    """A generator that runs in a process of its own: the one that `function(*args)` makes.
+    """The generator that `function(*args)` makes, in a process of its own.
 
-    `check_stop` is called while waiting, and may raise. Close it, since the process ignores
-    signals, and may have loader processes, which a daemon must not.
+    `check_stop` is called while waiting, and may raise. Close it: the process ignores signals, and
+    is no daemon, since a daemon must not have loader processes.
     """
 
     def __init__(self, check_stop: Callable[[], None], function: Callable[..., Any], *args: Any):
         context = multiprocessing.get_context("spawn")
         self.check_stop = check_stop
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, function, args))
-        # It inherits what is blocked: Ctrl-C shall not reach it before it can ignore signals.
+        self._process = context.Process(target=run_generator, args=(theirs, function, args))
+        # It inherits what is blocked: Ctrl-C must not reach it before it can ignore signals.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         self._process.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -75,12 +75,10 @@ class MeasuringProcess(Iterator[Any]):
         return send_to_all([self], None)[0]
 
     def why_gone(self) -> RunError:
-        """Why the process has ended by itself. The system kills what takes too much memory, and
-        nothing else is likely to.
-        """
+        """Why the process has ended by itself."""
         self._process.join(ENDED_WITHIN_S)
         code = self._process.exitcode
-        if code == -signal.SIGKILL:
+        if code == -signal.SIGKILL:  # by the system, most likely
             return RunError("a measuring process was killed (out of memory?)")
         how = f"exit code {code}"
         if code is None:
@@ -100,9 +98,10 @@ class MeasuringProcess(Iterator[Any]):
 
 
 def send_to_all(processes: Sequence[MeasuringProcess], value: Any) -> list[Any]:
-    """Have generators go on with a value, as their `send` does, at the same time; wait for the next
-    result of each. The first error is raised at once, since others may wait for the one that had
-    it; of several, one that tells more than that another has gone.
+    """Send a value to several generators at once, and wait for the next result of each.
+
+    The first error is raised at once: the others may wait for the process that had it. Of several
+    errors, one that says more than RankLost is raised.
     """
     asked = {process.pipe: process for process in processes}
     results: dict[Any, Any] = {}
@@ -125,12 +124,12 @@ def send_to_all(processes: Sequence[MeasuringProcess], value: Any) -> list[Any]:
                 results[pipe] = asked[pipe].why_gone()
 
 
-def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) -> None:
-    """Answer each value from the pipe with the next result or the exception, in that process."""
+def run_generator(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) -> None:
+    """In that process: answer each value from the pipe with the next result or the exception."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    # Else a process made by spawn spawns its loaders, which then differ from those of a run.
+    # A run's loaders are made by the default method, not by spawn as this process.
     multiprocessing.set_start_method(None, force=True)
     with (
         contextlib.suppress(EOFError, BrokenPipeError),  # the asking process has gone
@@ -152,7 +151,7 @@ def serve(pipe: Any, function: Callable[..., Generator], args: Sequence[Any]) ->
 
 
 def time_phases(lanes: Lanes, train_state: TrainState, batches: Batches, steps: int) -> PhaseTimes:
-    """Times of the phases in `steps` sequential steps, where no phase has company."""
+    """Times of the phases in `steps` sequential steps, where no two phases overlap."""
     lanes.take_records()
     for _ in itertools.islice(sequential(lanes, train_state, batches), steps):
         pass
@@ -162,7 +161,7 @@ def time_phases(lanes: Lanes, train_state: TrainState, batches: Batches, steps: 
 
 
 def phase_times(records: Iterable[PhaseRecord]) -> PhaseTimes:
-    """Median times of the phases, the lower one of two: that of a phase whose memory was there."""
+    """Median times of the phases; of two, the lower one: the first may have fetched memory."""
     durations_s: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for record in records:
         durations_s[record.phase].append(record.duration_s)
@@ -172,14 +171,28 @@ def phase_times(records: Iterable[PhaseRecord]) -> PhaseTimes:
 
 
 def plan_for(settings: Settings, topology: Topology) -> CorePlan:
-    """The core plan; with `--split auto` it is measured first, in some seconds."""
+    """The core plan; with `--split auto` measured first, in some seconds, for the smallest bound.
+
+    For the bound of a step see step_bound_s.
+    """
     if settings.split != "auto":
         return plan_cores(topology, settings)
     check_core_options(topology, settings)
     forward, reason, measured = 1, "is the only choice", {}
-    if (cores := len(usable_cores(topology))) > 2:
+    cores = len(usable_cores(topology))
+    if cores > 2:
         measured = measure_scaling(settings, topology, core_counts(cores))
-        forward, reason = choose_split(settings, measured, cores)
+        bounds_s = split_bounds_s(settings.schedule, settings.accumulate, measured, cores)
+        forward, even = min(bounds_s, key=bounds_s.__getitem__), cores // 2
+        times = "; ".join(
+            f"{count}: {times.forward_s:.3f} and {times.backward_s:.3f} s"
+            for count, times in measured.items()
+        )
+        reason = (
+            f"has the smallest bound of a {settings.schedule} step, {bounds_s[forward]:.3f} s "
+            f"({even}:{cores - even} has {bounds_s[even]:.3f} s); forward and backward of a batch "
+            f"by cores: {times}"
+        )
     split = f"{forward}:{max(1, cores - forward)}"
     plan = plan_cores(topology, dataclasses.replace(settings, split=split))
     notes = (*plan.notes, f"split auto: with {plural(cores, 'core')} {split} {reason}")
@@ -194,19 +207,20 @@ def core_counts(cores: int) -> list[int]:
 def split_bounds_s(
     schedule: str, accumulate: int, measured: dict[int, PhaseTimes], cores: int
 ) -> dict[int, float]:
-    """The bound of a step for each number of forward cores, between the numbers measured."""
+    """The bound of a step by number of forward cores, where both groups' times are known."""
     bounds_s = {}
     for forward in range(1, cores):
         smaller, larger = sorted((forward, cores - forward))
         if min(measured) <= smaller and larger <= max(measured):
-            ours, theirs = times_on(measured, forward), times_on(measured, cores - forward)
+            ours = interpolate_times(measured, forward)
+            theirs = interpolate_times(measured, cores - forward)
             times = PhaseTimes(ours.forward_s, theirs.backward_s, theirs.update_s, ours.refresh_s)
             bounds_s[forward] = step_bound_s(schedule, times, accumulate)
     return bounds_s
 
 
-def times_on(measured: dict[int, PhaseTimes], cores: int) -> PhaseTimes:
-    """Phase times on a number of cores: time as a power of the cores, between two measurements."""
+def interpolate_times(measured: dict[int, PhaseTimes], cores: int) -> PhaseTimes:
+    """Phase times on a number of cores between two that were measured, as a power of it."""
     below = max(count for count in measured if count <= cores)
     above = min(count for count in measured if count >= cores)
     part = math.log(cores / below) / math.log(above / below) if above > below else 0.0
@@ -215,25 +229,8 @@ def times_on(measured: dict[int, PhaseTimes], cores: int) -> PhaseTimes:
     return PhaseTimes(*(few_s ** (1 - part) * many_s**part for few_s, many_s in pairs))
 
 
-def choose_split(
-    settings: Settings, measured: dict[int, PhaseTimes], cores: int
-) -> tuple[int, str]:
-    """How many forward cores give the smallest bound (see step_bound_s), and why, in words."""
-    bounds_s = split_bounds_s(settings.schedule, settings.accumulate, measured, cores)
-    forward, even = min(bounds_s, key=bounds_s.__getitem__), cores // 2
-    times = "; ".join(
-        f"{count}: {times.forward_s:.3f} and {times.backward_s:.3f} s"
-        for count, times in measured.items()
-    )
-    return forward, (
-        f"has the smallest bound of a {settings.schedule} step, {bounds_s[forward]:.3f} s "
-        f"({even}:{cores - even} has {bounds_s[even]:.3f} s); forward and backward of a batch "
-        f"by cores: {times}"
-    )
-
-
 def measured_settings(settings: Settings, topology: Topology) -> Settings:
-    """The settings for measuring: without epochs, growing images, trained weights and a thaw."""
+    """The settings for measuring: without epochs, growing images, trained weights, unfreezing."""
     left_out = dict.fromkeys(("epochs", "min_res", "init_from", "weights"))
     left_out |= {"freeze": mostly_frozen(settings), "freeze_epochs": None}
     return settings_in_force(settings, topology, open_data(settings), **left_out)
@@ -242,7 +239,7 @@ def measured_settings(settings: Settings, topology: Topology) -> Settings:
 def measure_scaling(
     settings: Settings, topology: Topology, counts: Sequence[int]
 ) -> dict[int, PhaseTimes]:
-    """Phase times on groups of some sizes, measured one after the other in a process of its own."""
+    """Phase times on groups of some sizes, one after the other, in a process of their own."""
     check_model_name(settings.model)
     check_writable(settings)
     settings = measured_settings(settings, topology)
@@ -260,14 +257,12 @@ def measure_scaling(
 def time_groups(
     settings: Settings, online: Sequence[int], groups: Sequence[Group]
 ) -> Iterator[PhaseTimes]:
-    """Phase times on each group in turn, on random images; the first step is left out.
-
-    The learning rate is 0, so that nothing can diverge: it takes the same time.
-    """
+    """Phase times on each group in turn, on random images, after a step that is left out."""
     if settings.tuned_malloc:
         tune_allocator()
     size = (settings.batch_size, 3, settings.image_size, settings.image_size)
     loaded = [Loaded((torch.randn(size), torch.randint(settings.num_classes, size[:1])))]
+    # Without a learning rate nothing can diverge, and it takes the same time.
     settings = dataclasses.replace(settings, accumulate=1, lr=0.0, lr_scheduler="constant")
     for group in groups:
         plan = CorePlan("none", group, group, group.cpus)

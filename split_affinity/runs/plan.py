@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 from split_affinity.data.dataset import describe_data, open_data
 from split_affinity.data.named import READERS, SYNTHETIC_CLASSES
@@ -48,23 +47,24 @@ def decide_plan(settings: Settings, topology: Topology, ranks: Ranks) -> tuple[C
 
 
 def plan_lines(settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks) -> list[str]:
-    """The machine and how its cores are divided, as a drawing and in words; of several ranks those
-    of each machine, and each rank's.
+    """The machine and how its cores are divided, as a drawing and in words.
+
+    With several ranks, a drawing of each machine, and a line for each rank.
     """
     if not ranks.hosts:
         drawing = draw_plan(topology, plan)
         return [describe_topology(topology), drawing, *describe_plan(plan, settings)]
-    drawn = (
-        (text, draw_plan(machine, *(ranks.plans[rank] for rank in there), first=there[0]))
-        for text, machine, there in machines_of(ranks)
-    )
-    return [*itertools.chain(*drawn), *rank_lines(ranks)]
+    lines = []
+    for text, machine, there in machines_of(ranks):
+        plans = [ranks.plans[rank] for rank in there]
+        lines += [text, draw_plan(machine, *plans, first=there[0])]
+    return lines + rank_lines(ranks)
 
 
 def print_model(
     settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
 ) -> None:
-    """What `plan` shows beside the cores: the data, if there are any, and the model."""
+    """Print what `plan` shows beside the cores, the data and the model; record the machine."""
     check_model_name(settings.model)
     path, classes, native_size = settings.data_path, SYNTHETIC_CLASSES, 224
     if name := settings.dataset:
@@ -94,7 +94,7 @@ def print_model(
 
 
 def list_models(settings: Settings, topology: Topology) -> None:
-    """What `--list-models` prints: the names, and parameters for 1000 classes; timm's are many."""
+    """Print the models' names, with their parameters for 1000 classes; timm's in one line."""
     say(f"{'model':24} {'parameters':>13}")
     for name in classifier_names():
         say(f"{name:24} {parameter_count(name):>13,}")

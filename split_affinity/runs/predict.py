@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,8 +50,9 @@ MANY_PICTURES = 100  # take long enough to show how far it is
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model in evaluation mode, with the moving average of its weights if there is one;
-    its classes, how pictures are made ready for it, and the checkpoint, if it is from one.
+    """A trained model in evaluation mode, with its classes; `path` is its checkpoint, if any.
+
+    It has the moving average of its weights if there is one.
     """
 
     model: nn.Module
@@ -62,8 +63,9 @@ class Trained:
 
 
 def load_trained(path: Path, overruling: Settings = Settings()) -> Trained:
-    """A checkpoint's model, to use it, with the settings that were in force; how pictures are made
-    ready can be overruled. Raises BadCheckpoint, or UserError for a size that does not fit.
+    """A checkpoint's model, to use it; how pictures are made ready can be overruled.
+
+    Raises BadCheckpoint, or UserError for a size that does not fit.
     """
     return trained_model(path, read_checkpoint(path), overruling)
 
@@ -80,20 +82,15 @@ def trained_model(path: Path, state: State, overruling: Settings) -> Trained:
     return Trained(model.eval(), named_classes(names, settings.num_classes), ready, settings, path)
 
 
-def load_pretrained(settings: Settings) -> Trained:
-    """The model with the trained weights of `--weights`, to use it."""
-    check_model_name(settings.model)
-    known = find_weights(settings.model, settings.weights)
-    ready = known.native.overruled(settings)
-    settings = dataclasses.replace(settings, num_classes=len(known.classes), **vars(ready))
-    model, _ = starting_model(settings, known.classes)
-    return Trained(model.eval(), known.classes, ready, settings)
-
-
-def model_to_ask(settings: Settings) -> Trained:
-    """What `--resume` or `--weights` names."""
+def load_asked_model(settings: Settings) -> Trained:
+    """The model that `--weights` or `--resume` names."""
     if settings.weights:
-        return load_pretrained(settings)
+        check_model_name(settings.model)
+        known = find_weights(settings.model, settings.weights)
+        ready = known.native.overruled(settings)
+        settings = dataclasses.replace(settings, num_classes=len(known.classes), **vars(ready))
+        model, _ = starting_model(settings, known.classes)
+        return Trained(model.eval(), known.classes, ready, settings)
     found = find_resumed(settings, Checkpoints(dataclasses.replace(settings, mirror=None), warn))
     if not found:
         raise UserError(f"--resume auto: no checkpoint in {settings.output_dir}")
@@ -114,34 +111,30 @@ class Answer:
         return "\n".join(map(shown, lines))
 
 
-def probabilities(network: Network, batch: Batch) -> dict[int, torch.Tensor]:
+def class_probabilities(network: Network, batch: Batch) -> dict[int, torch.Tensor]:
     """For each picture of a batch, by its number, the probabilities of all classes, (classes,)."""
     with torch.inference_mode():
         logits, numbers = network.forward(batch)
         return dict(zip(numbers.tolist(), logits.softmax(1), strict=True))
 
 
-def likeliest(shares: torch.Tensor, classes: Sequence[str], path: str) -> Answer:
+def likeliest_classes(shares: torch.Tensor, classes: Sequence[str], path: str) -> Answer:
     """A picture's answer, from the probabilities of all classes."""
     order = shares.argsort(descending=True, stable=True)[:ANSWERS].tolist()
     return Answer(readable(path), [classes[i] for i in order], [shares[i].item() for i in order])
 
 
-def answered(
-    loader: Loader, ask: Callable[[Batch], dict[int, torch.Tensor]], stop: StopRequest
-) -> Iterator[tuple[dict[int, torch.Tensor], Sequence[str]]]:
-    """For each batch what `ask` says, and why pictures cannot be read. Raises Stopped."""
-    for loaded in loader:
-        stop.check()
-        yield ask(loaded.batch) if loaded.batch else {}, loaded.broken
-
-
 @memory_errors()
-def set_up_to_ask(
-    stack: contextlib.ExitStack, settings: Settings, topology: Topology, paths: Sequence[str]
-) -> tuple[Trained, Iterator[tuple[dict[int, torch.Tensor], Sequence[str]]]]:
-    """A trained model and what it says of pictures, batch by batch; loader processes and lanes end
-    with the stack.
+def set_up_prediction(
+    stack: contextlib.ExitStack,
+    settings: Settings,
+    topology: Topology,
+    paths: Sequence[str],
+    stop: StopRequest,
+) -> tuple[Trained, Loader, Callable[[Batch], dict[int, torch.Tensor]]]:
+    """A trained model, a loader of pictures, and the model's probabilities for a batch.
+
+    Loader processes and lanes end with the stack.
     """
     if settings.split == "even" and not topology.has_affinity:  # the default, which cannot be here
         settings = dataclasses.replace(settings, split="none")
@@ -149,22 +142,22 @@ def set_up_to_ask(
     stack.enter_context(coordinating(settings, plan))
     if settings.tuned_malloc:
         tune_allocator()
-    trained = model_to_ask(settings)
+    trained = load_asked_model(settings)
     if settings.channels_last:
         trained.model.to(memory_format=torch.channels_last)
-    stop = StopRequest()
     loader = picture_loader(paths, trained.ready, settings, plan.loader_cpus, stop.check)
     stack.callback(loader.close)
     lanes = stack.enter_context(Lanes(plan, topology.online))
     stack.enter_context(stop)
     how = {"bf16": settings.precision == "bf16", "channels_last": settings.channels_last}
     network = Network(trained.model, nn.CrossEntropyLoss(), **how)
-    return trained, answered(loader, partial(lanes.forward.call, probabilities, network), stop)
+    return trained, loader, partial(lanes.forward.call, class_probabilities, network)
 
 
 def predict(settings: Settings, topology: Topology) -> list[Answer]:
-    """The `predict` command: print the likeliest classes of pictures, and write them. Raises
-    RunError, in the end, if some pictures or folders cannot be read.
+    """The `predict` command: print the likeliest classes of pictures, and write them.
+
+    Raises RunError, in the end, if some pictures or folders cannot be read.
     """
     found = [pictures_in(text) for text in settings.pictures]
     paths = [path for pictures, _ in found for path in pictures]
@@ -172,20 +165,22 @@ def predict(settings: Settings, topology: Topology) -> list[Answer]:
     check_json(settings.json)
     precision = choose_precision(settings, topology)[0]
     settings = dataclasses.replace(settings, precision=precision)
-    answers, broken = [], []
+    answers, broken, stop = [], [], StopRequest()
     tqdm.monitor_interval = 0  # as in a run: no thread beside the lanes
     hidden = len(paths) < MANY_PICTURES or None  # None: unless it is seen on a terminal
     bar = tqdm(total=len(paths), unit=" pictures", leave=False, disable=hidden)
     with contextlib.ExitStack() as stack, bar:
-        trained, batches = set_up_to_ask(stack, settings, topology, paths)
-        for shares, unread in batches:
+        trained, loader, ask = set_up_prediction(stack, settings, topology, paths, stop)
+        for loaded in loader:
+            stop.check()
+            shares = ask(loaded.batch) if loaded.batch else {}
             for number, each in shares.items():
-                answers.append(likeliest(each, trained.classes, paths[number]))
+                answers.append(likeliest_classes(each, trained.classes, paths[number]))
                 say(str(answers[-1]))
-            for text in unread:
+            for text in loaded.broken:
                 warn(text)
-            broken += unread
-            bar.update(len(shares) + len(unread))
+            broken += loaded.broken
+            bar.update(len(shares) + len(loaded.broken))
     for text in unread_folders:
         warn(text)
     if settings.json:
@@ -201,7 +196,7 @@ def predict(settings: Settings, topology: Topology) -> list[Answer]:
 def answers_json(
     settings: Settings, trained: Trained, answers: Sequence[Answer], broken: Sequence[str]
 ) -> str:
-    """Answers for programs, with what they were made by."""
+    """Answers for programs, with the model and the preprocessing."""
     figures = {
         "checkpoint": trained.path and readable(str(trained.path)),
         "weights": settings.weights,

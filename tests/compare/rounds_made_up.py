@@ -4,7 +4,7 @@ import dataclasses
 
 from records import PLAN, record
 
-from split_affinity.compare.loops import Round
+from split_affinity.compare.loops import WayRound
 from split_affinity.compare.ways import Way, plan_of_ranks
 from split_affinity.lanes.contention import Contention
 from split_affinity.machine.plan import PhaseTimes
@@ -18,7 +18,13 @@ def make_round(step_s, forward_s=0.25, backward_s=0.5, rates=None):
     steps = tuple(StepResult(n, 1.0, 8, step_s * n, records) for n in (1, 2, 3))
     rates = rates or {"forward": 100.0, "backward": 200.0}
     alone = PhaseTimes(forward_s, backward_s, 0.125, 0.0)
-    return Round(steps, {"forward": 0.5, "backward": 0.9}, alone, rates, 2**30)
+    return WayRound(steps, {"forward": 0.5, "backward": 0.9}, alone, rates, 2**30)
+
+
+def by_round(rounds_of_ways):
+    """Lists of rounds, by way, as rounds with all ways in them."""
+    each_round = zip(*rounds_of_ways.values(), strict=True)
+    return [dict(zip(rounds_of_ways, each, strict=True)) for each in each_round]
 
 
 def make_way(name, settings=None):

@@ -1,12 +1,15 @@
 """The command compare. Run: python -m pytest tests/compare/test_command.py"""
 
 import dataclasses
+import errno
 import json
 import resource
 import tempfile
 
 import pytest
+from odd_systems import SET_AFFINITY, run_oddly
 from patching import set_everywhere
+from places import SCRIPT
 from rounds_made_up import make_round
 from small import TINY, needs_two_cpus
 
@@ -44,8 +47,8 @@ def test_a_comparison(in_tmp, capfd, monkeypatch):
         ranks = row["way"] == "ranks"
         assert (row["bound_share"] is None) == (row["way"].startswith("plain") or ranks)
         assert row["way"] in printed
-        batches = (2, "2 x 1 x 2", 1) if ranks else (1, "2 x 2", 2)
-        assert (row["ranks"], row["batches"], row["timed_batches"]) == batches
+        batches = (2, "2 x 1 x 2") if ranks else (1, "2 x 2")
+        assert (row["ranks"], row["batches"]) == batches
     assert none["to_none"] == 1
     assert set(none["matrix_share"]) == {"all"}
     assert set(figures["ways"][-2]["matrix_share"]) == {"forward", "backward"}
@@ -82,7 +85,7 @@ def measured(monkeypatch):
         return dataclasses.replace(each, steps=steps, busy=dict.fromkeys(lanes, 0.5))
 
     def rounds(ways, *others):
-        return {way.name: [round_of(way)] * 7 for way in ways}
+        return [{way.name: round_of(way) for way in ways}] * 7
 
     set_everywhere(monkeypatch, "run_rounds", rounds)
     return ["compare", *TINY, "--accumulate", "2"]
@@ -159,6 +162,19 @@ def test_the_work_of_a_teacher_is_counted():
 def test_compare_chooses_schedules_itself(in_tmp, capsys, option):
     assert main(["compare", *option]) == 2
     assert f"{' '.join(option)}: compare runs every schedule" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--split", "1:2"], ["--split", "none"]])
+def test_without_affinity_there_is_no_split_to_compare(in_tmp, options):
+    what = f"{SET_AFFINITY}={errno.EPERM}"
+    done = run_oddly(what, SCRIPT, "compare", *TINY, *options)
+    assert done.stderr == (
+        "train_split_affinity.py: error: compare: the system keeps no thread on cores "
+        "(sched_setaffinity: Operation not permitted); there is no split to compare, only train "
+        "--split none works\n"
+    )
+    assert done.returncode == 2
+    assert not list(in_tmp.iterdir())
 
 
 def test_a_recipe_can_be_compared(tmp_path):

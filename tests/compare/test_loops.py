@@ -15,13 +15,20 @@ import pytest
 import torch
 from patching import set_everywhere
 from records import record
-from rounds_made_up import make_round, make_way
+from rounds_made_up import by_round, make_round, make_way
 from small import needs_two_cpus, small_model
 from torch import nn
 
 from split_affinity import ALLOWED_CPUS
-from split_affinity.compare.loops import LaneLoop, Order, PlainLoop, Round, rounds_of, supplied
-from split_affinity.compare.rounds import measure, round_of_ranks, start_ways
+from split_affinity.compare.loops import (
+    LaneLoop,
+    Order,
+    PlainLoop,
+    WayRound,
+    batch_supply,
+    rounds_of,
+)
+from split_affinity.compare.rounds import combine_ranks, measure_way, start_ways
 from split_affinity.compare.verdict import compared_way, matrix_share
 from split_affinity.compare.ways import Way, all_ways, plan_of_ranks, way_settings
 from split_affinity.data.loader import training_loader
@@ -52,7 +59,7 @@ def of_photos(photos, **options):
 
 def test_the_images_of_a_comparison_may_be_mixed(photos):
     settings = of_photos(photos, mixup_alpha=0.2, cutmix_alpha=1.0, preload=True)
-    with supplied(settings, ()) as supply:
+    with batch_supply(settings, ()) as supply:
         batches = list(supply(1, 9))
     assert [images.shape for images, _ in batches] == [(2, 3, 32, 32)] * 9
     for _, targets in batches:
@@ -64,7 +71,7 @@ def test_loaders_have_nothing_left_to_do_after_a_round(photos, monkeypatch):
     """A round may have more batches than the data; each has others, the same for all ways."""
     feeds, make = [], training_loader
     set_everywhere(monkeypatch, "training_loader", lambda *a: feeds.append(make(*a)) or feeds[0])
-    with supplied(of_photos(photos, workers=2), sorted(ALLOWED_CPUS)) as supply:
+    with batch_supply(of_photos(photos, workers=2), sorted(ALLOWED_CPUS)) as supply:
         first, second, again = (list(supply(number, 20)) for number in (1, 2, 1))
         assert feeds[0]._loader._iterator._tasks_outstanding == 0
     assert len(first) == 20
@@ -80,7 +87,7 @@ def test_ranks_have_a_round_s_images_dealt_out(photos, preload, monkeypatch):
     set_everywhere(monkeypatch, "training_loader", lambda *a: feeds.append(make(*a)) or feeds[-1])
     keys, dealt = [], []
     for rank in range(2):
-        with supplied(settings, (), rank) as supply:
+        with batch_supply(settings, (), rank) as supply:
             dealt.append([images for images, _ in supply(1, 9)])
             feeds[-1]._order.begin(1, 0, 18)
             keys.append(list(feeds[-1]._order))
@@ -91,14 +98,6 @@ def test_ranks_have_a_round_s_images_dealt_out(photos, preload, monkeypatch):
     assert not torch.equal(dealt[0][0], dealt[1][0])
 
 
-def test_a_part_of_a_step_tells_the_whole_one():
-    """Two of eight batches, in 2.1 s of which the update took 0.1."""
-    steps = (StepResult(1, 1.0, 64, 2.1, ()),)
-    part = Round(steps, {}, None, {}, 2**30, update_s=0.1, share=0.25)
-    assert part.step_s == pytest.approx(8.1)
-    assert part.images_per_s == pytest.approx(256 / 8.1)
-
-
 def test_the_figures_of_a_way():
     rounds = {
         "plain": [make_round(5.0), make_round(5.0), make_round(5.0)],
@@ -107,8 +106,8 @@ def test_the_figures_of_a_way():
         "delayed": [make_round(2.0), make_round(2.0), make_round(2.0)],
     }
     flops = {"forward": 10.0, "backward": 30.0}
-    row = compared_way(make_way("delayed"), rounds, flops)
-    assert (row.cores, row.batches, row.timed_batches) == ("0 + 1-2", "2 x 4", 2)
+    row = compared_way(make_way("delayed"), by_round(rounds), flops)
+    assert (row.cores, row.batches) == ("0 + 1-2", "2 x 4")
     assert (row.split, row.schedule) == ("even", "delayed")
     assert row.images_per_s == pytest.approx(8 / 4), "the median of steps of 2, 4 and 6 s"
     assert row.to_none == pytest.approx(0.5)
@@ -120,17 +119,8 @@ def test_the_figures_of_a_way():
     assert row.matrix_share["forward"] == pytest.approx(10 * 8 / 0.25 / 100)
     assert row.matrix_share["backward"] == pytest.approx(30 * 8 / 0.5 / 200)
     one_lane = {"none": [make_round(1.0, rates={"all": 1000.0})], "plain bf16": [make_round(2.0)]}
-    row = compared_way(make_way("none"), one_lane, flops)
+    row = compared_way(make_way("none"), by_round(one_lane), flops)
     assert row.matrix_share == pytest.approx({"all": 40 * 8 / 2 / 1000})
-
-
-def test_a_part_of_a_step_counts_as_the_images_that_it_has():
-    whole, part = make_round(1.0), dataclasses.replace(make_round(0.5), share=0.5)
-    rounds = {"none": [whole, part], "plain bf16": [whole, whole]}
-    row = compared_way(make_way("none"), rounds, {"forward": 10.0, "backward": 30.0})
-    assert row.images_per_s_range == pytest.approx((8 / 2, 16 / 2))
-    assert row.timed_batches == 1
-    assert row.matrix_share["forward"] == pytest.approx(10 * 8 / 0.25 / 100)
 
 
 def test_how_busy_the_plain_loop_is_by_physical_cores(tmp_path, monkeypatch):
@@ -140,14 +130,14 @@ def test_how_busy_the_plain_loop_is_by_physical_cores(tmp_path, monkeypatch):
     plain = all_ways(settings, topology)[0]
     step = StepResult(0, 1.0, 2, step_s=0.5, records=(), main_thread_s=2.0)
     set_everywhere(monkeypatch, "build_model", lambda name, *shape: small_model(*shape[:2]))
-    monkeypatch.setattr(PlainLoop, "step", lambda *args: (step, 0.125))
+    monkeypatch.setattr(PlainLoop, "step", lambda *args: step)
     set_everywhere(monkeypatch, "start_team", set)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     with contextlib.closing(rounds_of(plain, topology.online)) as rounds:
         next(rounds)
-        measured = rounds.send(Order(0, 1, 2, keep_memory=True))
-    assert (measured.busy, measured.update_s, measured.share) == ({"all": 1.0}, 0.125, 1.0)
+        measured = rounds.send(Order(0, 2, keep_memory=True))
+    assert (measured.busy, measured.step_s) == ({"all": 1.0}, 0.5)
 
 
 @pytest.mark.parametrize(("precision", "layout"), [("fp32", False), ("bf16", True)])
@@ -180,8 +170,8 @@ def test_a_plain_loop_is_the_textbook_one(monkeypatch, precision, layout, share)
         reference = copy.deepcopy(loop._model)
         batches = [(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])) for _ in range(2)]
         torch.manual_seed(2)
-        step, update_s = loop.step(batches)
-    assert (step.images, 0 < update_s < step.step_s) == (8, True)
+        step = loop.step(batches)
+    assert (step.images, step.main_thread_s > 0) == (8, True)
     torch.manual_seed(2)
     for images, labels in batches:
         if layout:
@@ -225,7 +215,7 @@ def test_all_ways_freeze_alike(monkeypatch, split_plan, one_lane_plan):
             chosen = dataclasses.replace(chosen, ranks=1, split="none")
         with contextlib.ExitStack() as stack:
             plan = one_lane_plan if chosen.split == "none" else split_plan
-            loop(Way(name, chosen, plan), (), stack).round(Order(1, 1, 1, True))
+            loop(Way(name, chosen, plan), (), stack).round(Order(1, 1, True))
     assert len(built) == 7
     begun = SmallResNet(3, blocks=1).state_dict()
     for model in built:
@@ -298,15 +288,15 @@ RANKED = {"model": "resnet20", "precision": "fp32"}
 
 @needs_two_cpus
 @pytest.mark.parametrize(("preload", "workers"), [(True, 0), (False, 1)])
-def test_a_round_of_ranks(photos, split_plan, preload, workers):
+def test_a_combine_ranks(photos, split_plan, preload, workers):
     """They add up their gradients once in a step, each within its own group."""
     settings = of_photos(photos, preload=preload, workers=workers, **RANKED)
     with ranks_of(settings, split_plan) as (way, processes):
-        whole = measure(processes, Order(1, 3, 2, keep_memory=True))
-        part = measure(processes, Order(2, 1, 1, keep_memory=False))
+        two = measure_way(processes, Order(1, 2, keep_memory=True))
+        one = measure_way(processes, Order(2, 1, keep_memory=False))
     lanes = {"rank 0": split_plan.forward.cpu_set, "rank 1": split_plan.backward.cpu_set}
-    assert [step.images for step in whole.steps] == [12, 12]
-    for step in whole.steps:
+    assert [step.images for step in (*two.steps, *one.steps)] == [12, 12, 12]
+    for step in two.steps:
         phases = Counter((record.lane, record.phase) for record in step.records)
         counts = {"forward": 3, "backward": 3, "reduce": 1, "update": 1}
         assert phases == {(lane, phase): counts[phase] for lane in lanes for phase in counts}
@@ -316,13 +306,11 @@ def test_a_round_of_ranks(photos, split_plan, preload, workers):
         ends = {each.lane: each.end_s for each in step.records if each.phase == "reduce"}
         starts = {each.lane: each.start_s for each in step.records if each.phase == "reduce"}
         assert max(starts.values()) < min(ends.values()), "one clock: nobody has the sum too early"
-    assert (whole.share, part.share, part.steps[0].images) == (1.0, pytest.approx(1 / 3), 4)
-    assert whole.alone is None
-    assert 0 < whole.update_s < whole.step_s
-    assert set(whole.busy) == set(whole.matrix_flops) == set(lanes)
-    assert whole.peak_memory_bytes > 2**28, "two processes with torch"
-    row = compared_way(way, {"ranks": [whole], "none": [part], "plain bf16": [part]}, {"x": 1})
-    assert (row.ranks, row.batches, row.timed_batches) == (2, "2 x 3 x 2", 3)
+    assert two.alone is None
+    assert set(two.busy) == set(two.matrix_flops) == set(lanes)
+    assert two.peak_memory_bytes > 2**28, "two processes with torch"
+    row = compared_way(way, [{"ranks": two, "none": one, "plain bf16": one}], {"x": 1})
+    assert (row.ranks, row.batches) == (2, "2 x 3 x 2")
 
 
 @needs_two_cpus
@@ -330,15 +318,14 @@ def test_a_round_of_ranks(photos, split_plan, preload, workers):
 def test_a_rank_that_dies_ends_the_comparison(photos, split_plan, workers):
     settings = of_photos(photos, workers=workers, timeout=600.0, **RANKED)
     with ranks_of(settings, split_plan) as (_, processes):
-        measure(processes, Order(1, 3, 1, keep_memory=True))
+        measure_way(processes, Order(1, 1, keep_memory=True))
         os.kill(processes[1]._process.pid, signal.SIGKILL)
         with pytest.raises(RunError, match="was killed|lost another one"):
-            measure(processes, Order(2, 3, 1, keep_memory=True))
+            measure_way(processes, Order(2, 1, keep_memory=True))
     assert [process._process.exitcode for process in processes] == [-9, -9]
 
 
 def test_the_rounds_of_ranks_are_one():
-    """What comes but once in a step is counted from when the last rank has its gradients."""
     rounds = []
     for rank, (backward_s, reduce_s) in enumerate([(0.5, 0.375), (0.75, 0.125)]):
         lane, reduced_s = f"rank {rank}", backward_s + reduce_s
@@ -348,11 +335,10 @@ def test_the_rounds_of_ranks_are_one():
         contention = Contention(0.0, 1.0, {lane: 0.2 + rank / 10}, stolen=0.1 * rank)
         step = StepResult(1, 1.0, 64, 1.125, records, contention=contention)
         alone = PhaseTimes(0.0, 0.5, 0.25, 0.0)
-        rounds.append(Round((step,), {lane: 0.5}, alone, {lane: 1e9}, 2**30, 0.0, 0.25))
-    both = round_of_ranks(rounds)
-    assert (both.peak_memory_bytes, both.update_s, both.alone) == (2**31, 0.375, None)
-    assert both.step_s == pytest.approx(0.75 / 0.25 + 0.375)
-    assert both.images_per_s == pytest.approx(64 / 0.25 / both.step_s)
+        rounds.append(WayRound((step,), {lane: 0.5}, alone, {lane: 1e9}, 2**30))
+    both = combine_ranks(rounds)
+    assert (both.peak_memory_bytes, both.step_s, both.alone) == (2**31, 1.125, None)
+    assert both.images_per_s == pytest.approx(64 / both.step_s)
     assert (both.busy, both.matrix_flops) == (
         {"rank 0": 0.5, "rank 1": 0.5},
         {"rank 0": 1e9, "rank 1": 1e9},
@@ -366,7 +352,7 @@ def test_the_rounds_of_ranks_are_one():
     assert matrix_share("rank 1", both, {"forward": 1e6, "backward": 2e6}) == pytest.approx(
         3e6 * both.images_per_s / 2 / 1e9
     )
-    assert round_of_ranks(rounds[:1]) is rounds[0]
+    assert combine_ranks(rounds[:1]) is rounds[0]
 
 
 @needs_two_cpus
@@ -380,13 +366,11 @@ def test_a_round_on_lanes(photos, split_plan, monkeypatch, schedule, preload):
     way = Way(schedule, settings, split_plan)
     with contextlib.closing(rounds_of(way, sorted(ALLOWED_CPUS))) as rounds:
         assert next(rounds) is None
-        whole = rounds.send(Order(1, 3, 2, keep_memory=True))
-        part = rounds.send(Order(2, 1, 1, keep_memory=False))
-    assert [step.images for step in whole.steps] == [6, 6]
-    for step in whole.steps:
+        two = rounds.send(Order(1, 2, keep_memory=True))
+        one = rounds.send(Order(2, 1, keep_memory=False))
+    assert [step.images for step in (*two.steps, *one.steps)] == [6, 6, 6]
+    for step in two.steps:
         phases = Counter(record.phase for record in step.records)
         assert (phases["forward"], phases["backward"], phases["update"]) == (3, 3, 1)
         assert phases["refresh"] == (schedule == "delayed")
-    assert (whole.share, part.share) == (1.0, pytest.approx(1 / 3))
-    assert [step.images for step in part.steps] == [2]
-    assert set(whole.matrix_flops) == {"forward", "backward"}
+    assert set(two.matrix_flops) == {"forward", "backward"}

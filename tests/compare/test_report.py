@@ -9,15 +9,15 @@ from matplotlib.text import Text
 from patching import set_everywhere
 from records import PLAN
 from rendered import page_of
-from rounds_made_up import disturbed, make_round
+from rounds_made_up import by_round, disturbed, make_round
 
 from split_affinity.compare.report import (
     comparison_json,
     comparison_section,
+    comparison_tables,
     draw_comparison,
-    tables_of,
 )
-from split_affinity.compare.rounds import round_of_ranks
+from split_affinity.compare.rounds import combine_ranks
 from split_affinity.compare.verdict import Comparison
 from split_affinity.compare.ways import Way, plan_of_ranks, way_settings
 from split_affinity.machine.topology import read_topology
@@ -38,7 +38,7 @@ def make_round_of_ranks(step_s):
             for step in each.steps
         ]
         rounds.append(dataclasses.replace(each, steps=tuple(steps), busy={f"rank {rank}": 0.5}))
-    return round_of_ranks(rounds)
+    return combine_ranks(rounds)
 
 
 def make_comparison(split="even", **options):
@@ -55,17 +55,17 @@ def make_comparison(split="even", **options):
     }
     flops = {"forward": 1.0, "backward": 1.0}
     topology = read_topology()
-    return Comparison(settings, settings, topology, ways, rounds | options, flops, 90.0)
+    return Comparison(settings, settings, topology, ways, by_round(rounds | options), flops, 90.0)
 
 
 @pytest.mark.parametrize("split", ["even", "even,auto,12:20"])
 def test_tables_fit_eighty_columns(split):
     found = make_comparison(split)
-    for table in tables_of(found):
+    for table in comparison_tables(found):
         widths = {len(line) for line in table.splitlines()[1:]}
         assert len(widths) == 1
         assert max(widths) <= 80
-    assert all(way.name in tables_of(found)[0] for way in found.ways)
+    assert all(way.name in comparison_tables(found)[0] for way in found.ways)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_mostly_disturbed_rounds_allow_no_verdict_and_no_advice(disturbed_rounds
     rounds = [*[make_round(1.0)] * (7 - disturbed_rounds), *[slow] * disturbed_rounds]
     found = make_comparison(none=rounds)
     assert found.verdict == (
-        f"No verdict, and no advice: {disturbed_rounds} of the 7 rounds were disturbed by others, "
-        "whose doing the figures may be; 4 undisturbed ones are needed. Compare once more while "
+        f"No verdict, and no advice: others disturbed {disturbed_rounds} of the 7 rounds, so the "
+        "figures may be their doing; 4 undisturbed ones are needed. Compare once more while "
         "nothing else runs on this machine."
     )
     written = json.loads(comparison_json(found))["verdict"], comparison_section(found)

@@ -8,14 +8,14 @@ from collections import Counter
 import pytest
 from rounds_made_up import make_round, make_way
 
-from split_affinity.compare.verdict import compared_way, judge_rounds, verdict
+from split_affinity.compare.verdict import compared_way, judge_rounds, judge_ways
 from split_affinity.compare.ways import ROUNDS
 from split_affinity.training.schedules import SCHEDULES
 
 
 def make_rows(splits=1, ranks=False):
     names = ["plain", "plain bf16", "none", *SCHEDULES, *["ranks"] * ranks]
-    rounds = {name: [make_round(1.0)] for name in names}
+    rounds = [{name: make_round(1.0) for name in names}]
     flops = {"forward": 1.0, "backward": 1.0}
     rows = [compared_way(make_way(name), rounds, flops) for name in names]
     return rows + rows[3:] * (splits - 1)
@@ -39,7 +39,7 @@ def test_the_verdict(ratios, judgement):
     rows = make_rows()
     rows[3:5] = (dataclasses.replace(row, to_none=0.5) for row in rows[3:5])
     rows[5] = dataclasses.replace(rows[5], to_none=ratios[3], to_none_rounds=ratios[::-1])
-    text = verdict(rows)
+    text = judge_ways(rows)
     assert text.startswith(f"Verdict: {judgement}. The fastest schedule of the split, delayed, ")
     assert f"at {ratios[3]:.2f} of the speed of one lane" in text
     assert f"({ratios[0]:.2f} to {ratios[-1]:.2f} in 7 rounds)" in text
@@ -54,7 +54,7 @@ def test_the_verdict(ratios, judgement):
 
 def test_the_verdict_on_listed_cores():
     rounds = {"to_none": 1.2, "to_none_rounds": (1.2,) * 7, "split": "lists"}
-    text = verdict([dataclasses.replace(row, **rounds) for row in make_rows()])
+    text = judge_ways([dataclasses.replace(row, **rounds) for row in make_rows()])
     assert "at 1.20 of the speed of one lane over all of these cores (1.20 to 1.20 in 7 " in text
     assert "For speed alone, train on these cores with --schedule " in text
 
@@ -84,7 +84,7 @@ def test_the_verdict_on_ranks_is_one_of_a_rival(best, ratios, said, advice):
     rounds = {"to_none": best, "to_none_rounds": (best,) * 7}
     rows[3:6] = (dataclasses.replace(row, **rounds) for row in rows[3:6])
     rows[6] = dataclasses.replace(rows[6], to_none=ratios[3], to_none_rounds=ratios)
-    text = verdict(rows)
+    text = judge_ways(rows)
     assert "The fastest schedule of the split, sequential, trains at" in text
     sentence = (
         f" Data parallelism on the same groups, ranks, trains at {ratios[3]:.2f} of one lane's "
@@ -111,7 +111,7 @@ def simulate(speeds, noise, comparisons=2000):
             ratios = [speed * time_s / dice.gauss(1, noise) for time_s in none_s]
             median = statistics.median(ratios)
             simulated.append(dataclasses.replace(row, to_none=median, to_none_rounds=tuple(ratios)))
-        judged[verdict([*others, *simulated]).split(".")[0]] += 1
+        judged[judge_ways([*others, *simulated]).split(".")[0]] += 1
     return {text.removeprefix("Verdict: "): count / comparisons for text, count in judged.items()}
 
 

@@ -7,7 +7,7 @@ import pytest
 from torch import distributed
 
 from split_affinity.compare.report import split_lines
-from split_affinity.compare.ways import all_ways, micro_batches, of_one_rank, way_settings
+from split_affinity.compare.ways import all_ways, micro_batches, way_of_rank, way_settings
 from split_affinity.errors import UserError
 from split_affinity.machine.plan import Group
 from split_affinity.machine.topology import read_topology
@@ -157,7 +157,7 @@ def test_each_rank_has_a_lane_on_a_group_and_loaders_off_the_other(tmp_path, loa
     )
     way = all_ways(settings, read_topology(root, frozenset(range(8))))[-1]
     assert (way.name, way.ranks) == ("ranks", 2)
-    plans = [of_one_rank(way, rank).plan for rank in range(2)]
+    plans = [way_of_rank(way, rank).plan for rank in range(2)]
     assert [plan.groups for plan in plans] == [
         (Group("rank 0", (1,), 1, 1),),
         (Group("rank 1", (2, 3), 2, 2),),
@@ -175,7 +175,7 @@ def test_thread_counts_of_groups_leave_one_lane_all_its_threads(tmp_path):
 @pytest.mark.parametrize(
     ("options", "accumulate"),
     [
-        ("", 8),
+        ("", 4),
         ("--accumulate 1", 1),
         ("--accumulate 5 --quick", 5),
         ("--quick", 1),

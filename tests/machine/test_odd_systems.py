@@ -197,7 +197,6 @@ def test_one_lane_trains_without_affinity(in_tmp, what, reason):
     [
         ([SCRIPT, *TINY, "--steps", "2"], "--split even"),
         ([SCRIPT, "plan", *TINY, "--split", "none", "--loader-cores", "0"], "--loader-cores"),
-        ([SCRIPT, "compare", *TINY, "--split", "1:2"], "--split 1:2"),
     ],
 )
 def test_a_split_says_why_it_cannot_be(in_tmp, command, asked):

@@ -29,6 +29,7 @@ from split_affinity.ranks.ranks import RankLost
 from split_affinity.runs.measurement import (
     MeasuringProcess,
     core_counts,
+    interpolate_times,
     measure_scaling,
     measured_settings,
     plan_for,
@@ -36,7 +37,6 @@ from split_affinity.runs.measurement import (
     split_bounds_s,
     time_groups,
     time_phases,
-    times_on,
 )
 from split_affinity.runs.setup import build_train_state
 from split_affinity.training.network import Network
@@ -255,8 +255,8 @@ def perfect(count, work=(1.0, 2.0, 0.0, 0.0)):
 
 def test_phase_times_between_two_measurements():
     measured = {4: perfect(4), 12: perfect(12)}
-    assert times_on(measured, 4) == perfect(4)
-    between = dataclasses.astuple(times_on(measured, 6))
+    assert interpolate_times(measured, 4) == perfect(4)
+    between = dataclasses.astuple(interpolate_times(measured, 6))
     assert between == pytest.approx(dataclasses.astuple(perfect(6)))
 
 

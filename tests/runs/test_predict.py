@@ -26,7 +26,7 @@ from split_affinity.models.own import Hybrid
 from split_affinity.models.pretrained import IMAGENET_MEAN, Preprocessing, Pretrained
 from split_affinity.models.registry import OWN_MODELS
 from split_affinity.options.settings import Settings
-from split_affinity.runs.predict import likeliest, load_trained, probabilities
+from split_affinity.runs.predict import class_probabilities, likeliest_classes, load_trained
 from split_affinity.training.update import TrainState
 from train_split_affinity import main
 
@@ -134,7 +134,7 @@ def test_answers_are_all_that_is_printed(ask, photos_with_val):
 
 def test_the_five_likeliest_of_many_classes():
     shares = torch.tensor([0.05, 0.2, 0.05, 0.3, 0.15, 0.05, 0.2])
-    answer = likeliest(shares, "abcdefg", "some/cat.jpg")
+    answer = likeliest_classes(shares, "abcdefg", "some/cat.jpg")
     assert answer.classes == ["d", "b", "g", "e", "a"], "of equals the first one comes first"
     assert answer.probabilities == [shares[i].item() for i in (3, 1, 6, 4, 0)]
     lines = ["some/cat.jpg", "     30.00 %  d", "     20.00 %  b", "     20.00 %  g"]
@@ -157,13 +157,13 @@ def test_batches_loaders_and_cores_change_no_answer(ask, photos_with_val, option
 def test_the_forward_group_computes_and_the_main_thread_stays_on_the_loaders_cores(
     ask, photos_with_val, monkeypatch
 ):
-    real, places, (first, second) = probabilities, [], sorted(ALLOWED_CPUS)[:2]
+    real, places, (first, second) = class_probabilities, [], sorted(ALLOWED_CPUS)[:2]
 
     def seen(*args):
         places.append((process_cpus(), torch.get_num_threads()))
         return real(*args)
 
-    set_everywhere(monkeypatch, "probabilities", seen)
+    set_everywhere(monkeypatch, "class_probabilities", seen)
     cores = ["--forward-cores", str(second), "--backward-cores", str(first)]
     ask(photos_with_val / "val", *cores, "--forward-threads", "2")
     assert places == 3 * [({second}, 2)]
@@ -484,13 +484,13 @@ def test_another_size_that_the_model_cannot_have(in_tmp, photos_with_val, capsys
 def test_a_signal_ends_it_between_two_batches(
     ask, photos_with_val, monkeypatch, capsys, checkpoint
 ):
-    real = probabilities
+    real = class_probabilities
 
     def interrupted(*args):
         os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
-    set_everywhere(monkeypatch, "probabilities", interrupted)
+    set_everywhere(monkeypatch, "class_probabilities", interrupted)
     options = ["--resume", str(checkpoint), "--json", "a.json"]
     assert main(["predict", str(photos_with_val / "val"), *options]) == 130
     captured = capsys.readouterr()
