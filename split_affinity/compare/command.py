@@ -78,10 +78,7 @@ def check_comparison(settings: Settings, topology: Topology) -> None:
 
 
 def write_comparison(found: Comparison) -> None:
-    """Write what took minutes to measure: the figures, the picture, and a section of logs.md.
-
-    What cannot be written costs none of the others. RunError, in the end, names all of it.
-    """
+    """Write figures, picture and a section of logs.md; RunError, in the end, if any cannot be."""
     settings, reasons = found.settings, []
     writers: list[Callable[[], None]] = []
     if settings.json:

@@ -47,12 +47,9 @@ PRELOADED_BATCHES = 8  # at the least
 
 @dataclass(frozen=True)
 class Order:
-    """So many steps for a way to train in a round, and whether it may keep its memory afterwards.
+    """How many steps to make in a round, and whether to keep the memory afterwards."""
 
-    Round 0 warms up.
-    """
-
-    number: int
+    number: int  # of the round; 0 warms up
     steps: int
     keep_memory: bool
 
@@ -63,15 +60,12 @@ BatchSupply = Callable[[int, int], Batches]  # of a round, by its number, so man
 
 @dataclass(frozen=True)
 class WayRound:
-    """What one way to train did in one round of a comparison. Lanes by name; plain has none.
-
-    `alone` are phase times without contention, `matrix_flops` each lane's rate in matrix products.
-    """
+    """What one way to train did in one round of a comparison."""
 
     steps: tuple[StepResult, ...]
     busy: ByLane
-    alone: PhaseTimes | None
-    matrix_flops: ByLane
+    alone: PhaseTimes | None  # of phases that do not overlap
+    matrix_flops: ByLane  # a second, in matrix products; not of plain loops
     peak_memory_bytes: int
 
     @property
@@ -120,19 +114,13 @@ def batch_supply(settings: Settings, cpus: Sequence[int], rank: int = 0) -> Iter
 
 
 def batches_ahead(settings: DataSettings) -> int:
-    """Batches that a run has fetched or asked for beyond those of a step.
-
-    Two for each loader, one that waits for the next forward phase, and one that `delayed` has
-    already sent there.
-    """
+    """Batches that a run has fetched or asked for beyond those of a step."""
+    # Two for each loader, one that waits for a forward phase, one that `delayed` has sent there.
     return 2 * settings.workers + 2
 
 
 class PlainLoop:
-    """A textbook loop over all cores, with nothing of this program but its loaders.
-
-    It runs with PyTorch's defaults (fp32, NCHW), or with the flags of the way's settings.
-    """
+    """A textbook loop over all cores, with nothing of this program but its loaders."""
 
     def __init__(self, way: Way, online: Sequence[int], stack: contextlib.ExitStack):
         settings, group = way.settings, way.plan.forward
@@ -218,11 +206,7 @@ class LaneLoop:
         stack.callback(ranks.close, together=False)
 
     def round(self, order: Order) -> WayRound:
-        """The steps to measure, after a batch that is left out.
-
-        That batch fetches memory, and brings loaders and `delayed`, which work ahead, to where they
-        are in the midst of a run.
-        """
+        """The steps to measure, after a batch that is left out."""
         settings, lanes, network = self._way.settings, self._lanes, self._train_state.network
         network.accumulate, alone = 1, None
         if self._way.times_phases:
@@ -230,6 +214,7 @@ class LaneLoop:
         count = 1 + settings.accumulate * order.steps
         batches = self._supply(order.number, count + batches_ahead(settings))
         running = run_schedule(settings, lanes, self._train_state, batches)
+        # The first batch fetches memory. From then on loaders and `delayed` work ahead.
         next(running)
         network.accumulate = settings.accumulate
         monitor = ContentionMonitor(lanes.plan, self._online)
@@ -237,7 +222,7 @@ class LaneLoop:
         running.close()
         exhaust(batches)
         records = [record for step in steps for record in step.records]
-        if settings.schedule == "sequential":  # its phases never have company
+        if settings.schedule == "sequential":  # its phases never overlap
             alone = phase_times(records)
         busy = lanes_busy(lanes.plan, records, sum(step.step_s for step in steps))
         rates = {
@@ -265,10 +250,7 @@ def exhaust(batches: Batches) -> None:
 def rounds_of(
     way: Way, online: Sequence[int], rank: int = 0, place: str = ""
 ) -> Generator[WayRound | None, Order, None]:
-    """A way to train, in its own process: None when it is ready, then a WayRound for each Order.
-
-    This is one of its ranks, which meet in the file `place`.
-    """
+    """A way to train, in its own process: None when it is ready, then a WayRound for each Order."""
     if way.settings.tuned_malloc and not way.plain:
         tune_allocator()
     torch.manual_seed(way.settings.seed)
@@ -277,7 +259,7 @@ def rounds_of(
     way, ranks = dataclasses.replace(way, settings=settings), ONE_PROCESS
     if way.ranks > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        store = distributed.FileStore(place, way.ranks)
+        store = distributed.FileStore(place, way.ranks)  # a file in which the ranks meet
         ranks = SeveralRanks(rank, way.ranks, store, settings.timeout)
         ranks.hosts = ranks.exchange(this_host(read_topology()))
     with contextlib.ExitStack() as stack:
@@ -291,14 +273,11 @@ def rounds_of(
 
 
 def matrix_flops(bf16: bool) -> float:
-    """Operations a second of the calling thread's team, in products of matrices of 2,048.
-
-    The median of five, after one to warm up.
-    """
+    """Floating-point operations a second of the calling thread's team, in matrix products."""
     size, times_s = 2048, []
     left, right = torch.randn(2, size, size, dtype=torch.bfloat16 if bf16 else torch.float32)
     for _ in range(6):
         start_s = time.perf_counter()
         torch.mm(left, right)
         times_s.append(time.perf_counter() - start_s)
-    return 2 * size**3 / statistics.median(times_s[1:])
+    return 2 * size**3 / statistics.median(times_s[1:])  # the first one warms up

@@ -52,10 +52,7 @@ def disturbance_lines(rounds: Sequence[Round]) -> Iterator[str]:
 
 
 def comparison_tables(found: Comparison) -> list[str]:
-    """Speeds, use of the machine, and rates, in tables of at most 80 columns.
-
-    Each comes after an empty line. The cores are not in them: split_lines names these.
-    """
+    """Speeds, use of the machine, and rates, in tables of 80 columns; the cores: split_lines."""
     speeds, uses, rates = [], [], []
     for row in found.rows:
         low, high = map(speed_text, row.images_per_s_range)
@@ -125,10 +122,7 @@ def comparison_json(found: Comparison) -> str:
 
 
 def draw_comparison(path: Path, found: Comparison) -> None:
-    """Draw each way's steps of the seventh round over the same span of time, but for plain loops.
-
-    Each rank has a panel of its own. Makes the folder if it is not there.
-    """
+    """Draw steps of the seventh round: a panel for each way with lanes, or each of its ranks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     panels = []
     for way, row in zip(found.ways, found.rows, strict=True):

@@ -32,10 +32,7 @@ def measure_way(processes: Sequence[MeasuringProcess], order: Order) -> WayRound
 
 
 def combine_ranks(rounds: Sequence[WayRound]) -> WayRound:
-    """The rounds of a way's ranks as one: they make their steps together.
-
-    Each counts the images of all. A rank's phases always overlap with those of the others.
-    """
+    """The rounds of a way's ranks as one: they make their steps together."""
     if len(rounds) == 1:
         return rounds[0]
     steps = []
@@ -54,7 +51,7 @@ def combine_ranks(rounds: Sequence[WayRound]) -> WayRound:
     return WayRound(
         steps=tuple(steps),
         busy=merge_lanes(each.busy for each in rounds),
-        alone=None,
+        alone=None,  # a rank's phases overlap with those of the others
         matrix_flops=merge_lanes(each.matrix_flops for each in rounds),
         peak_memory_bytes=sum(each.peak_memory_bytes for each in rounds),
     )
@@ -70,7 +67,7 @@ def start_ways(
 ) -> dict[str, list[MeasuringProcess]]:
     """The processes of all ways, one for each rank, once all of them are ready."""
     count = plural(len(ways), "way")
-    say(f"{count} to train in {ROUNDS} rounds; a round to warm up comes first: it tells how long")
+    say(f"{count} to train, {ROUNDS} rounds; after one to warm up you see how long they will take")
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     running: dict[str, list[MeasuringProcess]] = {way.name: [] for way in ways}
     for way in ways:
@@ -103,10 +100,7 @@ def run_round(
 
 
 def with_phases(way: Way, result: WayRound, others: Round) -> WayRound:
-    """A way's round with phase times without contention, which plain loops and ranks lack.
-
-    If none were timed, they are those of `sequential` on the same lanes, one of the `others`.
-    """
+    """A way's round, with the phase times of `sequential` on the same lanes if it has none."""
     if result.alone or way.plain or way.ranks > 1:
         return result
     alone = others[way.name.replace(way.settings.schedule, "sequential")].alone
@@ -132,10 +126,7 @@ def describe_round(number: int, done: Round) -> str:
 
 
 def disturbance(done: Round) -> tuple[float, str]:
-    """The largest share of a way's cores that others took in a round, and who took it.
-
-    0 and no words if nobody took CONTENTION_SHARE.
-    """
+    """The largest share of a way's cores that others took, and who; 0 below CONTENTION_SHARE."""
     share, who, way = max((*each.disturbance, way) for way, each in done.items())
     return (share, f"{who} ({way})") if share >= CONTENTION_SHARE else (0.0, "")
 

@@ -106,18 +106,15 @@ def compared_way(way: Way, rounds: Sequence[Round], flops: ByLane) -> Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What has been compared, in settings as `asked` for and as in force; all rounds of it.
-
-    `flops` are an image's operations by phase; everything took `seconds`.
-    """
+    """What has been compared, and all rounds of it."""
 
     asked: Settings
-    settings: Settings
+    settings: Settings  # in force
     topology: Topology
     ways: Sequence[Way]
     rounds: Sequence[Round]
-    flops: ByLane
-    seconds: float
+    flops: ByLane  # of an image, by phase
+    seconds: float  # that all of it took
 
     @functools.cached_property
     def rows(self) -> list[Compared]:
@@ -192,11 +189,7 @@ def judge_ways(compared: Sequence[Compared]) -> str:
 
 
 def judge_ranks(best: Compared, compared: Sequence[Compared]) -> tuple[str, bool]:
-    """What data parallelism on the same groups reaches, in a sentence, if that is worth saying.
-
-    That is, if it is faster than the split's `best` schedule or than one lane. And whether it is
-    faster than both, beyond the noise.
-    """
+    """A sentence on ranks that beat `best` or one lane; whether they beat both beyond noise."""
     rivals = [row for row in compared if row.ranks > 1]
     rival = max(rivals, key=lambda row: row.to_none, default=None)
     if not rival or rival.to_none <= min(1.0, best.to_none):

@@ -24,16 +24,12 @@ LEAST_STEPS_S = 2.0  # where steps are short, a round has as many as take so lon
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: a plain PyTorch loop, or the lanes of a plan; or two ranks, on its groups.
-
-    With `times_phases` the phases are timed without contention, too. Ways with the batches of
-    `sequential` need not: its phases never overlap.
-    """
+    """One way to train: a plain PyTorch loop, the lanes of a plan, or two ranks on its groups."""
 
     name: str
     settings: Settings
     plan: CorePlan
-    times_phases: bool = False
+    times_phases: bool = False  # without overlap, since `sequential` has other batches
 
     @property
     def plain(self) -> bool:
@@ -52,11 +48,7 @@ def best_plain(names: Iterable[str]) -> str:
 
 
 def way_settings(settings: Settings) -> dict[str, Settings]:
-    """The settings of the ways to train, by name; all have the same images in an optimizer step.
-
-    Of a step with one batch, `overlap` makes micro-batches, four if possible. There are no ranks
-    without gloo, or if two cannot share a step (see halved_step).
-    """
+    """The settings of the ways to train, by name; all have the same images in an optimizer step."""
     # Lists of cores and thread counts are for the lanes of a split alone.
     own = ("forward_cores", "backward_cores", "forward_threads", "backward_threads")
     none = dataclasses.replace(settings, split="none", schedule="sequential", **dict.fromkeys(own))
@@ -81,14 +73,11 @@ def way_settings(settings: Settings) -> dict[str, Settings]:
 
 
 def halved_step(settings: TrainingSettings) -> dict[str, int]:
-    """One of two ranks' share of a step: half of the batches, or all of them in half the size.
-
-    Empty if both are odd, or if single images would be left: BatchNorm needs two.
-    """
+    """What one of two ranks has of a step: half of the batches, or of their size; else nothing."""
     if settings.accumulate % 2 == 0:
         return {"accumulate": settings.accumulate // 2}
     size, rest = divmod(settings.batch_size, 2)
-    return {"batch_size": size} if size > 1 and not rest else {}
+    return {"batch_size": size} if size > 1 and not rest else {}  # BatchNorm needs two images
 
 
 def micro_batches(batch_size: int) -> int:
@@ -120,11 +109,7 @@ def all_ways(settings: Settings, topology: Topology) -> list[Way]:
 
 
 def plan_of_ranks(plan: CorePlan) -> CorePlan:
-    """A rank on each group of a split.
-
-    Loaders have the cores that were listed for them outside of both groups; else each rank's share
-    its own.
-    """
+    """A rank on each group of a split; loaders beside both groups if so listed, else in them."""
     groups = [
         dataclasses.replace(group, name=f"rank {rank}") for rank, group in enumerate(plan.groups)
     ]
@@ -149,12 +134,9 @@ def is_loading(settings: Settings) -> bool:
 
 
 def steps_in_round(asked: int | None, shortest_s: float | None = None) -> int:
-    """Steps of each way in a round: as asked in all rounds, or enough to take LEAST_STEPS_S.
-
-    Without the shortest way's step in seconds, the most that there can be.
-    """
+    """Steps of each way in a round: as asked in all rounds, or enough to take LEAST_STEPS_S."""
     if asked:
         return math.ceil(asked / ROUNDS)
-    if shortest_s is None:
+    if shortest_s is None:  # the shortest way's step is not known yet
         return MOST_STEPS
     return max(1, min(MOST_STEPS, math.ceil(LEAST_STEPS_S / shortest_s)))

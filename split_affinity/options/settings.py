@@ -160,7 +160,7 @@ class TrainingSettings:
     batch_size: int = fixed(32, "images per batch", "-b", type=COUNT)
     accumulate: int = fixed(1, "batches per optimizer step", type=COUNT)
     steps: int | None = rate(None, "optimizer steps after which to stop (default: 50 without "
-        "--epochs; find-lr 100, compare as many as its time allows)", type=COUNT)
+        "--epochs; find-lr 100, compare 7, more where they are short)", type=COUNT)
     epochs: int | None = rate(None, "passes over the data to train, with a validation after each",
         type=COUNT)
     opt: str = fixed("sgd", "optimizer", choices=("sgd", "adam", "adamw", "nadam", "rmsprop"))

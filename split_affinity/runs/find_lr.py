@@ -37,27 +37,22 @@ def quarter_decade(rates: Sequence[float]) -> int:
 
 
 def judge_rates(rates: Sequence[float], losses: Sequence[float]) -> RangeTest:
-    """Smooth a range test's losses, and suggest a tenth of the rate at which they rise for good.
-
-    Nothing is suggested unless the loss has fallen clearly before. A loss becomes the median of
-    those up to a quarter of a decade away, however many steps these are. It rises for good where it
-    stays clearly above the lowest loss so far for a quarter of a decade; what comes after that, a
-    second valley, say, counts for nothing. Clear is a tenth of the first loss, and more than
-    chance: five times the usual change from one step to the next, divided by the cube root of the
-    number of losses in a median (2.6 times in 100 steps).
-    """
+    """The smoothed losses, and a tenth of the rate at which they rise for good, if clear."""
     near = quarter_decade(rates)
+    # Each loss becomes the median of those up to a quarter of a decade away, in however many steps.
     windows = [losses[max(0, i - near) : i + near + 1] for i in range(len(losses))]
     smoothed = tuple(map(statistics.median, windows))
+    # A clear difference is a tenth of the first loss, and more than chance: five times the usual
+    # change from one step to the next, less with more losses in a median (2.6 times in 100 steps).
     changes = [abs(b - a) / (max(a, b) or 1.0) for a, b in itertools.pairwise(losses)]
     chance = 5 * statistics.median(changes or [1.0]) / (2 * near + 1) ** (1 / 3)
     clear = smoothed[0] * max(0.1, chance)
     end = len(rates)
     for i, low in enumerate(itertools.accumulate(smoothed, min)):
-        if min(smoothed[i : i + near + 1]) > low + clear:
+        if min(smoothed[i : i + near + 1]) > low + clear:  # for a quarter of a decade
             end = i
-            break
-    if min(smoothed[:end]) > smoothed[0] - clear:
+            break  # a second valley counts for nothing
+    if min(smoothed[:end]) > smoothed[0] - clear:  # the loss has not fallen before
         return RangeTest(tuple(rates), smoothed, None)
     edge = math.sqrt(rates[end - 1] * rates[min(end, len(rates) - 1)])
     return RangeTest(tuple(rates), smoothed, edge / 10)

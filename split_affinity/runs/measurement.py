@@ -54,16 +54,16 @@ ENDED_WITHIN_S = 5  # a process whose pipe is closed
 
 
 class MeasuringProcess(Iterator[Any]):
-    """The generator that `function(*args)` makes, in a process of its own.
+    """The generator that `function(*args)` makes, in a process of its own, which must be closed.
 
-    `check_stop` is called while waiting, and may raise. Close it: the process ignores signals, and
-    is no daemon, since a daemon must not have loader processes.
+    `check_stop` is called while waiting, and may raise.
     """
 
     def __init__(self, check_stop: Callable[[], None], function: Callable[..., Any], *args: Any):
         context = multiprocessing.get_context("spawn")
         self.check_stop = check_stop
         self.pipe, theirs = context.Pipe()
+        # No daemon: it may have loader processes, which a daemon must not.
         self._process = context.Process(target=run_generator, args=(theirs, function, args))
         # It inherits what is blocked: Ctrl-C must not reach it before it can ignore signals.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -98,11 +98,7 @@ class MeasuringProcess(Iterator[Any]):
 
 
 def send_to_all(processes: Sequence[MeasuringProcess], value: Any) -> list[Any]:
-    """Send a value to several generators at once, and wait for the next result of each.
-
-    The first error is raised at once: the others may wait for the process that had it. Of several
-    errors, one that says more than RankLost is raised.
-    """
+    """Send a value to several generators at once, and wait for the next result of each."""
     asked = {process.pipe: process for process in processes}
     results: dict[Any, Any] = {}
     for pipe, process in asked.items():
@@ -112,7 +108,7 @@ def send_to_all(processes: Sequence[MeasuringProcess], value: Any) -> list[Any]:
             results[pipe] = process.why_gone()
     while True:
         errors = [each for each in results.values() if isinstance(each, Exception)]
-        if errors:
+        if errors:  # the others may be waiting for the one that had it; RankLost says least
             raise min(errors, key=lambda error: isinstance(error, RankLost))
         if len(results) == len(asked):
             return [results[pipe] for pipe in asked]
@@ -171,10 +167,7 @@ def phase_times(records: Iterable[PhaseRecord]) -> PhaseTimes:
 
 
 def plan_for(settings: Settings, topology: Topology) -> CorePlan:
-    """The core plan; with `--split auto` measured first, in some seconds, for the smallest bound.
-
-    For the bound of a step see step_bound_s.
-    """
+    """The core plan; for `--split auto` phases are timed first (see step_bound_s), in seconds."""
     if settings.split != "auto":
         return plan_cores(topology, settings)
     check_core_options(topology, settings)

@@ -47,10 +47,7 @@ def decide_plan(settings: Settings, topology: Topology, ranks: Ranks) -> tuple[C
 
 
 def plan_lines(settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks) -> list[str]:
-    """The machine and how its cores are divided, as a drawing and in words.
-
-    With several ranks, a drawing of each machine, and a line for each rank.
-    """
+    """The machine and how its cores are divided, drawn and in words; with ranks, each machine."""
     if not ranks.hosts:
         drawing = draw_plan(topology, plan)
         return [describe_topology(topology), drawing, *describe_plan(plan, settings)]

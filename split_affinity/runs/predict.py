@@ -50,16 +50,13 @@ MANY_PICTURES = 100  # take long enough to show how far it is
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model in evaluation mode, with its classes; `path` is its checkpoint, if any.
+    """A trained model in evaluation mode, and what it needs to be used."""
 
-    It has the moving average of its weights if there is one.
-    """
-
-    model: nn.Module
+    model: nn.Module  # with the moving average of the weights, if there is one
     classes: Sequence[str]
     ready: Preprocessing
     settings: Settings
-    path: Path | None = None
+    path: Path | None = None  # of its checkpoint
 
 
 def load_trained(path: Path, overruling: Settings = Settings()) -> Trained:
@@ -132,10 +129,7 @@ def set_up_prediction(
     paths: Sequence[str],
     stop: StopRequest,
 ) -> tuple[Trained, Loader, Callable[[Batch], dict[int, torch.Tensor]]]:
-    """A trained model, a loader of pictures, and the model's probabilities for a batch.
-
-    Loader processes and lanes end with the stack.
-    """
+    """A trained model, a loader of pictures, and the model's probabilities for a batch of them."""
     if settings.split == "even" and not topology.has_affinity:  # the default, which cannot be here
         settings = dataclasses.replace(settings, split="none")
     plan = plan_cores(topology, settings)

@@ -132,7 +132,7 @@ def test_the_words_for_disturbed_rounds():
 
 
 def test_all_rounds_have_whole_steps_as_many_as_take_a_while(monkeypatch, capsys):
-    """A step takes 2 s, and each of the two ways as long as its first round by an idle clock."""
+    """Steps take 2 s, the first round 30 s by the clock: a round of three steps takes 38 s."""
     fakes, clock = FakeWays([]), itertools.count(0.0, 30.0)
     set_everywhere(monkeypatch, "start_ways", lambda *args: fakes)
     set_everywhere(monkeypatch, "measure_way", FakeWays.send)
