@@ -32,7 +32,7 @@ from split_affinity.errors import (
     memory_errors,
 )
 from split_affinity.start import PACKAGES, check_address_space, explain_import_error
-from split_affinity.text import readable, shown, tell
+from split_affinity.text import readable, shown, try_print
 
 HERE, PROGRAM = Path(__file__).resolve().parent, Path(sys.argv[0]).name
 
@@ -50,11 +50,11 @@ def needed_packages() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # packages raise many kinds
-        tell(f"{PROGRAM}: error: {why_not_loaded(error)}", sys.stderr)
+        try_print(f"{PROGRAM}: error: {why_not_loaded(error)}", sys.stderr)
         sys.exit(UserError.exit_code)
     except KeyboardInterrupt:
         stopped = Stopped(signal.SIGINT)
-        tell(f"{PROGRAM}: {stopped}", sys.stderr)
+        try_print(f"{PROGRAM}: {stopped}", sys.stderr)
         sys.exit(stopped.exit_code)
 
 

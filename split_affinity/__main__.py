@@ -1,6 +1,4 @@
-"""The program where only the package is at hand: `python -m split_affinity`, the installed command
-`train-split-affinity`, and train_split_affinity.pyz. The story itself is train_split_affinity.py.
-"""
+"""The program as `python -m split_affinity`, as an installed command, and as a .pyz file."""
 
 import sys
 
@@ -8,9 +6,9 @@ from split_affinity.start import begin
 
 
 def main() -> None:
-    """Run the program, and end with its exit code."""
+    """Run the program and exit with its code."""
     begin()
-    from train_split_affinity import main as run  # which imports PyTorch
+    from train_split_affinity import main as run  # imports PyTorch
 
     sys.exit(run())
 

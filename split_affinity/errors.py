@@ -1,4 +1,4 @@
-"""Errors that end in one line, and what such a line says. Knows nothing of what caused them."""
+"""Errors that the user reads as one line."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 
 class UserError(Exception):
-    """The user asked for something that cannot be done: one line, nothing written."""
+    """The user asked for something impossible: one line, nothing written."""
 
     exit_code = 2
 
 
 class RunError(Exception):
-    """A run cannot go on, through no fault of the program: one line."""
+    """A run cannot go on, and the program is not to blame: one line."""
 
     exit_code = 1
 
@@ -25,56 +25,48 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; raised where the next optimizer step would have begun."""
+    """A signal asked the run to stop; raised between two optimizer steps."""
 
     def __init__(self, signum: int):
         super().__init__(f"stopped by {signal.Signals(signum).name}")
         self.signum, self.exit_code = signum, 128 + signum
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # ranks send it to each other
         return Stopped, (self.signum,)
 
 
-# What an error's text tells of its cause, and what helps: the first that fits.
-LIKELY_REASONS = (
-    (
-        r"MemoryError|allocate memory|not enough memory|ENOMEM",
-        "out of memory: try a smaller --batch-size (with more --accumulate), or fewer loaders (-j)",
+LIKELY_REASONS = {  # by a pattern in an error's text; the first match counts
+    r"MemoryError|allocate memory|not enough memory|ENOMEM": (
+        "out of memory: try a smaller --batch-size (with more --accumulate), or fewer loaders (-j)"
     ),
-    (
-        r"LoaderDied.*SIGBUS",
+    r"LoaderDied.*SIGBUS": (
         "shared memory (/dev/shm) is full: enlarge it (docker run --shm-size=1g), or try fewer "
-        "loaders (-j)",
+        "loaders (-j)"
     ),
-    (
-        r"LoaderDied",
+    r"LoaderDied": (
         "a loader was killed, by the system for want of memory perhaps: try fewer loaders (-j) or "
-        "a smaller --batch-size",
+        "a smaller --batch-size"
     ),
-    (r"Too many open files", "too many open files: raise `ulimit -n`, or try fewer loaders (-j)"),
-    (
-        r"AF_UNIX path too long",
+    r"Too many open files": "too many open files: raise `ulimit -n`, or try fewer loaders (-j)",
+    r"AF_UNIX path too long": (
         "no folder with a path short enough for sockets: let TMPDIR name one, or load without "
-        "loader processes (-j 0)",
+        "loader processes (-j 0)"
     ),
-    (
-        r"can't start new thread",
+    r"can't start new thread": (
         "no room for another thread: raise the limits of memory (ulimit -v) and of processes (-u), "
-        "or try fewer loaders (-j)",
+        "or try fewer loaders (-j)"
     ),
-    (r"LoaderFailed", "a loader failed: try fewer loaders (-j), or none (-j 0)"),
-)
+    r"LoaderFailed": "a loader failed: try fewer loaders (-j), or none (-j 0)",
+}
 
 
 def likely_reason(error: Exception) -> str:
-    """Why a run ended, in a line: what was foreseen in its own words, of anything else the likely
-    reason and a remedy, or what PyTorch or Python call it.
-    """
+    """Why a run ended and what helps, in one line: a foreseen error's text is that already."""
     if isinstance(error, (UserError, RunError, Stopped)):
         return str(error)
-    name, *lines = type(error).__name__, *str(error).strip().splitlines()
-    text = f"{name}: {lines[-1] if 'Original Traceback' in str(error) else (lines or [''])[0]}"
-    for pattern, reason in LIKELY_REASONS:
+    name, lines = type(error).__name__, str(error).strip().splitlines() or [""]
+    text = f"{name}: {lines[-1] if 'Original Traceback' in str(error) else lines[0]}"
+    for pattern, reason in LIKELY_REASONS.items():
         if re.search(pattern, f"{name}: {error}"):
             return f"{reason} ({text})"
     return f"an error that was not foreseen: {text}"
@@ -90,7 +82,7 @@ def one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn an allocation that failed, in Python, torch or the system, into one line."""
+    """Turn a failed allocation, in Python, torch or the system, into a UserError."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:

@@ -1,7 +1,6 @@
-"""Files that are whole or as they were, text that several runs append to, folders with a lock.
+"""Files that are written whole or not at all, text that several runs append to, locked folders.
 
-Knows nothing of what the files hold. A folder may have come from a stranger: no link in it is
-followed, and nothing in it is waited for.
+A folder may come from a stranger: no link in it is followed, and no pipe in it is waited for.
 """
 
 from __future__ import annotations
@@ -17,25 +16,32 @@ import stat
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from split_affinity.errors import RunError, UserError, one_line
 from split_affinity.text import readable, shown
 
 
+@contextlib.contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into a RunError: this path cannot be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 def read_text(path: Path) -> str:
-    """A small system file without its line end; empty where it is missing or unreadable."""
+    """A small system file without its line end; empty if it is missing or unreadable."""
     try:
         return os.fsdecode(path.read_bytes()).strip()  # names of mounts need not be UTF-8
     except OSError:
         return ""
 
 
-LOCK = ".lock"
-
-
 def flush_folder(folder: Path) -> None:
-    """Have the disk know which names a folder holds."""
+    """Write to disk which names a folder holds."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,15 +53,16 @@ SYSTEM_FOLDERS = ("/dev/", "/proc/")  # /dev/stdout is a link to a link
 
 
 def followed(path: Path) -> Path:
-    """Where a path leads that the user has named, if it is a link."""
+    """The target of a link that the user has named; any other path as it is."""
     in_system = os.fspath(path.absolute()).startswith(SYSTEM_FOLDERS)
     return path.resolve() if path.is_symlink() and not in_system else path
 
 
 def open_itself(path: Path, flags: int, any_kind: bool = False) -> int:
-    """A descriptor of the file that has this very name, made anew if `flags` say so. Raises OSError
-    for a link, which a stranger may have left there to have us write elsewhere, and for what is no
-    file, unless `any_kind` is welcome; waits for nobody at the other end of a pipe.
+    """A descriptor of the file with this very name, made anew if `flags` say so.
+
+    Raises OSError for a link, since a stranger may have left it to make us write elsewhere, and for
+    anything but a file, unless `any_kind` is allowed. Does not wait at a pipe.
     """
     if not os.fspath(path.absolute()).startswith(SYSTEM_FOLDERS):
         flags |= os.O_NOFOLLOW
@@ -77,46 +84,43 @@ def open_itself(path: Path, flags: int, any_kind: bool = False) -> int:
 
 
 def new_file(path: Path) -> io.FileIO:
-    """A new file to write, in place of any other of its name. Raises OSError."""
+    """A new file to write to, in place of any other with its name. Raises OSError."""
     path.unlink(missing_ok=True)
     return io.FileIO(open_itself(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w")
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file in place of what was there, which stays if not all gets to the disk. Raises
-    RunError then. A link is replaced like any other file; what it points to stays as it is.
+    """Replace a file as a whole; raises RunError, and leaves the old one, if that fails.
+
+    A link is replaced too; its target stays as it is.
     """
-    data = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(path.name + ".tmp")
-    try:
+    with write_errors(path):
         try:
             with io.BufferedWriter(new_file(temporary)) as file:
-                file.write(data)
+                file.write(data.encode() if isinstance(data, str) else data)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def write_where_asked(path: Path, data: str | bytes) -> None:
-    """Write to a place that the user has named, as `write_whole`: of a link, the file that it
-    points to is replaced; a pipe or a device, such as /dev/stdout, is written to as it is.
+    """Write to a place that the user has named, as `write_whole` does.
+
+    A link's target is replaced. A pipe or a device, such as /dev/stdout, is written to directly.
     """
-    try:
+    with write_errors(path):
         if path.exists() and not path.is_file():
             path.write_bytes(data.encode() if isinstance(data, str) else data)
         else:
             write_whole(followed(path), data)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def why_not_saved(error: Exception) -> str:
-    """The system's reason where there is one: torch hides it behind an error of its own."""
+    """The system's reason, if there is one: torch hides it behind an error of its own."""
     for cause in (error, error.__context__):
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
@@ -124,9 +128,9 @@ def why_not_saved(error: Exception) -> str:
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Have `target` be the same file as `source`, or a copy where the disk knows no links."""
+    """Make `target` the same file as `source`, or a copy if the disk knows no links."""
     if target.exists() and target.samefile(source) and not target.is_symlink():
-        return  # and renaming one of two links over the other would leave both
+        return  # renaming one of two links over the other would leave both
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -139,12 +143,14 @@ def link_file(source: Path, target: Path) -> None:
     temporary.replace(target)
 
 
-def lock_folder(folder: Path) -> io.FileIO:
-    """Take a folder for this process; closing the file gives it free.
+LOCK = ".lock"
 
-    The kernel keeps the lock, so that a killed process leaves none. Processes that are forked later
-    share it, and may live a little longer. Raises UserError if another process has it, and OSError
-    where the file system knows no locks.
+
+def lock_folder(folder: Path) -> io.FileIO:
+    """Lock a folder for this process; closing the returned file unlocks it.
+
+    The kernel keeps the lock: a killed process leaves none, and processes forked later share it.
+    Raises UserError if another process has it, OSError if the file system knows no locks.
     """
     path = folder / LOCK
     while True:
@@ -165,56 +171,50 @@ def lock_folder(folder: Path) -> io.FileIO:
                 file.truncate(0)
                 file.write(f"{os.getpid()} on {platform.node()}".encode())
             return file
-        file.close()  # the one that had it has removed it meanwhile
-
-
-TRACEBACK = "traceback.txt"
+        file.close()  # its former owner has removed it meanwhile
 
 
 def append_text(path: Path, text: str, header: str = "") -> None:
-    """Append text to a file, as `append_bytes`."""
+    """Append text to a file, as `append_bytes` does."""
     append_bytes(path, readable(text).encode(), readable(header).encode())
 
 
 def append_bytes(path: Path, data: bytes, header: bytes = b"") -> None:
-    """Append to a file under a lock, so that what two runs write stays whole; a new file gets the
-    header first. Raises RunError when the file cannot be written, and leaves no part of the data.
-    """
-    try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        with io.FileIO(open_itself(path, flags, any_kind=True), "a") as file:
-            lock_or_say_why_not(file, path)
-            size = os.fstat(file.fileno()).st_size
-            write_end(file, size, data if size else header + data)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+    """Append to a file under a lock, the header first if it is new; all or, with RunError, none."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    with write_errors(path), io.FileIO(open_itself(path, flags, any_kind=True), "a") as file:
+        lock_or_warn(file, path)
+        size = os.fstat(file.fileno()).st_size
+        write_end(file, size, data if size else header + data)
 
 
 def replace_text(path: Path, old: str, new: str) -> bool:
-    """Put text in place of the last `old` in a file; False if there is none. Under a lock, as
-    `append_text`; in the same file, since another run may hold its lock, or wait for it.
+    """Replace the last `old` in a file; returns whether there is one.
+
+    Under a lock, and in the same file: another run may hold its lock, or wait for it.
     """
-    try:
-        with io.FileIO(open_itself(path, os.O_RDWR), "r+") as file:
-            lock_or_say_why_not(file, path)
-            before, found, after = file.read().rpartition(old.encode())
-            if found:
-                file.seek(len(before))
-                write_end(file, len(before), readable(new).encode() + after, found + after)
-            return bool(found)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror}") from None
+    with (
+        write_errors(path),
+        contextlib.suppress(FileNotFoundError),
+        io.FileIO(open_itself(path, os.O_RDWR), "r+") as file,
+    ):
+        lock_or_warn(file, path)
+        before, found, after = file.read().rpartition(old.encode())
+        if found:
+            file.seek(len(before))
+            write_end(file, len(before), readable(new).encode() + after, found + after)
+        return bool(found)
+    return False
 
 
 LOCK_WAIT_S = 1.0  # others hold a lock for milliseconds
-WITHOUT_LOCK: set[Path] = set()  # files, and folders of files, known to be written without one
+WITHOUT_LOCK: set[Path] = set()  # files, and folders of files, that are written without a lock
 
 
-def lock_or_say_why_not(file: io.FileIO, path: Path) -> None:
-    """Lock a file until it is closed. Whoever may read it can hold its lock for ever, and some file
-    systems have no locks (Lustre, NFS): after a second nobody is waited for, and that is said once.
+def lock_or_warn(file: io.FileIO, path: Path) -> None:
+    """Lock a file until it is closed; after a second go on without the lock, and say so once.
+
+    Anybody who can read the file can hold its lock for ever, and Lustre and NFS may have no locks.
     """
     until_s = time.monotonic() + (0 if path in WITHOUT_LOCK else LOCK_WAIT_S)
     while True:
@@ -237,8 +237,9 @@ def lock_or_say_why_not(file: io.FileIO, path: Path) -> None:
 
 
 def write_end(file: io.FileIO, start: int, data: bytes, before: bytes = b"") -> None:
-    """Write to a file from `start` on, in place of `before`, which is all that follows there. If
-    there is no room, it stands there again. In one call, which a kill cuts between pages at most.
+    """Write `data` at `start` in place of `before`, the file's end, which is put back on OSError.
+
+    In one call: a kill can cut that between pages at most.
     """
     left = data
     try:
@@ -255,9 +256,7 @@ def write_end(file: io.FileIO, start: int, data: bytes, before: bytes = b"") -> 
 
 
 def can_be_edited(path: Path) -> bool:
-    """Whether text of a file can be replaced; not in a device or a pipe, which would block, nor in
-    a file that may only be appended to.
-    """
+    """Whether `replace_text` works: not in a pipe or a device, nor in an append-only file."""
     try:
         os.close(open_itself(path, os.O_RDWR))
     except FileNotFoundError:
@@ -268,28 +267,27 @@ def can_be_edited(path: Path) -> bool:
 
 
 def check_appendable(path: Path, folder: Path, any_kind: bool = False) -> None:
-    """Raise OSError if a file, or a folder in which it is to be made, cannot be written; `any_kind`
-    as in `open_itself`.
-    """
+    """Raise OSError if a file, or the folder to make it in, cannot be written to."""
     try:
         os.close(open_itself(path, os.O_WRONLY | os.O_APPEND, any_kind))
     except FileNotFoundError:
         tempfile.TemporaryFile(dir=folder).close()
 
 
+TRACEBACK = "traceback.txt"
+
+
 def write_traceback(folder: Path | None, error: Exception) -> str:
-    """Write an error's traceback into a folder, or into a new file for temporary ones, whose folder
-    others share; says where it is.
-    """
+    """Write an error's traceback into a folder, or into a new temporary file; returns where."""
     text = readable("".join(traceback.format_exception(error)))
     if folder:
         with contextlib.suppress(RunError):
             write_whole(folder / TRACEBACK, text)
             return f"traceback in {shown(str(folder / TRACEBACK))}"
     with contextlib.suppress(OSError):
-        name, ending = Path(TRACEBACK).stem, Path(TRACEBACK).suffix
+        # A new name: others share the folder of temporary files.
         with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", prefix=f"{name}-", suffix=ending, delete=False
+            "w", encoding="utf-8", prefix="traceback-", suffix=".txt", delete=False
         ) as file:
             file.write(text)
         return f"traceback in {shown(file.name)}"

@@ -16,36 +16,34 @@ from tqdm import tqdm
 from split_affinity.text import shown, shown_lines
 
 
-class Lossy(io.FileIO):
-    """A descriptor for output whose loss ends nothing: what the system does not take, since the
-    reader has gone or the disk is full, is dropped.
-    """
+class LossyFile(io.FileIO):
+    """A descriptor that drops what it cannot write: the reader has gone, or the disk is full."""
 
     def write(self, data: Any) -> int:
-        """As the file's own, but that it never fails."""
+        """Write and never fail."""
         with contextlib.suppress(OSError):
             return super().write(data) or len(data)
         return len(data)
 
 
-class BesideBar(Lossy):
-    """A terminal on which another process may have drawn a progress bar: a line that begins takes
-    the place of the bar, which is drawn once more below it.
+class BesideBar(LossyFile):
+    """A terminal with another process's progress bar: a new line overwrites the bar.
+
+    That process draws it again below.
     """
 
-    CLEAR = b"\r\x1b[K"  # the line, from its beginning on
-    begun = False  # a line
+    CLEAR_LINE = b"\r\x1b[K"
+    in_line = False
 
     def write(self, data: Any) -> int:
-        """As Lossy, on a line of its own."""
-        clear, self.begun = b"" if self.begun else self.CLEAR, not bytes(data).endswith(b"\n")
+        """Write, from the beginning of a line if none has begun."""
+        clear = b"" if self.in_line else self.CLEAR_LINE
+        self.in_line = not bytes(data).endswith(b"\n")
         return max(0, super().write(clear + bytes(data)) - len(clear))
 
 
-def lossy(stream: Any, kind: type[Lossy] = Lossy) -> io.TextIOWrapper:
-    """A stream to write to in place of the process's own, or of a missing one. Characters that its
-    encoding lacks are escaped.
-    """
+def lossy_stream(stream: Any, kind: type[LossyFile] = LossyFile) -> io.TextIOWrapper:
+    """A stream in place of the process's own, or of a missing one; it escapes what it lacks."""
     if stream:
         with contextlib.suppress(OSError):
             stream.flush()
@@ -58,58 +56,52 @@ def lossy(stream: Any, kind: type[Lossy] = Lossy) -> io.TextIOWrapper:
 
 @contextlib.contextmanager
 def lossy_output() -> Iterator[None]:
-    """Have no trouble with standard output or standard error end what is done meanwhile. Streams
-    that somebody has put in place of the process's own stay.
+    """Let no failure of standard output or standard error end the program.
 
-    Descriptors 0 to 2 that are closed are opened: a checkpoint would get their numbers otherwise,
-    and in it what any library prints.
+    Streams that somebody has put in place of the process's own stay.
     """
+    # A closed descriptor would become a checkpoint's, and prints of any library would go there.
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
     with contextlib.ExitStack() as stack:
         if sys.stdout in (None, sys.__stdout__):
-            stack.enter_context(contextlib.redirect_stdout(lossy(sys.stdout)))
+            stack.enter_context(contextlib.redirect_stdout(lossy_stream(sys.stdout)))
         if sys.stderr in (None, sys.__stderr__):
-            stack.enter_context(contextlib.redirect_stderr(lossy(sys.stderr)))
+            stack.enter_context(contextlib.redirect_stderr(lossy_stream(sys.stderr)))
         yield
 
 
 def say(text: str, file: Any = None) -> None:
-    """Print above the progress bar, at once: into a pipe, too, lines shall come as they arise.
-    Nothing in it steers the terminal, but for line feeds: foreign text is to be `shown` before.
+    """Print above the progress bar, and flush. Foreign text must be `shown` first.
+
+    On a terminal long lines are broken at blanks, if they have any, and go on indented.
     """
     file = file or sys.stdout
-    tqdm.write(fitted(shown_lines(text), terminal_columns(file)), file=file)
+    text = shown_lines(text)
+    if columns := terminal_columns(file):
+        wrap = textwrap.TextWrapper(
+            columns, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+        )
+        lines = text.split("\n")
+        text = "\n".join(wrap.fill(line) if len(line) > columns else line for line in lines)
+    tqdm.write(text, file=file)
     file.flush()
 
 
 def say_lines(lines: Iterable[str]) -> None:
-    """Print lines, as `say`, each of which is one whatever foreign text is in it."""
+    """Print lines; foreign text in one does not break it."""
     say("\n".join(map(shown, lines)))
 
 
 def terminal_columns(stream: Any) -> int | None:
-    """The width of the terminal that a stream writes to; None if it writes elsewhere."""
+    """The width of a stream's terminal; None if it writes elsewhere."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or 80  # some are 0 columns wide
     except (OSError, ValueError):
         return None
-
-
-def fitted(text: str, columns: int | None) -> str:
-    """Text whose lines are broken at blanks if they are longer than a terminal's, and go on below,
-    indented; None: left whole. Without blanks they stay long, as lists of cores.
-    """
-    if not columns:
-        return text
-    wrap = textwrap.TextWrapper(
-        columns, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
-    )
-    lines = text.split("\n")
-    return "\n".join(wrap.fill(line) if len(line) > columns else line for line in lines)
 
 
 def warn(text: str) -> None:
@@ -119,12 +111,10 @@ def warn(text: str) -> None:
 
 @contextlib.contextmanager
 def silenced_output() -> Iterator[None]:
-    """Have nothing printed on standard output meanwhile, and on standard error nothing into the
-    progress bar of the process that is not silent.
-    """
+    """Drop standard output, and print errors beside the progress bar of another process."""
     with contextlib.ExitStack() as stack:
         nowhere = stack.enter_context(Path(os.devnull).open("w"))
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         if terminal_columns(sys.stderr):
-            stack.enter_context(contextlib.redirect_stderr(lossy(sys.stderr, BesideBar)))
+            stack.enter_context(contextlib.redirect_stderr(lossy_stream(sys.stderr, BesideBar)))
         yield

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from split_affinity.terminal import lossy_output, say, say_lines, warn
-from split_affinity.text import tell
+from split_affinity.text import try_print
 
 # Output that cannot be written
 
@@ -59,7 +59,7 @@ def test_what_is_said_does_not_steer_the_terminal(capsys):
     say("a\x1b[31mb\r\u202e\nc\x07")
     say_lines(["d\ne", "f\tg"])
     warn("x\n# y")
-    tell("z\x9b\nend", sys.stdout)
+    try_print("z\x9b\nend", sys.stdout)
     printed = capsys.readouterr()
     assert printed.out == "a\\x1b[31mb\\r\\u202e\nc\\x07\nd\\ne\nf\\tg\nz\\x9b\nend\n"
     assert printed.err == "warning: x\\n# y\n"

@@ -20,7 +20,7 @@ from split_affinity.data.pictures import ImageData
 from split_affinity.errors import UserError
 from split_affinity.models.pretrained import Pretrained, find_weights, imagenet_classes
 from split_affinity.options.settings import Settings
-from split_affinity.text import nearest, readable
+from split_affinity.text import did_you_mean, readable
 
 # WordNet ids of ImageNet's 1,000 classes, which ascend: the steps from one to the next, of all the
 # first byte, then the second, then the third, compressed and in base 85 (see wordnet_ids).
@@ -84,7 +84,7 @@ def match_classes(names: Iterable[str], known: Sequence[str], asked: str) -> lis
     for name in names:
         places = exact.get(name) or alike.get(spelling(name)) or []
         if not places:
-            hint = nearest(spelling(name), alike)
+            hint = did_you_mean(spelling(name), alike)
             raise UserError(f"class {name} is none of the {len(known)} of {asked}{hint}")
         if len(places) > 1:
             which = ", ".join(ids[place] if ids else f"class {place}" for place in places)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from split_affinity.data.image_folder import PictureFolder
-from split_affinity.text import tell
+from split_affinity.text import try_print
 
 
 def read_digits(path: Path, part: str, download: bool = False) -> PictureFolder:
@@ -22,7 +22,7 @@ def read_digits(path: Path, part: str, download: bool = False) -> PictureFolder:
     """
     if not path.exists():
         digits = load_digits()
-        tell(f"writing scikit-learn's digits into {path}", sys.stderr)
+        try_print(f"writing scikit-learn's digits into {path}", sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
         staged = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         try:

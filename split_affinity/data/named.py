@@ -24,7 +24,7 @@ from split_affinity.errors import UserError
 from split_affinity.models.pretrained import Preprocessing, imagenet_classes, largest_size
 from split_affinity.options.data_sets import IMAGENET_FILES, NAMED_DATA
 from split_affinity.options.settings import Settings, images_in_step
-from split_affinity.text import tell
+from split_affinity.text import try_print
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CIFAR10_FOLDER = "cifar-10-batches-py"
@@ -184,7 +184,9 @@ def prepare_imagenet(path: Path) -> None:
             ", there; train and val alone are an image folder, for which you need no --dataset"
         )
     if needed:
-        tell(f"verifying and unpacking {', '.join(needed)} in {path}; this takes long", sys.stderr)
+        try_print(
+            f"verifying and unpacking {', '.join(needed)} in {path}; this takes long", sys.stderr
+        )
 
 
 def why_not_read(error: Exception) -> str:

@@ -16,7 +16,7 @@ from torchvision.ops import StochasticDepth
 from split_affinity.errors import UserError, memory_errors, one_line
 from split_affinity.models.own import Hybrid, SmallResNet
 from split_affinity.options.existence import TIMM, unknown_model
-from split_affinity.text import nearest
+from split_affinity.text import did_you_mean
 
 # Models with auxiliary heads, which are left out. Their weights were trained with values from -1 to
 # 1: torchvision's model makes those of ImageNet's mean and deviation itself, ours has them at once.
@@ -58,7 +58,7 @@ def check_timm_name(name: str, flag: str) -> None:
     architecture, _, tag = name.removeprefix(TIMM).partition(".")
     names = timm_package().list_models()
     if architecture not in names:
-        hint = nearest(architecture, names, 0.4) or "; any name of timm.list_models() will do"
+        hint = did_you_mean(architecture, names, 0.4) or "; any name of timm.list_models() will do"
         raise UserError(f"{flag} {name}: unknown to timm{hint}")
     if tag and tag not in timm_tags(architecture):
         tags = ", ".join(timm_tags(architecture)) or "none"

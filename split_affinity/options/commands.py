@@ -1,7 +1,4 @@
-"""The commands, their `--help`, and the way from a command line to Settings, without PyTorch.
-
-An option is added in settings.py.
-"""
+"""The commands, their `--help`, and the way from a command line to Settings, without PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from split_affinity import PROGRAM, __version__
 from split_affinity.errors import UserError
 from split_affinity.options.contradictions import contradictions, typed_contradictions
 from split_affinity.options.data_sets import DATA_SETS, NAMED_DATA
-from split_affinity.options.recipes import adapted_recipe, list_recipes, recipe_defaults
+from split_affinity.options.recipes import adapt_recipe, list_recipes, recipe_defaults
 from split_affinity.options.settings import (
     COMPARED_BATCHES,
     TITLES,
@@ -34,47 +31,16 @@ from split_affinity.options.settings import (
 from split_affinity.options.values import Values
 from split_affinity.text import (
     as_option,
-    nearest,
-    nearest_of_each,
+    did_you_mean,
     option_text,
-    tell,
+    similar_names,
+    try_print,
     without_login,
     without_logins,
 )
 
-
-def installed_version(package: str) -> str:
-    """The version of a package, which is not imported for that."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
-def command_defaults(command: str, typed: Values) -> Values:
-    """What takes the place of Settings' own defaults: a recipe's, what suits a data set, and what
-    compare has in a step; `typed` are the options given. A recipe's weights give way to a file's,
-    its data set to a folder of images, or to those of the run that is gone on with, and what
-    contradicts a typed option to that.
-    """
-    recipe, quick, resume = (typed.get(name) for name in ("recipe", "quick", "resume"))
-    defaults = adapted_recipe(recipe_defaults(recipe), typed) if recipe else {}
-    resumes = resume and (typed.get("test_only") or resume != Path("auto"))
-    if typed.get("data_path") or resumes:
-        defaults.pop("dataset", None)
-    if dataset := typed.get("dataset") or defaults.get("dataset"):
-        defaults |= NAMED_DATA[dataset].defaults
-    if not (typed.get("data_path") or defaults.get("data_path") or resumes):
-        defaults.pop("subset", None)  # of images that are made
-    if command == "compare" and (quick or not recipe):
-        defaults["accumulate"] = 1 if quick else COMPARED_BATCHES
-    if typed.get("init_from") or resumes:
-        defaults.pop("weights", None)
-    return defaults
-
-
-# Names of options in other trainers where the meaning is the same, and what the setting is called
-# here: torchvision's reference training (wd, lr-min, lr-step-size) and timm's train.py (the rest).
+# Names of the same options in torchvision's reference training (wd, lr-min, lr-step-size) and in
+# timm's train.py (the rest), and the settings here.
 ALIASES = {
     "--wd": "weight_decay",
     "--img-size": "image_size",
@@ -95,8 +61,8 @@ ALIASES = {
     "--log-interval": "print_freq",
 }
 
-# What somebody may call an option, and what it is called here: for hints alone.
-ELSEWHERE = {
+# Other names that people may try, and the options that a hint names.
+HINTS = {
     "--optimizer": "--opt",
     "--learning-rate": "--lr",
     "--learning_rate": "--lr",
@@ -114,10 +80,10 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Command:
-    """A command as `--help` presents it: what it does, three examples (what for, and arguments),
-    and which options of a run make a difference to it, by setting or by group.
+    """A command in `--help`: what it does, three examples, and the options that it shows.
 
-    It takes all others of a run too, so that a run's own arguments serve to plan it, say.
+    `shows` names groups and single settings. A command takes all other options of a run too: the
+    arguments of a run serve to plan it.
     """
 
     help: str
@@ -129,11 +95,15 @@ class Command:
 ASKED_WITH = """
     model image_size val_resize interpolation mean std workers batch_size deterministic precision
     channels_last tuned_malloc flush_denormals""".split()
+# What find-lr and compare have in common, beside groups.
+TRAINED_WITH = """
+    recipe batch_size accumulate steps opt label_smoothing clip_grad_norm freeze stochastic_depth
+    teacher teacher_weights teacher_share seed deterministic output_dir""".split()
 
 # fmt: off
 COMMANDS = {
     "train": Command("train a model (the default)", {
-        "ResNet-50 on images that are made, to see what the phases take": "-b 32 --steps 50",
+        "ResNet-50 on synthetic images, to see what the phases take": "-b 32 --steps 50",
         "a whole training, by a recipe": "--recipe cifar10 --data-path cifar --download",
         "your own pictures, with checkpoints": "--data-path photos --epochs 30 --output-dir out",
     }),
@@ -149,21 +119,18 @@ COMMANDS = {
         "for your own pictures, with a plot": "find-lr --data-path photos --output-dir out",
         "for a recipe": "find-lr --recipe cifar10 --data-path cifar",
         "for AdamW, in more steps": "find-lr --data-path photos --opt adamw --steps 200",
-    }, (DataSettings, AugmentationSettings, CoreSettings, SpeedSettings, *"""
-        recipe batch_size accumulate steps opt lr_body_factor momentum weight_decay
-        norm_weight_decay bias_weight_decay skip_decay_1d label_smoothing clip_grad_norm freeze
-        stochastic_depth teacher teacher_weights teacher_share seed deterministic weights init_from
-        output_dir""".split())),
+    }, (DataSettings, AugmentationSettings, CoreSettings, SpeedSettings, *TRAINED_WITH, *"""
+        lr_body_factor momentum weight_decay norm_weight_decay bias_weight_decay skip_decay_1d
+        weights init_from""".split())),
     "compare": Command("train in all ways, in turn, and say which is fastest", {
         "ResNet-50: plain loops, one lane, and every schedule of the split": "compare",
         "two splits, with less to compute": "compare --quick --split even,1:2",
         "your own pictures, loading included, and the figures in a file":
             "compare --data-path photos --json compare.json",
-    }, (AugmentationSettings, SpeedSettings, *"""
-        model data_path dataset download num_classes image_size subset max_bad_images workers recipe
-        batch_size accumulate steps opt label_smoothing clip_grad_norm freeze stochastic_depth
-        teacher teacher_weights teacher_share seed deterministic split forward_cores backward_cores
-        loader_cores forward_threads backward_threads log_file output_dir""".split())),
+    }, (AugmentationSettings, SpeedSettings, *TRAINED_WITH, *"""
+        model data_path dataset download num_classes image_size subset max_bad_images workers split
+        forward_cores backward_cores loader_cores forward_threads backward_threads
+        log_file""".split())),
     "predict": Command("ask a trained model what pictures show", {
         "a folder, with what a training has saved": "predict new --resume out/mine/best.pt",
         "a picture, and the answer in a file":
@@ -177,41 +144,66 @@ COMMANDS = {
 # fmt: on
 
 
-class Tell(argparse.Action):
-    """An option that ends the program with a text: what `const` returns."""
+def installed_version(package: str) -> str:
+    """The version of a package, without importing it."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def version_line() -> str:
+    """The versions to name in a report of trouble."""
+    packages = ", ".join(f"{name} {installed_version(name)}" for name in ("torch", "torchvision"))
+    return f"{PROGRAM} {__version__}, Python {platform.python_version()}, {packages}"
+
+
+class PrintAndExit(argparse.Action):
+    """An option that prints the text that `const` returns, and ends the program."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         """Print the text and exit."""
-        tell(self.const(), sys.stdout)
+        try_print(self.const(), sys.stdout)
         parser.exit()
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
+    """An ArgumentParser that raises UserErrors of one line."""
 
     def error(self, message: str) -> None:
         raise UserError(without_logins(message))
 
     def print_help(self, file: Any = None) -> None:
-        """As ArgumentParser's own, for a reader who may leave."""
-        tell(self.format_help().rstrip(), file or sys.stdout)
+        """Print the help; nobody has to read it to its end."""
+        try_print(self.format_help().rstrip(), file or sys.stdout)
 
     def parse_args(self, *args: Any) -> argparse.Namespace:
-        """As ArgumentParser's own; for what it does not know it names the nearest options."""
+        """Parse options that may stand among others; the error for an unknown one has a hint."""
         given, unknown = self.parse_known_intermixed_args(*args)
-        if unknown:
-            flags = [text.partition("=")[0] for text in unknown if text.startswith("-")]
-            known = {flag: flag for flag in self._option_string_actions} | ELSEWHERE
-            hint = nearest_of_each(flags, known)
-            if command := next((text for text in unknown if text in COMMANDS), None):
-                rest = [text for text in args[0] if text != command]
-                hint = f"; the command comes first: {shlex.join([command, *rest])}"
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return given
+        if not unknown:
+            return given
+        hint = self._hint([text.partition("=")[0] for text in unknown if text.startswith("-")])
+        if command := next((text for text in unknown if text in COMMANDS), None):
+            rest = [text for text in args[0] if text != command]
+            hint = f"; the command comes first: {shlex.join([command, *rest])}"
+        return self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+
+    def _hint(self, flags: Sequence[str]) -> str:
+        """Options that are most like unknown ones."""
+        known = {flag: flag for flag in self._option_string_actions} | HINTS
+        hints = []
+        for flag in flags:
+            # Two names here can mean the same option.
+            near = [*dict.fromkeys(known[name] for name in similar_names(flag, known))]
+            if near and len(flags) == 1:
+                hints = near
+            elif near:
+                hints.append(f"{' or '.join(near)} for {flag}")
+        return f"; did you mean {', '.join(hints)}?" if hints else ""
 
 
 def build_parser(command: str = "train") -> Parser:
-    """The parser of a command, with all options; these and their defaults come from Settings."""
+    """The parser of a command, with all options and their defaults."""
     name = f"[{'|'.join(COMMANDS)}]" if command == "train" else command
     name += " PICTURE..." if command == "predict" else ""
     parser = Parser(
@@ -222,42 +214,33 @@ def build_parser(command: str = "train") -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    text = {"action": Tell, "nargs": 0, "default": argparse.SUPPRESS}
+    text = {"action": PrintAndExit, "nargs": 0, "default": argparse.SUPPRESS}
     parser.add_argument("--version", help="show versions and exit", const=version_line, **text)
     parser.add_argument("--list-models", help="list what --model takes", action="store_true")
     places = {"help": "list what --dataset and --data-path take", "const": lambda: DATA_SETS}
     parser.add_argument("--list-data-sets", **places, **text)
-    for group in reversed(Settings.__bases__):
-        help_group = parser.add_argument_group(TITLES[group])
+    shows = COMMANDS[command].shows
+    for group, title in TITLES.items():
+        help_group = parser.add_argument_group(title)
         for setting in dataclasses.fields(group):
-            shown = is_shown(command, group, setting)
-            if setting.name != "pictures":
-                add_option(help_group, setting, shown)
-            elif shown:  # the only one without dashes
-                about = setting.metadata["help"]
-                help_group.add_argument("pictures", help=about, **setting.metadata["argument"])
+            only = setting.metadata["only"]
+            shown = command in only if only else group in shows or setting.name in shows
+            add_option(help_group, setting, shown)
     return parser
 
 
-def is_shown(command: str, group: type, setting: dataclasses.Field) -> bool:
-    """Whether a command's help shows an option: one of its own, or one of a run that matters."""
-    if setting.metadata["only"]:
-        return command in setting.metadata["only"]
-    return not {group, setting.name}.isdisjoint(COMMANDS[command].shows)
-
-
 def describe_command(command: str) -> str:
-    """What stands above the options of a command."""
+    """The text above the options of a command."""
     if command != "train":
         what = COMMANDS[command].help
-        return f"{what[0].upper()}{what[1:]}.\nOther options of a run are taken, too."
+        return f"{what[0].upper()}{what[1:]}.\nIt takes all other options of a run too."
     listed = "\n".join(f"  {name:8} {each.help}" for name, each in COMMANDS.items())
     about = "Train an image classifier on CPUs, forward and backward on their own cores."
     return f"{about}\n\ncommands, each with a --help of its own:\n{listed}"
 
 
 def describe_use(command: str) -> str:
-    """What stands below the options of a command."""
+    """The text below the options of a command."""
     examples = COMMANDS[command].examples.items()
     shown = "\n".join(f"  {what}:\n    %(prog)s {arguments}" for what, arguments in examples)
     parts = [f"examples:\n{shown}"]
@@ -271,65 +254,66 @@ def describe_use(command: str) -> str:
     return "\n\n".join(parts)
 
 
-def version_line() -> str:
-    """The versions that a report of trouble should name."""
-    packages = ", ".join(f"{name} {installed_version(name)}" for name in ("torch", "torchvision"))
-    return f"{PROGRAM} {__version__}, Python {platform.python_version()}, {packages}"
-
-
 def add_option(help_group: Any, setting: dataclasses.Field, shown: bool) -> None:
-    """Add one field of Settings to its help group, and its aliases, which help never shows."""
-    meta = setting.metadata
-    text = meta["help"]
+    """Add a setting to its help group, and its aliases, which help never shows."""
+    metadata = setting.metadata
+    text, argument = metadata["help"], metadata["argument"]
+    if setting.name == "pictures":  # the only one without dashes
+        if shown:
+            help_group.add_argument("pictures", help=text, **argument)
+        return
     flag = as_option(setting.name, True)
     if setting.default is False:
         # Both ways, since a recipe may have switched it on.
         kind = {"action": argparse.BooleanOptionalAction, "default": False}
-    elif setting.default is True:  # what is on by default has a flag that switches it off
+    elif setting.default is True:
         kind = {"action": "store_false"}
         flag = flag.replace("--", "--no-", 1)
     else:
-        kind = {"default": setting.default, **meta["argument"]}
+        kind = {"default": setting.default, **argument}
         text += "" if setting.default is None else f" (default: {option_text(setting.default)})"
     kind |= {"dest": setting.name, "help": text if shown else argparse.SUPPRESS}
-    help_group.add_argument(*meta["short"], flag, **kind)
+    help_group.add_argument(*metadata["short"], flag, **kind)
     kind |= {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-    for alias in (alias for alias, name in ALIASES.items() if name == setting.name):
-        help_group.add_argument(alias, **kind)
+    for alias, name in ALIASES.items():
+        if name == setting.name:
+            help_group.add_argument(alias, **kind)
+
+
+def split_arguments(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """The command, `train` if there is none, and its options."""
+    command, *options = argv if argv and not argv[0].startswith("-") else ["train", *argv]
+    return command, options
 
 
 def typed_options(command: str, options: Sequence[str]) -> Values:
-    """The options of a command line by the names of their settings; of those that are not there,
-    none. Raises UserError for one that does not exist, or for a value that it does not take.
-    """
+    """The typed options, by the names of their settings; raises UserError if one is wrong."""
     nothing = argparse.Namespace(**{each.name: None for each in dataclasses.fields(Settings)})
     given = vars(build_parser(command).parse_args(options, nothing))
     given["pictures"] = tuple(given["pictures"] or ())
     return {name: value for name, value in given.items() if value not in (None, ())}
 
 
-def split_arguments(argv: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """The command, which may be left out, and its options."""
-    command, *options = argv if argv and not argv[0].startswith("-") else ["train", *argv]
-    return command, options
+def command_defaults(command: str, typed: Values) -> Values:
+    """Defaults in place of Settings' own: a recipe's, a data set's, and those of compare.
 
-
-def command_again(settings: Settings) -> str:
-    """A run's command with those settings, begun as the running one was, after a colon."""
-    started, name = Path(sys.argv[0]), Path(PROGRAM).stem
-    ours = started.stem.replace("-", "_") == name or started.parent.name == "split_affinity"
-    words = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-    typed, start = shlex.join(words) if ours else f"python {PROGRAM}", ""
-    if settings.ranks > 1:
-        typed, start = PROGRAM, ", with torchrun as before"
-    mirror = settings.mirror or ""
-    login = "" if mirror == without_login(mirror) else " (--mirror with its login)"
-    return f"{start}: {typed} {as_options(settings)}{login}"
-
-
-def how_to_go_on(settings: Settings) -> str:
-    """The command that goes on with the run of those settings."""
-    return f"to go on{command_again(dataclasses.replace(settings, resume=Path('auto')))}"
+    What contradicts a typed option gives way. A recipe's weights give way to those of a file, its
+    data set to a folder of images, both to a saved run that is resumed.
+    """
+    recipe, quick, resume = (typed.get(name) for name in ("recipe", "quick", "resume"))
+    defaults = adapt_recipe(recipe_defaults(recipe), typed) if recipe else {}
+    resumes = resume and (typed.get("test_only") or resume != Path("auto"))
+    if typed.get("data_path") or resumes:
+        defaults.pop("dataset", None)
+    if dataset := typed.get("dataset") or defaults.get("dataset"):
+        defaults |= NAMED_DATA[dataset].defaults
+    if not (typed.get("data_path") or defaults.get("data_path") or resumes):
+        defaults.pop("subset", None)  # of synthetic images
+    if command == "compare" and (quick or not recipe):
+        defaults["accumulate"] = 1 if quick else COMPARED_BATCHES
+    if typed.get("init_from") or resumes:
+        defaults.pop("weights", None)
+    return defaults
 
 
 def parse_arguments(
@@ -337,15 +321,14 @@ def parse_arguments(
     saved: Callable[[str, Settings, Values], Values] | None = None,
     ranks: int = 1,
 ) -> tuple[str, Settings]:
-    """The command and the settings. Raises UserError for arguments that make no sense.
+    """The command and the settings; raises UserError if arguments make no sense.
 
-    `saved` gives the defaults that `--resume` brings with it, of the command, its settings without
-    them and the options typed. Without it these are left out, and what could depend on them is not
-    looked at. `ranks` have been started.
+    `saved` returns the defaults that `--resume` brings, from the command, the settings without them
+    and the typed options. Without it nothing that depends on them is checked. `ranks` were started.
     """
     command, options = split_arguments(argv)
     if command not in COMMANDS:
-        hint = nearest(command, COMMANDS)
+        hint = did_you_mean(command, COMMANDS)
         shown = without_login(command)
         raise UserError(f"unknown command {shown!r} (choose from {', '.join(COMMANDS)}){hint}")
     typed = typed_options(command, options)
@@ -364,3 +347,21 @@ def parse_arguments(
     for message in contradictions(command, settings, ranks):
         raise UserError(message)
     return command, settings
+
+
+def command_again(settings: Settings) -> str:
+    """After a colon, a command with these settings that starts as the running one did."""
+    started, name = Path(sys.argv[0]), Path(PROGRAM).stem
+    ours = started.stem.replace("-", "_") == name or started.parent.name == "split_affinity"
+    words = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+    typed, start = shlex.join(words) if ours else f"python {PROGRAM}", ""
+    if settings.ranks > 1:
+        typed, start = PROGRAM, ", with torchrun as before"
+    mirror = settings.mirror or ""
+    login = "" if mirror == without_login(mirror) else " (--mirror with its login)"
+    return f"{start}: {typed} {as_options(settings)}{login}"
+
+
+def how_to_go_on(settings: Settings) -> str:
+    """The command that goes on with the run of these settings."""
+    return f"to go on{command_again(dataclasses.replace(settings, resume=Path('auto')))}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from split_affinity.text import nearest
+from split_affinity.text import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def parse_data_set(text: str) -> str:
     """The name of a data set."""
     if text in NAMED_DATA:
         return text
-    hint = nearest(text.lower(), NAMED_DATA, 0.6)
+    hint = did_you_mean(text.lower(), NAMED_DATA, 0.6)
     known = ", ".join(NAMED_DATA)
     raise argparse.ArgumentTypeError(f"no data set {text!r} (choose from {known}){hint}")
 

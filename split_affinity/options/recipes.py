@@ -1,4 +1,4 @@
-"""What `--recipe` takes: sets of defaults, which every other option overrides."""
+"""What `--recipe` takes: sets of defaults that every other option overrides."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from split_affinity.options.values import RESIZING_STEP, Values
 from split_affinity.text import as_option
 
 # fmt: off
-# Each recipe is a set of defaults. Its steps have 256 images where the rates are those of papers
-# that use 256, and 128 where it is made for small machines; to fine-tune, 32.
+# Steps have 256 images if the rates come from papers with 256, else 128 (recipes for small
+# machines), and 32 to fine-tune.
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {
         "dataset": "digits", "model": "resnet56", "image_size": 32, "hflip": 0.0, "min_scale": 0.6,
@@ -52,6 +52,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 # fmt: on
 FROM_CHECKPOINT = ("imagenet-finetune", "imagenet-full")  # these start with trained weights
 GIVE_WEIGHTS = "give --init-from PATH or --weights NAME"
+# Parts of the names of models in which --stochastic-depth can leave blocks out.
+WITH_BLOCKS = ("resne", "efficientnet", "convnext", "swin", "maxvit", "timm/")
 
 
 def recipe_defaults(name: str) -> Values:
@@ -59,62 +61,56 @@ def recipe_defaults(name: str) -> Values:
     return {"output_dir": Path("out") / name, **RECIPES[name]}
 
 
-def adapted_recipe(recipe: Values, typed: Values) -> Values:
-    """What a recipe sets, where that does not contradict the options typed: what nobody has typed
-    gives way. Of a name that is missing then, the usual default holds.
-    """
-    for bend in (bend_course, bend_sizes):
-        recipe = bend(recipe, recipe | typed, {name for name in recipe if name not in typed})
+def adapt_recipe(recipe: Values, typed: Values) -> Values:
+    """A recipe without what contradicts the typed options; usual defaults take its place."""
+    for adapt in (adapt_rate, adapt_sizes):
+        recipe = adapt(recipe, recipe | typed, {name for name in recipe if name not in typed})
     model = typed.get("model", "")
-    if "stochastic_depth" not in typed and model and not any(map(model.__contains__, WITH_BLOCKS)):
-        recipe = recipe | {"stochastic_depth": 0.0}
+    if "stochastic_depth" not in typed and model and not any(part in model for part in WITH_BLOCKS):
+        return recipe | {"stochastic_depth": 0.0}
     return recipe
 
 
-# What is in the names of models of which --stochastic-depth can leave blocks out.
-WITH_BLOCKS = ("resne", "efficientnet", "convnext", "swin", "maxvit", "timm/")
+def adapt_rate(recipe: Values, wanted: Values, changeable: set[str]) -> Values:
+    """A recipe whose warm-up ends in time, and whose lowest rate is not above the highest.
 
-
-def bend_course(recipe: Values, wanted: Values, free: set[str]) -> Values:
-    """A recipe whose warm-up ends before the training, or its first milestone, does, and whose
-    lowest rate is none above the highest; only those of its settings that are `free` change.
+    In time means before the training ends, and before the first milestone.
     """
-    bends: Values = {}
+    changes: Values = {}
     warmup, milestones = wanted.get("lr_warmup_epochs", 0), wanted.get("lr_milestones", ())
-    if later := tuple(epoch for epoch in milestones if epoch > warmup and "lr_milestones" in free):
-        bends["lr_milestones"] = later
-    if "lr_warmup_epochs" in free:
+    later = tuple(epoch for epoch in milestones if epoch > warmup)
+    if later and "lr_milestones" in changeable:
+        changes["lr_milestones"] = later
+    if "lr_warmup_epochs" in changeable:
         ends = milestones[:1] if wanted["lr_scheduler"] == "multistep" else ()
         longest = 0 if wanted["lr_scheduler"] == "onecycle" else min([wanted["epochs"], *ends]) - 1
-        bends["lr_warmup_epochs"] = min(warmup, longest)
-    if "min_lr" in free and wanted.get("lr") is not None:
-        bends["min_lr"] = min(wanted["min_lr"], wanted["lr"])
-    return recipe | bends
+        changes["lr_warmup_epochs"] = min(warmup, longest)
+    if "min_lr" in changeable and wanted.get("lr") is not None:
+        changes["min_lr"] = min(wanted["min_lr"], wanted["lr"])
+    return recipe | changes
 
 
-def bend_sizes(recipe: Values, wanted: Values, free: set[str]) -> Values:
-    """A recipe without sizes of images that do not go with others which are asked for; only those
-    of its settings that are `free` change.
-    """
+def adapt_sizes(recipe: Values, wanted: Values, changeable: set[str]) -> Values:
+    """A recipe without image sizes that contradict those that you ask for."""
     low, high, size = (wanted.get(name) for name in ("min_res", "max_res", "image_size"))
     dropped: set[str] = set()
-    bends: Values = {}
-    if "image_size" in free and (high or (low or 0) > size):
+    changes: Values = {}
+    if "image_size" in changeable and (high or (low or 0) > size):
         dropped.add("image_size")
-    if "max_res" in free and size and "image_size" not in free:
+    if "max_res" in changeable and size and "image_size" not in changeable:
         dropped.add("max_res")
         high = size
-    if "min_res" in free and size and (high < low or high % RESIZING_STEP):
-        dropped |= {"min_res", "max_res", "end_ramp"} & free
-    elif "min_res" in free and not high % RESIZING_STEP:
-        bends["min_res"] = min(low, high)
-    elif "max_res" in free - dropped:
-        bends["max_res"] = max(low, high)
-    return {name: value for name, value in (recipe | bends).items() if name not in dropped}
+    if "min_res" in changeable and size and (high < low or high % RESIZING_STEP):
+        dropped |= {"min_res", "max_res", "end_ramp"} & changeable
+    elif "min_res" in changeable and not high % RESIZING_STEP:
+        changes["min_res"] = min(low, high)
+    elif "max_res" in changeable - dropped:
+        changes["max_res"] = max(low, high)
+    return {name: value for name, value in (recipe | changes).items() if name not in dropped}
 
 
 def list_recipes() -> str:
-    """The recipes and what they set, as options."""
+    """The recipes and the options that they set."""
     lines = []
     for name, defaults in RECIPES.items():
         options = (as_option(key, value).replace(" ", "\xa0") for key, value in defaults.items())

@@ -1,6 +1,4 @@
-"""Parsers of single options: they take the user's text and return a checked value, or say what is
-allowed. Pure.
-"""
+"""Parsers of single options: from the user's text to a checked value, or to what is allowed."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ LARGEST_CPU = 2**16 - 1
 def number(
     allowed: str, is_allowed: Callable[[float], bool], kind: Callable[[str], float] = float
 ) -> Callable[[str], Any]:
-    """A parser of those numbers that pass `is_allowed`; `allowed` says which these are."""
+    """A parser of the numbers that pass `is_allowed`; `allowed` describes them in messages."""
 
     def parse(text: str) -> Any:
         with contextlib.suppress(ValueError):
@@ -48,51 +46,40 @@ def parse_milestones(text: str) -> tuple[int, ...]:
     raise argparse.ArgumentTypeError(f"{text!r} is not a list of ascending epochs such as 30,60,80")
 
 
-def channels(parse: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
-    """A parser of three numbers, one for each channel, such as 0.485,0.456,0.406; `parse` takes
-    each of them.
-    """
+def three_numbers(parse: Callable[[str], float]) -> Callable[[str], tuple[float, ...]]:
+    """A parser of a number for each channel, such as 0.485,0.456,0.406; `parse` takes each."""
 
     def parse_all(text: str) -> tuple[float, ...]:
         values = tuple(map(parse, text.split(",")))
-        if len(values) != 3:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not three numbers, such as 0.485,0.456,0.406"
-            )
-        return values
+        if len(values) == 3:
+            return values
+        message = f"{text!r} is not three numbers, such as 0.485,0.456,0.406"
+        raise argparse.ArgumentTypeError(message)
 
     return parse_all
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
-    """Logical CPUs of a list as the kernel and taskset write it: `0-3,8-11`, stride `0-15:2`.
-
-    Returns them ascending. Raises ArgumentTypeError for text that is no such list, a range that
-    runs backwards, a CPU named twice, or an id above 65,535.
-    """
+    """Logical CPUs, ascending, of a list as in the kernel and taskset: `0-3,8-11`, `0-15:2`."""
     cpus: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::([1-9]\d*))?)?\s*", part, re.ASCII)
         if not match:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a core list such as 0-3,8-11 or 0-15:2"
-            )
+            message = f"{text!r} is not a core list such as 0-3,8-11 or 0-15:2"
+            raise argparse.ArgumentTypeError(message)
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise argparse.ArgumentTypeError(f"{part!r} runs backwards: write {last}-{first}")
         if last > LARGEST_CPU:
             raise argparse.ArgumentTypeError(f"{part!r} names a CPU above {LARGEST_CPU}")
         cpus += range(first, last + 1, int(match[3] or 1))
-    twice = [cpu for cpu, count in Counter(cpus).items() if count > 1]
-    if twice:
+    if twice := [cpu for cpu, count in Counter(cpus).items() if count > 1]:
         raise argparse.ArgumentTypeError(f"{text!r} names CPU {twice[0]} twice")
     return tuple(sorted(cpus))
 
 
 def parse_split(text: str) -> str:
-    """A checked `--split`: `even`, `auto`, `none`, or forward:backward in whole parts from 1 up; or
-    several of these, with commas between them.
-    """
+    """A checked `--split`: `even`, `auto`, `none`, forward:backward, or several with commas."""
     if "," in text:
         splits = [parse_split(part) for part in text.split(",")]
         if twice := [split for split, count in Counter(splits).items() if count > 1]:
@@ -100,13 +87,11 @@ def parse_split(text: str) -> str:
         return text
     match = re.fullmatch(r"(\d{1,6}):(\d{1,6})", text, re.ASCII)
     if not match and text not in ("even", "auto", "none"):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not even, auto, none, or forward:backward such as 1:2"
-        )
+        message = f"{text!r} is not even, auto, none, or forward:backward such as 1:2"
+        raise argparse.ArgumentTypeError(message)
     if match and not (int(match[1]) and int(match[2])):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} leaves a group without cores: both parts must be 1 or more"
-        )
+        message = f"{text!r} leaves a group without cores: both parts must be 1 or more"
+        raise argparse.ArgumentTypeError(message)
     return text
 
 
@@ -116,14 +101,14 @@ BELOW_1 = number("a number of 0 or more and below 1", lambda value: 0 <= value <
 SHARE = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 PART = number("above 0 and up to 1", lambda value: 0 < value <= 1)
 PERCENT = number("above 0 and up to 100", lambda value: 0 < value <= 100)
-# Pictures have 256 values from 0 to 1: less than a part of a step between two is no deviation.
+# Pictures have 256 values from 0 to 1: a smaller deviation makes no sense.
 DEVIATION = number("from 0.001 to 1", lambda value: 0.001 <= value <= 1)
 JITTER = number("a number from 0 to 1000", lambda value: 0 <= value <= 1000)
 SECONDS = number("above 0 and up to 1000000", lambda value: 0 < value <= 1e6)
-# Below 0.01 torch draws the mean too often, as both of its gamma variates underflow to 0 (a quarter
-# of all draws for 0.001), above 1000 next to nothing else.
+# Below 0.01 torch draws the mean too often, since both of its gamma variates underflow to 0 (a
+# quarter of all draws for 0.001). Above 1000 nearly all draws are the mean.
 MIXING = number("0, or from 0.01 to 1000", lambda value: value == 0 or 0.01 <= value <= 1000)
-# What --help calls the value of an option, by its type; X if nothing is said.
+# What --help calls the value of an option, by its type; else X.
 METAVARS = {None: None, COUNT: "N", COUNT_FROM_0: "N", SHARE: "P", PERCENT: "PERCENT"}
 METAVARS |= {parse_cpu_list: "LIST", Path: "PATH"}
 

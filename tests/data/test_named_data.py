@@ -364,7 +364,7 @@ def test_a_set_that_takes_scipy_says_so(tmp_path, monkeypatch, name):
         ("--dataset dtd --download", "^--download needs --data-path, the folder to put dtd into$"),
         (
             "--dataset imagenet --data-path d --download",
-            "^--download: imagenet is given to those alone who ask for it: put ILSVRC2012_devkit_t1"
+            "^--download: imagenet is only for those who ask for it: put ILSVRC2012_devkit_t1"
             "2.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, from https://image-net",
         ),
     ],

@@ -173,8 +173,8 @@ def test_predict_needs_pictures_and_one_trained_model(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"save_steps": 5}, "--save-steps needs --output-dir, where checkpoints are"),
-        ({"mirror": "memory://x"}, "--mirror needs --output-dir, where checkpoints are"),
+        ({"save_steps": 5}, "--save-steps 5 needs --output-dir, where checkpoints are"),
+        ({"mirror": "memory://x"}, "--mirror memory://x needs --output-dir, where checkpoints are"),
         ({"resume": Path("auto")}, "--resume auto needs --output-dir, where checkpoints are"),
         (
             {"resume": Path("a.pt"), "init_from": Path("b.pt")},

@@ -268,7 +268,7 @@ def test_a_recipe_gives_way_to_what_is_typed(recipe, command):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "typed", "bent"),
+    ("recipe", "typed", "adapted"),
     [
         ("digits", "--epochs 2", {"epochs": 2, "lr_warmup_epochs": 1}),
         ("digits", "--epochs 1", {"epochs": 1, "lr_warmup_epochs": 0}),
@@ -306,9 +306,9 @@ def test_a_recipe_gives_way_to_what_is_typed(recipe, command):
         ("imagenet-full", "--model resnet18", {"model": "resnet18"}),
     ],
 )
-def test_how_a_recipe_gives_way(recipe, typed, adapted_recipe):
+def test_how_a_recipe_gives_way(recipe, typed, adapted):
     asked = with_recipe(recipe, *typed.split())
-    assert asked == dataclasses.replace(with_recipe(recipe), **adapted_recipe)
+    assert asked == dataclasses.replace(with_recipe(recipe), **adapted)
 
 
 def test_images_that_are_made_have_no_part_to_use():
