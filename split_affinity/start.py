@@ -17,7 +17,7 @@ from split_affinity.errors import UserError
 from split_affinity.machine.binding import begin_anew
 from split_affinity.options.commands import installed_version, parse_arguments, split_arguments
 from split_affinity.options.existence import missing_early
-from split_affinity.ranks.launch import Launch, launched
+from split_affinity.ranks.launch import launched
 from split_affinity.signals import end_while_loading
 from split_affinity.text import shown, try_print, without_login
 
@@ -34,29 +34,23 @@ ANSWERING = ("predict", "list-models")  # other programs may read what these pri
 
 
 def begin() -> None:
-    """Do what comes before PyTorch, then load it. Exits if there is nothing else to do."""
+    """Do what comes before PyTorch, then load it. Exits after `--help`, or if options are wrong."""
     argv, launch = sys.argv[1:], launched()
     end_while_loading(not launch.local_rank)
-    command = check_early(argv, launch)
-    if not launch.rank:
-        announce(command, argv)
-    load_packages()
-
-
-def check_early(argv: Sequence[str], launch: Launch) -> str:
-    """The command. Exits if arguments are wrong, or ask for nothing but a text."""
     try:
         command, settings = parse_arguments(argv, ranks=launch.ranks)
         for message in missing_early(command, settings, launch.rank):
             raise UserError(message)
         begin_anew()
-        return command
     except UserError as error:
         if launch.local_rank:  # the launcher ends this process once the first one has said why
             time.sleep(ENDED_WITHIN_S)
         else:
             try_print(f"{PROGRAM}: error: {shown(str(error))}", sys.stderr)
         raise SystemExit(error.exit_code) from None
+    if not launch.rank:
+        announce(command, argv)
+    load_packages()
 
 
 def announce(command: str, argv: Sequence[str]) -> None:

@@ -65,6 +65,15 @@ def test_what_is_said_does_not_steer_the_terminal(capsys):
     assert printed.err == "warning: x\\n# y\n"
 
 
+def test_a_last_line_is_printed_as_far_as_the_stream_takes_it(monkeypatch):
+    with piped(monkeypatch) as pipe:
+        try_print("Bl\u00fcte", sys.stdout)
+        assert os.read(pipe, 100) == b"Bl\\xfcte\n"
+        os.close(pipe)
+        try_print("lost", sys.stdout)
+    try_print("lost", None)
+
+
 def test_streams_of_somebody_else_stay(capsys):
     streams = sys.stdout, sys.stderr
     with lossy_output():

@@ -54,6 +54,7 @@ def contradictions(command: str, settings: Settings, ranks: int = 1) -> Iterator
     for name, needed, why in NEEDS:
         value = getattr(settings, name)
         if value and value != getattr(Settings, name) and not getattr(settings, needed):
+            value = f"{value:g}" if isinstance(value, float) else value
             why = why.format(data=settings.dataset or "CIFAR-10")
             yield f"{as_option(name, value)} needs {as_option(needed, True)}{why}"
     yield from step_contradictions(settings)

@@ -54,12 +54,8 @@ def missing_places(command: str, settings: Settings, rank: int = 0) -> Iterator[
             yield f"--data-path {path}: cannot be read: {fault.strerror}"
         elif not (settings.dataset or settings.download):  # these make it, or explain it later
             yield f"--data-path {path} does not exist; give an image folder: DIR/<class>/*.jpg"
-    if not rank:  # which alone writes
-        yield from missing_outputs(command, settings)
-
-
-def missing_outputs(command: str, settings: Settings) -> Iterator[str]:
-    """Which files and folders a command cannot write, judging by their names and parents."""
+    if rank:
+        return  # only rank 0 writes
     trains, folder = command in ("train", "find-lr", "compare"), settings.output_dir
     files = {"--log-file": settings.log_file if trains else None}
     files |= {"--json": settings.json, "--record": settings.record}
@@ -69,10 +65,10 @@ def missing_outputs(command: str, settings: Settings) -> Iterator[str]:
             if fault and not (place == path and is_nowhere(fault)):  # a file will be made
                 yield f"{flag} {path}: cannot be written: {fault.strerror}"
                 break
-    fault = folder and fault_of(folder)
+    fault = fault_of(folder) if folder else None
     if fault and not is_nowhere(fault):
         yield f"--output-dir {folder}: cannot be written: {fault.strerror}"
-    elif fault and trains:  # it will be made, unless a link leads nowhere
+    elif fault and trains:  # the folder will be made, unless a link leads nowhere
         for place in (folder, *folder.parents):
             if place.is_symlink() and not place.exists():
                 reason = f"{place} is a link to {place.readlink()}, which does not exist"

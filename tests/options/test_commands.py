@@ -33,13 +33,14 @@ def shown_in(command):
 
 
 # Options that one command alone takes, and its help shows.
-ELSEWHERE = dict.fromkeys(("json", "quick", "preload"), "compare")
-
-
-ELSEWHERE |= dict.fromkeys(("machine", "record"), "plan")
-
-
-ELSEWHERE["pictures"] = "predict"
+ELSEWHERE = {
+    "json": "compare",
+    "quick": "compare",
+    "preload": "compare",
+    "machine": "plan",
+    "record": "plan",
+    "pictures": "predict",
+}
 
 
 def test_help_lists_every_option_with_its_default():
