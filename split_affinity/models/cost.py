@@ -1,4 +1,4 @@
-"""What a model amounts to, counted without computing anything: parameters, operations, memory."""
+"""What a model costs, counted without computing anything: parameters, operations, memory."""
 
 from __future__ import annotations
 
@@ -17,21 +17,17 @@ from split_affinity.text import plural
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """What a model amounts to: parameters, bytes of weights and buffers, and the floating-point
-    operations of convolutions and matrix products for one image, by phase.
-    """
+    """The size of a model, and its operations for one image."""
 
     parameters: int
-    weight_bytes: int
-    flops: dict[str, float]
+    weight_bytes: int  # with buffers
+    flops: dict[str, float]  # of convolutions and matrix products, by phase
 
 
 def measure_model(
     name: str, num_classes: int, image_size: int, frozen: str | None = None
 ) -> ModelFigures:
-    """Count, without computing anything: the model, with what is frozen, is built and run on the
-    meta device.
-    """
+    """Count by a run on the meta device, with the weights of `frozen` (as `--freeze`) frozen."""
     model = meta_model(name, num_classes, image_size)
     check_input_shape(model, name, 2, image_size)
     freeze(model, frozen, name, num_classes, image_size)
@@ -42,15 +38,13 @@ def measure_model(
         output.sum().backward()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weight_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    flops = {"forward": forward.get_total_flops(), "backward": backward.get_total_flops()}
-    flops = {phase: count / len(images) for phase, count in flops.items()}
+    counters = {"forward": forward, "backward": backward}
+    flops = {phase: each.get_total_flops() / len(images) for phase, each in counters.items()}
     return ModelFigures(parameters, weight_bytes, flops)
 
 
 def describe_model(settings: Settings, num_classes: int, image_size: int) -> list[str]:
-    """What a model amounts to, in a line; in another one what of it is frozen. Work is that of
-    most epochs.
-    """
+    """A line on size and work, the work of most epochs, and one on what is frozen, if anything."""
     shape = settings.model, num_classes, image_size
     figures = measure_model(*shape, mostly_frozen(settings))
     forward, backward = (figures.flops[phase] / 1e9 for phase in ("forward", "backward"))
@@ -68,7 +62,7 @@ def describe_model(settings: Settings, num_classes: int, image_size: int) -> lis
 
 
 def describe_teacher(name: str, num_classes: int, image_size: int) -> str:
-    """What a teacher amounts to, in a line: it runs forward only."""
+    """A line on a teacher's size and work; it runs forward only."""
     figures = measure_model(name, num_classes, image_size)
     return (
         f"teacher {name}: {figures.weight_bytes / 2**20:.1f} MiB; an image takes "
@@ -77,36 +71,40 @@ def describe_teacher(name: str, num_classes: int, image_size: int) -> str:
 
 
 def weight_copies(settings: Settings, is_trained: bool = True) -> int:
-    """How often a run holds as much as the weights, at the least: themselves, the moving average;
-    if they are trained their gradients, what the optimizer keeps, the copies of `delayed`, and what
-    travels between ranks.
-    """
+    """How many times the size of the weights a run holds in memory, at least."""
     if settings.test_only:
         return 1
     if not is_trained:
         return 1 + settings.model_ema
+    weights_and_gradients = 2
     momentum = settings.momentum > 0
-    kept = {"sgd": momentum, "adam": 2, "adamw": 2, "nadam": 2, "rmsprop": 1 + momentum}
-    copies = 2 * (settings.schedule == "delayed") + (settings.ranks > 1)
-    return 2 + kept[settings.opt] + copies + settings.model_ema
+    optimizer = {"sgd": momentum, "adam": 2, "adamw": 2, "nadam": 2, "rmsprop": 1 + momentum}
+    delayed = 2 * (settings.schedule == "delayed")
+    sent_to_ranks = settings.ranks > 1
+    kept = optimizer[settings.opt] + settings.model_ema
+    return weights_and_gradients + kept + delayed + sent_to_ranks
 
 
 def check_memory(settings: Settings, topology: Topology, images: int) -> None:
-    """Raise UserError if the machine cannot even hold the weights and, twice, `images` pixels in
-    float32: one by one and as a batch, or as a batch and in another memory format.
+    """Raise UserError if the machine has no room for the weights and two copies of the images.
+
+    The copies are single images and their batch, or two memory formats of a batch, in float32.
+    The check comes first because Linux promises memory that it does not have: allocations succeed,
+    and the kernel kills the run later, without a message.
     """
     size, classes = settings.min_res or settings.image_size, settings.num_classes
     shape = settings.model, classes, settings.image_size
     model = meta_model(*shape)
     freeze(model, None if settings.freeze_epochs else settings.freeze, *shape)
-    image_bytes = 0 if settings.test_only else images * 3 * size**2 * 4
-    needed_bytes = 2 * image_bytes + sum(
+    needed_bytes = sum(
         weight.nbytes * weight_copies(settings, weight.requires_grad)
         for weight in model.parameters()
     )
-    if settings.teacher and not settings.test_only:
-        teacher = meta_model(settings.teacher, classes, settings.image_size)
-        needed_bytes += sum(value.nbytes for value in teacher.state_dict().values())
+    if not settings.test_only:
+        needed_bytes += 2 * images * 3 * size**2 * 4
+        if settings.teacher:
+            teacher = meta_model(settings.teacher, classes, settings.image_size)
+            needed_bytes += sum(value.nbytes for value in teacher.state_dict().values())
     if needed_bytes > topology.memory_bytes:
         raise UserError(
             f"{plural(images, 'image')} of {size} px, {settings.model} with {classes} classes: at "

@@ -9,19 +9,20 @@ from torch import nn
 
 from split_affinity.errors import UserError
 from split_affinity.models.weights import Weights, classifier_weights
-from split_affinity.options.settings import Settings, TrainingSettings
+from split_affinity.options.settings import TrainingSettings
 from split_affinity.text import plural
 
 
 def trainable_weights(model: nn.Module) -> Weights:
-    """The weights that are trained, by name: all that are not frozen."""
+    """The weights that are not frozen, by name."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def layer_groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Parameter names by the part of the model that they are in: its children; where those are
-    fewer than four, or one of them has nearly all, their children, and so on. Of a model with few
-    parts, the children's children.
+    """Parameter names by the part of the model that has them.
+
+    The parts are the model's children. If there are fewer than four, or one has nearly all names,
+    the parts are their children, and so on. If no depth will do, it is the second.
     """
     names = list(names)
     by_depth = []
@@ -38,20 +39,22 @@ def layer_groups(names: Iterable[str]) -> dict[str, list[str]]:
 def freeze(
     model: nn.Module, asked: str | None, name: str, num_classes: int, image_size: int
 ) -> tuple[str, ...]:
-    """Have the weights that `--freeze` names stay as they are; returns their names. `body` is all
-    but the classifier; else it names layer groups. Raises UserError for one that does not exist,
-    or if nothing would be left to train.
+    """Freeze what `--freeze` asks for; returns the names of these weights.
+
+    `body` is all but the classifier, other names are layer groups. Raises UserError for a group
+    that does not exist, or if nothing is left to train.
     """
     if asked is None:
         return ()
     weights = trainable_weights(model)
     classifier = classifier_weights(name, num_classes, image_size)
     groups = layer_groups(weights) | {"body": [each for each in weights if each not in classifier]}
+    frozen: dict[str, None] = {}
     for group in asked.split(","):
         if group not in groups:
             known = f"its layer groups are {', '.join(groups)} (all but the classifier)"
             raise UserError(f"--freeze {asked}: {name} has no {group!r}; {known}")
-    frozen = dict.fromkeys(each for group in asked.split(",") for each in groups[group])
+        frozen |= dict.fromkeys(groups[group])
     if len(frozen) == len(weights):
         raise UserError(f"--freeze {asked}: nothing of {name} would be left to train")
     for each in frozen:
@@ -61,9 +64,7 @@ def freeze(
 
 
 def begin_training(model: nn.Module) -> None:
-    """Put a model into training mode, but for those modules that have frozen weights only: they
-    stay in evaluation mode, buffers as they are, without dropout.
-    """
+    """Put a model into training mode, but modules whose weights are all frozen into evaluation."""
     model.train()
     for module in model.modules():
         weights = list(module.parameters())
@@ -72,16 +73,16 @@ def begin_training(model: nn.Module) -> None:
 
 
 def is_frozen(settings: TrainingSettings, epoch: int) -> bool:
-    """Whether an epoch, counted from 0, keeps the weights of `--freeze` as they are."""
+    """Whether the weights of `--freeze` are frozen in an epoch, counted from 0."""
     return bool(settings.freeze) and epoch < (settings.freeze_epochs or math.inf)
 
 
 def mostly_frozen(settings: TrainingSettings) -> str | None:
-    """What is frozen in most of a run: all of `--freeze`, or nothing."""
+    """What is frozen in most epochs of a run: all of `--freeze`, or nothing."""
     return settings.freeze if is_frozen(settings, (settings.epochs or 0) // 2) else None
 
 
-def describe_frozen(settings: Settings, model: nn.Module, frozen: Collection[str]) -> str:
+def describe_frozen(settings: TrainingSettings, model: nn.Module, frozen: Collection[str]) -> str:
     """How much of a model is frozen, and for how long."""
     count = plural(len(list(model.parameters())), "weight")
     span = f" for {plural(settings.freeze_epochs, 'epoch')}" if settings.freeze_epochs else ""

@@ -12,8 +12,9 @@ from torchvision.ops import Conv2dNormActivation
 
 
 class PadShortcut(nn.Module):
-    """The shortcut without parameters (option A) of He et al. 2016, section 4.2: every `stride`-th
-    pixel, and channels of zeros after those that there are.
+    """The shortcut without parameters (option A) of He et al. 2016, section 4.2.
+
+    It takes every `stride`-th pixel and adds channels of zeros.
     """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int):
@@ -28,18 +29,17 @@ class PadShortcut(nn.Module):
 
 
 def init_convolutions(model: nn.Module) -> None:
-    """Convolutions by He et al. 2015 (fan-out), as in torchvision."""
+    """Initialise convolutions as in He et al. 2015 (fan-out), as torchvision does."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 class SmallResNet(nn.Module):
-    """The ResNet for 32-pixel images of He et al. 2016 (arXiv 1512.03385), section 4.2: three
-    stages of `blocks` blocks of two convolutions, with 16, 32 and 64 channels.
+    """The ResNet for 32-pixel images of He et al. 2016 (arXiv 1512.03385), section 4.2.
 
-    Maps (n, 3, h, w) to (n, num_classes). With nine blocks it is ResNet-56: 853,018 parameters for
-    10 classes; with three ResNet-20.
+    Three stages, of 16, 32 and 64 channels, have `blocks` blocks of two convolutions each. Nine
+    blocks make ResNet-56 (853,018 parameters for 10 classes), three ResNet-20.
     """
 
     def __init__(self, num_classes: int, blocks: int = 9):
@@ -64,7 +64,7 @@ class SmallResNet(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Scales each channel by a gate in (0, 1) made of its global average and maximum."""
+    """Scales each channel by a gate in (0, 1), computed from its global average and maximum."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -82,11 +82,10 @@ class ChannelAttention(nn.Module):
 
 
 class TokenEncoder(nn.Module):
-    """Places of a feature map as tokens, with a learned position each, through post-norm
-    transformer blocks.
+    """Post-norm transformer blocks over the places of a feature map.
 
-    The embedding of the whole image is added to every token. Positions are made for `grid` x `grid`
-    places, and interpolated for other sizes.
+    Each token is a place plus its learned position plus the embedding of the whole image. There are
+    `grid` x `grid` positions; for other sizes they are interpolated.
     """
 
     def __init__(self, channels: int, width: int, blocks: int, grid: int):
@@ -109,20 +108,15 @@ class TokenEncoder(nn.Module):
 
 def normalised_linear(width_in: int, width: int, dropout: float) -> list[nn.Module]:
     """A linear layer with layer normalisation, ReLU and dropout after it."""
-    return [
-        nn.Linear(width_in, width),
-        nn.LayerNorm(width),
-        nn.ReLU(inplace=True),
-        nn.Dropout(dropout),
-    ]
+    linear, norm = nn.Linear(width_in, width), nn.LayerNorm(width)
+    return [linear, norm, nn.ReLU(inplace=True), nn.Dropout(dropout)]
 
 
 class Hybrid(nn.Module):
     """Convolutions with channel attention, then a transformer over the places of the last map.
 
-    `channels` are those of the stem and of the three residual blocks, which end at a 32nd of the
-    image's side; `width` and `blocks` are the transformer's. Maps (n, 3, size, size) to
-    (n, num_classes).
+    `channels` are those of the stem and of three residual blocks; the last map has a 32nd of the
+    image's side. `width` and `blocks` are the transformer's.
     """
 
     def __init__(

@@ -31,29 +31,25 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def largest_size(settings: DataSettings, native: int) -> int:
-    """The side of the images in pixels, at the end of progressive resizing if there is any."""
+    """The largest side of the training images in pixels: `native` unless the settings say it."""
     return settings.max_res or settings.image_size or native
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture is made ready for a model that is tested or asked: resized until its shorter
-    side has `val_resize` pixels, its middle of `image_size` pixels cut out, and each channel, from
-    0 to 1, brought to the mean 0 and the deviation 1.
+    """How a picture becomes a model's input, except in training.
 
-    Data sets and trained weights have one of their own; the settings of these names overrule it.
+    Data sets and trained weights have their own; settings of the same names overrule it.
     """
 
-    image_size: int = 224
-    val_resize: int = 256
+    image_size: int = 224  # the side of the square that is cut out of the middle
+    val_resize: int = 256  # the shorter side before that
     interpolation: str = "bilinear"
-    mean: Sequence[float] = IMAGENET_MEAN
+    mean: Sequence[float] = IMAGENET_MEAN  # of each channel, of values from 0 to 1
     std: Sequence[float] = IMAGENET_STD
 
     def overruled(self, settings: DataSettings) -> Preprocessing:
-        """The same, but for what the settings say otherwise; another image size has a `val_resize`
-        in proportion to it.
-        """
+        """The same with what the settings say; `val_resize` grows in proportion to the size."""
         size = largest_size(settings, self.image_size)
         return Preprocessing(
             size,
@@ -71,23 +67,20 @@ def imagenet_classes() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Trained weights by name: the classes that they know, how pictures are made ready for them,
-    and `load`, which fetches them (name of tensor to tensor); `title` names them in full.
-    """
+    """Trained weights by name: what is known of them before they are fetched."""
 
     classes: tuple[str, ...]
     native: Preprocessing
-    load: Callable[[], Weights]
-    title: str = ""
+    load: Callable[[], Weights]  # fetches them
+    title: str = ""  # their full name
 
 
 def find_weights(
     model: str, name: str, flag: str = "--weights", image_size: int | None = None
 ) -> Pretrained:
-    """Trained weights of a model by their name; nothing is fetched yet. `image_size` is that of the
-    model they are for, if it is not theirs: a transformer's positions are then interpolated.
+    """Trained weights of a model by their name, for an image size (default: their own).
 
-    Raises UserError for a model without, or for an unknown name (the flag leads the message).
+    Raises UserError for a model without weights, or an unknown name; the flag begins the message.
     """
     asked = f"{flag} {name}"
     if model.startswith(TIMM):
@@ -101,8 +94,11 @@ def find_weights(
     weights = known[member]
     ready, classes = weights.transforms(), weights.meta.get("categories") or ()
     native = Preprocessing(
-        *(ready.crop_size[0], ready.resize_size[0], ready.interpolation.value),
-        *(tuple(ready.mean), tuple(ready.std)),
+        ready.crop_size[0],
+        ready.resize_size[0],
+        ready.interpolation.value,
+        tuple(ready.mean),
+        tuple(ready.std),
     )
     if model in WITH_HEADS:
         native = dataclasses.replace(native, mean=3 * (0.5,), std=3 * (0.5,))
@@ -111,8 +107,10 @@ def find_weights(
 
 
 def find_timm_weights(model: str, name: str, flag: str, image_size: int | None) -> Pretrained:
-    """The same for a model of timm: DEFAULT, or a tag such as a1_in1k, which may also follow the
-    model's name. What timm stretches or pads to a square is cut out here, as of other weights.
+    """The same for a model of timm: DEFAULT or a tag such as a1_in1k.
+
+    A tag may also follow the model's name. timm would stretch or pad some pictures to a square;
+    here the middle is cut out, as for other weights.
     """
     timm, own = timm_package(), model.removeprefix(TIMM)
     architecture = own.partition(".")[0]
@@ -123,54 +121,50 @@ def find_timm_weights(model: str, name: str, flag: str, image_size: int | None) 
         raise UserError(f"{flag} {name}: {model} has {', '.join(tags) or 'none by name'}")
     weights = timm.get_pretrained_cfg(own)
     ready = timm.data.resolve_data_config(pretrained_cfg=weights.to_dict())
-    size, how = ready["input_size"][-1], ready["interpolation"]
+    size, interpolation = ready["input_size"][-1], ready["interpolation"]
     native = Preprocessing(
-        *(size, math.floor(size / ready["crop_pct"]), how if how == "bilinear" else "bicubic"),
-        *(tuple(ready["mean"]), tuple(ready["std"])),
+        size,
+        math.floor(size / ready["crop_pct"]),
+        interpolation if interpolation == "bilinear" else "bicubic",
+        tuple(ready["mean"]),
+        tuple(ready["std"]),
     )
+    classes = imagenet_classes()
+    if weights.num_classes != len(classes):  # larger ImageNets: WordNet ids; others: numbers
+        subset = timm.data.infer_imagenet_subset({"num_classes": weights.num_classes})
+        names = timm.data.ImageNetInfo(subset).label_names() if subset else ()
+        classes = tuple(map(str, names or range(weights.num_classes)))
     load = partial(load_timm, own, weights, f"{flag} {name}", image_size or size)
-    title = f"{TIMM}{architecture}.{weights.tag}".rstrip(".")
-    return Pretrained(timm_classes(weights.num_classes), native, load, title)
-
-
-def timm_classes(count: int) -> tuple[str, ...]:
-    """The classes of weights of timm, which tells their number: as torchvision names ImageNet's
-    1,000; of larger ImageNets, WordNet ids; numbers, if nothing is known of them.
-    """
-    if count == len(imagenet_classes()):
-        return imagenet_classes()
-    data = timm_package().data
-    subset = data.infer_imagenet_subset({"num_classes": count})
-    names = data.ImageNetInfo(subset).label_names() if subset else range(count)
-    return tuple(map(str, names))
+    return Pretrained(classes, native, load, f"{TIMM}{architecture}.{weights.tag}".rstrip("."))
 
 
 def load_timm(own: str, weights: Any, asked: str, image_size: int) -> Weights:
-    """Weights of timm from its cache, or else the network, for a model of that image size. Raises
-    UserError for what it cannot have.
-    """
+    """Weights of timm from its cache or the network; UserError if they cannot be had."""
     try:
         return build_timm(own, weights.num_classes, image_size, pretrained=True).state_dict()
     except Exception as error:  # of the network, of the disk, of a file's format
+        if weights.hf_hub_id:
+            from huggingface_hub.constants import HF_HUB_CACHE
+
+            cache = Path(HF_HUB_CACHE, f"models--{weights.hf_hub_id.replace('/', '--')}")
+        else:
+            cache = torch_cache(weights.url)
+        remedy = f"if you have it from elsewhere, put it there as {cache}"
         source = weights.hf_hub_id or weights.url
-        remedy = f"if you have it from elsewhere, put it there as {timm_cache(weights)}"
         raise UserError(f"{asked}: cannot load {source}: {one_line(error)}; {remedy}") from None
 
 
-def timm_cache(weights: Any) -> Path:
-    """Where timm keeps such weights: in Hugging Face's cache, or torch's."""
-    if not weights.hf_hub_id:
-        return Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(weights.url).name)
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE, f"models--{weights.hf_hub_id.replace('/', '--')}")
+def torch_cache(url: str) -> Path:
+    """Where torch keeps a file that it has fetched."""
+    return Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(url).name)
 
 
 def load_torchvision(weights: Any, asked: str, image_size: int | None) -> Weights:
-    """Weights of torchvision from torch's cache, or else the network; torchvision checks the hash
-    of what it fetches. Raises UserError for what it cannot have.
+    """Weights of torchvision from torch's cache or the network; UserError if they cannot be had.
+
+    A transformer's positions are interpolated for the image size.
     """
-    cached = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(weights.url).name)
+    cached = torch_cache(weights.url)
     try:
         saved = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
         # The classifier of VGG16_Weights.IMAGENET1K_FEATURES is NaN: it was never trained.
@@ -189,7 +183,7 @@ def load_torchvision(weights: Any, asked: str, image_size: int | None) -> Weight
 
 
 def describe_weights(known: Pretrained) -> str:
-    """What trained weights are for, in a line."""
+    """A line on the weights: their classes and their preprocessing."""
     ready, classes = known.native, plural(len(known.classes), "class")
     sizes = (
         f"{ready.image_size} px of pictures resized to {ready.val_resize} ({ready.interpolation})"

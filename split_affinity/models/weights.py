@@ -13,7 +13,7 @@ from torch import nn
 from split_affinity.errors import UserError
 from split_affinity.models.registry import meta_model
 
-# How the names of a DenseNet's layers were before: with a dot in front of their number.
+# Older names of a DenseNet's layers have a dot before the number.
 DENSENET_NAMES = re.compile(r"(\.denselayer\d+\.(?:norm|conv))\.(?=[12]\.)")
 
 Weights = dict[str, torch.Tensor]  # parameters, or buffers, by name
@@ -27,18 +27,15 @@ def classifier_weights(name: str, num_classes: int, image_size: int) -> set[str]
     return {weight for weight, value in some.items() if value.shape != more[weight].shape}
 
 
-def listed_tensors(tensors: Weights, names: Collection[str], most: int = 4) -> str:
-    """The first names of some, each with its shape, and how many more there are."""
-    shapes = (", ".join(map(str, tensors[name].shape)) for name in names)
-    texts = [f"{name} ({shape})" for name, shape in zip(names, shapes, strict=True)]
+def list_tensors(tensors: Weights, names: Collection[str], most: int = 4) -> str:
+    """The first names, each with its shape, and how many more there are."""
+    texts = [f"{name} ({', '.join(map(str, tensors[name].shape))})" for name in names]
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
 
 
 def versioned(weights: Weights, model: nn.Module) -> OrderedDict[str, torch.Tensor]:
-    """Weights as the model's `load_state_dict` takes them: MNASNet's insists on a version, which a
-    plain dictionary has not.
-    """
+    """The weights for the model's `load_state_dict`: MNASNet's wants a version beside them."""
     state = OrderedDict(weights)
     state._metadata = {"": {"version": model._version}}
     return state
@@ -47,12 +44,11 @@ def versioned(weights: Weights, model: nn.Module) -> OrderedDict[str, torch.Tens
 def take_weights(
     model: nn.Module, saved: Weights, left_out: Collection[str] = (), least: float = 0.5
 ) -> str:
-    """Give a model all saved tensors that have the name and the shape of one of its own, but for
-    those `left_out`; says what was taken, what is new, and which names the model does not know.
+    """Load all saved tensors that fit by name and shape, but for `left_out`; returns a description.
 
-    The model itself knows its names in older files (a ViT's), but for DenseNet's, which torchvision
-    looks after elsewhere; BatchNorm's counts of batches may be missing there. Raises UserError if
-    fewer than `least` of the tensors fit.
+    The description says what was loaded, what stays new, and which names the model does not know.
+    Raises UserError if fewer than the part `least` of the tensors fit. BatchNorm's counts of
+    batches do not matter, and a model knows its older names, but for DenseNet's.
     """
     own = model.state_dict()
     saved = {DENSENET_NAMES.sub(r"\1", name): value for name, value in saved.items()}
@@ -68,17 +64,17 @@ def take_weights(
     counts = {name for name in own.keys() - saved.keys() if name.endswith("num_batches_tracked")}
     total = len(own) - len(counts)
     taken = total - len(new)
-    rest = f"; left over: {listed_tensors(saved, unknown)}" if unknown else ""
-    listed = listed_tensors(own, new)
+    rest = f"; left over: {list_tensors(saved, unknown)}" if unknown else ""
+    listed = list_tensors(own, new)
     if taken < least * total:
         raise UserError(f"only {taken} of {total} tensors fit; missing: {listed}{rest}")
     return (f"{taken} of {total} tensors; new: {listed}" if new else f"all {total} tensors") + rest
 
 
 def with_tensors(model: nn.Module, tensors: Weights) -> nn.Module:
-    """A copy of a model with other tensors, by the names of its state_dict, in place of some of its
-    own; all others belong to both. To be run while the model runs, unlike torch's functional_call,
-    which puts the others into the model itself for a while.
+    """A copy of a model with other tensors, by their names in its state_dict; it shares the rest.
+
+    The copy can run while the model runs: torch's functional_call would change the model itself.
     """
     own = model.state_dict(keep_vars=True)
     kept = {id(tensor): tensor for tensor in own.values()}
