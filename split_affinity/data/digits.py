@@ -15,9 +15,10 @@ from split_affinity.data.image_folder import PictureFolder
 from split_affinity.text import try_print
 
 
-def read_digits(path: Path, part: str, download: bool = False) -> PictureFolder:
-    """The digits of a part, `train` or `val`; they are written into `path` if there is nothing yet.
-    `download`, which other data sets need for that, changes nothing. Raises ImportError, or
+def read_digits(path: Path, split: str, download: bool = False) -> PictureFolder:
+    """The digits of `train` or `val`; they are written into `path` if it does not exist.
+
+    `download` changes nothing; other data sets have it. Raises ImportError without scikit-learn,
     FileNotFoundError for a folder of something else.
     """
     if not path.exists():
@@ -33,14 +34,14 @@ def read_digits(path: Path, part: str, download: bool = False) -> PictureFolder:
                 raise
         finally:
             shutil.rmtree(staged, ignore_errors=True)
-    if not (path / part).is_dir():
+    if not (path / split).is_dir():
         remedy = "give a path that does not exist, to have them written there"
-        raise FileNotFoundError(f"it has no folder {part}; {remedy}")
-    return PictureFolder(path / part)
+        raise FileNotFoundError(f"it has no folder {split}; {remedy}")
+    return PictureFolder(path / split)
 
 
 def load_digits() -> list[tuple[np.ndarray, int]]:
-    """The 1,797 digits, (8, 8) from 0 to 16, with their labels. Raises ImportError."""
+    """The 1,797 digits, (8, 8) from 0 to 16, with their labels."""
     try:
         from sklearn import datasets
     except ImportError as error:
@@ -50,8 +51,9 @@ def load_digits() -> list[tuple[np.ndarray, int]]:
 
 
 def write_digits(root: Path, digits: Iterable[tuple[np.ndarray, int]] = ()) -> Path:
-    """Write digits, all that there are without any given, as root/{train,val}/<digit>/*.png of
-    32 px, every fifth into `val`; returns root.
+    """Write digits (default: all) as root/{train,val}/<digit>/*.png of 32 px; returns root.
+
+    Every fifth is in `val`.
     """
     for number, (pixels, label) in enumerate(digits or load_digits()):
         picture = Image.fromarray(np.uint8(pixels * 255 / 16)).resize((32, 32), Image.BICUBIC)

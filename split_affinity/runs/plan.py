@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from split_affinity.data.dataset import describe_data, open_data
-from split_affinity.data.named import READERS, SYNTHETIC_CLASSES
+from split_affinity.data.named import SYNTHETIC_CLASSES
 from split_affinity.errors import RunError, UserError
 from split_affinity.files import write_where_asked
 from split_affinity.machine.description import (
@@ -65,7 +65,8 @@ def print_model(
     check_model_name(settings.model)
     path, classes, native_size = settings.data_path, SYNTHETIC_CLASSES, 224
     if name := settings.dataset:
-        classes, native_size = NAMED_DATA[name].classes, READERS[name].native.image_size
+        named = NAMED_DATA[name]
+        classes, native_size = named.classes, named.preprocessing.get("image_size", native_size)
     if settings.weights:
         known = find_weights(settings.model, settings.weights)
         native_size = known.native.image_size

@@ -23,11 +23,12 @@ from serving import QuietHandler, cut_in_half, flip_a_bit
 from split_affinity import ALLOWED_CPUS
 from split_affinity.data.dataset import describe_data, describe_images, open_data
 from split_affinity.data.loader import BadImages, validation_feed
-from split_affinity.data.named import CIFAR10, READERS, names_of_classes
+from split_affinity.data.named import CIFAR10, class_names
 from split_affinity.data.pictures import BrokenImage, ImageData
 from split_affinity.data.transforms import training_transform
 from split_affinity.errors import UserError
 from split_affinity.machine.topology import read_topology
+from split_affinity.models.pretrained import Preprocessing
 from split_affinity.options.commands import parse_arguments
 from split_affinity.options.data_sets import DATA_SETS, NAMED_DATA
 from split_affinity.options.settings import Settings
@@ -141,14 +142,16 @@ def test_a_plan_shows_a_set_by_name(tmp_path, in_tmp, monkeypatch, capsys, name)
 
 
 def test_which_sets_there_are():
-    """One table says what they are, the other how they are read."""
-    assert list(NAMED_DATA) == list(READERS) == ["digits", *WRITERS]
-    for name, reader in READERS.items():
-        told = NAMED_DATA[name]
-        (key,) = reader.parts[0] or ("train",)
-        part = {key: False if key == "train" else told.part}
-        assert reader.parts[1] == (part if told.val else None)
-        assert reader.is_padded == (name in {*SIDES, "eurosat"})
+    """The words say what torchvision is asked for."""
+    assert list(NAMED_DATA) == ["digits", *WRITERS]
+    for name, told in NAMED_DATA.items():
+        train, val = told.parts
+        assert (val is not None) == (told.val > 0)
+        assert name == "digits" or issubclass(
+            getattr(torchvision.datasets, told.reader), torch.utils.data.Dataset
+        )
+        ready = Preprocessing(**told.preprocessing)
+        assert told.padded == (ready.image_size if name in {*SIDES, "eurosat"} else 0)
         block = re.search(rf"^{name}\n(  .*\n)*", DATA_SETS + "\n", re.MULTILINE)[0]
         words = " ".join(block.split())
         assert words.startswith(f"{name} what {told.what} layout {told.layout}")
@@ -156,7 +159,10 @@ def test_which_sets_there_are():
         assert f" classes {told.classes}" in words
         assert ("--download fetches it" in words) == (name not in ("digits", "imagenet"))
         if told.val:
-            assert f", {told.val} to validate, its {told.part} part " in words
+            (key,) = train.keys() - {"size"}
+            assert {**train, key: val[key]} == val
+            part = re.search(rf", {told.val} to validate, its (test|val) part ", words)[1]
+            assert val[key] == (False if key == "train" else part)
 
 
 @ALL_SETS
@@ -196,7 +202,7 @@ def test_the_names_of_imagenets_classes_are_those_of_its_weights():
     class Source:
         classes = [(f"class {number % 500}",) for number in range(1000)]
 
-    names = names_of_classes(Source, 1000)
+    names = class_names(Source, 1000)
     assert len(set(names)) == 1000
     assert (names[0], names[134], names[517]) == ("tench", "crane bird", "crane")
     assert names == tuple(torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"])
@@ -223,9 +229,9 @@ def test_pictures_are_opened_as_those_of_folders_are(tmp_path, monkeypatch, name
 
 
 def transforms_of(name, **settings):
-    reader = READERS[name]
-    padded = reader.native.image_size if reader.is_padded else 0
-    data = ImageData(name, None, None, ("a", "b"), reader.native, padded=padded)
+    known = NAMED_DATA[name]
+    native = Preprocessing(**known.preprocessing)
+    data = ImageData(name, None, None, ("a", "b"), native, padded=known.padded)
     return training_transform(data, Settings(**settings), 64).transforms
 
 
