@@ -1,4 +1,4 @@
-"""Class names: those of the data beside those that weights know, and those confused most."""
+"""Class names: the data's, those that weights know, and those confused most."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from split_affinity.models.pretrained import Pretrained, find_weights, imagenet_
 from split_affinity.options.settings import Settings
 from split_affinity.text import did_you_mean, readable
 
-# WordNet ids of ImageNet's 1,000 classes, which ascend: the steps from one to the next, of all the
-# first byte, then the second, then the third, compressed and in base 85 (see wordnet_ids).
+# The WordNet ids of ImageNet's 1,000 classes ascend. These are the steps from one to the next: all
+# first bytes, then the second and the third ones, compressed, in base 85 (see wordnet_ids).
 WORDNET_STEPS = """
 c-rk#XINBc7XI4(Zk=*xhAF@>GdM`Mg2+Y?OYpHpv4AKD8cTwrAR2wFAfOlvI?`4}1&xkqRF<NNHELWp3PxAiATbtn?Ir8F8bh*s
 HMqNf_uu~T{5ZEf=RMzf-}8PR;9dMb1bipKyJ!zji~wZF|L6?;f2tWm4FE#OAl%-=`m<1Bkysi7G@*!6X(Tg*>*(icVJu!4W9TcO
@@ -62,17 +62,15 @@ def wordnet_ids() -> tuple[str, ...]:
 
 
 def spelling(name: str) -> str:
-    """A class's name without what differs between folders: capitals, underscores, hyphens, and how
-    accents are encoded.
-    """
+    """A class's name without capitals, underscores, hyphens and differences in Unicode."""
     return re.sub(r"[\s_-]+", " ", unicodedata.normalize("NFC", name)).strip().casefold()
 
 
 def match_classes(names: Iterable[str], known: Sequence[str], asked: str) -> list[int]:
-    """The index of each name among the classes that some weights know: spelt in the same way, or
-    else but for capitals, spaces, underscores and hyphens; ImageNet's by their WordNet ids, too.
+    """The index of each name among the known classes of the weights that were `asked` for.
 
-    Raises UserError for a name that is none of them, or could be several; `asked` for the weights.
+    The exact name goes before one that differs only in `spelling`; ImageNet's WordNet ids count as
+    names, too. Raises UserError for an unknown name, or one that can be several classes.
     """
     exact: dict[str, list[int]] = {}
     alike: dict[str, list[int]] = {}
@@ -94,7 +92,7 @@ def match_classes(names: Iterable[str], known: Sequence[str], asked: str) -> lis
 
 
 class Renumbered(Dataset):
-    """Another data set's pictures; their classes have the numbers of a table in place of theirs."""
+    """Another data set's pictures, with other numbers for its classes."""
 
     def __init__(self, pictures: Dataset, numbers: Sequence[int]):
         self._pictures, self._numbers = pictures, numbers
@@ -113,7 +111,7 @@ class Renumbered(Dataset):
 
 
 def with_known_classes(data: ImageData, settings: Settings) -> ImageData:
-    """The same pictures, with all classes that the weights to test know, by their numbers there.
+    """The same pictures with the classes, and the class numbers, of the weights to test.
 
     Raises UserError for a class that the weights do not know.
     """
@@ -130,15 +128,15 @@ def with_known_classes(data: ImageData, settings: Settings) -> ImageData:
 
 
 def named_classes(names: Sequence[str], count: int) -> list[str]:
-    """The names of a model's classes, of which it may have more than the data."""
+    """Names for all classes of a model, which may have more than the data."""
     return [*names, *(f"class {number}" for number in range(len(names), count))]
 
 
 def confused_classes(settings: Settings, classes: Sequence[str]) -> list[int] | None:
-    """The classes that were confused most, by the file of `--augment-confused`: those of its pairs
-    that have at least half as many images as its worst. None without such a file.
+    """The classes that were confused most, by the file of `--augment-confused`; None without it.
 
-    Raises UserError for a file that is none, or that knows other classes.
+    They are those of pairs with at least half as many images as the worst pair. Raises UserError
+    for a file of something else, or of other classes.
     """
     path = settings.augment_confused
     if path is None or settings.test_only:
@@ -161,7 +159,7 @@ def confused_classes(settings: Settings, classes: Sequence[str]) -> list[int] | 
 
 
 def knows_classes(known: Pretrained, classes: Sequence[str]) -> bool:
-    """Whether weights were trained for these very classes, in their order."""
+    """Whether weights were trained for these classes, in this order."""
     with contextlib.suppress(UserError):
         return match_classes(classes, known.classes, "") == [*range(len(known.classes))]
     return False

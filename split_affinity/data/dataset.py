@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import os
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,7 @@ from split_affinity.text import plural
 
 
 def find_data(settings: Settings) -> ImageData:
-    """The data of `--data-path`, read as `--dataset` or recognised by what is there; without it,
-    synthetic images.
-    """
+    """The data of `--data-path`, a `--dataset` or an image folder; without it, synthetic images."""
     name, path = settings.dataset, settings.data_path
     if path is None:
         return synthetic_data(settings)
@@ -41,34 +39,32 @@ def find_data(settings: Settings) -> ImageData:
 def open_data(settings: Settings) -> ImageData:
     """The data, with the images chosen to train and to validate.
 
-    Raises UserError for a path that holds no data set, or fewer images than an optimizer step.
+    Raises UserError if there is no data set, or fewer images than in an optimizer step.
     """
-    path, images = settings.data_path, images_in_step(settings)
+    path = settings.data_path
     data = with_validation(find_data(settings), settings)
     found = len(data.classes)
     if settings.num_classes and settings.num_classes < found:
         raise UserError(f"--num-classes {settings.num_classes}: {path} has {found} classes")
-    confused = confused_classes(settings, data.classes)
-    data = dataclasses.replace(data, chosen=choose_images(data, settings), confused=confused)
+    native = data.native
     if settings.weights:
         native = find_weights(settings.model, settings.weights).native
-        data = dataclasses.replace(data, native=native)
-    if len(data.chosen) < images:
+    confused, chosen = confused_classes(settings, data.classes), choose_images(data, settings)
+    data = dataclasses.replace(data, native=native, confused=confused, chosen=chosen)
+    if len(chosen) < images_in_step(settings):
         step, remedy = f"--batch-size {settings.batch_size}", "lower -b"
         if settings.accumulate > 1:
             step, remedy = f"{step} --accumulate {settings.accumulate}", f"{remedy} or --accumulate"
         step += f" on {settings.ranks} ranks" if settings.ranks > 1 else ""
-        count = plural(len(data.chosen), "image")
+        count = plural(len(chosen), "image")
         raise UserError(f"{step}: {path} has only {count} to train on: {remedy}")
     return data
 
 
-def drawn(
+def draw_of_each_class(
     targets: Sequence[int], among: Iterable[int], seed: int, count_of: Callable[[int], int]
 ) -> list[int]:
-    """Indices of images, drawn from those `among` all: of each class as many as `count_of` says of
-    the number that it has. They depend on the arguments alone.
-    """
+    """Indices drawn from `among`: of a class with n images there, `count_of(n)`."""
     of_class: dict[int, list[int]] = {}
     for index in among:
         of_class.setdefault(targets[index], []).append(index)
@@ -81,48 +77,52 @@ def drawn(
 
 
 def with_validation(data: ImageData, settings: Settings) -> ImageData:
-    """The data, with `--val-share` of each class kept apart to validate with if there are no images
-    for that; of two images or more, at least one, and never all.
+    """The data, with `--val-share` of each class kept apart to validate with.
+
+    Of two images or more it is at least one, and never all.
     """
     share = settings.val_share
     if share and data.val:
-        told = f"{settings.data_path} has {plural(len(data.val), 'image')} to validate with"
-        raise UserError(f"--val-share {share:g}: {told}; leave it out")
+        count = plural(len(data.val), "image")
+        reason = f"{settings.data_path} has {count} to validate with; leave it out"
+        raise UserError(f"--val-share {share:g}: {reason}")
     if share is None and settings.dataset:
         share = VAL_SHARE
     if not share or data.val:
         return data
     targets, seed = data.train.targets, derived_seed(settings.seed, "val")
-    kept = drawn(targets, range(len(targets)), seed, lambda n: min(max(1, round(share * n)), n - 1))
+    kept = draw_of_each_class(
+        targets, range(len(targets)), seed, lambda n: min(max(1, round(share * n)), n - 1)
+    )
     if not kept:
         raise UserError(f"--val-share {share:g}: no class of {settings.data_path} has two images")
     return dataclasses.replace(data, val=Subset(data.train, kept))
 
 
 def choose_images(data: ImageData, settings: Settings) -> list[int]:
-    """Indices of the images to train on: all that do not validate, or `--subset` of each class, at
-    least one of it.
+    """Indices of the images to train on: `--subset` of each class, at least one image.
 
-    The choice depends on the seed and on the classes of the images, on nothing else.
+    Images kept apart to validate are left out. The choice depends only on the seed and the labels.
     """
     kept = set(kept_apart(data))
     rest = [index for index in range(len(data.train)) if index not in kept]
     if settings.subset == 1:
         return rest
     seed = derived_seed(settings.seed, "subset")
-    return drawn(data.train.targets, rest, seed, lambda n: max(1, round(settings.subset * n)))
+    share = settings.subset
+    return draw_of_each_class(data.train.targets, rest, seed, lambda n: max(1, round(share * n)))
 
 
 def describe_images(data: ImageData) -> dict[str, Any]:
-    """What a checkpoint says of its data, in plain types: the classes, those that are augmented
-    more strongly, and of the images to train on their number and a fingerprint of their names and
-    sizes (of files alone), and of which images are kept apart.
+    """What a checkpoint says of its data, in plain types.
+
+    The fingerprint is of the names and sizes of the files to train on, and of which are kept apart.
     """
     digest = hashlib.sha256()
     samples = getattr(data.train, "samples", ())
     for index in data.chosen if samples else ():
         path = Path(samples[index][0])
-        size = path.stat().st_size if path.exists() else 0  # a link into nowhere, say
+        size = path.stat().st_size if path.exists() else 0  # 0 for a broken link
         digest.update(os.fsencode(f"{index} {os.path.relpath(path, data.train.root)} {size}\n"))
     if kept := kept_apart(data):
         digest.update(repr(kept).encode())
@@ -136,7 +136,7 @@ def describe_images(data: ImageData) -> dict[str, Any]:
 
 
 def describe_data(data: ImageData) -> list[str]:
-    """The images that were found, and what was left out, in a line each."""
+    """Lines on the images that were found, and on what was left out."""
     if data.kind == "synthetic":
         images, classes = plural(len(data.train), "image"), plural(len(data.classes), "class")
         some = f"{data.train.patterns} of " if data.train.patterns < len(data.classes) else ""
@@ -152,8 +152,12 @@ def describe_data(data: ImageData) -> list[str]:
     lines = [
         f"data      {part}{plural(all_images, 'image')} of "
         f"{plural(len(data.classes), 'class')} ({classes}) to train on, {val}",
-        *unvalidated_classes(data),
     ]
+    alone = {*data.train.targets}.difference(data.train.targets[index] for index in kept)
+    if kept and alone:
+        names = textwrap.shorten(", ".join(data.classes[each] for each in sorted(alone)), 60)
+        count = plural(len(alone), "class")
+        lines.append(f"note      the only image of {count} ({names}) is trained on")
     if data.confused is not None:
         names = ", ".join(data.classes[number] for number in data.confused)
         names = textwrap.shorten(names, 60, placeholder=" ...")
@@ -166,13 +170,6 @@ def describe_data(data: ImageData) -> list[str]:
         f"{plural(len(paths), kind)} ({paths[0]}{', ...' if paths[1:] else ''})"
         for kind, paths in kinds.items()
     ]
-    return [*lines, *([f"left out  {', '.join(texts)}"] if texts else ())]
-
-
-def unvalidated_classes(data: ImageData) -> Iterator[str]:
-    """A line on the classes that are too small to keep an image apart, if there are any."""
-    kept, targets = kept_apart(data), data.train.targets
-    alone = {*targets}.difference(targets[index] for index in kept) if kept else set()
-    if alone:
-        names = textwrap.shorten(", ".join(data.classes[each] for each in sorted(alone)), 60)
-        yield f"note      the only image of {plural(len(alone), 'class')} ({names}) is trained on"
+    if texts:
+        lines.append(f"left out  {', '.join(texts)}")
+    return lines

@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from split_affinity.text import readable
 
 VALIDATION_FOLDERS = ("val", "valid", "validation")  # the first that exists is used
 
-# What people call the parts of a data set: Train, x_train, train2017, ValidationSet, test_images.
+# Names of parts in the wild: Train, x_train, train2017, ValidationSet, test_images.
 PART_WORDS = {
     "train": re.compile("x?(train|training|trn)(set|data|images)?"),
     "val": re.compile("x?(val|valid|validation|dev)(set|data|images)?"),
@@ -27,16 +28,17 @@ PART_WORDS = {
 
 
 def part_of(name: str) -> str:
-    """The part of a data set that a folder's name stands for: train, val or test; else nothing."""
+    """The part of a data set that a folder's name stands for: train, val, test, or nothing."""
     words = [word.lower() for word in re.findall("[A-Z]*[a-z]+|[A-Z]+", name)]
     parts = [part for part, known in PART_WORDS.items() if any(map(known.fullmatch, words))]
     return parts[0] if parts else ""
 
 
 def find_parts(path: Path, folders: Sequence[str]) -> tuple[str, str]:
-    """Which of the folders in a data set's are the images to train and to validate with; nothing
-    for none. A folder that is not just called train may well be a class (trains are vehicles); it
-    is taken for the part where another part, or nothing else, stands beside it.
+    """The folders of a data set with the images to train and to validate; nothing for none.
+
+    A folder with another name than train may be a class (trains are vehicles): it is the part only
+    if another part, or nothing, stands beside it.
     """
     named = {part: [each for each in folders if part_of(each) == part] for part in PART_WORDS}
     train = "train" if "train" in folders else ""
@@ -51,35 +53,30 @@ def find_parts(path: Path, folders: Sequence[str]) -> tuple[str, str]:
 
 
 def folder_data(path: Path) -> ImageData:
-    """An image folder: `path/train` and perhaps `path/val`, or `path` itself, with a folder per
-    class.
-    """
+    """An image folder: `path/train` and perhaps `path/val`, or `path`, with a folder per class."""
     if not path.is_dir():
         reason = "is a file, not a folder" if path.exists() else "does not exist"
         raise UserError(f"--data-path {path} {reason}; give an image folder: DIR/<class>/*.jpg")
     _, beside, _ = next(os.walk(path), ("", [], []))
     folders = sorted(name for name in beside if name[0] != ".")
-    parts = find_parts(path, folders)
-    train = open_image_folder(path, path / parts[0])
-    val = open_image_folder(path, path / parts[1]) if parts[1] else None
+    train_name, val_name = find_parts(path, folders)
+    try:
+        train = PictureFolder(path / train_name)
+        val = PictureFolder(path / val_name) if val_name else None
+    except OSError as error:
+        raise UserError(f"--data-path {path}: no images: {one_line(error)}") from None
     check_classes(path, train, val)
     left_out = [*train.left_out, *(val.left_out if val else ())]
-    if parts[0]:
-        unused = [name for name in folders if name not in parts]
+    if train_name:
+        unused = [name for name in folders if name not in (train_name, val_name)]
         left_out += [("unused folder", str(path / name)) for name in unused]
     classes = tuple(map(readable, train.classes))
     return ImageData("folder", train, val, classes, left_out=left_out)
 
 
-def composed(name: str) -> str:
-    """A name in the one of Unicode's spellings in which accents are not apart from their letters;
-    file systems and archives keep either.
-    """
-    return unicodedata.normalize("NFC", name)
-
-
 def check_classes(path: Path, train: PictureFolder, val: PictureFolder | None) -> None:
-    """Raise UserError for classes that there is nothing to learn of."""
+    """Raise UserError for folders that are no classes, too few, or not the same in both parts."""
+    compose = partial(unicodedata.normalize, "NFC")  # file systems and archives keep either form
     kinds = set(map(part_of, train.classes))
     if "" not in kinds and (len(kinds) > 1 or len(train.classes) == 1):
         names = ", ".join(train.classes)
@@ -88,11 +85,11 @@ def check_classes(path: Path, train: PictureFolder, val: PictureFolder | None) -
     if len(train.classes) < 2:
         only = f"one class only ({train.classes[0]})"
         raise UserError(f"--data-path {path}: {only}; at least two are needed")
-    spelt = list(map(composed, train.classes))
+    spelt = list(map(compose, train.classes))
     if twice := [name for name, count in Counter(spelt).items() if count > 1]:
         two = "two classes look alike, as accents are encoded in two ways (NFC and NFD)"
         raise UserError(f"--data-path {path}: {twice[0]}: {two}; give all their images one folder")
-    if val and (others := list(map(composed, val.classes))) != spelt:
+    if val and (others := list(map(compose, val.classes))) != spelt:
         if odd := sorted(set(others) ^ set(spelt)):
             reason = f"class {odd[0]} is not in both of train and val"
         else:
@@ -100,9 +97,10 @@ def check_classes(path: Path, train: PictureFolder, val: PictureFolder | None) -
         raise UserError(f"--data-path {path}: {reason}")
 
 
-def what_is(entry: os.DirEntry, above: Sequence[Path]) -> str:
-    """Whether an entry of a folder is an image or a folder to go through, or why it is neither;
-    nothing for what needs no word. `above` are the folders that it lies in, without links.
+def classify_entry(entry: os.DirEntry, above: Sequence[Path]) -> str:
+    """`image`, `folder`, or what else an entry is; nothing for litter.
+
+    `above` are the folders that it is in, without links.
     """
     link = Path(entry.path) if entry.is_symlink() else None
     hidden, image = entry.name[0] == ".", torchvision.datasets.folder.is_image_file(entry.name)
@@ -117,10 +115,10 @@ def what_is(entry: os.DirEntry, above: Sequence[Path]) -> str:
 
 
 class PictureFolder(torchvision.datasets.ImageFolder):
-    """torchvision's ImageFolder, in its order; but a class has each real file once, however many
-    links lead to it, and a link back to a folder that it lies in is not followed.
+    """torchvision's ImageFolder, in its order, without hidden files, repeated files and loops.
 
-    Hidden files and folders do not count. `left_out` tells what was not taken, but for litter.
+    A class has each real file once, however many links lead to it. `left_out` lists what else was
+    found, by kind and path.
     """
 
     def __init__(self, root: Path):
@@ -128,7 +126,7 @@ class PictureFolder(torchvision.datasets.ImageFolder):
         super().__init__(root, loader=load_image)
 
     def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
-        """The class folders' names, and the indices of their classes."""
+        """The names of the class folders, and their indices."""
         found = self._read(os.fspath(directory), [Path(directory).resolve()])
         self.left_out += [("classless image", entry.path) for entry in found["image"]]
         classes = [entry.name for entry in found["folder"]]
@@ -139,7 +137,7 @@ class PictureFolder(torchvision.datasets.ImageFolder):
     def make_dataset(
         self, directory: Path, class_to_idx: dict[str, int], *args: Any, **kwargs: Any
     ) -> list[tuple[str, int]]:
-        """The paths of all images, each with the index of its class."""
+        """The paths of all images, each with its class index."""
         above = [Path(directory).resolve()]
         images = {
             name: sorted(self._images(f"{directory}/{name}", above, set())) for name in class_to_idx
@@ -153,9 +151,7 @@ class PictureFolder(torchvision.datasets.ImageFolder):
     def _images(
         self, folder: str, above: Sequence[Path], seen: set[str]
     ) -> Iterator[tuple[str, str]]:
-        """The images in a folder and below it, each as (folder, name); `seen` are the files and
-        folders that the class has already, without links.
-        """
+        """The images below a folder, each as (folder, name); `seen` are real paths had before."""
         real = Path(folder).resolve()
         for kind, entries in self._read(folder, [*above, real]).items():
             for entry in entries:
@@ -170,21 +166,13 @@ class PictureFolder(torchvision.datasets.ImageFolder):
                 seen.add(target)
 
     def _read(self, folder: str, above: Sequence[Path]) -> dict[str, list[os.DirEntry]]:
-        """The images and the folders that lie directly in a folder, by name."""
+        """The images and the folders directly in a folder, in the order of their names."""
         found: dict[str, list[os.DirEntry]] = {"image": [], "folder": []}
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                kind = what_is(entry, above)
+                kind = classify_entry(entry, above)
                 if kind in found:
                     found[kind].append(entry)
                 elif kind:
                     self.left_out.append((kind, entry.path))
         return found
-
-
-def open_image_folder(path: Path, root: Path) -> PictureFolder:
-    """The images below `root`, one folder per class; errors name `path`, which the user gave."""
-    try:
-        return PictureFolder(root)
-    except OSError as error:
-        raise UserError(f"--data-path {path}: no images: {one_line(error)}") from None
