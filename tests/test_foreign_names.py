@@ -16,7 +16,7 @@ from patching import set_everywhere
 from rendered import page_of
 from small import read_metrics, small_model
 
-from split_affinity.data.pictures import pictures_in
+from split_affinity.data.pictures import find_pictures
 from split_affinity.machine.description import machine_text
 from split_affinity.machine.topology import read_topology
 from split_affinity.models.registry import OWN_MODELS
@@ -130,7 +130,7 @@ def test_test_only(trained, run):
 
 
 def test_predict(trained, run):
-    found = (pictures_in(f"{HOSTILE}/{part}/{HOSTILE}")[0] for part in ("train", "val"))
+    found = (find_pictures(f"{HOSTILE}/{part}/{HOSTILE}")[0] for part in ("train", "val"))
     pictures = [path for paths in found for path in paths]
     printed = run("predict", *pictures, "--resume", f"{OUT}/last.pt", "--json", "p.json", code=1)
     answers = [line for line in printed.split("\n") if " %  " in line and "jpg" not in line]

@@ -1,6 +1,6 @@
 """Loader processes, which live on from epoch to epoch, and what happens when one dies.
 
-Knows nothing of lanes; loader processes are told which CPUs to stay on.
+Knows nothing of lanes; loader processes are told their CPUs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader
 
-from split_affinity.data.pictures import ImageData, NewPictures
+from split_affinity.data.pictures import ImageData, UnlabelledPictures
 from split_affinity.data.samples import Batch, EpochOrder, Loaded, LoadRecord, Samples
 from split_affinity.data.transforms import (
     mixing_transform,
@@ -40,60 +40,47 @@ from split_affinity.errors import STOP_SIGNALS, RunError, Stopped, UserError, on
 from split_affinity.lanes.lane import confine_thread
 from split_affinity.models.pretrained import Preprocessing
 from split_affinity.options.commands import command_again
-from split_affinity.options.settings import Settings
+from split_affinity.options.settings import DataSettings, Settings
 from split_affinity.terminal import warn
 from split_affinity.text import format_cpu_list, plural
 
-LOOK_S = 2.0  # that a batch may take before it is looked whether one can still come
-PATIENCE_S = 60.0  # that a batch may take before it is told
-LONGEST_WORDS_BYTES = 1000  # what a pipe takes at once, be there who else writes
+LOOK_S = 2.0  # wait this long for a batch before looking whether one can still come
+PATIENCE_S = 60.0  # wait this long before a warning
+LONGEST_MESSAGE_BYTES = 1000  # a pipe takes these at once, even if several processes write
 
 # A socket's path has 103 bytes on macOS, 107 on Linux; 32 are multiprocessing's own names in it.
 LONGEST_FOLDER_BYTES = 103 - len("/pymp-12345678/listener-12345678")
 
 
-def start_loader(cpus: Sequence[int], last_words: Connection, worker: int) -> None:
-    """Confine a loader process, leave signals to the main process, and have the process end if it
-    cannot hand over what it has loaded.
+def start_loader(cpus: Sequence[int], errors: Connection, worker: int) -> None:
+    """Prepare a loader process: it ignores signals, keeps to its CPUs, and ends by errors.
 
-    The mask is set after torch is up, since a lazy OpenMP start can reset it [pytorch 99625].
+    If a batch cannot be handed over, multiprocessing prints a traceback and goes on, and the main
+    process waits for ever [pytorch 142884]. Here the process sends the error and ends.
     """
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
-    end_by_errors(multiprocessing.queues.Queue, partial(end_loader, last_words, worker))
-    mask = confine_thread(cpus)
-    if mask != set(cpus):
-        asked, given = format_cpu_list(cpus), format_cpu_list(mask)
-        raise RuntimeError(f"loader {worker}: cores {asked} asked for, {given} given")
 
-
-def end_loader(last_words: Connection, worker: int, error: Exception, *of: object) -> NoReturn:
-    """End a loader process by an error, which the main process is told."""
-    try:
-        text = f"loader {worker} cannot hand over a batch: {one_line(error)}"
-        last_words.send_bytes(text.encode(errors="replace")[:LONGEST_WORDS_BYTES])
-    finally:
-        os._exit(1)
-
-
-def end_by_errors(queues: type, end: Callable[..., NoReturn]) -> None:
-    """Have queues of this process call `end` where they would lose what is put into them, with no
-    more than a traceback on the screen: whoever is at the other end would wait for it for ever
-    [pytorch 142884].
-
-    An error can arise where something is put, if no thread can be started for the queue, and later
-    in that thread, which needs another thread and a socket to hand tensors over.
-    """
-    put = queues.put
+    def end(error: Exception, *_: object) -> NoReturn:
+        try:
+            text = f"loader {worker} cannot hand over a batch: {one_line(error)}"
+            errors.send_bytes(text.encode(errors="replace")[:LONGEST_MESSAGE_BYTES])
+        finally:
+            os._exit(1)
 
     def put_or_end(*args: Any, **options: Any) -> None:
         try:
             put(*args, **options)
-        except Exception as error:
+        except Exception as error:  # no thread can be started for the queue
             end(error)
 
-    queues.put = put_or_end
-    queues._on_queue_feeder_error = staticmethod(end)
+    queues = multiprocessing.queues.Queue
+    put, queues.put = queues.put, put_or_end
+    queues._on_queue_feeder_error = staticmethod(end)  # of that thread
+    mask = confine_thread(cpus)  # after torch is up: a lazy OpenMP start resets it [pytorch 99625]
+    if mask != set(cpus):
+        asked, given = format_cpu_list(cpus), format_cpu_list(mask)
+        raise RuntimeError(f"loader {worker}: cores {asked} asked for, {given} given")
 
 
 class BadImages:
@@ -101,27 +88,25 @@ class BadImages:
 
     def __init__(self, allowed: int = 0):
         self.allowed = allowed
-        self.command = ""  # goes on without those that are too many
+        self.command = ""  # how to go on without more of them
         self.messages: list[str] = []
-        self.shared = 0  # so many of them are known to all ranks
+        self.shared = 0  # how many messages all ranks know
 
     @classmethod
-    def of(cls, settings: Settings, data: ImageData) -> BadImages:
-        """None yet; allowed are as many as asked, or one in a thousand."""
+    def of(cls, settings: DataSettings, data: ImageData) -> BadImages:
+        """No image yet, and `--max-bad-images` allowed (default: one in a thousand)."""
         asked, usual = settings.max_bad_images, max(1, len(data.chosen) // 1000)
         return cls(usual if asked is None else asked)
 
     def offer(self, settings: Settings) -> None:
-        """Have the error offer the command that goes on where the run was stopped, or begins anew
-        if nothing was saved, with ten times as many allowed.
-        """
+        """Offer, in the error for too many, a command that resumes with ten times as many."""
         resume = Path("auto") if settings.output_dir else settings.resume
         allowed = 10 * max(1, self.allowed)
         more = dataclasses.replace(settings, resume=resume, max_bad_images=allowed)
         self.command = f"to go on without such images{command_again(more)}"
 
     def add(self, messages: Iterable[str]) -> None:
-        """Take note of broken images. Raises RunError for the first one too many."""
+        """Note broken images. Raises RunError for the first one too many."""
         for message in messages:
             new = message not in self.messages
             if len(self.messages) + new > self.allowed:
@@ -131,15 +116,16 @@ class BadImages:
                 self.messages.append(message)
 
     def share(self, messages_by_rank: Iterable[Sequence[str]]) -> None:
-        """Take note of those of all ranks, in an order that is the same for all."""
+        """Note the broken images of all ranks, in the same order everywhere."""
         self.messages.clear()
         self.add(itertools.chain.from_iterable(messages_by_rank))
         self.shared = len(self.messages)
 
 
 class Batches:
-    """`left` batches of a loader, which is gone through again and again if that takes it; `records`
-    tells of each batch given out when it was loaded. The first batch is fetched at once.
+    """`left` batches of a loader, in as many passes over it as that takes.
+
+    `records` say when batches were loaded. The first batch is fetched at once.
     """
 
     def __init__(self, loader: Iterable[Loaded], left: int, bad: BadImages | None = None):
@@ -152,10 +138,9 @@ class Batches:
         self.prefetch()
 
     def prefetch(self) -> None:
-        """Fetch the next batch, if there is one, now and not when it is asked for.
+        """Fetch the next batch now, if there is one. Call it while no forward pass runs.
 
-        Without loader processes this uses torch's global generator, and puts it back, as dropout
-        uses it in a forward pass: to be called at moments when no forward pass runs.
+        Without loader processes it uses torch's global generator for a while, as dropout does.
         """
         if not self._ahead:
             self._ahead = list(itertools.islice(self._stream, 1))
@@ -176,7 +161,7 @@ class Batches:
         return loaded.batch
 
     def take_records(self) -> tuple[LoadRecord, ...]:
-        """The batches given out since the last call; forgets them."""
+        """The records of the batches since the last call."""
         records, self.records = tuple(self.records), []
         return records
 
@@ -190,48 +175,31 @@ class LoaderDied(Exception):
 
 
 class LoaderFailed(Exception):
-    """A loader process could not hand over what it had loaded, and ended; the text is its own."""
+    """A loader process could not hand over a batch, and ended with this message."""
 
 
 def make_socket_folder() -> None:
-    """Choose the folder for the sockets through which batches are handed over, for this process and
-    its loaders: where temporary files are kept, or else, if the path of that is too long for a
-    socket's, the first place that is not.
+    """Choose the folder for the sockets of this process and its loaders.
 
-    The folder is this process's, which goes with it. Loaders are killed, and their own would stay.
+    It is in the folder for temporary files, or, if that has too long a path for a socket, in the
+    first other place. It ends with this process; folders of killed loaders would stay.
     """
-    places = [tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
-    usual, short = places[0], [each for each in places if fits_sockets(each)]
+    usual = tempfile.gettempdir()
     try:
-        tempfile.tempdir = short[0] if short else usual
+        for place in (usual, "/tmp", "/var/tmp", "/dev/shm"):
+            is_short = len(os.fsencode(place)) <= LONGEST_FOLDER_BYTES
+            if is_short and os.access(place, os.W_OK | os.X_OK):
+                tempfile.tempdir = place
+                break
         multiprocessing.util.get_temp_dir()
     finally:
         tempfile.tempdir = usual
 
 
-def fits_sockets(folder: str) -> bool:
-    """Whether sockets can be made below a folder."""
-    return len(os.fsencode(folder)) <= LONGEST_FOLDER_BYTES and os.access(folder, os.W_OK | os.X_OK)
-
-
-@contextlib.contextmanager
-def child_signal_kept() -> Iterator[None]:
-    """Leave SIGCHLD as it was: DataLoader has it raise, anywhere in the main thread, when a loader
-    process has died (torch/utils/data/_utils/signal_handling.py). Without that, it looks after its
-    processes when no batch comes for five seconds.
-    """
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        if before is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, before)
-
-
 def check_open_files(workers: int) -> None:
-    """Raise the limit of open files if loader processes could need that; UserError if it cannot be.
+    """Raise the limit of open files to what loaders can need; UserError if that is not allowed.
 
-    Without descriptors left, a loader loses a batch, and the run waits for it for ever.
+    Without free descriptors a loader loses a batch, and the run waits for it for ever.
     """
     # For each loader the main process has 3, and 2 for each of its 2 batches; a loader inherits up
     # to 4 for each. 16 are for batches in use, a loader's own, and the run's files.
@@ -246,12 +214,8 @@ def check_open_files(workers: int) -> None:
             raise UserError(f"{reason}: {remedy}") from None
 
 
-def unheard() -> None:
-    """What a feed calls while it waits, if nothing can come meanwhile."""
-
-
 def open_files() -> int:
-    """How many files the process has open; without /proc, up to the first number that is free."""
+    """How many files the process has open; without /proc, up to the first free number."""
     try:
         return psutil.Process().num_fds()
     except (psutil.Error, OSError):
@@ -262,8 +226,9 @@ def open_files() -> int:
 class Loader:
     """The batches of a data set, epoch after epoch, made by loader processes that live on.
 
-    The processes start at once: none may be forked once a lane, with its OpenMP team, exists. Close
-    it, since they ignore signals. `hear` is called while a batch is waited for, and may raise.
+    The processes start at once: create it before the lanes, as none may be forked once an OpenMP
+    team exists. Close it: the processes ignore signals. `check_stop` is called while a batch is
+    waited for, and may raise.
     """
 
     def __init__(
@@ -272,20 +237,20 @@ class Loader:
         order: EpochOrder,
         settings: Settings,
         cpus: Sequence[int],
-        hear: Callable[[], None] = unheard,
+        check_stop: Callable[[], None] | None = None,
     ):
         # torch advises no more loaders than the main thread has cores; ours share them on purpose.
         warnings.filterwarnings("ignore", "This DataLoader will create")
         warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # damaged EXIF data
-        self._order, self._hear, self._waited_s = order, hear, 0.0
-        self._last_words, told = multiprocessing.Pipe(duplex=False)
+        self._order, self._check_stop, self._waited_s = order, check_stop, 0.0
+        self._errors, errors_to_send = multiprocessing.Pipe(duplex=False)
         self._loader = DataLoader(
             samples,
             batch_size=None,  # a sample is a whole batch already
             sampler=order,
             num_workers=settings.workers,
             persistent_workers=settings.workers > 0,
-            worker_init_fn=partial(start_loader, tuple(cpus), told),
+            worker_init_fn=partial(start_loader, tuple(cpus), errors_to_send),
             generator=torch.Generator().manual_seed(settings.seed),
         )
         if settings.workers:
@@ -295,29 +260,36 @@ class Loader:
 
     def _start(self) -> None:
         """Start the loader processes: all, or none with a RunError."""
-        before = multiprocessing.active_children()
+        before, on_child_end = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
         try:
             make_socket_folder()
-            with child_signal_kept():
-                iterator = iter(self._loader)
+            iterator = iter(self._loader)
         except OSError as error:  # no more processes or semaphores
             for process in set(multiprocessing.active_children()).difference(before):
                 process.kill()
             atexit.register(repr, error)  # keeps torch's half-made iterator, whose end would fail
             reason = one_line(error)
             raise RunError(f"loader processes cannot start: {reason}; try a lower -j") from None
-        iterator._try_get_data = partial(self._await, iterator._try_get_data)
+        finally:
+            # DataLoader's handler would raise anywhere in the main thread when a loader has died.
+            # Without it, it looks after its processes when no batch comes for a while.
+            main = threading.current_thread() is threading.main_thread()
+            if main and on_child_end is not None:
+                signal.signal(signal.SIGCHLD, on_child_end)
+        iterator._try_get_data = partial(self._wait_for_batch, iterator._try_get_data)
 
-    def _await(self, get: Callable[[float], tuple[bool, Any]]) -> tuple[bool, Any]:
-        """Whether a batch has come, and the batch: what DataLoader calls again and again until one
-        has. DataLoader itself, by `get`, notices no more than that a process has ended.
+    def _wait_for_batch(self, get: Callable[[float], tuple[bool, Any]]) -> tuple[bool, Any]:
+        """Whether a batch has come, and the batch. DataLoader calls it until one has.
+
+        `get` is DataLoader's own, which only notices that a process has ended.
         """
         has_come, batch = get(LOOK_S)
         if has_come:
             self._waited_s = 0.0
             return has_come, batch
-        self._raise_last_words()
-        self._hear()
+        self._raise_error_sent()
+        if self._check_stop:
+            self._check_stop()
         self._waited_s += LOOK_S
         if self._waited_s == PATIENCE_S:
             loaders = plural(len(self._loader._iterator._workers), "loader process")
@@ -325,10 +297,10 @@ class Loader:
             warn(f"no batch for {PATIENCE_S:.0f} s, though {loaders} live: {reason}")
         return has_come, batch
 
-    def _raise_last_words(self) -> None:
-        """Raise LoaderFailed if a loader could not hand something over."""
-        if self._last_words.poll():
-            raise LoaderFailed(self._last_words.recv_bytes().decode())
+    def _raise_error_sent(self) -> None:
+        """Raise LoaderFailed if a loader process has sent an error."""
+        if self._errors.poll():
+            raise LoaderFailed(self._errors.recv_bytes().decode())
 
     def __len__(self) -> int:
         """Batches in an epoch, those of all ranks together."""
@@ -341,26 +313,25 @@ class Loader:
         return Batches(self, self._order.begin(epoch, start, stop), bad)
 
     def __iter__(self) -> Iterator[Loaded]:
-        """The batches of the span that was begun. Raises LoaderDied if a process has ended, of
-        which DataLoader tells in many ways, or LoaderFailed.
-        """
+        """The batches that were begun. Raises LoaderFailed or, if a process ended, LoaderDied."""
         try:
             yield from self._loader
         except Stopped:
             raise
-        except Exception as error:
+        except Exception as error:  # DataLoader has many errors for a dead process
             iterator = getattr(self._loader, "_iterator", None)
             for process in iterator._workers if iterator else ():
                 process.join(0.1)  # it may just be dying
-                self._raise_last_words()
+                self._raise_error_sent()
                 if process.exitcode:
                     raise LoaderDied(process.pid, process.exitcode) from error
             raise
 
     def close(self) -> None:
-        """Kill the loader processes, which have nothing to lose. DataLoader would tell them to end
-        by threads and locks, which a process without memory cannot have, or a dead one may hold;
-        and for those left over the interpreter would wait for ever, since they ignore SIGTERM.
+        """Kill the loader processes, which have nothing to lose.
+
+        DataLoader would end them with threads and locks: without memory there is no new thread, and
+        a dead process may hold a lock. The interpreter would wait for ever for processes left over.
         """
         iterator = getattr(self._loader, "_iterator", None)
         if iterator is None or iterator._shutdown:
@@ -380,23 +351,23 @@ def training_loader(
     settings: Settings,
     cpus: Sequence[int],
     rank: int = 0,
-    hear: Callable[[], None] = unheard,
+    check_stop: Callable[[], None] | None = None,
 ) -> Loader:
-    """Shuffled, augmented training images; what does not fill a batch is left out of an epoch."""
+    """Shuffled, augmented training images in full batches; the rest of an epoch is left out."""
     transform_in, mix = partial(transform_of_epoch, data, settings), mixing_transform(settings)
     least = min(2, settings.batch_size)
     samples = Samples(data.train, settings.seed, transform_in, mix, data.confused, least=least)
     dealt = rank, settings.ranks
     order = EpochOrder(data.chosen, settings.batch_size, settings.seed, dealt)
-    return Loader(samples, order, settings, cpus, hear)
+    return Loader(samples, order, settings, cpus, check_stop)
 
 
-def validation_feed(
+def validation_loader(
     data: ImageData,
     settings: Settings,
     cpus: Sequence[int],
     rank: int = 0,
-    hear: Callable[[], None] = unheard,
+    check_stop: Callable[[], None] | None = None,
 ) -> Loader | None:
     """The validation images in order, if there are any."""
     if data.val is None:
@@ -405,17 +376,23 @@ def validation_feed(
     samples = Samples(data.val, settings.seed, partial(same_transform, transform))
     dealt = rank, settings.ranks
     order = EpochOrder(range(len(data.val)), settings.batch_size, None, dealt)
-    return Loader(samples, order, settings, cpus, hear)
+    return Loader(samples, order, settings, cpus, check_stop)
 
 
 def open_loaders(
-    stack: contextlib.ExitStack, data: ImageData, settings: Settings, *source: Any
+    stack: contextlib.ExitStack,
+    data: ImageData,
+    settings: Settings,
+    cpus: Sequence[int],
+    rank: int,
+    check_stop: Callable[[], None],
 ) -> tuple[Loader, Loader | None]:
-    """What a run trains on, and what it validates with if it does; they end with the stack."""
-    train = training_loader(data, settings, *source)
+    """The loaders of a run, to train and, if it validates, to validate; they end with the stack."""
+    train = training_loader(data, settings, cpus, rank, check_stop)
     stack.callback(train.close)
-    validates = settings.epochs or settings.test_only
-    val = validation_feed(data, settings, *source) if validates else None
+    if not settings.epochs and not settings.test_only:
+        return train, None
+    val = validation_loader(data, settings, cpus, rank, check_stop)
     if val:
         stack.callback(val.close)
     return train, val
@@ -426,14 +403,18 @@ def picture_loader(
     ready: Preprocessing,
     settings: Settings,
     cpus: Sequence[int],
-    hear: Callable[[], None] = unheard,
+    check_stop: Callable[[], None] | None = None,
 ) -> Loader:
-    """Pictures in order, made ready as to validate; no more loaders than there are batches."""
+    """Pictures in order, with the validation transform."""
     batches = math.ceil(len(paths) / settings.batch_size)
     workers = min(settings.workers, batches) if batches > 1 else 0
+    settings = dataclasses.replace(settings, workers=workers)
     transform = partial(same_transform, validation_transform(ready))
     order = EpochOrder(range(len(paths)), settings.batch_size, None)
-    samples = Samples(NewPictures(paths), settings.seed, transform, alone=True)
-    loader = Loader(samples, order, dataclasses.replace(settings, workers=workers), cpus, hear)
+    pictures = UnlabelledPictures(paths)
+    samples = Samples(pictures, settings.seed, transform, skip_too_large=True)
+    loader = Loader(
+        samples, order, dataclasses.replace(settings, workers=workers), cpus, check_stop
+    )
     order.begin(1)
     return loader

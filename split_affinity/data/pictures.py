@@ -21,7 +21,7 @@ from split_affinity.models.pretrained import Preprocessing
 
 # The formats that are opened, whatever a file is called; JPEG includes MPO, and PPM PGM. Pillow
 # knows more, but starts a program for some (Ghostscript for EPS), and a data set is a stranger's.
-# Those that an old Pillow lacks are left out, since it would stumble over their names.
+# An old Pillow would stumble over names that it does not know.
 Image.init()
 PICTURE_FORMATS = tuple(
     name
@@ -29,33 +29,31 @@ PICTURE_FORMATS = tuple(
     if name in Image.OPEN
 )
 
-
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF files, and a value of it
 
 NO_ROOM = "there is not enough memory for it"
 
 
 class BrokenImage(RunError):
-    """A file of the data set that cannot be read as an image; the message names it."""
+    """A file cannot be read as a picture; the message names it."""
 
 
 def load_image(path: str) -> Image.Image:
-    """A file's picture in RGB, turned as its EXIF data say.
+    """A file's picture in RGB, turned as its EXIF data say; BrokenImage if it cannot be read.
 
-    Raises BrokenImage if it cannot be read, unless that is for want of memory or of descriptors,
-    which says nothing of the file.
+    Other errors are raised if memory or file descriptors are missing: the file may be fine.
     """
     try:
         with Image.open(path, formats=PICTURE_FORMATS) as picture:
             picture.load()
-            with contextlib.suppress(Exception):  # damaged EXIF data do not spoil a picture
+            with contextlib.suppress(Exception):  # damaged EXIF data
                 ImageOps.exif_transpose(picture, in_place=True)
             whole = to_rgb(picture)
-            whole.filename = path  # which Pillow keeps for pictures just opened
+            whole.filename = path  # Pillow would keep it only in pictures just opened
             return whole
     except Exception as error:  # Pillow raises many kinds, SyntaxError among them
-        wanting = errno.EMFILE, errno.ENFILE, errno.ENOMEM
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in wanting:
+        missing = errno.EMFILE, errno.ENFILE, errno.ENOMEM
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in missing:
             raise
         raise BrokenImage(f"broken image {path}: {one_line(error)}") from error
 
@@ -63,10 +61,9 @@ def load_image(path: str) -> Image.Image:
 def to_rgb(picture: Image.Image) -> Image.Image:
     """A picture of any mode in RGB, transparency ignored.
 
-    Grey of more than 8 bits, which Pillow would clip, is scaled, dark and bright pictures alike:
-    whole numbers from 0 to 65535 by 1/257, floats from 0 to 1 by 255, floats from 0 to 255 not at
-    all. Only values beyond go from their own lowest to their own highest. NaN becomes black. In a
-    TIFF the lowest value may be white, which Pillow heeds in 8 bits alone.
+    Pillow would clip grey of more than 8 bits. It is scaled: whole numbers up to 65535 by 1/257,
+    floats up to 1 by 255, floats up to 255 not at all, others from their lowest to their highest
+    value. NaN becomes black. In a TIFF, 0 may be white; Pillow knows that for 8 bits only.
     """
     if picture.mode.startswith(("I", "F")):
         values = v2.functional.pil_to_tensor(picture.convert("F"))
@@ -79,36 +76,27 @@ def to_rgb(picture: Image.Image) -> Image.Image:
             values = 255 - values
         values = values.nan_to_num(0, 255, 0)
         picture = v2.functional.to_pil_image(values.round().clamp(0, 255).byte())
-    picture.info.pop("transparency", None)  # which Pillow would warn of, if it is a palette's
+    picture.info.pop("transparency", None)  # Pillow would warn of a palette's
     return picture.convert("RGB")
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set: pictures (PIL) with class indices, to train and, if there are any, to validate.
+    """A data set: pictures (PIL) with class indices, to train and perhaps to validate."""
 
-    `kind` is folder, synthetic or a name of NAMED_DATA; `chosen` are the indices of the pictures to
-    train on; `left_out` tells of files and folders that are not used: what each is, and its path;
-    `native` is how its pictures are made ready unless trained weights or settings say otherwise;
-    `padded` is the side in pixels of small pictures that are all alike, and are padded and cropped
-    to train; 0 for those that training shows parts of; `confused` are the classes, if they were
-    asked for, whose pictures are augmented more strongly. Where some of the pictures to train on
-    are kept apart to validate with, `val` is a Subset of `train`.
-    """
-
-    kind: str
+    kind: str  # folder, synthetic or a name of NAMED_DATA
     train: Dataset
-    val: Dataset | None
+    val: Dataset | None  # a Subset of `train` if some of that is kept apart
     classes: tuple[str, ...]
     native: Preprocessing = Preprocessing()
-    chosen: Sequence[int] = ()
-    left_out: Sequence[tuple[str, str]] = ()
-    confused: Sequence[int] | None = None
-    padded: int = 0
+    chosen: Sequence[int] = ()  # indices of the pictures to train on
+    left_out: Sequence[tuple[str, str]] = ()  # kind and path of what is not used
+    confused: Sequence[int] | None = None  # classes to augment more strongly, if asked for
+    padded: int = 0  # the side of small pictures, padded and cropped to train; 0: crop and resize
 
 
 def kept_apart(data: ImageData) -> Sequence[int]:
-    """Indices of those of the training pictures that validate."""
+    """Indices of the training pictures that are kept apart to validate with."""
     return data.val.indices if isinstance(data.val, Subset) else ()
 
 
@@ -118,10 +106,10 @@ def derived_seed(*parts: object) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def pictures_in(text: str) -> tuple[list[str], list[str]]:
-    """The picture files that an argument of `predict` names: a file, whatever its name; a folder's,
-    with all below it, or a pattern's, by their endings; and why folders there cannot be read.
-    Raises UserError if there is no picture.
+def find_pictures(text: str) -> tuple[list[str], list[str]]:
+    """The picture files of a file, folder or pattern, and why folders there cannot be read.
+
+    Only a file that is named itself may have any ending. Raises UserError if there is no picture.
     """
     if Path(text).exists() and not Path(text).is_dir():
         return [text], []
@@ -137,9 +125,9 @@ def pictures_in(text: str) -> tuple[list[str], list[str]]:
 
 
 def picture_files(place: Path, unread: list[str], seen: set[str]) -> Iterator[Path]:
-    """A file if it is a picture by its ending, or all such files below a folder; none is hidden.
-    Links to folders are followed, to each folder once: `seen` are those without links. `unread`
-    takes in why a folder cannot be read.
+    """The files at or below a place that are pictures by their endings; hidden ones are left out.
+
+    Links are followed, to each folder once: `seen` are real paths. `unread` gets error messages.
     """
     if not place.is_dir():
         if torchvision.datasets.folder.is_image_file(place.name) and place.is_file():
@@ -159,10 +147,8 @@ def picture_files(place: Path, unread: list[str], seen: set[str]) -> Iterator[Pa
             yield from picture_files(place / name, unread, seen)
 
 
-class NewPictures(Dataset):
-    """Pictures without classes: each has its own number in place of that. One that there is no
-    memory for counts as broken, as it shall not cost the others their answers.
-    """
+class UnlabelledPictures(Dataset):
+    """Pictures with their own number as class; one too large for the memory counts as broken."""
 
     def __init__(self, paths: Sequence[str]):
         self._paths = paths

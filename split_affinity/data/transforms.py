@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import torch
 from PIL import Image
@@ -12,16 +11,16 @@ from torchvision.transforms import v2
 
 from split_affinity.data.pictures import ImageData
 from split_affinity.models.pretrained import Preprocessing
-from split_affinity.options.settings import DataSettings, Settings
+from split_affinity.options.settings import AugmentationSettings, DataSettings, Settings
 from split_affinity.options.values import RESIZING_STEP
 
-# A longer side in shorter ones, up to which a picture is resized whole, as torchvision does it, and
-# as the demo page does, which takes no longer ones.
+# The most that the longer side may have of the shorter one for a picture to be resized whole, as
+# torchvision does it. The demo page takes no longer ones.
 LONGEST_SHAPE = 100
 
 
 def image_size_in(settings: DataSettings, epoch: int) -> int:
-    """The side of the training images in an epoch (from 1): a linear ramp in steps of 32 pixels."""
+    """The side of the training images in an epoch (from 1): a linear ramp, in steps of 32 px."""
     low, high = settings.min_res, settings.image_size
     if low is None or epoch >= settings.end_ramp:
         return high
@@ -29,49 +28,53 @@ def image_size_in(settings: DataSettings, epoch: int) -> int:
     return low + RESIZING_STEP * math.floor(part * (high - low) / RESIZING_STEP)
 
 
-def to_tensor(ready: Preprocessing) -> list[Any]:
-    """Transforms from a picture to a normalised float32 tensor (3, height, width)."""
+def tensor_transforms(ready: Preprocessing) -> list[v2.Transform]:
+    """The last transforms: a picture to a normalised float32 tensor (3, height, width)."""
     normalize = v2.Normalize(ready.mean, ready.std)
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize]
 
 
-def auto_augmentation(data: ImageData, settings: Settings, stronger: bool) -> list[v2.Transform]:
-    """The augmentation by a policy, if there is one; `stronger` is that of confused classes."""
+def auto_augmentation(
+    data: ImageData, settings: AugmentationSettings, stronger: bool
+) -> list[v2.Transform]:
+    """The augmentation of `--auto-augment`, if any; `stronger` for confused classes."""
     magnitude = settings.ra_magnitude
     if stronger and settings.auto_augment != "none":
         return [v2.RandAugment(3, min(magnitude + 5, 30))]
-    small = "svhn" if data.kind == "svhn" else "cifar10"
-    policy = v2.AutoAugmentPolicy(small if data.padded else "imagenet")
-    chosen = {
-        "none": [],
-        "ra": [v2.RandAugment(magnitude=magnitude)],
-        "ta": [v2.TrivialAugmentWide()],
-        "aa": [v2.AutoAugment(policy)],
-    }
-    return chosen["ra" if stronger else settings.auto_augment]
+    if stronger or settings.auto_augment == "ra":
+        return [v2.RandAugment(magnitude=magnitude)]
+    if settings.auto_augment == "ta":
+        return [v2.TrivialAugmentWide()]
+    if settings.auto_augment == "aa":
+        small = "svhn" if data.kind == "svhn" else "cifar10"
+        return [v2.AutoAugment(v2.AutoAugmentPolicy(small if data.padded else "imagenet"))]
+    return []
 
 
 def training_transform(
     data: ImageData, settings: Settings, size: int, stronger: bool = False
 ) -> v2.Transform:
-    """The augmentation of one picture, to a tensor (3, size, size)."""
+    """The augmentation of a picture, to a tensor (3, size, size)."""
     ready = data.native.overruled(settings)
     resized = {"interpolation": v2.InterpolationMode(ready.interpolation), "antialias": True}
     if data.kind == "synthetic":
-        return v2.Compose([v2.Resize((size, size), **resized), *to_tensor(ready)])
-    steps: list[Any] = [v2.RandomResizedCrop(size, (settings.min_scale, 1), **resized)]
+        return v2.Compose([v2.Resize((size, size), **resized), *tensor_transforms(ready)])
+    steps: list[v2.Transform] = [v2.RandomResizedCrop(size, (settings.min_scale, 1), **resized)]
     if side := data.padded:  # by 4 for 32 pixels, as in He et al. 2016 (arXiv 1512.03385)
         steps = [v2.RandomCrop(side, padding=round(side / 8)), v2.Resize(size, **resized)]
     steps += [v2.RandomHorizontalFlip(settings.hflip)]
     steps += auto_augmentation(data, settings, stronger)
     if settings.color_jitter:
         steps.append(v2.ColorJitter(*3 * (settings.color_jitter,)))
-    return v2.Compose([*steps, *to_tensor(ready), v2.RandomErasing(settings.random_erase)])
+    erasing = v2.RandomErasing(settings.random_erase)
+    return v2.Compose([*steps, *tensor_transforms(ready), erasing])
 
 
-def resized(ready: Preprocessing, picture: Image.Image) -> Image.Image:
-    """A picture whose shorter side has `val_resize` pixels; of one that is much longer than that
-    only the middle, as much as is cut out: whole, a line of pixels would take gigabytes.
+def resize_picture(ready: Preprocessing, picture: Image.Image) -> Image.Image:
+    """A picture resized until its shorter side has `val_resize` pixels.
+
+    Of a very long one only the middle is resized, as much as will be cut out: all of a line of
+    pixels would take gigabytes.
     """
     how, short = v2.InterpolationMode(ready.interpolation), min(picture.size)
     if max(picture.size) <= LONGEST_SHAPE * short:
@@ -80,8 +83,8 @@ def resized(ready: Preprocessing, picture: Image.Image) -> Image.Image:
     kept = min(long, ready.image_size)
     start = round((long - kept) / 2)  # as CenterCrop rounds
     scale = max(picture.size) / long
-    # Pillow has a box in 32 bits: it shall be measured from a place nearby, but farther off than
-    # any pixel that interpolation looks at.
+    # Pillow's box has 32 bits: it is measured from a place nearby, but beyond all pixels that the
+    # interpolation reads.
     near = max(0, math.floor((start - 4) * scale) - 4)
     far = min(max(picture.size), math.ceil((start + kept + 4) * scale) + 4)
     box = start * scale - near, min((start + kept) * scale, far) - near
@@ -94,13 +97,13 @@ def resized(ready: Preprocessing, picture: Image.Image) -> Image.Image:
 
 
 def validation_transform(ready: Preprocessing) -> v2.Transform:
-    """A picture's middle, as a tensor (3, image_size, image_size)."""
+    """The middle of a picture, as a tensor (3, image_size, image_size)."""
     cut = v2.CenterCrop(ready.image_size)
-    return v2.Compose([partial(resized, ready), cut, *to_tensor(ready)])
+    return v2.Compose([partial(resize_picture, ready), cut, *tensor_transforms(ready)])
 
 
 def mixing_transform(settings: Settings) -> v2.Transform | None:
-    """mixup (arXiv 1710.09412) and CutMix (1905.04899) of whole batches, if asked for."""
+    """mixup (arXiv 1710.09412) or CutMix (1905.04899) of whole batches, if asked for."""
     kinds = (v2.MixUp, settings.mixup_alpha), (v2.CutMix, settings.cutmix_alpha)
     count = settings.num_classes
     mixes = [mix(alpha=alpha, num_classes=count) for mix, alpha in kinds if alpha]
@@ -110,10 +113,10 @@ def mixing_transform(settings: Settings) -> v2.Transform | None:
 def transform_of_epoch(
     data: ImageData, settings: Settings, epoch: int, stronger: bool = False
 ) -> v2.Transform:
-    """The augmentation of one picture, to the image size of an epoch."""
+    """The augmentation of a picture, to the image size of an epoch."""
     return training_transform(data, settings, image_size_in(settings, epoch), stronger)
 
 
 def same_transform(transform: v2.Transform, epoch: int) -> v2.Transform:
-    """One transform for every epoch."""
+    """The same transform in every epoch."""
     return transform

@@ -25,7 +25,7 @@ from split_affinity.checkpoints.state import (
 )
 from split_affinity.data.classes import named_classes
 from split_affinity.data.loader import Loader, picture_loader
-from split_affinity.data.pictures import pictures_in
+from split_affinity.data.pictures import find_pictures
 from split_affinity.data.samples import Batch
 from split_affinity.errors import RunError, UserError, memory_errors
 from split_affinity.files import write_where_asked
@@ -153,7 +153,7 @@ def predict(settings: Settings, topology: Topology) -> list[Answer]:
 
     Raises RunError, in the end, if some pictures or folders cannot be read.
     """
-    found = [pictures_in(text) for text in settings.pictures]
+    found = [find_pictures(text) for text in settings.pictures]
     paths = [path for pictures, _ in found for path in pictures]
     unread_folders = list(dict.fromkeys(text for _, unread in found for text in unread))
     check_json(settings.json)

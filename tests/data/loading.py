@@ -120,7 +120,7 @@ def unchanged(epoch):
 
 @contextlib.contextmanager
 def whereabouts(workers, cpus=ALL_CPUS):
-    """A feed of single samples of them."""
+    """A loader of single samples of them."""
     settings = small(workers=workers, batch_size=1)
     order = EpochOrder(range(8), 1, None)
     with contextlib.closing(

@@ -24,7 +24,7 @@ from split_affinity.data.dataset import (
     open_data,
     with_validation,
 )
-from split_affinity.data.loader import BadImages, validation_feed
+from split_affinity.data.loader import BadImages, validation_loader
 from split_affinity.data.pictures import ImageData
 from split_affinity.data.transforms import validation_transform
 from split_affinity.errors import UserError
@@ -147,7 +147,7 @@ def test_images_of_a_folder_kept_apart_validate_and_do_not_train(tmp_path):
         "data      12 images of 2 classes (a, b) to train on, 3 (0.2 of each class) kept apart to "
         "validate with"
     ]
-    with contextlib.closing(validation_feed(data, settings, ALL_CPUS)) as loader:
+    with contextlib.closing(validation_loader(data, settings, ALL_CPUS)) as loader:
         shown = [image for images, _ in loader.batches(BadImages()) for image in images]
     transform = validation_transform(data.native.overruled(settings))
     for image, index in zip(shown, data.val.indices, strict=True):

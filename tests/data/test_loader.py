@@ -38,7 +38,7 @@ from split_affinity.data.loader import (
     training_loader,
 )
 from split_affinity.data.pictures import ImageData, load_image
-from split_affinity.data.samples import shared
+from split_affinity.data.samples import share_tensor
 from split_affinity.errors import RunError, UserError
 
 
@@ -220,7 +220,7 @@ def test_loader_processes_begin_at_once_live_on_and_end(workers):
     assert loaders() == before
 
 
-def test_a_feed_that_gave_nothing_ends_too():
+def test_a_loader_that_gave_nothing_ends_too():
     before = loaders()
     with whereabouts(2):
         pass
@@ -241,7 +241,7 @@ def test_a_loader_that_was_killed_is_told_where_a_batch_is_asked_for():
     assert loaders() == before, "the one that cannot end by itself too"
 
 
-def test_a_feed_is_closed_without_another_thread(monkeypatch):
+def test_a_loader_is_closed_without_another_thread(monkeypatch):
     """For which there may be no memory."""
     before = loaders()
     with whereabouts(2):
@@ -254,20 +254,20 @@ def raise_(error):
     raise error
 
 
-def test_a_feed_may_be_closed_twice():
+def test_a_loader_may_be_closed_twice():
     with whereabouts(1) as loader:
         loader.close()
 
 
-def augmented_feed(data, workers):
+def augmented_loader(data, workers):
     loader = training_loader(data, small(workers=workers, **AUGMENTED), ALL_CPUS)
     return contextlib.closing(loader)
 
 
 @ALL_WORKERS
-def test_one_feed_serves_many_epochs(photos, workers):
+def test_one_loader_serves_many_epochs(photos, workers):
     data = open_data(small(data_path=photos))
-    with augmented_feed(data, workers) as loader:
+    with augmented_loader(data, workers) as loader:
         for epoch in (1, 2, 3):
             expected = load(data, small(**AUGMENTED), epoch)
             assert_same_batches(list(loader.batches(BadImages(), epoch)), expected)
@@ -276,7 +276,7 @@ def test_one_feed_serves_many_epochs(photos, workers):
 @ALL_WORKERS
 def test_an_epoch_left_early_leaves_nothing_behind(photos, workers):
     data = open_data(small(data_path=photos))
-    with augmented_feed(data, workers) as loader:
+    with augmented_loader(data, workers) as loader:
         next(loader.batches(BadImages(), 1))
         batches = list(loader.batches(BadImages(), 2))
     assert_same_batches(batches, load(data, small(**AUGMENTED), 2))
@@ -318,7 +318,7 @@ def test_loaders_hand_batches_over_without_dev_shm(mixing):
 
 @pytest.mark.parametrize("tensor", [torch.arange(5), torch.rand(3, 2).t(), torch.rand(2, 3, 4)])
 def test_a_shared_tensor_is_a_copy(tensor):
-    copy = shared(tensor)
+    copy = share_tensor(tensor)
     assert (copy.dtype, copy.shape) == (tensor.dtype, tensor.shape)
     assert torch.equal(copy, tensor)
     copy.zero_()
@@ -335,7 +335,7 @@ class NoMemoryFiles:
 def test_without_memory_files_torch_shares_as_it_does(monkeypatch, library):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
     tensor = torch.arange(5)
-    assert shared(tensor) is tensor
+    assert share_tensor(tensor) is tensor
     settings = small(workers=1, num_classes=5)
     assert load(open_data(settings), settings, stop=1)[0][0].shape == (4, 3, 32, 32)
 

@@ -22,7 +22,7 @@ from serving import QuietHandler, cut_in_half, flip_a_bit
 
 from split_affinity import ALLOWED_CPUS
 from split_affinity.data.dataset import describe_data, describe_images, open_data
-from split_affinity.data.loader import BadImages, validation_feed
+from split_affinity.data.loader import BadImages, validation_loader
 from split_affinity.data.named import CIFAR10, class_names
 from split_affinity.data.pictures import BrokenImage, ImageData
 from split_affinity.data.transforms import training_transform
@@ -110,7 +110,7 @@ def test_batches_of_a_set_by_name(tmp_path, monkeypatch, name):
     images, targets = load(data, settings, stop=1)[0]
     assert (images.shape, images.dtype) == ((2, 3, side, side), torch.float32)
     assert set(targets.tolist()) <= {0, 1, 2}
-    with contextlib.closing(validation_feed(data, settings, ALL_CPUS)) as loader:
+    with contextlib.closing(validation_loader(data, settings, ALL_CPUS)) as loader:
         batches = list(loader.batches(BadImages()))
     assert sum(len(targets) for _, targets in batches) == len(data.val)
     picture, _ = data.val[0]

@@ -7,9 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from loading import ALL_CPUS, ALL_WORKERS, AUGMENTED, assert_same_batches, load, small
+from patching import set_everywhere
+from PIL import Image
+from torchvision.transforms import v2
 
 from split_affinity.data.dataset import open_data
-from split_affinity.data.loader import BadImages, validation_feed
+from split_affinity.data.loader import BadImages, validation_loader
 from split_affinity.data.samples import EpochOrder, Samples
 from split_affinity.data.transforms import training_transform
 
@@ -65,6 +68,41 @@ def test_loading_leaves_the_random_state_alone(photos, workers):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+class Faulty(v2.Transform):
+    """A transform with a bug."""
+
+    def forward(self, picture):
+        raise ValueError("a bug in a transform")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bug_in_a_transform_is_no_broken_image(photos, monkeypatch, workers):
+    set_everywhere(monkeypatch, "training_transform", lambda *args: Faulty())
+    settings = small(data_path=photos, workers=workers, max_bad_images=99)
+    with pytest.raises(ValueError, match="a bug in a transform"):
+        load(open_data(settings), settings)
+
+
+@pytest.mark.parametrize("skip_too_large", [True, False])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("can't allocate memory"), RuntimeError("another")]
+)
+def test_a_picture_too_large_for_a_transform(error, skip_too_large):
+    class Large(v2.Transform):
+        def forward(self, picture):
+            raise error
+
+    pictures = [(Image.new("RGB", (7, 9)), 0)]
+    samples = Samples(pictures, 0, lambda epoch: Large(), skip_too_large=skip_too_large)
+    if skip_too_large and "another" not in str(error):
+        (message,) = samples[[(1, 0)]].broken
+        assert message == "broken image 0 of 7 x 9 pixels: there is not enough memory for it"
+        return
+    with pytest.raises(type(error)) as caught:
+        samples[[(1, 0)]]
+    assert caught.value is error
+
+
 def keys_of(order):
     return [key for batch in order for key in batch]
 
@@ -112,13 +150,13 @@ def test_incomplete_batches_train_nothing_but_validate(with_val):
     settings = small(data_path=with_val, batch_size=5)
     data = open_data(settings)
     assert [len(targets) for _, targets in load(data, settings)] == [5, 5]
-    with contextlib.closing(validation_feed(data, settings, ALL_CPUS)) as loader:
+    with contextlib.closing(validation_loader(data, settings, ALL_CPUS)) as loader:
         assert len(loader) == 3
         batches = list(loader.batches(BadImages()))
     assert [len(targets) for _, targets in batches] == [5, 5, 2]
     assert torch.cat([targets for _, targets in batches]).tolist() == [0] * 6 + [1] * 6
 
 
-def test_without_validation_images_there_is_no_feed_of_them(photos):
+def test_without_validation_images_there_is_no_loader_of_them(photos):
     settings = small(data_path=photos)
-    assert validation_feed(open_data(settings), settings, ALL_CPUS) is None
+    assert validation_loader(open_data(settings), settings, ALL_CPUS) is None

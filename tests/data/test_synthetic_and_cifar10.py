@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from split_affinity.data import named
 from split_affinity.data.dataset import describe_data, open_data
-from split_affinity.data.loader import BadImages, training_loader, validation_feed
+from split_affinity.data.loader import BadImages, training_loader, validation_loader
 from split_affinity.data.named import SYNTHETIC_PATTERNS
 from split_affinity.errors import UserError
 from split_affinity.options.settings import Settings
@@ -112,7 +112,7 @@ def test_cifar10_is_recognised_and_read(cifar):
 def test_cifar10_is_normalised_by_its_own_colours(cifar):
     """By hand: a fifth, two fifths and four fifths, less the mean, in standard deviations."""
     settings = small(data_path=cifar, num_classes=10)
-    with contextlib.closing(validation_feed(open_data(settings), settings, ALL_CPUS)) as loader:
+    with contextlib.closing(validation_loader(open_data(settings), settings, ALL_CPUS)) as loader:
         ((images, targets),) = loader.batches(BadImages())
     assert targets.tolist() == [7, 0]
     for channel, expected in zip(images[0], (-1.179757, -0.337577, 1.351300), strict=True):

@@ -30,12 +30,12 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from split_affinity.data.dataset import open_data
-from split_affinity.data.loader import BadImages, training_loader, validation_feed
+from split_affinity.data.loader import BadImages, training_loader, validation_loader
 from split_affinity.data.samples import Samples
 from split_affinity.data.transforms import (
     image_size_in,
     mixing_transform,
-    to_tensor,
+    tensor_transforms,
     training_transform,
     validation_transform,
 )
@@ -414,7 +414,7 @@ def test_images_grow_while_training_and_not_in_validation(with_val, workers):
         for epoch, side in ((1, 32), (2, 64), (3, 64)):
             for images, _ in loader.batches(BadImages(), epoch):
                 assert images.shape == (6, 3, side, side)
-    with contextlib.closing(validation_feed(data, settings, ALL_CPUS)) as loader:
+    with contextlib.closing(validation_loader(data, settings, ALL_CPUS)) as loader:
         for images, _ in loader.batches(BadImages()):
             assert images.shape == (6, 3, 64, 64)
 
@@ -453,7 +453,7 @@ SIDES = st.integers(1, 120)
 def by_torchvision(ready):
     how = v2.InterpolationMode(ready.interpolation)
     resize = v2.Resize(ready.val_resize, how, antialias=True)
-    return v2.Compose([resize, v2.CenterCrop(ready.image_size), *to_tensor(ready)])
+    return v2.Compose([resize, v2.CenterCrop(ready.image_size), *tensor_transforms(ready)])
 
 
 @given(SIDES, SIDES, st.integers(1, 50), st.integers(1, 50), INTERPOLATIONS)

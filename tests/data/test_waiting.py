@@ -81,7 +81,7 @@ def test_sockets_fit_into_their_folder(tmp_path, monkeypatch, length):
 
 
 def test_without_any_folder_for_sockets_a_loader_says_so(long_temporary_folder, monkeypatch):
-    monkeypatch.setattr(loader, "fits_sockets", lambda folder: False)
+    monkeypatch.setattr(loader, "LONGEST_FOLDER_BYTES", 0)
     with pytest.raises(LoaderFailed, match="^loader 0 cannot .*: AF_UNIX path too long$") as error:
         load_two_batches()
     assert likely_reason(error.value).startswith("no folder with a path short enough for sockets: ")

@@ -21,7 +21,7 @@ from split_affinity.checkpoints.state import read_checkpoint, versions
 from split_affinity.data.classes import named_classes
 from split_affinity.data.loader import Loader, picture_loader
 from split_affinity.data.pictures import load_image
-from split_affinity.data.transforms import resized, validation_transform
+from split_affinity.data.transforms import resize_picture, validation_transform
 from split_affinity.models.own import Hybrid
 from split_affinity.models.pretrained import IMAGENET_MEAN, Preprocessing, Pretrained
 from split_affinity.models.registry import OWN_MODELS
@@ -262,14 +262,14 @@ def test_a_broken_picture_is_named_and_the_rest_is_done(ask, photos_with_val, wo
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-@pytest.mark.parametrize("place", ["load_image", "resized"])
+@pytest.mark.parametrize("place", ["load_image", "resize_picture"])
 def test_a_picture_too_large_for_the_memory_costs_no_other_its_answer(
     ask, photos_with_val, monkeypatch, place, workers
 ):
     folder = Path("pictures")
     shutil.copytree(photos_with_val / "val/temple", folder)
     Image.new("RGB", (77, 99)).save(folder / "huge.png")
-    real = {"load_image": load_image, "resized": resized}[place]
+    real = {"load_image": load_image, "resize_picture": resize_picture}[place]
 
     def fail(*args):
         if "huge" in str(args) or (77, 99) in [getattr(each, "size", None) for each in args]:
