@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
 import urllib.error
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,29 @@ UNTIMED = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.to
 hypothesis.settings.register_profile("usual", **UNTIMED)
 hypothesis.settings.register_profile("thorough", max_examples=5000, **UNTIMED)
 hypothesis.settings.load_profile("usual")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Start workers whose OpenMP teams sleep while they wait: the other worker needs the cores."""
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # OpenMP has read it: processes run as users start them
+    os.environ.pop("OMP_WAIT_POLICY", None)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """In a worker, let Python know the thread that receives messages, which execnet started.
+
+    The audit of lanes takes threads that Python does not know for those of OpenMP.
+    """
+    for plugin in session.config.pluginmanager.get_plugins():
+        if hear := getattr(plugin, "handle_command", None):
+            plugin.handle_command = lambda *message, hear=hear: (
+                threading.current_thread(),
+                hear(*message),
+            )
 
 
 @pytest.fixture

@@ -135,6 +135,7 @@ def test_a_link_in_place_of_the_log_is_named(in_tmp, mine, capsys):
     assert [path.name for path in in_tmp.iterdir()] == ["logs.md"]
 
 
+@pytest.mark.alone
 def test_who_holds_a_lock_holds_nobody_up(tmp_path, monkeypatch, capsys):
     """After a second it is said, once, and written all the same."""
     set_everywhere(monkeypatch, "WITHOUT_LOCK", set())

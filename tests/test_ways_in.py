@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,7 @@ def test_one_file_ends_with_the_exit_code(pyz):
     assert done.stderr.startswith("train_split_affinity.py: error: unrecognized arguments: --stepz")
 
 
+@pytest.mark.alone
 def test_one_file_trains_with_loaders(pyz, photos, tmp_path):
     options = [*TINY, "--data-path", photos, "-j", "2", "--steps", "2", "--output-dir", "out"]
     printed = run(sys.executable, pyz, *options, cwd=tmp_path)
@@ -81,6 +83,7 @@ def test_one_file_trains_with_loaders(pyz, photos, tmp_path):
     assert "resumed from out/last.pt, after step 2" in printed
 
 
+@pytest.mark.alone
 def test_one_file_compares_in_processes_of_its_own(pyz, tmp_path):
     options = [*TINY, "--quick", "--steps", "1", "-j", "0", "--json", "compared.json"]
     printed = run(sys.executable, pyz, "compare", *options, cwd=tmp_path)
@@ -89,6 +92,7 @@ def test_one_file_compares_in_processes_of_its_own(pyz, tmp_path):
     assert found["verdict"] in printed  # where others disturb it, that there is none
 
 
+@pytest.mark.alone
 def test_one_file_is_launched_by_torchrun(pyz, tmp_path):
     options = [*TINY, "--split", "none", "-j", "1", "--steps", "2"]
     printed = run(TORCHRUN, "--nproc-per-node", "2", pyz, *options, cwd=tmp_path)
@@ -114,20 +118,25 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.alone
 def test_loaders_under_each_start_method(photos, tmp_path):
     """Python 3.14 starts them by a forkserver. They make the same batches."""
     (tmp_path / "started.py").write_text(STARTED)
     options = [*TINY, "--data-path", photos, "-j", "2", "--steps", "3", "--output-dir", "out"]
     options += ["--auto-augment", "ra", "--mixup-alpha", "0.2", "--lr", "0.001"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    losses = {}
-    for method in ("fork", "forkserver", "spawn"):
-        command = [sys.executable, "started.py", method, *options]
-        assert "finished after 3 of 3 steps" in run(*command, cwd=tmp_path, env=environment)
-        losses[method] = [step["loss"] for step in read_metrics(tmp_path / "out", "step")]
-        shutil.rmtree(tmp_path / "out")
-    assert losses["fork"] == losses["forkserver"] == losses["spawn"]
-    assert len(losses["fork"]) == 3
+
+    def losses(method):
+        folder = tmp_path / method
+        folder.mkdir()
+        command = [sys.executable, tmp_path / "started.py", method, *options]
+        assert "finished after 3 of 3 steps" in run(*command, cwd=folder, env=environment)
+        return [step["loss"] for step in read_metrics(folder / "out", "step")]
+
+    with ThreadPoolExecutor() as threads:  # all at once, since most of it is loading PyTorch
+        fork, forkserver, spawn = threads.map(losses, ("fork", "forkserver", "spawn"))
+    assert fork == forkserver == spawn
+    assert len(fork) == 3
 
 
 def requirements(text):
@@ -144,6 +153,15 @@ def test_extras_are_the_requirement_files():
     tests = requirements((ROOT / "tests/requirements.txt").read_text().splitlines())
     assert requirements(extras["deploy"]) == deploy
     assert requirements([*extras["test"], *extras["timm"], *extras["tensorboard"]]) == tests
+
+
+def test_what_the_first_call_of_pytest_leaves_out_is_run_by_the_second():
+    """So that .ci/run runs all tests. Those of deploy/ have one call, and leave out nothing."""
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert options["addopts"] == "--strict-markers -n 2 --dist worksteal -m 'not alone'"
+    both = "eval \"$(readme_command '')\"\n.venv/bin/python -m pytest -n 0 -m alone\n"
+    assert both in (ROOT / ".ci/run").read_text()
+    assert not [f for f in (ROOT / "tests/deploy").glob("*.py") if "mark.alone" in f.read_text()]
 
 
 def test_readme_prints_the_commands_that_work():

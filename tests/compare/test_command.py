@@ -24,6 +24,7 @@ from train_split_affinity import main
 
 
 @needs_two_cpus
+@pytest.mark.alone
 def test_a_comparison(in_tmp, capfd, monkeypatch):
     rounds = 2
     set_everywhere(monkeypatch, "ROUNDS", rounds)

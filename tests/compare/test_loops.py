@@ -236,6 +236,7 @@ def threads_of_plain_loops(ways):
 
 
 @needs_two_cpus
+@pytest.mark.alone
 def test_a_plain_loop_has_a_thread_for_each_core(photos):
     """In a process of its own, as no other work has started a team of threads there."""
     threads = torch.get_num_threads()
@@ -261,6 +262,7 @@ def place_of_plain_loop(way):
 
 
 @needs_two_cpus
+@pytest.mark.alone
 def test_a_plain_loop_stays_on_listed_cores(photos):
     cpu = max(ALLOWED_CPUS)
     group = Group("all", (cpu,), 1)
@@ -288,7 +290,8 @@ RANKED = {"model": "resnet20", "precision": "fp32"}
 
 @needs_two_cpus
 @pytest.mark.parametrize(("preload", "workers"), [(True, 0), (False, 1)])
-def test_a_combine_ranks(photos, split_plan, preload, workers):
+@pytest.mark.alone
+def test_a_round_of_ranks(photos, split_plan, preload, workers):
     """They add up their gradients once in a step, each within its own group."""
     settings = of_photos(photos, preload=preload, workers=workers, **RANKED)
     with ranks_of(settings, split_plan) as (way, processes):
@@ -315,6 +318,7 @@ def test_a_combine_ranks(photos, split_plan, preload, workers):
 
 @needs_two_cpus
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.alone
 def test_a_rank_that_dies_ends_the_comparison(photos, split_plan, workers):
     settings = of_photos(photos, workers=workers, timeout=600.0, **RANKED)
     with ranks_of(settings, split_plan) as (_, processes):

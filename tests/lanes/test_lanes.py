@@ -47,6 +47,7 @@ from split_affinity.runs.measurement import MeasuringProcess
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
     needs_two_cpus,
+    pytest.mark.alone,
 ]
 
 

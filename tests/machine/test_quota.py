@@ -223,6 +223,7 @@ def test_properties_of_the_choice(data):
             assert len({getattr(core, level) for core in used}) == 1, f"one {level}"
 
 
+@pytest.mark.alone
 def test_a_busy_cpu_of_this_machine_is_seen():
     cpu = max(ALLOWED_CPUS)
     place = functools.partial(os.sched_setaffinity, 0, {cpu})

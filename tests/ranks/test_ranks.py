@@ -59,7 +59,7 @@ from split_affinity.training.schedules import SCHEDULES
 from split_affinity.training.steps import Diverged, run_schedule
 from split_affinity.training.update import MovingAverage, TrainState, mean_rank_state
 
-pytestmark = needs_two_cpus
+pytestmark = [needs_two_cpus, pytest.mark.alone]
 ALL_SCHEDULES = pytest.mark.parametrize("schedule", list(SCHEDULES))
 
 

@@ -73,6 +73,7 @@ def test_what_a_run_over_epochs_writes(in_tmp, epochs):
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "delayed"])
+@pytest.mark.alone
 def test_others_are_looked_for_between_steps_and_after_a_validation(
     in_tmp, monkeypatch, no_pictures, epochs, schedule
 ):

@@ -148,6 +148,7 @@ def test_a_new_run_does_not_take_the_place_of_an_earlier_one(in_tmp, no_pictures
     assert {path.name: path.read_bytes() for path in in_tmp.iterdir()} == before
 
 
+@pytest.mark.alone
 def test_the_loss_falls(in_tmp, photos):
     """The same 12 crops 20 times; medians, since a crop of mere sky can still raise the loss."""
     asked = {"model": "resnet18", "batch_size": 12, "steps": 20}

@@ -108,6 +108,7 @@ def test_the_simulation_of_old_weights_differs_from_training_with_new_ones():
     ("schedule", "accumulate", "update_age"),
     [("overlap", 4, 0), ("delayed", 1, 1), ("delayed", 4, 1)],
 )
+@pytest.mark.alone
 def test_no_race_in_fifty_repetitions(schedule, accumulate, update_age, split_plan):
     plan = with_threads(split_plan, 1)
     batches = make_batches(3 * accumulate, side=16)
@@ -193,6 +194,7 @@ def let_meet(monkeypatch, pairs):
         monkeypatch.setattr(Network, phase, meeting)
 
 
+@pytest.mark.alone
 def test_overlap_runs_forward_beside_backward_inside_a_step(split_plan, monkeypatch):
     pairs = [(1, 0), (2, 1), (4, 3), (5, 4)]
     let_meet(monkeypatch, pairs)
@@ -201,6 +203,7 @@ def test_overlap_runs_forward_beside_backward_inside_a_step(split_plan, monkeypa
 
 
 @pytest.mark.parametrize(("accumulate", "steps"), [(1, 4), (2, 2)])
+@pytest.mark.alone
 def test_delayed_runs_forward_beside_backward_across_steps(
     accumulate, steps, split_plan, monkeypatch
 ):
@@ -211,6 +214,7 @@ def test_delayed_runs_forward_beside_backward_across_steps(
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.alone
 def test_delayed_updates_beside_the_next_forward_phase(accumulate, split_plan, monkeypatch):
     """The forward lane may be the slower one: an update that waited for it would add its time."""
     barriers = [threading.Barrier(2, timeout=30) for _ in range(3)]
@@ -295,6 +299,7 @@ def test_a_step_of_delayed_is_given_out_before_an_error_of_the_next_one(accumula
 
 
 @ALL_SCHEDULES
+@pytest.mark.alone
 def test_no_work_strays(schedule, split_plan):
     _, records = records_of(schedule, split_plan, 2, 2)
     lanes = {"forward": "forward", "refresh": "forward", "backward": "backward"}
