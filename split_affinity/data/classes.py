@@ -111,10 +111,7 @@ class Renumbered(Dataset):
 
 
 def with_known_classes(data: ImageData, settings: Settings) -> ImageData:
-    """The same pictures with the classes, and the class numbers, of the weights to test.
-
-    Raises UserError for a class that the weights do not know.
-    """
+    """The data with the classes of the weights to test; UserError for a class unknown to them."""
     known = find_weights(settings.model, settings.weights).classes
     asked = f"--weights {settings.weights}"
     if settings.num_classes not in (None, len(known)):

@@ -37,10 +37,7 @@ def find_data(settings: Settings) -> ImageData:
 
 
 def open_data(settings: Settings) -> ImageData:
-    """The data, with the images chosen to train and to validate.
-
-    Raises UserError if there is no data set, or fewer images than in an optimizer step.
-    """
+    """The data, with images chosen to train and to validate; UserError if too few for a step."""
     path = settings.data_path
     data = with_validation(find_data(settings), settings)
     found = len(data.classes)
@@ -77,10 +74,7 @@ def draw_of_each_class(
 
 
 def with_validation(data: ImageData, settings: Settings) -> ImageData:
-    """The data, with `--val-share` of each class kept apart to validate with.
-
-    Of two images or more it is at least one, and never all.
-    """
+    """The data with `--val-share` of each class kept apart: one image or more, but never all."""
     share = settings.val_share
     if share and data.val:
         count = plural(len(data.val), "image")
@@ -100,10 +94,7 @@ def with_validation(data: ImageData, settings: Settings) -> ImageData:
 
 
 def choose_images(data: ImageData, settings: Settings) -> list[int]:
-    """Indices of the images to train on: `--subset` of each class, at least one image.
-
-    Images kept apart to validate are left out. The choice depends only on the seed and the labels.
-    """
+    """Indices of the images to train on: `--subset` of each class, chosen by seed and labels."""
     kept = set(kept_apart(data))
     rest = [index for index in range(len(data.train)) if index not in kept]
     if settings.subset == 1:

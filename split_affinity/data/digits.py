@@ -51,10 +51,7 @@ def load_digits() -> list[tuple[np.ndarray, int]]:
 
 
 def write_digits(root: Path, digits: Iterable[tuple[np.ndarray, int]] = ()) -> Path:
-    """Write digits (default: all) as root/{train,val}/<digit>/*.png of 32 px; returns root.
-
-    Every fifth is in `val`.
-    """
+    """Write digits (default: all) as root/{train,val}/<digit>/*.png of 32 px; returns root."""
     for number, (pixels, label) in enumerate(digits or load_digits()):
         picture = Image.fromarray(np.uint8(pixels * 255 / 16)).resize((32, 32), Image.BICUBIC)
         folder = root / ("train" if number % 5 else "val") / str(label)

@@ -235,8 +235,9 @@ class Loader:
         self,
         samples: Samples,
         order: EpochOrder,
-        settings: Settings,
         cpus: Sequence[int],
+        workers: int,
+        seed: int,
         check_stop: Callable[[], None] | None = None,
     ):
         # torch advises no more loaders than the main thread has cores; ours share them on purpose.
@@ -248,13 +249,13 @@ class Loader:
             samples,
             batch_size=None,  # a sample is a whole batch already
             sampler=order,
-            num_workers=settings.workers,
-            persistent_workers=settings.workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             worker_init_fn=partial(start_loader, tuple(cpus), errors_to_send),
-            generator=torch.Generator().manual_seed(settings.seed),
+            generator=torch.Generator().manual_seed(seed),
         )
-        if settings.workers:
-            check_open_files(settings.workers)
+        if workers:
+            check_open_files(workers)
             order.begin(0, 0, 0)
             self._start()
 
@@ -359,7 +360,7 @@ def training_loader(
     samples = Samples(data.train, settings.seed, transform_in, mix, data.confused, least=least)
     dealt = rank, settings.ranks
     order = EpochOrder(data.chosen, settings.batch_size, settings.seed, dealt)
-    return Loader(samples, order, settings, cpus, check_stop)
+    return Loader(samples, order, cpus, settings.workers, settings.seed, check_stop)
 
 
 def validation_loader(
@@ -376,7 +377,7 @@ def validation_loader(
     samples = Samples(data.val, settings.seed, partial(same_transform, transform))
     dealt = rank, settings.ranks
     order = EpochOrder(range(len(data.val)), settings.batch_size, None, dealt)
-    return Loader(samples, order, settings, cpus, check_stop)
+    return Loader(samples, order, cpus, settings.workers, settings.seed, check_stop)
 
 
 def open_loaders(
@@ -408,13 +409,10 @@ def picture_loader(
     """Pictures in order, with the validation transform."""
     batches = math.ceil(len(paths) / settings.batch_size)
     workers = min(settings.workers, batches) if batches > 1 else 0
-    settings = dataclasses.replace(settings, workers=workers)
     transform = partial(same_transform, validation_transform(ready))
     order = EpochOrder(range(len(paths)), settings.batch_size, None)
     pictures = UnlabelledPictures(paths)
     samples = Samples(pictures, settings.seed, transform, skip_too_large=True)
-    loader = Loader(
-        samples, order, dataclasses.replace(settings, workers=workers), cpus, check_stop
-    )
+    loader = Loader(samples, order, cpus, workers, settings.seed, check_stop)
     order.begin(1)
     return loader

@@ -121,9 +121,8 @@ def unchanged(epoch):
 @contextlib.contextmanager
 def whereabouts(workers, cpus=ALL_CPUS):
     """A loader of single samples of them."""
-    settings = small(workers=workers, batch_size=1)
     order = EpochOrder(range(8), 1, None)
     with contextlib.closing(
-        Loader(Samples(Whereabouts(), 0, unchanged), order, settings, cpus)
+        Loader(Samples(Whereabouts(), 0, unchanged), order, cpus, workers, 0)
     ) as loader:
         yield loader
