@@ -292,7 +292,7 @@ def fit(
         if together and not isinstance(error, Diverged):
             save()
         report.finish(likely_reason(error), together)
-        said = run.bad.command in str(error)
+        said = run.bad.command and run.bad.command in str(error)
         if checkpoints.exist() and not said and not isinstance(error, Diverged):
             say(how_to_go_on(asked))
         raise

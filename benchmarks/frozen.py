@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from split_affinity.compare.loops import Order
+from split_affinity.compare.loops import RoundRequest
 from split_affinity.compare.rounds import measure_way, start_ways
 from split_affinity.compare.ways import (
     Way,
@@ -56,7 +56,7 @@ def measure(ways: list[Way], topology: Topology) -> dict[str, list[float]]:
         running = start_ways(stack, stop, ways, topology.online)
         for number in range(ROUNDS + 1):
             for way in ways:
-                result = measure_way(running[way.name], Order(number, 1, keep_memory=False))
+                result = measure_way(running[way.name], RoundRequest(number, 1, keep_memory=False))
                 if number:
                     speeds[way.name].append(result.images_per_s)
             print(f"round {number}/{ROUNDS}", flush=True)

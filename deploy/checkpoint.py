@@ -88,7 +88,7 @@ with needed_packages():
 
     from split_affinity.checkpoints.resume import check_classes
     from split_affinity.checkpoints.state import (
-        State,
+        SavedState,
         saved_settings,
         settings_to_go_on,
     )
@@ -174,7 +174,7 @@ class Checkpoint:
     """A checkpoint's saved state, and its model, ready to be used (evaluation mode, fp32)."""
 
     path: Path
-    state: State
+    state: SavedState
     trained: Trained
 
     @property
@@ -194,7 +194,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, state, trained_model(path, state, Settings()))
 
 
-def settings_as_given(state: State, native: Preprocessing) -> Settings:
+def settings_as_given(state: SavedState, native: Preprocessing) -> Settings:
     """What was asked for, as it was typed then, without what followed from how the data's own
     pictures are made ready.
     """

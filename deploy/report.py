@@ -29,7 +29,7 @@ import feature_maps
 import figures
 import run_records
 
-from split_affinity.checkpoints.state import State, best_epoch, saved_settings, versions
+from split_affinity.checkpoints.state import SavedState, best_epoch, saved_settings, versions
 from split_affinity.data.pictures import ImageData
 from split_affinity.errors import UserError
 from split_affinity.files import check_appendable, followed, write_where_asked
@@ -258,7 +258,7 @@ def pictures_of_pairs(
 # ---- The training --------------------------------------------------------------------------------
 
 
-def settings_in_force(state: State) -> dict[str, str]:
+def settings_in_force(state: SavedState) -> dict[str, str]:
     """All settings that have a value, as text."""
     values = saved_settings(state).items()
     return {name: option_text(value) for name, value in values if value is not None}

@@ -1,4 +1,8 @@
-"""SIGINT, SIGTERM and SIGHUP: they end set-up at once, and training between two steps."""
+"""SIGINT, SIGTERM and SIGHUP: they end set-up at once, and training between two steps.
+
+In the order of a run: `end_while_loading` while packages are imported, `ending_at_once` around the
+whole command, and inside it StopRequest around training, validation and measurements.
+"""
 
 from __future__ import annotations
 
@@ -108,8 +112,8 @@ class StopRequest:
     """A context in which a signal makes `check` raise Stopped, between two steps or batches.
 
     A second signal ends the process at once. With several ranks it is ignored: the launcher kills
-    those that do not end in time. If there is `work`, such as "this step", the user reads that it
-    is finished first, and then saved if `saves` is set.
+    those that do not end in time. With `work`, such as "this step", the handler prints "finishing
+    this step", and ", then saving" if `saves` is set.
     """
 
     def __init__(self, ranks: int = 1, work: str = ""):

@@ -15,7 +15,7 @@ from split_affinity.checkpoints.folder import Checkpoints
 from split_affinity.checkpoints.state import (
     ON_RESUME,
     Progress,
-    State,
+    SavedState,
     preprocessing_of,
     read_checkpoint,
     restore_state,
@@ -40,7 +40,7 @@ from split_affinity.text import as_option, plural
 from split_affinity.training.steps import Run
 
 
-def check_classes(path: Path, saved: State, classes: Sequence[str]) -> None:
+def check_classes(path: Path, saved: SavedState, classes: Sequence[str]) -> None:
     """Raise UserError if a checkpoint's classes are not those of the data."""
     if saved.get("data"):
         check_same_classes(str(path), saved["data"]["classes"], classes)
@@ -57,7 +57,7 @@ def check_same_classes(where: str, known: Sequence[str], classes: Sequence[str])
 
 
 def check_resumable(
-    path: Path, saved: State, settings: Settings, data: State | None = None
+    path: Path, saved: SavedState, settings: Settings, data: SavedState | None = None
 ) -> list[str]:
     """Differences from the saved run that change the numbers, in words: settings, versions, images.
 
@@ -114,7 +114,7 @@ def check_same_step(path: Path, former: Values, settings: Settings) -> list[str]
 
 def find_resumed(
     settings: CheckpointSettings, checkpoints: Checkpoints
-) -> tuple[Path, State] | None:
+) -> tuple[Path, SavedState] | None:
     """The checkpoint of --resume; None without one, as auto finds none in a new folder."""
     if settings.resume == Path("auto"):
         return checkpoints.newest_good()
@@ -135,6 +135,9 @@ def saved_defaults(command: str, settings: Settings, typed: Values) -> Values:
 
     `settings` are those without them, `typed` the options given. predict takes what changes its
     answers. Raises BadCheckpoint, and UserError if the images of the run are gone.
+
+    The checkpoint is read for its settings alone: `resume` reads it again once the output folder is
+    locked, and warns of damaged files. To keep it meanwhile would leave it in all loader processes.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # loaders are forked later, before any team of threads is born
@@ -145,36 +148,36 @@ def saved_defaults(command: str, settings: Settings, typed: Values) -> Values:
         torch.set_num_threads(threads)
     if not found:
         return {}
-    path, state = found
+    path, saved = found
     if command != "predict":
-        return defaults_to_go_on(path, state, typed, settings.ranks)
-    model = state["settings"]["model"]
+        return defaults_to_go_on(path, saved, typed, settings.ranks)
+    model = saved["settings"]["model"]
     if typed.get("model", model) != model:
         raise UserError(f"--model {typed['model']}: {path} has {model}")
-    ready = preprocessing_of(state).overruled(settings_of(typed))
-    taken = vars(settings_to_go_on(state)) | vars(ready)
+    ready = preprocessing_of(saved).overruled(settings_of(typed))
+    taken = vars(settings_to_go_on(saved)) | vars(ready)
     return {name: taken[name] for name in {*ASKED_WITH, *vars(ready)}}
 
 
-def defaults_to_go_on(path: Path, state: State, typed: Values, ranks: int = 1) -> Values:
+def defaults_to_go_on(path: Path, saved: SavedState, typed: Values, ranks: int = 1) -> Values:
     """What a run takes from a saved one, to go on with it or to test it.
 
     The output folder is where the checkpoint is now. Another recipe than that of the saved run
     counts as typed.
     """
-    taken = settings_to_go_on(state)
+    taken = settings_to_go_on(saved)
     # The ranks of today share the batches of a step.
-    batches, rest = divmod(taken.accumulate * saved_settings(state)["ranks"], ranks)
+    batches, rest = divmod(taken.accumulate * saved_settings(saved)["ranks"], ranks)
     accumulate = taken.accumulate if rest else batches
     taken = dataclasses.replace(taken, accumulate=accumulate, ranks=ranks)
     if (recipe := typed.get("recipe")) not in (None, taken.recipe):
         typed = command_defaults("train", {**typed, "resume": path}) | typed
-    defaults = vars(taken) | vars(preprocessing_of(state).overruled(settings_of(typed)))
+    defaults = vars(taken) | vars(preprocessing_of(saved).overruled(settings_of(typed)))
     for name in typed.keys() & IN_PLACE_OF.keys():
         defaults |= {other: getattr(Settings(), other) for other in IN_PLACE_OF[name]}
     defaults["output_dir"] = path.parent
     for name in () if typed.get("test_only") else sorted(PATHS - {"data_path"}):
-        place = saved_settings(state)[name]
+        place = saved_settings(saved)[name]
         if place and not getattr(taken, name) and name not in typed:
             raise UserError(
                 f"{path}: its run had {as_option(name, place)}; no checkpoint says which files are "
@@ -184,15 +187,15 @@ def defaults_to_go_on(path: Path, state: State, typed: Values, ranks: int = 1) -
         if (defaults[name] or 0) > len(ALLOWED_CPUS):
             defaults[name] = None  # from a larger machine, or made up by a stranger
     if not {"data_path", "download"} & typed.keys():
-        defaults["data_path"] = find_images(path, state, taken.data_path)
+        defaults["data_path"] = find_images(path, saved, taken.data_path)
     return defaults | (typed if recipe else {})
 
 
-def find_images(path: Path, state: State, absolute: Path | None) -> Path | None:
+def find_images(path: Path, saved: SavedState, absolute: Path | None) -> Path | None:
     """Where the images of a saved run are: where they were, or at the path typed then, from this
     folder. Raises UserError if they are gone.
     """
-    as_given = settings_of(saved_settings(state)).data_path
+    as_given = settings_of(saved_settings(saved)).data_path
     for place in filter(None, (absolute, as_given)):
         if place.is_dir():
             return place
@@ -213,7 +216,9 @@ def fit_errors(path: Path, settings: DataSettings) -> Iterator[None]:
         raise UserError(f"{path} does not fit {what}: {one_line(error)}") from None
 
 
-def checkpoint_to_resume(settings: Settings, checkpoints: Checkpoints) -> tuple[Path, State] | None:
+def checkpoint_to_resume(
+    settings: Settings, checkpoints: Checkpoints
+) -> tuple[Path, SavedState] | None:
     """The checkpoint that a run goes on from; None for a new run.
 
     Raises UserError if the run would take the place of another one, or lacks the weights that its
@@ -247,21 +252,21 @@ def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
     found = run.ranks.first(checkpoint_to_resume, settings, checkpoints)
     if not found:
         return Progress(epoch_batches=batches), list(filter(None, [run.train_state.network.note]))
-    path, state = found
-    differences = check_resumable(path, state, settings, checkpoints.data)
-    before = state["progress"]["epoch_batches"]
+    path, saved = found
+    differences = check_resumable(path, saved, settings, checkpoints.data)
+    before = saved["progress"]["epoch_batches"]
     if before != batches:
         raise UserError(f"{path}: made with {before} batches an epoch, not {batches}")
     with fit_errors(path, settings):
-        progress = run.lanes.backward.call(restore_state, state, run.train_state, settings)
+        progress = run.lanes.backward.call(restore_state, saved, run.train_state, settings)
     folder = checkpoints.folder
     if folder and path.resolve().parent == folder.resolve():
         checkpoints.keep(path, progress)
     notes = [f"resumed from {path}, after step {progress.step}"]
-    was_in = settings_to_go_on(state).data_path
+    was_in = settings_to_go_on(saved).data_path
     if was_in and was_in == (settings.data_path and settings.data_path.absolute()):
         notes.append(f"its images are in {was_in}, as they were")
-    left = [name for name in state["left"] if getattr(settings, name) == getattr(Settings(), name)]
+    left = [name for name in saved["left"] if getattr(settings, name) == getattr(Settings(), name)]
     if left:
         flags = ", ".join(as_option(name, True) for name in left)
         notes.append(f"{flags}: not taken from a checkpoint; give them again, if wanted")

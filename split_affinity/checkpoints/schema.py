@@ -206,8 +206,8 @@ CHECKPOINT = {
     "average": (WEIGHTS, None),
     "optimizer": OPTIMIZER,
     "scheduler": ({str: check_nested}, None),
-    "flow": (GRADIENT_NORMS, None),
-    "ahead": (WEIGHTS, None),
+    "flow": (GRADIENT_NORMS, None),  # since the last validation
+    "ahead": (WEIGHTS, None),  # those with which `delayed` has begun the next step
     "random_state": check_random_state,
     "progress": PROGRESS,
     "settings": check_settings,

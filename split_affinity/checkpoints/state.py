@@ -51,7 +51,6 @@ SEAL_BYTES = len(SEAL) + 64 + 1  # 64 hexadecimal digits and a line feed
 ON_RESUME = {each.name: each.metadata["on_resume"] for each in dataclasses.fields(Settings)}
 
 SavedState = dict[str, Any]  # a checkpoint's content, or a part of it: plain types and tensors
-State = SavedState  # its former name, which other modules still use
 
 
 class BadCheckpoint(UserError):

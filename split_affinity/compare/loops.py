@@ -46,7 +46,7 @@ PRELOADED_BATCHES = 8  # at the least
 
 
 @dataclass(frozen=True)
-class Order:
+class RoundRequest:
     """How many steps to make in a round, and whether to keep the memory afterwards."""
 
     number: int  # of the round; 0 warms up
@@ -167,7 +167,7 @@ class PlainLoop:
         step_s, cpu_s = time.perf_counter() - start_s, time.process_time() - cpu_start_s
         return StepResult(0, loss, images, step_s, (), main_thread_s=cpu_s)
 
-    def round(self, order: Order) -> WayRound:
+    def round(self, order: RoundRequest) -> WayRound:
         """The steps to measure, after a batch that is left out: it fetches memory."""
         settings = self._way.settings
         count = 1 + settings.accumulate * order.steps
@@ -205,7 +205,7 @@ class LaneLoop:
         self._lanes.backward.adopt(ranks.start)
         stack.callback(ranks.close, together=False)
 
-    def round(self, order: Order) -> WayRound:
+    def round(self, order: RoundRequest) -> WayRound:
         """The steps to measure, after a batch that is left out."""
         settings, lanes, network = self._way.settings, self._lanes, self._train_state.network
         network.accumulate, alone = 1, None
@@ -249,8 +249,8 @@ def exhaust(batches: Batches) -> None:
 
 def rounds_of(
     way: Way, online: Sequence[int], rank: int = 0, place: str = ""
-) -> Generator[WayRound | None, Order, None]:
-    """A way to train, in its own process: None when it is ready, then a WayRound for each Order."""
+) -> Generator[WayRound | None, RoundRequest, None]:
+    """A way to train, in its own process: None when it is ready, then a round for each request."""
     if way.settings.tuned_malloc and not way.plain:
         tune_allocator()
     torch.manual_seed(way.settings.seed)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import psutil
 
-from split_affinity.compare.loops import ByLane, Order, WayRound, rounds_of
+from split_affinity.compare.loops import ByLane, RoundRequest, WayRound, rounds_of
 from split_affinity.compare.ways import ROUNDS, Way, steps_in_round
 from split_affinity.lanes.contention import CONTENTION_SHARE
 from split_affinity.options.settings import Settings, images_in_step
@@ -26,7 +26,7 @@ LONG_S = 10 * 60  # a comparison that takes longer names --quick
 Round = dict[str, WayRound]  # of all ways, by name
 
 
-def measure_way(processes: Sequence[MeasuringProcess], order: Order) -> WayRound:
+def measure_way(processes: Sequence[MeasuringProcess], order: RoundRequest) -> WayRound:
     """What a way does in a round, in all of its processes together."""
     return combine_ranks(send_to_all(processes, order))
 
@@ -90,7 +90,7 @@ def free_memory_bytes() -> int:
 
 
 def run_round(
-    ways: Sequence[Way], running: dict[str, list[MeasuringProcess]], order: Order
+    ways: Sequence[Way], running: dict[str, list[MeasuringProcess]], order: RoundRequest
 ) -> Round:
     """What each way does in one round, one after the other."""
     done: Round = {}
@@ -149,7 +149,7 @@ def run_rounds(ways: Sequence[Way], online: Sequence[int]) -> list[Round]:
         stop = stack.enter_context(StopRequest())
         running = start_ways(stack, stop, ways, online)
         free_bytes, start_s = free_memory_bytes(), time.perf_counter()
-        first = run_round(ways, running, Order(0, 1, keep_memory=False)).values()
+        first = run_round(ways, running, RoundRequest(0, 1, keep_memory=False)).values()
         first_s = time.perf_counter() - start_s
         keep = sum(each.peak_memory_bytes for each in first) < 0.9 * free_bytes
         steps = steps_in_round(settings.steps, min(each.step_s for each in first))
@@ -158,6 +158,6 @@ def run_rounds(ways: Sequence[Way], online: Sequence[int]) -> list[Round]:
         for number in range(1, ROUNDS + MOST_REPEATS + 1):
             if sum(not disturbance(each)[0] for each in rounds) >= ROUNDS:
                 break
-            rounds.append(run_round(ways, running, Order(number, steps, keep)))
+            rounds.append(run_round(ways, running, RoundRequest(number, steps, keep)))
             say(describe_round(number, rounds[-1]))
     return rounds

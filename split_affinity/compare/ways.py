@@ -29,7 +29,9 @@ class Way:
     name: str
     settings: Settings
     plan: CorePlan
-    times_phases: bool = False  # without overlap, since `sequential` has other batches
+    times_phases: bool = (
+        False  # by themselves: its batches have another size than those of `sequential`
+    )
 
     @property
     def plain(self) -> bool:

@@ -103,7 +103,7 @@ class BadImages:
         resume = Path("auto") if settings.output_dir else settings.resume
         allowed = 10 * max(1, self.allowed)
         more = dataclasses.replace(settings, resume=resume, max_bad_images=allowed)
-        self.command = f"to go on without such images{command_again(more)}"
+        self.command = f"to leave out up to {allowed} of them{command_again(more)}"
 
     def add(self, messages: Iterable[str]) -> None:
         """Note broken images. Raises RunError for the first one too many."""

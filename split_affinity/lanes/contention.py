@@ -75,8 +75,8 @@ def subtract_own_time(
 ) -> dict[frozenset[int], float]:
     """The busy seconds of disjoint sets of CPUs without the own time (see own_time_s), 0 at least.
 
-    Time with fewer possible sets is taken away first; time with several, from each of them in
-    proportion to what is left there.
+    Own time that only one set can have had goes first. Time that several sets can have had is taken
+    from each of them, in proportion to what is left there.
     """
     left_s = dict(busy_s)
     spread = [([cpus for cpus in busy_s if cpus & mask], used_s) for mask, used_s in own_s.items()]

@@ -1,6 +1,7 @@
 """Every option once: its name, default, help, parser, and what another value does on resume.
 
-You add an option here. Derived values live elsewhere (see CorePlan).
+You add an option here; contradictions.py has what it contradicts, commands.py which commands show
+it in their help. Derived values live elsewhere (see CorePlan).
 """
 
 from __future__ import annotations
@@ -129,10 +130,10 @@ class AugmentationSettings:
     mixup_alpha: float = option(0.0, "strength of mixup; 0: off", type=MIXING)
     cutmix_alpha: float = option(0.0, "strength of CutMix; 0: off; with both, one is drawn for "
         "each batch", type=MIXING)
-    augment_confused: Path | None = free_option(None, "file that --test-only wrote, confused.json: "
-        "images of the classes that were confused most (in pairs with at least half as many images "
-        "as the worst) get a stronger RandAugment in training: the usual one if others get none, "
-        "else 3 operations at --ra-magnitude + 5", type=Path)
+    augment_confused: Path | None = free_option(None, "confused.json, which --test-only writes: "
+        "its most confused classes get a stronger RandAugment in training. Pairs count with at "
+        "least half as many images as the worst; stronger means the usual one if other classes get "
+        "none, else 3 operations at --ra-magnitude + 5", type=Path)
 
 
 @dataclass(frozen=True)
@@ -276,9 +277,9 @@ class SpeedSettings:
 
 @dataclass(frozen=True)
 class ComparisonSettings:
-    quick: bool = free_option(False, "one batch a step, of which overlap makes four parts; "
-        f"without it, a step has {COMPARED_BATCHES} batches (--accumulate holds in any case, a "
-        "recipe's too without --quick)", only="compare")
+    quick: bool = free_option(False, f"one batch a step, not {COMPARED_BATCHES}; overlap "
+        "splits it into four. --accumulate, if you give it, always wins; a recipe's only without "
+        "--quick", only="compare")
     preload: bool = free_option(False, "load the images of --data-path beforehand, so that loading "
         "and augmentation are not timed; synthetic images always are loaded so", only="compare")
 

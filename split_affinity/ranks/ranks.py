@@ -37,8 +37,8 @@ class Ranks:
     """The processes that train one model together: here a single one. Rank 0 alone writes."""
 
     rank, size = 0, 1
-    # All ranks know the error that ends the run, and raise it after the same step: then they can
-    # still do something together, such as a checkpoint.
+    # False while an error of this rank may be unknown to the others. If they agree, all raise it
+    # after the same step, and can still save a checkpoint together.
     agreed = True
     hosts: Sequence[Host] = ()  # of each rank, if there are several
     plans: Sequence[CorePlan] = ()

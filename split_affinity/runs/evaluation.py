@@ -13,7 +13,7 @@ import torch
 
 from split_affinity.checkpoints.folder import Checkpoints
 from split_affinity.checkpoints.resume import check_classes, find_resumed, fit_errors
-from split_affinity.checkpoints.state import Progress, State
+from split_affinity.checkpoints.state import Progress, SavedState
 from split_affinity.data.classes import named_classes
 from split_affinity.data.dataset import describe_images
 from split_affinity.data.pictures import ImageData, kept_apart
@@ -123,28 +123,28 @@ def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
     report.epoch(row, progress.history)
 
 
-def warn_of_known_images(path: Path, state: State, data: ImageData) -> None:
+def warn_of_known_images(path: Path, saved: SavedState, data: ImageData) -> None:
     """Warn if a checkpoint may have been trained on images that are kept apart now."""
-    trained_on = (state.get("data") or {}).get("fingerprint")
+    trained_on = (saved.get("data") or {}).get("fingerprint")
     if kept_apart(data) and trained_on != describe_images(data)["fingerprint"]:
         asked = "--seed, --val-share and --subset"
         warn(f"{path} was trained on other images than {asked} leave: it may know some of these")
 
 
-def load_to_test(run: Run, path: Path, state: State) -> None:
+def load_to_test(run: Run, path: Path, saved: SavedState) -> None:
     """Load the weights of a checkpoint, and its moving average if it has one."""
     for name in ("model", "num_classes"):
-        ours, saved = getattr(run.settings, name), state["settings"].get(name)
-        if ours != saved:
-            raise UserError(f"--{name.replace('_', '-')} {ours}: {path} has {saved}")
-    check_classes(path, state, run.data.classes)
-    warn_of_known_images(path, state, run.data)
+        ours, theirs = getattr(run.settings, name), saved["settings"].get(name)
+        if ours != theirs:
+            raise UserError(f"--{name.replace('_', '-')} {ours}: {path} has {theirs}")
+    check_classes(path, saved, run.data.classes)
+    warn_of_known_images(path, saved, run.data)
     with fit_errors(path, run.settings):
         model = run.train_state.network.model
-        model.load_state_dict(versioned(state["average"] or state["model"], model))
-        run.train_state.average = MovingAverage(model, 0.0) if state["average"] else None
-        model.load_state_dict(versioned(state["model"], model))
-    say_lines([f"{path}: epoch {state['progress']['epoch']}, step {state['progress']['step']}"])
+        model.load_state_dict(versioned(saved["average"] or saved["model"], model))
+        run.train_state.average = MovingAverage(model, 0.0) if saved["average"] else None
+        model.load_state_dict(versioned(saved["model"], model))
+    say_lines([f"{path}: epoch {saved['progress']['epoch']}, step {saved['progress']['step']}"])
 
 
 def evaluate_and_report(run: Run) -> None:

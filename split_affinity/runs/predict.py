@@ -17,7 +17,7 @@ from tqdm import tqdm
 from split_affinity.checkpoints.folder import Checkpoints
 from split_affinity.checkpoints.resume import find_resumed, fit_errors
 from split_affinity.checkpoints.state import (
-    State,
+    SavedState,
     preprocessing_of,
     read_checkpoint,
     saved_settings,
@@ -67,15 +67,15 @@ def load_trained(path: Path, overruling: Settings = Settings()) -> Trained:
     return trained_model(path, read_checkpoint(path), overruling)
 
 
-def trained_model(path: Path, state: State, overruling: Settings) -> Trained:
-    """The model of a saved state, to use it; see `load_trained`."""
-    ready = preprocessing_of(state).overruled(overruling)
-    settings = dataclasses.replace(settings_of(saved_settings(state)), **vars(ready))
+def trained_model(path: Path, saved: SavedState, overruling: Settings) -> Trained:
+    """The model of a saved saved, to use it; see `load_trained`."""
+    ready = preprocessing_of(saved).overruled(overruling)
+    settings = dataclasses.replace(settings_of(saved_settings(saved)), **vars(ready))
     check_model_name(settings.model)
     with fit_errors(path, settings):
         model = build_model(settings.model, settings.num_classes, settings.image_size)
-        model.load_state_dict(versioned(state["average"] or state["model"], model))
-    names = (state.get("data") or {}).get("classes", ())
+        model.load_state_dict(versioned(saved["average"] or saved["model"], model))
+    names = (saved.get("data") or {}).get("classes", ())
     return Trained(model.eval(), named_classes(names, settings.num_classes), ready, settings, path)
 
 

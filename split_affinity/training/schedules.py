@@ -1,7 +1,9 @@
 """Schedules: how an optimizer step is laid over the two lanes.
 
 To add one, enter it in SCHEDULES, in step_bound_s, and in the choices of `--schedule`
-(options/settings.py).
+(options/settings.py). Three places ask for `delayed` by name: the memory of its copies
+(models/cost.py), the weights with which it has begun a step (checkpoints/state.py), and compare's
+verdict.
 
 A schedule is a generator. Each `next` runs one step and yields the scores of its micro-batches,
 until the batches run out. All share the same phase functions, hold at most two micro-batches of
@@ -132,5 +134,7 @@ def step_bound_s(schedule: str, times: PhaseTimes, accumulate: int) -> float:
     if schedule == "overlap":
         beside_s = (accumulate - 1) * max(forward_s, backward_s)
         return forward_s + beside_s + backward_s + end_s
+    if schedule != "delayed":
+        raise ValueError(f"no bound is known for {schedule}")
     forward_lane_s = accumulate * forward_s + times.refresh_s
     return max(forward_lane_s, accumulate * backward_s + end_s)

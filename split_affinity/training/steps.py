@@ -122,8 +122,8 @@ def run_schedule(
 def agreed_error(lanes: Lanes, train_state: TrainState, error: Exception) -> Exception:
     """The error that ends a step on all ranks: that of the first rank that has one.
 
-    If the others know of it, or have added up the gradients without this rank's trouble, it stays
-    as it is.
+    This rank keeps its own error if the others know it already, or if the gradients of the step are
+    already summed.
     """
     ranks = train_state.ranks
     known = ranks.agreed or isinstance(error, RankLost)

@@ -140,9 +140,9 @@ def mean_rank_state(rank_states: Sequence[RankState]) -> RankState:
 class TrainState:
     """A network, its optimizer, and whatever else changes from step to step.
 
-    `end` is what the phases of the next step may already have changed, as it was after the latest
-    step. With it, this is the state between two steps at any moment but within an update: then
-    `updating` is set. `reduced` is set from the sum of all ranks' gradients until the update.
+    `end` is a copy, made after the latest step, of what the next step changes before its update. So
+    a checkpoint can be saved at any time but during an update: `updating` is set then. `reduced` is
+    set while the gradients are the sum of all ranks'.
     """
 
     network: Network

@@ -362,7 +362,7 @@ def test_weights_that_are_no_numbers_do_not_take_the_place_of_good_ones(tmp_path
         train_state = tiny_train_state()
         train_state.network.model.bias.data[1] = value
         checkpoints.save(train_state, Progress(step=step))
-        assert "last.pt: not saved: bias holds values that are infinite or no" in warnings.pop()
+        assert "last.pt: not saved: model.bias holds values that are infinite or" in warnings.pop()
     assert step_of(tmp_path) == 1
 
 

@@ -22,8 +22,8 @@ from torch import nn
 from split_affinity import ALLOWED_CPUS
 from split_affinity.compare.loops import (
     LaneLoop,
-    Order,
     PlainLoop,
+    RoundRequest,
     WayRound,
     batch_supply,
     rounds_of,
@@ -136,7 +136,7 @@ def test_how_busy_the_plain_loop_is_by_physical_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     with contextlib.closing(rounds_of(plain, topology.online)) as rounds:
         next(rounds)
-        measured = rounds.send(Order(0, 2, keep_memory=True))
+        measured = rounds.send(RoundRequest(0, 2, keep_memory=True))
     assert (measured.busy, measured.step_s) == ({"all": 1.0}, 0.5)
 
 
@@ -215,7 +215,7 @@ def test_all_ways_freeze_alike(monkeypatch, split_plan, one_lane_plan):
             chosen = dataclasses.replace(chosen, ranks=1, split="none")
         with contextlib.ExitStack() as stack:
             plan = one_lane_plan if chosen.split == "none" else split_plan
-            loop(Way(name, chosen, plan), (), stack).round(Order(1, 1, True))
+            loop(Way(name, chosen, plan), (), stack).round(RoundRequest(1, 1, True))
     assert len(built) == 7
     begun = SmallResNet(3, blocks=1).state_dict()
     for model in built:
@@ -295,8 +295,8 @@ def test_a_round_of_ranks(photos, split_plan, preload, workers):
     """They add up their gradients once in a step, each within its own group."""
     settings = of_photos(photos, preload=preload, workers=workers, **RANKED)
     with ranks_of(settings, split_plan) as (way, processes):
-        two = measure_way(processes, Order(1, 2, keep_memory=True))
-        one = measure_way(processes, Order(2, 1, keep_memory=False))
+        two = measure_way(processes, RoundRequest(1, 2, keep_memory=True))
+        one = measure_way(processes, RoundRequest(2, 1, keep_memory=False))
     lanes = {"rank 0": split_plan.forward.cpu_set, "rank 1": split_plan.backward.cpu_set}
     assert [step.images for step in (*two.steps, *one.steps)] == [12, 12, 12]
     for step in two.steps:
@@ -322,10 +322,10 @@ def test_a_round_of_ranks(photos, split_plan, preload, workers):
 def test_a_rank_that_dies_ends_the_comparison(photos, split_plan, workers):
     settings = of_photos(photos, workers=workers, timeout=600.0, **RANKED)
     with ranks_of(settings, split_plan) as (_, processes):
-        measure_way(processes, Order(1, 1, keep_memory=True))
+        measure_way(processes, RoundRequest(1, 1, keep_memory=True))
         os.kill(processes[1]._process.pid, signal.SIGKILL)
         with pytest.raises(RunError, match="was killed|lost another one"):
-            measure_way(processes, Order(2, 1, keep_memory=True))
+            measure_way(processes, RoundRequest(2, 1, keep_memory=True))
     assert [process._process.exitcode for process in processes] == [-9, -9]
 
 
@@ -370,8 +370,8 @@ def test_a_round_on_lanes(photos, split_plan, monkeypatch, schedule, preload):
     way = Way(schedule, settings, split_plan)
     with contextlib.closing(rounds_of(way, sorted(ALLOWED_CPUS))) as rounds:
         assert next(rounds) is None
-        two = rounds.send(Order(1, 2, keep_memory=True))
-        one = rounds.send(Order(2, 1, keep_memory=False))
+        two = rounds.send(RoundRequest(1, 2, keep_memory=True))
+        one = rounds.send(RoundRequest(2, 1, keep_memory=False))
     assert [step.images for step in (*two.steps, *one.steps)] == [6, 6, 6]
     for step in two.steps:
         phases = Counter(record.phase for record in step.records)

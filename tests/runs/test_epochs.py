@@ -542,7 +542,7 @@ def test_more_broken_images_than_allowed_end_the_run(in_tmp, no_pictures, epochs
         train(**epochs | {"data_path": breakable}, max_bad_images=1, output_dir=in_tmp)
     outcome = read_metrics(in_tmp)[-1]["outcome"]
     assert (
-        "(more than --max-bad-images 1); to go on without such images: python train_spl" in outcome
+        "(more than --max-bad-images 1); to leave out up to 10 of them: python train_spl" in outcome
     )
     assert any(str(path) in outcome for path in paths)
 

@@ -170,7 +170,7 @@ def test_a_broken_image_stops_the_run(in_tmp, photos, tmp_path):
     shutil.copytree(photos, tmp_path / "copy")
     broken = tmp_path / "copy/train/flower/0001.jpg"
     broken.write_bytes(b"no picture")
-    message = rf"broken image {broken}: .* \(more than --max-bad-images 0\); to go on without "
+    message = rf"broken image {broken}: .* \(more than --max-bad-images 0\); to leave out "
     with pytest.raises(RunError, match=message):
         asked = {"data_path": tmp_path / "copy", "num_classes": None, "max_bad_images": 0}
         train(split="none", steps=9, **asked)
@@ -193,7 +193,9 @@ def test_one_broken_image_does_not_end_a_run_and_two_have_a_command(
     second.write_bytes(b"no picture")
     assert main(options) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert " (more than --max-bad-images 1); to go on without such images: python train_sp" in error
+    assert (
+        " (more than --max-bad-images 1); to leave out up to 10 of them: python train_sp" in error
+    )
     command = shlex.split(error.rpartition("python train_split_affinity.py ")[2])
     assert {"--resume", "auto", "--data-path", "--output-dir"} < {*command}
     assert command[command.index("--max-bad-images") + 1] == "10"

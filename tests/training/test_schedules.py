@@ -333,7 +333,7 @@ class Script:
     def call(self, function, *args):
         return function(*args)
 
-    def watch(self, *models):
+    def attach_reducer(self, *models):
         assert not self.lines
         self.watched = models
 
