@@ -53,6 +53,7 @@ def test_settings_as_text_have_no_login():
     assert as_options(settings) == "--mirror ftp://host/dir --pictures 'http://a/b?...'"
 
 
+@pytest.mark.slow
 def test_no_file_and_no_line_of_a_run_has_the_login(in_tmp):
     """The checkpoint too, which may be given away. Nobody listens at port 9."""
     url = "ftp://somebody:s3cr3t@127.0.0.1:9/far"

@@ -41,6 +41,7 @@ from split_affinity.training.network import Network
 from train_split_affinity import main
 
 
+@pytest.mark.slow
 def test_the_smallest_run(in_tmp):
     done = run_script(*TINY, "--steps", "3", "--output-dir", "out", "--print-freq", "1")
     assert done.returncode == 0, done.stderr
@@ -91,6 +92,7 @@ def run_in_shell(redirection, *arguments, **environment):
 NOWHERE = ["| head -n 3", ">&-", "2>&-", "<&- >&- 2>&-", "> /dev/full 2>&1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("redirection", NOWHERE)
 def test_output_that_cannot_be_written_does_not_end_a_run(in_tmp, redirection):
     """Nor does it get into files that have the number of a closed descriptor."""
@@ -109,6 +111,7 @@ def test_output_that_cannot_be_written_does_not_end_a_run(in_tmp, redirection):
     assert {path.name for path in Path("out").iterdir()} == names
 
 
+@pytest.mark.slow
 def test_a_plan_that_nobody_takes(in_tmp):
     done = run_in_shell("| true", "plan", "--model", "resnet56", "--num-classes", "3")
     assert (done.returncode, done.stderr) == (0, "")
@@ -128,6 +131,7 @@ def test_a_run_over_epochs(in_tmp, photos_with_val, capsys):
     assert "finished after 12 of 12 steps" in captured.out
 
 
+@pytest.mark.slow
 def test_a_run_for_tensorboard_says_no_more_than_others(in_tmp, photos_with_val):
     """Nor has it another thread, of which the audit could warn."""
     pytest.importorskip("tensorboard")
@@ -143,6 +147,7 @@ def test_a_run_for_tensorboard_says_no_more_than_others(in_tmp, photos_with_val)
     assert scalars["epoch/val_top1"] == expected
 
 
+@pytest.mark.slow
 def test_tensorboard_that_is_not_installed(in_tmp, tmp_path):
     fake = tmp_path / "fake/tensorboard"
     fake.mkdir(parents=True)
@@ -222,6 +227,7 @@ def test_names_that_are_not_utf_8(in_tmp, odd_names, capsys):
     assert_odd_files(folder)
 
 
+@pytest.mark.slow
 def test_a_locale_that_has_only_ascii(in_tmp, odd_names):
     code = "import json, sys; from train_split_affinity import main; "
     code += "sys.exit(any(main(sys.argv[2:] + more) for more in json.loads(sys.argv[1])))"
@@ -383,6 +389,7 @@ def test_plan_says_what_weights_are_for_and_fetches_nothing(in_tmp, torch_cache,
     assert "an image of 240 px takes" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
@@ -468,6 +475,7 @@ def test_an_interrupt_before_the_run_has_begun(in_tmp, capsys, monkeypatch):
     assert capsys.readouterr().err == "train_split_affinity.py: stopped by SIGINT\n"
 
 
+@pytest.mark.slow
 @needs_two_cpus
 def test_openmp_binding_variables_are_dropped(in_tmp):
     environment = {"OMP_PROC_BIND": "true", "GOMP_CPU_AFFINITY": "0", "OMP_DYNAMIC": "true"}
@@ -484,6 +492,7 @@ def test_openmp_binding_variables_are_dropped(in_tmp):
     assert summary["stray_s"] == 0
 
 
+@pytest.mark.slow
 @needs_two_cpus
 def test_a_lane_uses_the_threads_that_openmp_gives(in_tmp):
     """Kernels that counted on more would wait for them forever."""
@@ -500,6 +509,7 @@ def test_a_lane_uses_the_threads_that_openmp_gives(in_tmp):
         assert re.search(rf"^\| {lane} +\|[^|]+\| +1 \|", log, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_torchrun_s_thread_count_is_overruled(in_tmp):
     done = run_script(*TINY, "--steps", "1", "--split", "none", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
@@ -508,6 +518,7 @@ def test_torchrun_s_thread_count_is_overruled(in_tmp):
     assert "warning" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TWO_CPUS, reason="needs two logical CPUs to take one away")
 def test_one_allowed_cpu(in_tmp):
     cpu = min(ALLOWED_CPUS)
@@ -592,6 +603,7 @@ def test_help_is_the_same_without_docstrings(in_tmp, command):
     assert b"__init__" not in texts[1].stdout
 
 
+@pytest.mark.slow
 def test_a_run_without_docstrings_and_assertions(in_tmp):
     command = [sys.executable, "-OO", SCRIPT, *TINY, "-j", "1", "--steps", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -88,6 +88,7 @@ def world(tmp_path, torch_cache) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pages
 def test_the_commands_of_a_page_run(page, world, monkeypatch, capsys):
     monkeypatch.chdir(world)

@@ -57,6 +57,7 @@ def pyz(tmp_path_factory):
     return made
 
 
+@pytest.mark.slow
 def test_one_file_plans(pyz):
     printed = run(sys.executable, pyz, "plan", *TINY, cwd=pyz.parent)
     assert "model squeezenet1_1" in printed

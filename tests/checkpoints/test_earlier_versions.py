@@ -47,6 +47,7 @@ def resume_earlier(schedule):
     return read_checkpoint(Path("out/last.pt"))
 
 
+@pytest.mark.slow
 @needs_two_cpus
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_a_checkpoint_of_an_earlier_version_goes_on(schedule, in_tmp, go_on_from_earlier):
@@ -64,6 +65,7 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(schedule, in_tmp, go_on_from
         assert differences(ours, theirs) == []
 
 
+@pytest.mark.slow
 @needs_two_cpus
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 def test_a_checkpoint_of_an_earlier_version_is_restored_to_the_bit(

@@ -112,6 +112,7 @@ def test_stopped_around_a_validation(in_tmp, monkeypatch, train, settings, metho
     assert differences(state_of(in_tmp / "parts"), state_of(in_tmp / "whole")) == []
 
 
+@pytest.mark.slow
 @needs_two_cpus
 @pytest.mark.parametrize(
     ("model", "settings"),
@@ -405,6 +406,7 @@ def test_a_hangup_stays_ignored_under_nohup():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 def test_killed_outright(in_tmp):
     """The line of a step is printed right before its save."""
     options = [*TINY, "--steps", "4", "--save-steps", "1", "--print-freq", "1"]

@@ -266,6 +266,7 @@ def test_a_file_system_without_locks_is_told(in_tmp, monkeypatch, capsys, argume
     assert step_of(in_tmp / "out") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_second_run_is_refused_until_the_first_one_is_killed(
     in_tmp, photos, capsys, monkeypatch, workers

@@ -40,6 +40,7 @@ def in_settings(**values):
     return lambda state: [state[name].update(values) for name in ("settings", "asked")]
 
 
+@pytest.mark.slow
 def test_forged_checkpoints(trained, tmp_path):
     """Whatever part of a checkpoint is replaced, left out, added or blown up: one line, code 2,
     nothing written, and little memory.

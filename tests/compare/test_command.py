@@ -165,6 +165,7 @@ def test_compare_chooses_schedules_itself(in_tmp, capsys, option):
     assert f"{' '.join(option)}: compare runs every schedule" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--split", "1:2"], ["--split", "none"]])
 def test_without_affinity_there_is_no_split_to_compare(in_tmp, options):
     what = f"{SET_AFFINITY}={errno.EPERM}"

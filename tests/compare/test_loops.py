@@ -188,6 +188,7 @@ def test_a_plain_loop_is_the_textbook_one(monkeypatch, precision, layout, share)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
+@pytest.mark.slow
 @needs_two_cpus
 def test_all_ways_freeze_alike(monkeypatch, split_plan, one_lane_plan):
     """Plain loops too, and blocks are left out in all of them."""

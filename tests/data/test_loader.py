@@ -447,6 +447,7 @@ def load_by_forkserver(photos):
     assert_same_batches(load(data, settings), load(data, small(**AUGMENTED)))
 
 
+@pytest.mark.slow
 def test_forkserver_starts_loaders_too(photos):
     process = multiprocessing.get_context("spawn").Process(
         target=load_by_forkserver, args=(photos,)

@@ -101,6 +101,7 @@ def train_without_threads_in_loaders(allowed, ready):
     os._exit(main([*TINY, "--steps", "2", "-j", "2"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allowed", ["none", "QueueFeederThread"])
 def test_loaders_that_cannot_start_a_thread_end_the_run(in_tmp, capfd, allowed):
     """The thread that sends what is in a queue, or the one that hands tensors over."""
@@ -125,6 +126,7 @@ def load_for_ever(ready):
     os._exit(main([*TINY, "-b", "1", "--steps", "2", "-j", "1"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_signals_are_heard_while_a_batch_is_waited_for(in_tmp, capfd, signum):
     assert ended(load_for_ever, signum=signum) == 128 + signum

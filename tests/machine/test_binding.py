@@ -37,6 +37,7 @@ pytestmark = [
 PLAN = ["plan", *TINY]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variables",
     [

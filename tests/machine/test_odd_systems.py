@@ -80,6 +80,7 @@ def warnings_of(done):
 NO_TIMES = f"/proc/stat shows the times of 0 of {os.cpu_count()} CPUs"
 
 
+@pytest.mark.slow
 @needs_two_cpus
 @pytest.mark.parametrize(
     ("what", "warned"),
@@ -178,6 +179,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("what", "reason"), REFUSED.items())
 def test_one_lane_trains_without_affinity(in_tmp, what, reason):
     options = ["--split", "none", "-j", "1", "--output-dir", "out"]
@@ -192,6 +194,7 @@ def test_one_lane_trains_without_affinity(in_tmp, what, reason):
     assert all(step["stray_s"] == 0 for step in steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "asked"),
     [
@@ -209,6 +212,7 @@ def test_a_split_says_why_it_cannot_be(in_tmp, command, asked):
     assert not list(in_tmp.iterdir())
 
 
+@pytest.mark.slow
 def test_a_plan_for_another_machine_needs_no_affinity(in_tmp):
     machines.write_machine(in_tmp / "server", machines.SIXTEEN_CORES)
     done = run_oddly(f"{GET_AFFINITY}={errno.EPERM}", SCRIPT, "plan", *TINY, "--machine", "server")
@@ -216,6 +220,7 @@ def test_a_plan_for_another_machine_needs_no_affinity(in_tmp):
     assert "forward   cores 0-7,16-23, 8 threads: forward pass" in done.stdout
 
 
+@pytest.mark.slow
 def test_predict_needs_no_affinity(in_tmp, photos):
     what = f"{SET_AFFINITY},{GET_AFFINITY}={errno.EPERM}"
     options = [*TINY[:-2], "-j", "1", "--split", "none", "--steps", "1", "--output-dir", "out"]

@@ -529,6 +529,7 @@ def plan():
     return CorePlan("even", *groups, groups[0].cpus)
 
 
+@pytest.mark.slow
 @needs_two_cpus
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_a_hybrid_overfits_one_batch(name, plan):
@@ -557,6 +558,7 @@ def train_one_step(schedule, plan, model):
     return [each.loss for each in scores]
 
 
+@pytest.mark.slow
 @needs_two_cpus
 @pytest.mark.parametrize("name", OWN)
 def test_one_step_under_each_schedule(name, plan):

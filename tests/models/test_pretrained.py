@@ -244,6 +244,7 @@ def timm_cache(timm, tmp_path, monkeypatch):
     return put
 
 
+@pytest.mark.slow
 def test_timm_is_not_imported_unless_it_is_asked_for():
     code = "import sys, train_split_affinity; sys.exit('timm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

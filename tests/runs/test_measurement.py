@@ -76,6 +76,7 @@ def endless():
     yield from iter(lambda: __import__("time").sleep(60), 1)
 
 
+@pytest.mark.slow
 def test_an_iterator_elsewhere():
     with contextlib.closing(MeasuringProcess(never, squares, 3)) as results:
         values, processes = zip(*results, strict=True)
@@ -84,6 +85,7 @@ def test_an_iterator_elsewhere():
     assert processes[0] != os.getpid()
 
 
+@pytest.mark.slow
 def test_a_signal_does_not_reach_a_process_that_is_only_starting():
     with contextlib.closing(MeasuringProcess(never, squares, 3)) as results:
         for signum in STOP_SIGNALS:
@@ -92,6 +94,7 @@ def test_a_signal_does_not_reach_a_process_that_is_only_starting():
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
+@pytest.mark.slow
 def test_an_error_elsewhere_arrives():
     with contextlib.closing(MeasuringProcess(never, broken, UserError("none such"))) as results:
         assert next(results) == 1
@@ -99,6 +102,7 @@ def test_an_error_elsewhere_arrives():
             next(results)
 
 
+@pytest.mark.slow
 def test_memory_that_is_missing_elsewhere_is_one_line():
     with contextlib.closing(MeasuringProcess(never, broken, MemoryError())) as results:
         assert next(results) == 1
@@ -114,6 +118,7 @@ def with_loader():
     raise LoaderDied(17, -9)
 
 
+@pytest.mark.slow
 def test_loaders_elsewhere_are_those_of_a_run_and_end_with_it():
     with contextlib.closing(MeasuringProcess(never, with_loader)) as results:
         pid, method = next(results)
@@ -129,6 +134,7 @@ def test_loaders_elsewhere_are_those_of_a_run_and_end_with_it():
         pytest.fail("the loader lives on")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signum", "message"),
     [
@@ -146,6 +152,7 @@ def test_a_process_that_dies_is_an_error(signum, message):
                 next(results)
 
 
+@pytest.mark.slow
 def test_an_error_elsewhere_that_nobody_foresaw_is_told_in_its_own_words(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     error = ZeroDivisionError("division by zero\nin two lines")
@@ -192,12 +199,14 @@ def meeting(folder, rank):
     yield value, rank
 
 
+@pytest.mark.slow
 def test_several_go_on_at_the_same_time(tmp_path):
     with elsewhere((meeting, tmp_path, 0), (meeting, tmp_path, 1)) as processes:
         assert send_to_all(processes, None) == [None, None]
         assert send_to_all(processes, "x") == [("x", 0), ("x", 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "error", "message"),
     [(0, UserError, "none such"), (1, RankLost, "gone"), (9, RunError, "ended by its")],
@@ -212,6 +221,7 @@ def test_one_that_fails_is_not_waited_for_by_others(number, error, message):
             send_to_all(processes, number)
 
 
+@pytest.mark.slow
 def test_who_has_gone_tells_more_than_who_lost_it(monkeypatch):
     """Both have answered before anybody looks."""
     both = RankLost("gone"), RunError("a broken image")
@@ -326,6 +336,7 @@ def test_split_auto_contradicts_thread_counts(tmp_path):
         plan_for(Settings(split="auto", backward_threads=2), topology)
 
 
+@pytest.mark.slow
 @needs_two_cpus
 def test_measuring_groups_of_this_machine():
     topology = read_topology()

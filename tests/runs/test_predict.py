@@ -510,6 +510,7 @@ def test_progress_is_shown_on_a_terminal_if_there_are_many(ask, photos_with_val,
     assert "| 0/108 [" in captured.err
 
 
+@pytest.mark.slow
 def test_as_a_process(in_tmp, photos_with_val):
     """From another folder than the one that the model was trained in, and without its images."""
     shutil.copytree(photos_with_val, "data")

@@ -71,6 +71,7 @@ def recipe_data(photos_with_val, tmp_path, monkeypatch, torch_cache):
     return arguments
 
 
+@pytest.mark.slow
 @ALL_SCHEDULES
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_runs_from_end_to_end(
