@@ -75,7 +75,7 @@ def test_one_file_ends_with_the_exit_code(pyz):
     assert done.stderr.startswith("train_split_affinity.py: error: unrecognized arguments: --stepz")
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 def test_one_file_trains_with_loaders(pyz, photos, tmp_path):
     options = [*TINY, "--data-path", photos, "-j", "2", "--steps", "2", "--output-dir", "out"]
     printed = run(sys.executable, pyz, *options, cwd=tmp_path)
@@ -84,7 +84,7 @@ def test_one_file_trains_with_loaders(pyz, photos, tmp_path):
     assert "resumed from out/last.pt, after step 2" in printed
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 def test_one_file_compares_in_processes_of_its_own(pyz, tmp_path):
     options = [*TINY, "--quick", "--steps", "1", "-j", "0", "--json", "compared.json"]
     printed = run(sys.executable, pyz, "compare", *options, cwd=tmp_path)
@@ -93,7 +93,7 @@ def test_one_file_compares_in_processes_of_its_own(pyz, tmp_path):
     assert found["verdict"] in printed  # where others disturb it, that there is none
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 def test_one_file_is_launched_by_torchrun(pyz, tmp_path):
     options = [*TINY, "--split", "none", "-j", "1", "--steps", "2"]
     printed = run(TORCHRUN, "--nproc-per-node", "2", pyz, *options, cwd=tmp_path)
@@ -119,7 +119,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 def test_loaders_under_each_start_method(photos, tmp_path):
     """Python 3.14 starts them by a forkserver. They make the same batches."""
     (tmp_path / "started.py").write_text(STARTED)
