@@ -205,9 +205,9 @@ def train(
         with contextlib.closing(checkpoints):
             with ranks.together():
                 check_same_images(ranks, data["fingerprint"])
-                checkpoints.hold()  # loaders have been started, and do not share the lock
+                checkpoints.lock()  # loaders have been started, and do not share the lock
                 progress, notes = resume(run, checkpoints)
-                checkpoints.hold(make=True)  # a folder that was not there before
+                checkpoints.lock(make=True)  # a folder that was not there before
                 run.bad.messages = progress.bad_images  # one list: it is saved with the progress
                 check_subset(run, bool(progress.step))
             report = RunReport(settings, topology, run.plan, progress, asked, ranks)

@@ -75,7 +75,7 @@ def rank_of(settings: Settings, rank: int, store: str, steps: int) -> Iterator[d
 
 def sum_alone(train_state: TrainState) -> float:
     """Seconds of the sums of all gradients, begun by all ranks at once."""
-    train_state.ranks.gather([0.0])
+    train_state.ranks.gather_numbers([0.0])
     start_s = time.perf_counter()
     train_state.reducer.finish(train_state.network.model)
     return time.perf_counter() - start_s

@@ -4,7 +4,6 @@ floors (pyproject.toml). Run: python -m pytest tests/test_house.py
 
 import ast
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -154,15 +153,3 @@ def test_the_first_line_says_what_was_asked_for(tmp_path):
     stdout, screen = on_terminal(predict, **place)
     assert stdout == ""
     assert " ".join(screen.split()).startswith(f"predict 'a b.jpg' --resume c.pt{loading} ")
-
-
-def test_ci_runs_each_test_once():
-    """By the README's command, with the options of pyproject.toml, or by one of its own."""
-    usual = re.findall(r"-m '([^']+)'", (ROOT / "pyproject.toml").read_text())
-    others = re.findall(
-        r'-m pytest .*-m "?([a-z ]+)"?$', (ROOT / ".ci/run").read_text(), re.MULTILINE
-    )
-    for slow, alone in itertools.product((False, True), repeat=2):
-        marked = {"slow": slow, "alone": alone}
-        chosen = [each for each in usual + others if eval(each, marked)]
-        assert len(chosen) == 1, (marked, chosen)

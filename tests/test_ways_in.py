@@ -3,6 +3,7 @@ methods of Python. Run: python -m pytest tests/test_ways_in.py
 """
 
 import ast
+import itertools
 import json
 import os
 import re
@@ -156,13 +157,18 @@ def test_extras_are_the_requirement_files():
     assert requirements([*extras["test"], *extras["timm"], *extras["tensorboard"]]) == tests
 
 
-def test_what_the_first_call_of_pytest_leaves_out_is_run_by_the_second():
-    """So that .ci/run runs all tests. Those of deploy/ have one call, and leave out nothing."""
-    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    assert options["addopts"] == "--strict-markers -n 2 --dist worksteal -m 'not alone'"
-    both = "eval \"$(readme_command '')\"\n.venv/bin/python -m pytest -n 0 -m alone\n"
-    assert both in (ROOT / ".ci/run").read_text()
-    assert not [f for f in (ROOT / "tests/deploy").glob("*.py") if "mark.alone" in f.read_text()]
+def test_ci_runs_each_test_once():
+    """By the README's command, with the options of pyproject.toml, or by a call of its own."""
+    usual = re.findall(r"-m '([^']+)'", (ROOT / "pyproject.toml").read_text())
+    script = (ROOT / ".ci/run").read_text()
+    others = re.findall(r'-m pytest .*-m "?([a-z ]+)"?$', script, re.MULTILINE)
+    for slow, alone in itertools.product((False, True), repeat=2):
+        marked = {"slow": slow, "alone": alone}
+        chosen = [each for each in usual + others if eval(each, marked)]
+        assert len(chosen) == 1, (marked, chosen)
+    # The tests of deploy/ have one call, which leaves out nothing.
+    for file in (ROOT / "tests/deploy").glob("*.py"):
+        assert not re.search(r"mark\.(slow|alone)", file.read_text()), file
 
 
 def test_readme_prints_the_commands_that_work():

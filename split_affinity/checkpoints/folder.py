@@ -53,7 +53,7 @@ class Checkpoints:
         self._lock: io.FileIO | None = None
         self._mirror = Mirror(settings.mirror) if settings.mirror and not ranks.rank else None
 
-    def hold(self, make: bool = False) -> None:
+    def lock(self, make: bool = False) -> None:
         """Lock the folder until `close`. Raises UserError if another process has it."""
         if self._ranks.rank:
             return
@@ -74,9 +74,9 @@ class Checkpoints:
             return
         several = self._ranks.size > 1
         try:
-            rank_states = self._ranks.exchange(train_state.rank_state()) if several else ()
+            rank_states = self._ranks.gather_objects(train_state.rank_state()) if several else ()
             written = not self._ranks.rank and self._write(train_state, progress, rank_states)
-            if any(self._ranks.exchange(written)):
+            if any(self._ranks.gather_objects(written)):
                 self._saved_at = now
         except RankLost as error:
             self.warn(f"{self.folder / LAST}: not saved: {error}")

@@ -249,7 +249,7 @@ def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
     to tell you. Raises UserError for a damaged checkpoint, or one of another kind of run.
     """
     settings, batches = run.settings, len(run.train)
-    found = run.ranks.first(checkpoint_to_resume, settings, checkpoints)
+    found = run.ranks.on_rank_0(checkpoint_to_resume, settings, checkpoints)
     if not found:
         return Progress(epoch_batches=batches), list(filter(None, [run.train_state.network.note]))
     path, saved = found

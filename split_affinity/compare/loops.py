@@ -261,7 +261,7 @@ def rounds_of(
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         store = distributed.FileStore(place, way.ranks)  # a file in which the ranks meet
         ranks = SeveralRanks(rank, way.ranks, store, settings.timeout)
-        ranks.hosts = ranks.exchange(this_host(read_topology()))
+        ranks.hosts = ranks.gather_objects(this_host(read_topology()))
     with contextlib.ExitStack() as stack:
         if way.plain:
             loop = PlainLoop(way, online, stack)

@@ -53,20 +53,20 @@ class Ranks:
     def start(self) -> None:
         """Connect with all others. Threads of gloo get the mask of the calling thread."""
 
-    def exchange(self, thing: Any) -> list[Any]:
+    def gather_objects(self, thing: Any) -> list[Any]:
         """What each rank hands in, anything that can be pickled, by rank."""
         return [thing]
 
-    def gather(self, values: Sequence[float]) -> list[list[float]]:
+    def gather_numbers(self, values: Sequence[float]) -> list[list[float]]:
         """The same for numbers, as many from each rank, and faster."""
         return [list(values)]
 
-    def settle(self, error: Exception | None = None) -> None:
+    def raise_on_all(self, error: Exception | None = None) -> None:
         """Raise on all ranks the error that the first of them hands in, if any does."""
         if error:
             raise error
 
-    def first(self, function: Callable[..., Any], *args: Any) -> Any:
+    def on_rank_0(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call the function on rank 0 alone; its result, or its error, is that of all ranks."""
         return function(*args)
 
@@ -125,7 +125,7 @@ class SeveralRanks(Ranks):
         return self._store.check([f"heard/{leader}/{name}"])
 
     def meet(self, topology: Topology) -> Topology:
-        self.hosts = self.exchange(this_host(topology))
+        self.hosts = self.gather_objects(this_host(topology))
         with self.together():
             versions = [host.torch_version for host in self.hosts]
             for rank, version in enumerate(versions):
@@ -137,7 +137,7 @@ class SeveralRanks(Ranks):
             return rank_topology(self.hosts, self.rank)
 
     def introduce(self, plan: CorePlan) -> None:
-        self.plans = self.exchange(plan)
+        self.plans = self.gather_objects(plan)
 
     def start(self) -> None:
         with self.answered():
@@ -150,7 +150,7 @@ class SeveralRanks(Ranks):
             )
         self._started = True
 
-    def exchange(self, thing: Any) -> list[Any]:
+    def gather_objects(self, thing: Any) -> list[Any]:
         with self.answered():
             if self._started:
                 things = [None] * self.size
@@ -161,16 +161,16 @@ class SeveralRanks(Ranks):
             texts = [self._store.get(f"{self._exchanges}/{rank}") for rank in range(self.size)]
             return list(map(pickle.loads, texts))
 
-    def gather(self, values: Sequence[float]) -> list[list[float]]:
+    def gather_numbers(self, values: Sequence[float]) -> list[list[float]]:
         own = torch.tensor(values, dtype=torch.float64)
         every = [torch.empty_like(own) for _ in range(self.size)]
         with self.answered():
             distributed.all_gather(every, own)
         return [each.tolist() for each in every]
 
-    def settle(self, error: Exception | None = None) -> None:
+    def raise_on_all(self, error: Exception | None = None) -> None:
         foreseen = error is None or isinstance(error, (UserError, RunError, Stopped))
-        every = self.exchange(error if foreseen else RunError(likely_reason(error)))
+        every = self.gather_objects(error if foreseen else RunError(likely_reason(error)))
         for rank, found in enumerate(every):
             if found:
                 self.agreed = True
@@ -181,13 +181,13 @@ class SeveralRanks(Ranks):
                     found.args = (f"rank {rank}{place}: {found}",)
                 raise found
 
-    def first(self, function: Callable[..., Any], *args: Any) -> Any:
+    def on_rank_0(self, function: Callable[..., Any], *args: Any) -> Any:
         things = [None]
         with self.together():
             if not self.rank:
                 things = [function(*args)]
         if not self._started:
-            return self.exchange(things[0])[0]
+            return self.gather_objects(things[0])[0]
         with self.answered():
             distributed.broadcast_object_list(things)
         return things[0]
@@ -198,9 +198,9 @@ class SeveralRanks(Ranks):
             yield
         except Exception as error:
             if not (self.agreed or self.lost):
-                self.settle(error)
+                self.raise_on_all(error)
             raise
-        self.settle()
+        self.raise_on_all()
 
     @contextlib.contextmanager
     def answered(self) -> Iterator[None]:
@@ -220,7 +220,7 @@ class SeveralRanks(Ranks):
     def close(self, together: bool) -> None:
         if together:
             with contextlib.suppress(RankLost):
-                self.exchange(None)
+                self.gather_objects(None)
         if self._started:
             self._started = False
             distributed.destroy_process_group()

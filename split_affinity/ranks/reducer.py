@@ -82,7 +82,7 @@ class Reducer:
         If a rank could not take part, its error is raised on all.
         """
         if self._send_and_wait(failed=False):
-            self._ranks.settle()
+            self._ranks.raise_on_all()
         for name, weight in trainable_weights(model).items():
             if weight.grad is not None:
                 weight.grad = self._bucket_of[name].parts[name]
@@ -94,7 +94,7 @@ class Reducer:
         Raises the error, or that of the first rank that has one.
         """
         self._send_and_wait(failed=True)
-        self._ranks.settle(error)
+        self._ranks.raise_on_all(error)
 
     def _begin_step(self) -> None:
         self._added: Counter[str] = Counter()  # micro-batches, by weight

@@ -267,7 +267,7 @@ class RunReport:
         )
         if together:
             with contextlib.suppress(RankLost):
-                return self._ranks.exchange(own)
+                return self._ranks.gather_objects(own)
         return [own]
 
     def _draw(self, every: Sequence[RankFigures]) -> None:

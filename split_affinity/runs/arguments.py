@@ -38,9 +38,9 @@ def parse_on_all_ranks(argv: Sequence[str], ranks: Ranks) -> tuple[str, Settings
     Rank 0 decides, since it alone may have the checkpoint to go on from; what belongs to a machine
     is taken as you typed it there. Raises UserError if another rank was given other options.
     """
-    command, settings = ranks.first(parse_arguments, argv, saved_defaults, ranks.size)
+    command, settings = ranks.on_rank_0(parse_arguments, argv, saved_defaults, ranks.size)
     typed = typed_options(*split_arguments(argv))
-    given = ranks.exchange({name: option_text(value) for name, value in typed.items()})
+    given = ranks.gather_objects({name: option_text(value) for name, value in typed.items()})
     with ranks.together():
         check_same_options(given)
     own = {name: typed[name] for name in OF_A_MACHINE if name in typed}

@@ -84,11 +84,12 @@ def evaluate(
     if report:
         report.check_placement(records)
     if confusion is not None:
-        total = sum(run.ranks.exchange(confusion), Confusion())
+        total = sum(run.ranks.gather_objects(confusion), Confusion())
         confusion.clear()
         confusion.update(total)
     return [
-        combine_scores(each) for each in zip(*interleave(run.ranks.exchange(scores)), strict=True)
+        combine_scores(each)
+        for each in zip(*interleave(run.ranks.gather_objects(scores)), strict=True)
     ]
 
 
@@ -152,7 +153,7 @@ def evaluate_and_report(run: Run) -> None:
     settings, ranks = run.settings, run.ranks
     name, confusion = f"--weights {settings.weights}", Confusion()
     with contextlib.closing(Checkpoints(settings, warn, ranks=ranks)) as checkpoints:
-        if found := ranks.first(find_resumed, settings, checkpoints):
+        if found := ranks.on_rank_0(find_resumed, settings, checkpoints):
             load_to_test(run, *found)
             name = readable(str(found[0]))
         elif settings.weights:

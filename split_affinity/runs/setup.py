@@ -168,7 +168,7 @@ def check_validation(settings: Settings, data: ImageData) -> None:
 def start_with_same_weights(run: Run) -> None:
     """Give all ranks the weights of rank 0; each draws random numbers of its own from here on."""
     train_state, ranks = run.train_state, run.ranks
-    first_weights = ranks.first(train_state.network.model.state_dict)
+    first_weights = ranks.on_rank_0(train_state.network.model.state_dict)
     into = [
         train_state.network.model.state_dict(),
         *([train_state.average.values] if train_state.average else []),
@@ -196,7 +196,7 @@ def check_subset(run: Run, resumed: bool) -> None:
 
 def check_same_images(ranks: Ranks, fingerprint: str | None) -> None:
     """Raise UserError unless the images of all ranks have the same names and sizes."""
-    for rank, found in enumerate(every := ranks.exchange(fingerprint)):
+    for rank, found in enumerate(every := ranks.gather_objects(fingerprint)):
         if found != every[0]:
             where = f"rank {rank} on {ranks.hosts[rank].name}"
             remedy = "the same names and sizes are needed below --data-path"

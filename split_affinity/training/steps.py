@@ -144,7 +144,7 @@ def scores_of_ranks(
     ready_s = max(record.start_s for record in records if record.phase == "reduce") - start_s
     figures = [figure for each in scores for figure in dataclasses.astuple(each)]
     ready, dealt = [], []
-    for first, *others in ranks.gather([ready_s, *figures]):
+    for first, *others in ranks.gather_numbers([ready_s, *figures]):
         ready.append(first)
         quads = zip(*4 * [iter(others)], strict=True)
         dealt.append([Scores(loss, *map(int, counts)) for loss, *counts in quads])
@@ -182,12 +182,14 @@ def check_between_steps(run: Run) -> None:
     if ranks.size == 1:
         run.stop.check()
         return
-    signums, counts = zip(*ranks.gather([run.stop.signum or 0, len(bad.messages)]), strict=True)
+    signums, counts = zip(
+        *ranks.gather_numbers([run.stop.signum or 0, len(bad.messages)]), strict=True
+    )
     if max(counts) > bad.shared:
         with ranks.together():
-            bad.share(ranks.exchange(bad.messages))
+            bad.share(ranks.gather_objects(bad.messages))
     if signum := int(max(signums)):
-        ranks.settle(Stopped(signum))
+        ranks.raise_on_all(Stopped(signum))
 
 
 def check_same_weights(run: Run, step: int) -> None:
@@ -197,9 +199,9 @@ def check_same_weights(run: Run, step: int) -> None:
     digest = hashlib.blake2b()
     for weight in run.train_state.network.model.parameters():
         digest.update(weight.detach().contiguous().view(-1).view(torch.uint8).numpy())
-    found = run.ranks.exchange(digest.digest())
+    found = run.ranks.gather_objects(digest.digest())
     others = [rank for rank, each in enumerate(found) if each != found[0]]
     if others:
         where = ", ".join(f"rank {rank} on {run.ranks.hosts[rank].name}" for rank in others)
         text = f"the weights of {where} are not those of rank 0 after step {step}"
-        run.ranks.settle(Diverged(f"{text}; are the processors of one kind?"))
+        run.ranks.raise_on_all(Diverged(f"{text}; are the processors of one kind?"))

@@ -241,7 +241,7 @@ class TrainState:
             yield
             return
         own = self.rank_state()
-        self.load_buffers(mean_rank_state(self.ranks.exchange(own)))
+        self.load_buffers(mean_rank_state(self.ranks.gather_objects(own)))
         try:
             yield
         finally:

@@ -211,21 +211,21 @@ def test_without_a_folder_nothing_is_saved(in_tmp):
 def test_a_folder_belongs_to_one_process(tmp_path):
     folder = tmp_path / "out"
     first, second = (Checkpoints(tiny_run(folder), pytest.fail) for _ in range(2))
-    first.hold()
+    first.lock()
     assert not folder.exists(), "nothing is made before the run is known to begin"
-    first.hold(make=True)
+    first.lock(make=True)
     for _ in range(2):
         with pytest.raises(UserError) as caught:
-            second.hold(make=True)
+            second.lock(make=True)
         assert str(caught.value).startswith(
             f"--output-dir {folder}: process {os.getpid()} on {platform.node()} is training there"
         )
     second.close()
     with pytest.raises(UserError):
-        second.hold()
+        second.lock()
     first.close()
     assert not list(folder.iterdir())
-    second.hold()
+    second.lock()
     second.close()
 
 

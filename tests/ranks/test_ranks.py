@@ -122,7 +122,7 @@ def connected(rank, size, store, timeout_s, function, *args):
     if size > 1:
         store = distributed.FileStore(store, size)
         ranks = SeveralRanks(rank, size, store, timeout_s)
-        ranks.hosts = ranks.exchange(this_host(read_topology()))
+        ranks.hosts = ranks.gather_objects(this_host(read_topology()))
     try:
         return function(ranks, *args)
     finally:
@@ -145,10 +145,10 @@ def run_main(rank, size, port, folder, argv):
 
 
 def tell(ranks):
-    before = ranks.exchange(("before", ranks.rank)), ranks.first(lambda: ranks.rank)
+    before = ranks.gather_objects(("before", ranks.rank)), ranks.on_rank_0(lambda: ranks.rank)
     ranks.start()
-    after = ranks.exchange({"rank": ranks.rank}), ranks.first(lambda: [ranks.rank])
-    return before, after, ranks.gather([ranks.rank, 0.1])
+    after = ranks.gather_objects({"rank": ranks.rank}), ranks.on_rank_0(lambda: [ranks.rank])
+    return before, after, ranks.gather_numbers([ranks.rank, 0.1])
 
 
 def test_ranks_tell_each_other_what_they_have(crew):
@@ -161,8 +161,8 @@ def test_ranks_tell_each_other_what_they_have(crew):
 
 def test_a_process_by_itself_tells_itself():
     ranks = ONE_PROCESS
-    assert (ranks.exchange("x"), ranks.gather([1, 2])) == (["x"], [[1, 2]])
-    assert ranks.first(divmod, 7, 2) == (3, 1)
+    assert (ranks.gather_objects("x"), ranks.gather_numbers([1, 2])) == (["x"], [[1, 2]])
+    assert ranks.on_rank_0(divmod, 7, 2) == (3, 1)
     with pytest.raises(KeyError), ranks.together():
         raise KeyError("ours")
     assert ranks.agreed
@@ -215,7 +215,7 @@ def fail_first(ranks):
     def read():
         raise BadCheckpoint("gone")
 
-    ranks.first(read)
+    ranks.on_rank_0(read)
 
 
 def keep_waiting(ranks):
@@ -223,7 +223,7 @@ def keep_waiting(ranks):
     begun_s = time.perf_counter()
     if ranks.rank:
         time.sleep(3)
-    ranks.gather([0.0])
+    ranks.gather_numbers([0.0])
     return time.perf_counter() - begun_s
 
 
@@ -802,7 +802,7 @@ def test_ranks_find_those_started_with_them_whatever_earlier_ones_left_in_the_st
     def start(rank):
         ranks = SeveralRanks(rank, 2, store, timeout_s=20)
         ranks.begin()
-        return ranks.exchange(os.urandom(4))
+        return ranks.gather_objects(os.urandom(4))
 
     for _ in range(3):
         with ThreadPoolExecutor(2) as threads:
