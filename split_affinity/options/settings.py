@@ -130,9 +130,9 @@ class AugmentationSettings:
     mixup_alpha: float = option(0.0, "strength of mixup; 0: off", type=MIXING)
     cutmix_alpha: float = option(0.0, "strength of CutMix; 0: off; with both, one is drawn for "
         "each batch", type=MIXING)
-    augment_confused: Path | None = free_option(None, "confused.json, which --test-only writes: "
-        "its most confused classes get a stronger RandAugment in training. Pairs count with at "
-        "least half as many images as the worst; stronger means the usual one if other classes get "
+    augment_confused: Path | None = free_option(None, "confused.json, written by --test-only: "
+        "its most confused classes get a stronger RandAugment in training. A pair counts with half "
+        "as many images as the worst, or more; stronger is the usual one if other classes get "
         "none, else 3 operations at --ra-magnitude + 5", type=Path)
 
 

@@ -369,7 +369,7 @@ SCRIPTS = {
         "begin backward output of batch 2",
         "prefetch",
         "wait",
-        "begin update",
+        "begin update None None None",
         "wait",
     ],
     "overlap": [
@@ -381,7 +381,7 @@ SCRIPTS = {
         "begin backward output of batch 2",
         "prefetch",
         "wait",
-        "begin update",
+        "begin update None None None",
         "wait",
     ],
     "delayed": [
