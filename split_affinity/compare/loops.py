@@ -64,7 +64,7 @@ class WayRound:
 
     steps: tuple[StepResult, ...]
     busy: ByLane
-    alone: PhaseTimes | None  # of phases that do not overlap
+    phase_times_alone: PhaseTimes | None  # of phases that do not overlap
     matrix_flops: ByLane  # a second, in matrix products; not of plain loops
     peak_memory_bytes: int
 

@@ -51,7 +51,7 @@ def combine_ranks(rounds: Sequence[WayRound]) -> WayRound:
     return WayRound(
         steps=tuple(steps),
         busy=merge_lanes(each.busy for each in rounds),
-        alone=None,  # a rank's phases overlap with those of the others
+        phase_times_alone=None,  # a rank's phases overlap with those of the others
         matrix_flops=merge_lanes(each.matrix_flops for each in rounds),
         peak_memory_bytes=sum(each.peak_memory_bytes for each in rounds),
     )
@@ -101,11 +101,13 @@ def run_round(
 
 def with_phases(way: Way, result: WayRound, others: Round) -> WayRound:
     """A way's round, with the phase times of `sequential` on the same lanes if it has none."""
-    if result.alone or way.plain or way.ranks > 1:
+    if result.phase_times_alone or way.plain or way.ranks > 1:
         return result
-    alone = others[way.name.replace(way.settings.schedule, "sequential")].alone
+    alone = others[way.name.replace(way.settings.schedule, "sequential")].phase_times_alone
     own = phase_times(record for step in result.steps for record in step.records)
-    return dataclasses.replace(result, alone=dataclasses.replace(alone, refresh_s=own.refresh_s))
+    return dataclasses.replace(
+        result, phase_times_alone=dataclasses.replace(alone, refresh_s=own.refresh_s)
+    )
 
 
 def describe_course(settings: Settings, ways: int, steps: int, seconds: float) -> str:

@@ -74,8 +74,10 @@ def compared_way(way: Way, rounds: Sequence[Round], flops: ByLane) -> Compared:
         for other in ("none", best_plain(rounds[0]))
     )
     bound_speed = bound_share = None
-    if own[0].alone:
-        bounds_s = [step_bound_s(schedule, each.alone, settings.accumulate) for each in own]
+    if own[0].phase_times_alone:
+        bounds_s = [
+            step_bound_s(schedule, each.phase_times_alone, settings.accumulate) for each in own
+        ]
         bound_speed = math.prod(batches) / median(bounds_s)
         pairs = zip(bounds_s, own, strict=True)
         bound_share = median(bound_s / each.step_s for bound_s, each in pairs)

@@ -310,7 +310,7 @@ def test_a_round_of_ranks(photos, split_plan, preload, workers):
         ends = {each.lane: each.end_s for each in step.records if each.phase == "reduce"}
         starts = {each.lane: each.start_s for each in step.records if each.phase == "reduce"}
         assert max(starts.values()) < min(ends.values()), "one clock: nobody has the sum too early"
-    assert two.alone is None
+    assert two.phase_times_alone is None
     assert set(two.busy) == set(two.matrix_flops) == set(lanes)
     assert two.peak_memory_bytes > 2**28, "two processes with torch"
     row = compared_way(way, [{"ranks": two, "none": one, "plain bf16": one}], {"x": 1})
@@ -342,7 +342,7 @@ def test_the_rounds_of_ranks_are_one():
         alone = PhaseTimes(0.0, 0.5, 0.25, 0.0)
         rounds.append(WayRound((step,), {lane: 0.5}, alone, {lane: 1e9}, 2**30))
     both = combine_ranks(rounds)
-    assert (both.peak_memory_bytes, both.step_s, both.alone) == (2**31, 1.125, None)
+    assert (both.peak_memory_bytes, both.step_s, both.phase_times_alone) == (2**31, 1.125, None)
     assert both.images_per_s == pytest.approx(64 / both.step_s)
     assert (both.busy, both.matrix_flops) == (
         {"rank 0": 0.5, "rank 1": 0.5},

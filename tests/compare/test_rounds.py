@@ -43,14 +43,14 @@ def test_phases_are_timed_where_batches_are_not_those_of_sequential():
 def test_phases_without_company_are_those_of_sequential():
     alone = PhaseTimes(1.0, 2.0, 0.5, 0.0)
     others = {
-        "sequential 1:2": dataclasses.replace(make_round(1.0), alone=alone),
+        "sequential 1:2": dataclasses.replace(make_round(1.0), phase_times_alone=alone),
         "sequential": make_round(1.0),
     }
-    bare = dataclasses.replace(make_round(1.0), alone=None)
+    bare = dataclasses.replace(make_round(1.0), phase_times_alone=None)
     steps = (StepResult(1, 1.0, 8, 1.0, (*bare.steps[0].records, record("refresh", 2, 0.25))),)
     way = dataclasses.replace(make_way("delayed"), name="delayed 1:2")
     found = with_phases(way, dataclasses.replace(bare, steps=steps), others)
-    assert found.alone == PhaseTimes(1.0, 2.0, 0.5, 0.25)
+    assert found.phase_times_alone == PhaseTimes(1.0, 2.0, 0.5, 0.25)
     assert with_phases(make_way("plain bf16"), bare, others) is bare
     own = make_round(2.0)
     assert with_phases(make_way("overlap"), own, others) is own
