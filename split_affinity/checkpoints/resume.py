@@ -176,19 +176,25 @@ def defaults_to_go_on(path: Path, saved: SavedState, typed: Values, ranks: int =
     for name in typed.keys() & IN_PLACE_OF.keys():
         defaults |= {other: getattr(Settings(), other) for other in IN_PLACE_OF[name]}
     defaults["output_dir"] = path.parent
-    for name in () if typed.get("test_only") else sorted(PATHS - {"data_path"}):
-        place = saved_settings(saved)[name]
-        if place and not getattr(taken, name) and name not in typed:
-            raise UserError(
-                f"{path}: its run had {as_option(name, place)}; no checkpoint says which files are "
-                "read: give that again"
-            )
+    if not typed.get("test_only"):
+        check_files_are_typed(path, saved, {**vars(taken), **typed})
     for name in ("forward_threads", "backward_threads"):
         if (defaults[name] or 0) > len(ALLOWED_CPUS):
             defaults[name] = None  # from a larger machine, or made up by a stranger
     if not {"data_path", "download"} & typed.keys():
         defaults["data_path"] = find_images(path, saved, taken.data_path)
     return defaults | (typed if recipe else {})
+
+
+def check_files_are_typed(path: Path, saved: SavedState, given: Values) -> None:
+    """Raise UserError for a file that the saved run read, and that you have not typed again."""
+    for name in sorted(PATHS - {"data_path"}):
+        place = saved_settings(saved)[name]
+        if place and not given[name]:
+            raise UserError(
+                f"{path}: its run had {as_option(name, place)}; no checkpoint says which files are "
+                "read: give that again"
+            )
 
 
 def find_images(path: Path, saved: SavedState, absolute: Path | None) -> Path | None:

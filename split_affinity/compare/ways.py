@@ -29,9 +29,8 @@ class Way:
     name: str
     settings: Settings
     plan: CorePlan
-    times_phases: bool = (
-        False  # by themselves: its batches have another size than those of `sequential`
-    )
+    # Its phases are timed by themselves: its batches have another size than those of `sequential`.
+    times_phases: bool = False
 
     @property
     def plain(self) -> bool:
