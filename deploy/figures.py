@@ -61,7 +61,7 @@ def judge(logits: torch.Tensor, true: torch.Tensor, numbers: torch.Tensor) -> Ju
     return Judged(numbers, true, first[:, 0], in_top5, loss, p_predicted, p_true)
 
 
-def mean_contention(parts: Sequence[Judged]) -> Judged:
+def combine_judged(parts: Sequence[Judged]) -> Judged:
     """The rows of several batches in one. Raises RunError if a loss is no finite number."""
     names = [each.name for each in dataclasses.fields(Judged)]
     judged = Judged(*(torch.cat([getattr(part, name) for part in parts]) for name in names))

@@ -43,7 +43,7 @@ def escaped(text: object) -> str:
     return re.sub(r"^(\d+)\.", r"\1\\.", line)  # no list
 
 
-def validate_batches(checkpoint: cp.Checkpoint) -> dict[str, Any] | None:
+def validation_row(checkpoint: cp.Checkpoint) -> dict[str, Any] | None:
     """The figures of the epoch that a checkpoint was saved after: a row of its history. None for
     one from the middle of an epoch, or of a run that did not validate.
     """
@@ -125,7 +125,7 @@ def build_card(
     """A model card's header and its body. `files` are those exported, each with what it is for;
     `speed` is what was measured of them, in Markdown, or empty.
     """
-    row, images, classes = validate_batches(checkpoint), len(data.val), checkpoint.classes
+    row, images, classes = validation_row(checkpoint), len(data.val), checkpoint.classes
     settings = checkpoint.trained.settings
     place = settings_to_go_on(checkpoint.state).data_path
     data_name = settings.dataset or (place.name if place else "images")

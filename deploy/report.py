@@ -69,7 +69,7 @@ def judge_images(checkpoint: cp.Checkpoint, pictures: Dataset, batch_size: int) 
         for images, numbers in cp.batches(checkpoint, pictures, range(len(pictures)), batch_size):
             parts.append(figures.judge(checkpoint.model(images), true[numbers], numbers))
             bar.update(len(images))
-    return figures.mean_contention(parts)
+    return figures.combine_judged(parts)
 
 
 def find_layer(

@@ -86,12 +86,8 @@ class Samples(Dataset):
         skip_too_large: bool = False,
         least: int = 1,
     ):
-        self._pictures, self._seed, self._transform_in, self._mix = (
-            pictures,
-            seed,
-            transform_in,
-            mix,
-        )
+        self._pictures, self._seed = pictures, seed
+        self._transform_in, self._mix = transform_in, mix
         self._confused, self._skip_too_large = frozenset(confused or ()), skip_too_large
         self._least = least
 

@@ -69,11 +69,11 @@ def test_the_images_of_a_comparison_may_be_mixed(photos):
 
 def test_loaders_have_nothing_left_to_do_after_a_round(photos, monkeypatch):
     """A round may have more batches than the data; each has others, the same for all ways."""
-    feeds, make = [], training_loader
-    set_everywhere(monkeypatch, "training_loader", lambda *a: feeds.append(make(*a)) or feeds[0])
+    made, make = [], training_loader
+    set_everywhere(monkeypatch, "training_loader", lambda *a: made.append(make(*a)) or made[0])
     with batch_supply(of_photos(photos, workers=2), sorted(ALLOWED_CPUS)) as supply:
         first, second, again = (list(supply(number, 20)) for number in (1, 2, 1))
-        assert feeds[0]._loader._iterator._tasks_outstanding == 0
+        assert made[0]._loader._iterator._tasks_outstanding == 0
     assert len(first) == 20
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
     assert not all(torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True))
@@ -83,15 +83,15 @@ def test_loaders_have_nothing_left_to_do_after_a_round(photos, monkeypatch):
 def test_ranks_have_a_round_s_images_dealt_out(photos, preload, monkeypatch):
     """As many batches as were asked for each, which are those of one process in turn."""
     settings = of_photos(photos, workers=0, preload=preload, ranks=2)
-    feeds, make = [], training_loader
-    set_everywhere(monkeypatch, "training_loader", lambda *a: feeds.append(make(*a)) or feeds[-1])
+    made, make = [], training_loader
+    set_everywhere(monkeypatch, "training_loader", lambda *a: made.append(make(*a)) or made[-1])
     keys, dealt = [], []
     for rank in range(2):
         with batch_supply(settings, (), rank) as supply:
             dealt.append([images for images, _ in supply(1, 9)])
-            feeds[-1]._order.begin(1, 0, 18)
-            keys.append(list(feeds[-1]._order))
-    order = EpochOrder(feeds[-1]._order._indices, 2, settings.seed)
+            made[-1]._order.begin(1, 0, 18)
+            keys.append(list(made[-1]._order))
+    order = EpochOrder(made[-1]._order._indices, 2, settings.seed)
     assert order.begin(1, 0, 18) == 18
     assert interleave(keys) == list(order)
     assert [len(each) for each in dealt] == [9, 9]

@@ -47,7 +47,7 @@ from split_affinity.runs.setup import settings_in_force
 from train_split_affinity import main
 
 
-def validate_batches(data, size):
+def validation_of(data, size):
     """What validation makes of pictures at another image size."""
     return validation_transform(data.native.overruled(small(image_size=size)))
 
@@ -175,7 +175,7 @@ def test_cifar10_at_another_size():
 
 
 def test_the_middle_of_a_picture_validates():
-    image = validate_batches(plain(), 224)(Image.fromarray(noise(256)))
+    image = validation_of(plain(), 224)(Image.fromarray(noise(256)))
     assert np.array_equal(as_bytes(image), noise(256)[16:240, 16:240])
 
 
@@ -184,11 +184,11 @@ def test_the_middle_of_a_picture_validates():
 )
 def test_pictures_of_any_shape_validate(size, width, height):
     picture = Image.new("RGB", (width, height))
-    assert validate_batches(plain(), size)(picture).shape == (3, size, size)
+    assert validation_of(plain(), size)(picture).shape == (3, size, size)
 
 
 def test_cifar10_validates_whole():
-    image = validate_batches(plain("cifar10"), 32)(Image.fromarray(noise()))
+    image = validation_of(plain("cifar10"), 32)(Image.fromarray(noise()))
     assert np.array_equal(as_bytes(image), noise())
 
 
@@ -198,7 +198,7 @@ def test_photographs_are_normalised_by_imagenets_colours(photos):
     picture = Image.new("RGB", (32, 32), (51, 102, 204))
     for transformation in (
         training_transform(data, small(), 32),
-        validate_batches(data, 32),
+        validation_of(data, 32),
     ):
         image = transformation(picture)
         expected = torch.tensor([-1.244541, -0.25, 1.751111]).view(3, 1, 1).expand(3, 32, 32)

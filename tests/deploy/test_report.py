@@ -155,7 +155,7 @@ def test_of_many_classes_the_matrix_has_those_that_are_confused():
 def test_a_model_that_diverged_is_refused():
     part = figures.judge(torch.full((2, 3), math.nan), torch.tensor([0, 1]), torch.arange(2))
     with pytest.raises(RunError, match="no finite numbers"):
-        figures.mean_contention([part])
+        figures.combine_judged([part])
 
 
 # Advice
