@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -87,11 +88,25 @@ class LayerTracer(fx.Tracer):
                 self.failed = type(m)
             raise
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """What stands for the result of an operation while the model's code runs."""
+        return InPlaceProxy(node, self)
+
     def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
         """Enter an operation; a graph does not hold the `with` around it, so there can be none."""
         if not (torch.is_autocast_enabled("cpu") and torch.is_grad_enabled()):
             raise CannotTrace("it changes autocast, or whether there are gradients, on its way")
         return super().create_proxy(*args, **kwargs)
+
+
+class InPlaceProxy(fx.Proxy):
+    """Keeps `+=` and `*=` in place; torch.fx's own makes `+` and `*` of them, with a new tensor."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
 
 
 @contextlib.contextmanager

@@ -127,6 +127,23 @@ def test_norms_and_modules_that_branch_are_called_whole():
     assert nn.BatchNorm2d in kinds
 
 
+class InPlace(nn.Module):
+    """Changes what it is given."""
+
+    def forward(self, images):
+        before = images
+        images += 1
+        images *= 2
+        return images, before
+
+
+def test_what_is_in_place_stays_so():
+    images = torch.zeros(2)
+    after, before = trace(InPlace())(images)
+    assert after is before is images
+    assert torch.equal(images, torch.full((2,), 2.0))
+
+
 @torch.no_grad()
 def test_hooks_run_in_a_graph():
     model = build_model("resnet20", 10, 16, stochastic_depth=0.5)  # by hooks on the last norms
