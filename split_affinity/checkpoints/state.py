@@ -207,9 +207,15 @@ def restore_optimizer(saved: SavedState, train_state: TrainState, settings: Sett
 # The settings of a saved run.
 
 
+# What versions did that did not know the option.
+BEFORE = {"fold_norm": False}
+
+
 def saved_settings(saved: SavedState) -> Values:
-    """The settings of a saved run, as JSON types; those unknown to its version have defaults."""
-    return plain_settings(Settings()) | saved["settings"]
+    """The settings of a saved run, as JSON types; those unknown to its version have defaults, or
+    are as it computed.
+    """
+    return plain_settings(Settings()) | BEFORE | saved["settings"]
 
 
 def asked_again(asked: Settings, in_force: Settings) -> Values:

@@ -267,6 +267,9 @@ class SpeedSettings:
         "autocast; auto: bf16 where the CPU computes it natively, else fp32",
         choices=("auto", "fp32", "bf16"))
     channels_last: bool = option(True, "keep images and weights in the default memory format, NCHW")
+    fold_norm: bool = option(True, "compute batch norms by themselves; by default they are folded "
+        "into the convolutions wherever nothing is trained: validation, predict, a teacher, and "
+        "the part that --freeze leaves in front of all trained weights")
     fused: bool = rate_option(True, "update the weights tensor by tensor, not in a fused kernel "
         "(NAdam and RMSprop have none)")
     tuned_malloc: bool = free_option(True, "leave glibc's allocator as it is; by default it keeps "

@@ -71,6 +71,7 @@ def evaluate(
     try:
         with (
             run.train_state.with_mean_buffers(),
+            run.train_state.folded_norms(),
             run.ranks.together(),
             contextlib.closing(validate_batches(run)) as batches,
         ):

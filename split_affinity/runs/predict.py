@@ -143,8 +143,10 @@ def set_up_prediction(
     stack.callback(loader.close)
     lanes = stack.enter_context(Lanes(plan, topology.online))
     stack.enter_context(stop)
-    how = {"bf16": settings.precision == "bf16", "channels_last": settings.channels_last}
-    network = Network(trained.model, nn.CrossEntropyLoss(), **how)
+    how = {name: getattr(settings, name) for name in ("channels_last", "fold_norm")}
+    bf16 = settings.precision == "bf16"
+    network = Network(trained.model, nn.CrossEntropyLoss(), bf16=bf16, **how)
+    network.view = network.folded(trained.model)
     return trained, loader, partial(lanes.forward.call, class_probabilities, network)
 
 

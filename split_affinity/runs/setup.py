@@ -97,6 +97,7 @@ def build_train_state(
         settings.accumulate,
         bf16=settings.precision == "bf16",
         channels_last=settings.channels_last,
+        fold_norm=settings.fold_norm,
         ranks=ranks.size,
         note=note,
         teacher=lanes.forward.call(build_teacher, settings, classes),

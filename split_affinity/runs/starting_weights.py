@@ -26,6 +26,7 @@ from split_affinity.checkpoints.state import (
 from split_affinity.data.classes import knows_classes
 from split_affinity.data.transforms import image_size_in
 from split_affinity.errors import UserError, one_line
+from split_affinity.models.folding import fold
 from split_affinity.models.pretrained import find_weights
 from split_affinity.models.registry import build_model, check_input_shape, check_model_name
 from split_affinity.models.weights import Weights, classifier_weights, take_weights
@@ -222,6 +223,8 @@ def build_teacher(settings: Settings, classes: Sequence[str]) -> Teacher | None:
         raise UserError(f"{flag} {weights}, {name}: {error}") from None
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
+    if settings.fold_norm:
+        model = fold(model, settings.precision == "bf16")
     return Teacher(model, settings.teacher_share, *renormalised(settings, saved.settings))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from split_affinity.data.samples import Batch
+from split_affinity.models.folding import fold
 from split_affinity.models.freezing import trainable_weights
 from split_affinity.models.weights import Weights, with_tensors
 
@@ -110,6 +111,7 @@ class Network:
 
     A step has `accumulate` micro-batches on each of `ranks`. `note` describes the trained weights
     that the model starts from; `frozen` names the weights that `--freeze` keeps as they are.
+    `view` is what the forward phase calls in place of the model, whose tensors it shares.
     """
 
     model: nn.Module
@@ -121,6 +123,19 @@ class Network:
     note: str = ""
     teacher: Teacher | None = None
     frozen: Collection[str] = ()
+    fold_norm: bool = False
+    view: nn.Module | None = None
+
+    def folded(self, model: nn.Module, frozen_alone: bool = False) -> nn.Module:
+        """A copy of a model as it is now, with `--fold-norm` without batch norms (see `fold`)."""
+        return fold(model, self.bf16, frozen_alone) if self.fold_norm else model
+
+    def fold_frozen(self) -> None:
+        """Compute the front part that is frozen now without batch norms in the steps that follow.
+
+        It must have its weights, and no lane may compute meanwhile.
+        """
+        self.view = self.folded(self.model, frozen_alone=True) if self.frozen else None
 
     def compute(self, model: Callable[..., torch.Tensor], images: torch.Tensor) -> torch.Tensor:
         """Run the model or the teacher on images (n, 3, size, size): (n, classes) in float32."""
@@ -134,7 +149,7 @@ class Network:
         """The forward phase; the teacher is first, while the model has no activations yet."""
         images, targets = batch
         taught = (self.compute(self.teacher, images),) if self.teacher else ()
-        return self.compute(model or self.model, images), targets, *taught
+        return self.compute(model or self.view or self.model, images), targets, *taught
 
     def backward(self, output: Output) -> Scores:
         """Loss and backpropagation; adds to the gradients."""
@@ -154,7 +169,7 @@ class Network:
         names = trainable_weights(self.model)
         now = names | (begun or {})
         own = {name: nn.Parameter(now[name].detach().clone()) for name in names}
-        return with_tensors(self.model, own)
+        return with_tensors(self.view or self.model, own)
 
     def refresh(self, copied: nn.Module) -> StepEnd:
         """Copy the model's weights into a copy; the next step begins with it."""

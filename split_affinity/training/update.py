@@ -142,7 +142,8 @@ class TrainState:
 
     `end` is a copy, made after the latest step, of what the next step changes before its update. So
     a checkpoint can be saved at any time but during an update: `updating` is set then. `reduced` is
-    set while the gradients are the sum of all ranks'.
+    set while the gradients are the sum of all ranks'. `folded` are the models that are evaluated,
+    while they have copies for that.
     """
 
     network: Network
@@ -157,6 +158,7 @@ class TrainState:
     end: StepEnd | None = None
     updating: bool = False
     reduced: bool = False
+    folded: Sequence[nn.Module] = ()
 
     # A step: `attach_reducer` comes before an epoch's first one, the others after backward.
 
@@ -247,15 +249,27 @@ class TrainState:
         finally:
             self.load_buffers(own)
 
+    @contextlib.contextmanager
+    def folded_norms(self) -> Iterator[None]:
+        """Evaluate with copies without batch norms for a while, of the weights as they are now."""
+        self.folded = [self.network.folded(model) for model in self.evaluated()]
+        try:
+            yield
+        finally:
+            self.folded = ()
+
+    def evaluated(self) -> Sequence[nn.Module]:
+        """The models that are evaluated: the moving average, if there is one, and the model."""
+        return self.folded or [*([self.average.model] if self.average else []), self.network.model]
+
     def evaluate(self, batch: Batch) -> tuple[list[Scores], torch.Tensor]:
         """The scores of a batch, and the predicted classes (n,), in evaluation mode.
 
         With a moving average, its scores come first and it predicts; the model's own scores follow.
         """
-        network, (images, targets) = self.network, batch
-        models = [*([self.average.model] if self.average else []), network.model]
+        images, targets = batch
         with torch.inference_mode():
-            logits = [network.compute(model, images) for model in models]
+            logits = [self.network.compute(model, images) for model in self.evaluated()]
             losses = [nn.functional.cross_entropy(each, targets).item() for each in logits]
             pairs = zip(losses, logits, strict=True)
             return [score_batch(*pair, targets) for pair in pairs], logits[0].argmax(1)

@@ -134,6 +134,16 @@ def test_what_an_older_checkpoint_does_not_know_is_no_other_rate():
     assert saved_settings({"settings": {"fused": False, "lr": 3.0}})["fused"] is False
 
 
+def test_a_run_of_a_version_without_folding_goes_on_without_it():
+    settings = {key: value for key, value in SAVED["settings"].items() if key != "fold_norm"}
+    older = SAVED | {"settings": settings}
+    assert settings_to_go_on(older).fold_norm is False
+    assert settings_to_go_on(SAVED).fold_norm is True
+    assert check_resumable(Path("last.pt"), older, dataclasses.replace(BASE, fold_norm=False)) == []
+    (line,) = check_resumable(Path("last.pt"), older, BASE)
+    assert line.startswith("--fold-norm")
+
+
 def test_another_torch_is_listed():
     saved = SAVED | {"versions": SAVED["versions"] | {"torch": "1.0", "python": "3.8"}}
     now = versions()["torch"]
@@ -500,6 +510,7 @@ def test_the_settings_of_an_earlier_version():
         save_steps=7,
         schedule="delayed",
         fused=False,
+        fold_norm=False,  # which it did not have
     )
 
 

@@ -372,6 +372,9 @@ def test_a_teacher_that_is_gone_is_one_line(trained, in_tmp, arguments, capsys):
     assert main([*options, *evaluated]) == 0, "which needs no teacher"
 
 
+WORDNET = ("n01440764", "n01443537", "n01484850")
+
+
 def test_a_teacher_of_torchvision_by_name(monkeypatch, one_lane_plan):
     """Whose classes have other names, and images another mean."""
     source, asked = small_model(3, 32), []
@@ -386,10 +389,13 @@ def test_a_teacher_of_torchvision_by_name(monkeypatch, one_lane_plan):
         num_classes=3, image_size=32, teacher="small", teacher_weights="DEFAULT", teacher_share=0.3
     )
     settings = dataclasses.replace(settings, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    teacher = build_teacher(settings, ("n01440764", "n01443537", "n01484850"))
+    teacher = build_teacher(settings, WORDNET)
     assert asked == [("small", "DEFAULT", "--teacher-weights")]
     assert (teacher.share, teacher.model.training) == (0.3, False)
     assert not any(weight.requires_grad for weight in teacher.model.parameters())
+    kinds = {type(each) for each in teacher.model.modules()}
+    assert nn.BatchNorm2d not in kinds, "it is folded"
+    teacher = build_teacher(dataclasses.replace(settings, fold_norm=False), WORDNET)
     for name, value in source.state_dict().items():
         assert torch.equal(teacher.model.state_dict()[name], value), name
     expected = (torch.tensor(IMAGENET_MEAN) - 0.5) / torch.tensor(IMAGENET_STD)

@@ -130,7 +130,7 @@ def test_help_of_plan_shows_what_changes_a_plan():
         (
             "predict",
             "model image_size val_resize interpolation mean std workers batch_size resume weights "
-            "split forward_cores forward_threads precision channels_last json",
+            "split forward_cores forward_threads precision channels_last fold_norm json",
             "data_path num_classes min_res epochs lr seed init_from test_only schedule "
             "backward_threads fused log_file print_freq",
         ),

@@ -84,7 +84,9 @@ def test_the_probabilities_are_those_of_the_validation_to_the_last_bit(
 
     def evaluated(train_state, batch):
         with torch.inference_mode():
-            logits, _ = train_state.network.forward(batch, train_state.average.model)
+            average, _ = train_state.evaluated()
+            assert average is not train_state.average.model, "its norms are folded"
+            logits, _ = train_state.network.forward(batch, average)
             expected.append(logits.softmax(1))
         return evaluate(train_state, batch)
 

@@ -40,7 +40,7 @@ def make_tiny_model():
 
 def make_train_state(model, accumulate, **switches):
     optimizer = torch.optim.SGD(model.parameters(), **LR)
-    parts = {name: switches.pop(name) for name in ("bf16", "channels_last") if name in switches}
+    parts = {name: switches.pop(name) for name in ("bf16", "channels_last", "fold_norm") if name in switches}
     network = Network(model, nn.CrossEntropyLoss(), accumulate, **parts)
     return TrainState(network, optimizer, **switches)
 

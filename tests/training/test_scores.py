@@ -122,3 +122,33 @@ def test_an_evaluation_measures_plain_cross_entropy():
     plain, _ = train_state.evaluate(batch)
     train_state.network.loss = nn.CrossEntropyLoss(label_smoothing=0.5)
     assert train_state.evaluate(batch)[0] == plain
+
+
+def test_an_evaluation_with_folded_norms():
+    """Of the weights and buffers as they are when it begins; nothing of it stays."""
+    train_state, batch = make_evaluated(fold_norm=True)
+    train_state.average = MovingAverage(train_state.network.model, 0.9)
+    train_state.average.values["4.running_var"].fill_(4.0)
+    for _ in range(2):
+        (average, own), predicted = train_state.evaluate(batch)
+        with train_state.folded_norms():
+            kinds = [{type(each) for each in model.modules()} for model in train_state.folded]
+            assert len(kinds) == 2
+            assert all(nn.BatchNorm2d not in each for each in kinds)
+            folded = train_state.evaluate(batch)
+            assert train_state.evaluate(batch)[0] == folded[0], "to the bit"
+        (folded_average, folded_own), folded_predicted = folded
+        assert folded_average.loss == pytest.approx(average.loss, rel=1e-5)
+        assert folded_own.loss == pytest.approx(own.loss, rel=1e-5)
+        assert own.loss != pytest.approx(average.loss, rel=1e-5)
+        assert torch.equal(folded_predicted, predicted)
+        assert train_state.evaluate(batch)[0] == [average, own]
+        with torch.no_grad():  # another weight in the next round
+            train_state.network.model[0].weight.mul_(1.5)
+            train_state.average.values["0.weight"].mul_(0.5)
+
+
+def test_without_the_option_the_models_themselves_are_evaluated():
+    train_state, _ = make_evaluated()
+    with train_state.folded_norms():
+        assert list(train_state.evaluated()) == [train_state.network.model]

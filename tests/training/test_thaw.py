@@ -24,6 +24,7 @@ from split_affinity.options.settings import Settings
 from split_affinity.training.network import Network
 from split_affinity.training.optimizer import build_optimizer
 from split_affinity.training.schedules import SCHEDULES
+from split_affinity.training.steps import run_schedule
 from split_affinity.training.update import GradientNorms, MovingAverage, TrainState
 
 pytestmark = needs_two_cpus
@@ -85,6 +86,36 @@ def test_what_is_frozen_stays_to_the_bit(
         changed = {name for name in before if not torch.equal(values[name], before[name])}
         assert changed == {"9.weight", "9.bias"}
     assert len(train_state.optimizer.state) == 2
+
+
+@ALL_SCHEDULES
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_frozen_part_without_norms_trains_the_rest_alike(schedule, bf16, split_plan, monkeypatch):
+    """The model itself keeps its norms, which train again once it is thawed."""
+    monkeypatch.setitem(OWN_MODELS, "tiny", lambda num_classes, image_size: make_tiny_model())
+    ends = []
+    for fold_norm in (False, True):
+        model, settings = make_tiny_model(), Settings(**LR)
+        frozen = freeze(model, "0,1", "tiny", 10, 16)
+        how = {"frozen": frozen, "bf16": bf16, "fold_norm": fold_norm}
+        network = Network(model, nn.CrossEntropyLoss(), **how)
+        train_state = TrainState(network, build_optimizer(model, settings))
+        torch.manual_seed(3)
+        with Lanes(split_plan, ()) as lanes:
+            for _ in range(2):
+                batches = make_stream(make_batches(3, side=16))
+                list(run_schedule(Settings(schedule=schedule), lanes, train_state, batches))
+                kinds = [type(each) for each in (network.view or model).modules()]
+                assert kinds.count(nn.BatchNorm2d) == (1 if fold_norm and network.frozen else 2)
+                ends.append(copy.deepcopy(model.state_dict()))
+                train_state.thaw()
+    first, second, *folded = ends
+    for there, here in zip((first, second), folded, strict=True):
+        for name, value in there.items():
+            most = 0.05 if bf16 else 1e-4
+            torch.testing.assert_close(here[name], value, rtol=most, atol=most)
+    assert torch.equal(first["1.running_mean"], folded[0]["1.running_mean"])
+    assert not torch.equal(folded[0]["1.running_mean"], folded[1]["1.running_mean"])
 
 
 @ALL_SCHEDULES
