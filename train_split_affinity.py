@@ -214,7 +214,7 @@ def train(
             checkpoints.warn = report.alarm
             if is_frozen(settings, progress.epoch):
                 notes.append(describe_frozen(settings, network.model, network.frozen))
-            say_lines((*notes, *teacher_lines(settings)))
+            say_lines((*notes, *teacher_lines(settings), run.train_state.network.fusing))
             for text in run.notes:
                 report.warn(text, text)
             if settings.epochs and not settings.output_dir:
@@ -252,6 +252,8 @@ def set_up(
                 backward_threads=plan.backward.threads,
             )
             state = build_train_state(settings, lanes, *counts, data.classes, ranks)
+            fused = "on" if state.network.fused else "off"
+            settings = dataclasses.replace(settings, fused_norm=fused)
         bad, notes = BadImages.of(settings, data), (*notes, *lanes.notes)
         run = Run(settings, topology, plan, data, train, val, lanes, state, stop, bad, notes)
         if ranks.size > 1:

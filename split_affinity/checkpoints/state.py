@@ -208,7 +208,7 @@ def restore_optimizer(saved: SavedState, train_state: TrainState, settings: Sett
 
 
 # What versions did that did not know the option.
-BEFORE = {"fold_norm": False}
+BEFORE = {"fold_norm": False, "fused_norm": "off"}
 
 
 def saved_settings(saved: SavedState) -> Values:

@@ -10,6 +10,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -107,18 +108,24 @@ def describe_target(compiler: Sequence[str]) -> list[bytes]:
 
 def run_compiler(command: Sequence[str]) -> bytes:
     """What the compiler prints; raises CannotCompile with its first error."""
-    name = Path(command[0]).name
+    name, pipe = Path(command[0]).name, subprocess.PIPE
     try:
-        done = subprocess.run(command, capture_output=True, timeout=COMPILING_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise CannotCompile(f"{name} takes more than {COMPILING_S:g} s") from None
+        running = subprocess.Popen(command, stdout=pipe, stderr=pipe, start_new_session=True)
     except OSError as error:
         raise CannotCompile(f"{name} cannot be started: {error.strerror}") from None
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").splitlines()
+    with running:
+        try:
+            printed, errors = running.communicate(timeout=COMPILING_S)
+        except BaseException as error:  # it has processes of its own, which hold the pipes
+            os.killpg(running.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise CannotCompile(f"{name} takes more than {COMPILING_S:g} s") from None
+            raise
+    if running.returncode:
+        said = errors.decode(errors="replace").splitlines()
         wrong = next((line for line in said if "error" in line), said[-1] if said else "it fails")
         raise CannotCompile(f"{name} fails: {shown(wrong.strip())}")
-    return done.stdout
+    return printed
 
 
 def compile_source(source: bytes, library: Path, compiler: Sequence[str]) -> None:

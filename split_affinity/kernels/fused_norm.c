@@ -306,8 +306,10 @@ INLINE void sum_gradient_tile(const struct norm *job, struct sums sums, int64_t 
             floats centred = load(job->x, index, bf16) - mean;
             floats gradient =
                 gradient_at(job, index, channel, centred, bf16, relu, residual, twice);
-            if (residual || twice)
+            if (residual || twice) {
                 store(job->dz, index, gradient, bf16);
+                gradient = load(job->dz, index, bf16); /* as the second pass reads it */
+            }
             sum += gradient;
             sum2 += gradient * centred;
         }

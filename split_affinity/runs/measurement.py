@@ -149,7 +149,7 @@ def run_generator(pipe: Any, function: Callable[..., Generator], args: Sequence[
 def time_phases(lanes: Lanes, train_state: TrainState, batches: Batches, steps: int) -> PhaseTimes:
     """Times of the phases in `steps` sequential steps, where no two phases overlap."""
     lanes.take_records()
-    lanes.forward.call(train_state.network.fold_frozen)
+    lanes.forward.call(train_state.network.build_view)
     for _ in itertools.islice(sequential(lanes, train_state, batches), steps):
         pass
     network = train_state.network

@@ -15,6 +15,7 @@ from torch import nn
 from split_affinity.data.samples import Batch
 from split_affinity.models.folding import fold
 from split_affinity.models.freezing import trainable_weights
+from split_affinity.models.fusion import fuse_norms
 from split_affinity.models.weights import Weights, with_tensors
 
 # What a forward phase returns: logits (n, classes) in float32 with their graph, the targets of the
@@ -111,7 +112,8 @@ class Network:
 
     A step has `accumulate` micro-batches on each of `ranks`. `note` describes the trained weights
     that the model starts from; `frozen` names the weights that `--freeze` keeps as they are.
-    `view` is what the forward phase calls in place of the model, whose tensors it shares.
+    `view` is what the forward phase calls in place of the model, whose tensors it shares: `fused`
+    says whether its norms are fused with what follows them, `fusing` why.
     """
 
     model: nn.Module
@@ -125,17 +127,25 @@ class Network:
     frozen: Collection[str] = ()
     fold_norm: bool = False
     view: nn.Module | None = None
+    fused: bool = False
+    fusing: str = ""
 
     def folded(self, model: nn.Module, frozen_alone: bool = False) -> nn.Module:
         """A copy of a model as it is now, with `--fold-norm` without batch norms (see `fold`)."""
         return fold(model, self.bf16, frozen_alone) if self.fold_norm else model
 
-    def fold_frozen(self) -> None:
-        """Compute the front part that is frozen now without batch norms in the steps that follow.
+    def build_view(self) -> int:
+        """Decide how the steps that follow compute the model; returns how many norms are fused.
 
-        It must have its weights, and no lane may compute meanwhile.
+        The front part that is frozen now has its norms folded: it must have its weights. No lane
+        may compute meanwhile. Raises CannotTrace, with `fused` alone.
         """
-        self.view = self.folded(self.model, frozen_alone=True) if self.frozen else None
+        fused, self.view = 0, None
+        if self.frozen:
+            self.view = self.folded(self.model, frozen_alone=True)
+        if self.fused:
+            self.view, fused = fuse_norms(self.view or self.model)
+        return fused
 
     def compute(self, model: Callable[..., torch.Tensor], images: torch.Tensor) -> torch.Tensor:
         """Run the model or the teacher on images (n, 3, size, size): (n, classes) in float32."""
@@ -166,10 +176,11 @@ class Network:
 
     def copy(self, begun: Weights | None = None) -> nn.Module:
         """A copy with trained weights of its own: the model's, or those of a step already begun."""
-        names = trainable_weights(self.model)
+        model = self.view or self.model
+        names = trainable_weights(model)
         now = names | (begun or {})
         own = {name: nn.Parameter(now[name].detach().clone()) for name in names}
-        return with_tensors(self.view or self.model, own)
+        return with_tensors(model, own)
 
     def refresh(self, copied: nn.Module) -> StepEnd:
         """Copy the model's weights into a copy; the next step begins with it."""

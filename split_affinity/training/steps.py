@@ -91,7 +91,7 @@ def run_schedule(
 
     Raises Diverged, before any update, if a loss is not finite. An error on one rank ends all.
     """
-    lanes.forward.call(train_state.network.fold_frozen)
+    lanes.forward.call(train_state.network.build_view)
     steps = SCHEDULES[settings.schedule](lanes, train_state, batches)
     for step in itertools.count(first_step):
         start_s, thread_start_s = time.perf_counter(), time.thread_time()

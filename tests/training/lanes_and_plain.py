@@ -40,7 +40,8 @@ def make_tiny_model():
 
 def make_train_state(model, accumulate, **switches):
     optimizer = torch.optim.SGD(model.parameters(), **LR)
-    parts = {name: switches.pop(name) for name in ("bf16", "channels_last", "fold_norm") if name in switches}
+    names = switches.keys() & {"bf16", "channels_last", "fold_norm", "fused"}
+    parts = {name: switches.pop(name) for name in names}
     network = Network(model, nn.CrossEntropyLoss(), accumulate, **parts)
     return TrainState(network, optimizer, **switches)
 
@@ -52,6 +53,7 @@ def make_stream(batches):
 def train_through_lanes(plan, model, batches, accumulate, schedule="sequential", **switches):
     """The loss of each micro-batch."""
     train_state = make_train_state(model, accumulate, **switches)
+    train_state.network.build_view()
     torch.manual_seed(3)
     with Lanes(plan, ()) as lanes:
         steps = list(SCHEDULES[schedule](lanes, train_state, make_stream(batches)))

@@ -29,6 +29,7 @@ from split_affinity.data.loader import Batches
 from split_affinity.errors import RunError
 from split_affinity.lanes.lane import Lanes
 from split_affinity.machine.plan import PhaseTimes
+from split_affinity.models.fusion import fuse_norms
 from split_affinity.models.registry import build_model
 from split_affinity.options.settings import Settings
 from split_affinity.training.network import Network, NonFiniteLoss
@@ -76,6 +77,24 @@ def test_delayed_is_bitwise_equal_to_weights_one_update_old(accumulate, threads,
     batches = make_batches(4 * accumulate)
     losses = train_through_lanes(plan, model, batches, accumulate, "delayed")
     assert losses == train_plainly(threads, reference, batches, accumulate, update_age=1)
+    assert_same_state(model, reference)
+
+
+@ALL_SCHEDULES
+@pytest.mark.parametrize("threads", [1, 2])
+def test_fused_norms_through_lanes_are_those_of_a_plain_loop(schedule, threads, split_plan):
+    model, reference, batches = make_model(), make_model(), make_batches(6)
+    fused, _ = fuse_norms(reference)
+    expected = train_plainly(
+        threads,
+        reference,
+        batches,
+        2,
+        update_age=schedule == "delayed",
+        loss_of=lambda images, targets: nn.functional.cross_entropy(fused(images), targets),
+    )
+    plan = with_threads(split_plan, threads)
+    assert train_through_lanes(plan, model, batches, 2, schedule, fused=True) == expected
     assert_same_state(model, reference)
 
 
