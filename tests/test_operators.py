@@ -1,0 +1,63 @@
+"""Time by kinds of operators. Run: python -m pytest tests/test_operators.py"""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import operators
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("aten::conv2d", "convolution forward"),
+        ("autograd::engine::evaluate_function: ConvolutionBackward0", "convolution backward"),
+        ("aten::native_batch_norm_backward", "batch norm backward"),
+        ("aten::batch_norm", "batch norm forward"),
+        ("NativeBatchNormBackward0", "batch norm backward"),
+        ("aten::relu_", "ReLU forward"),
+        ("ReluBackward0", "ReLU backward"),
+        ("FusedNorm", "fused norm forward"),
+        ("FusedNormBackward", "fused norm backward"),
+        ("aten::add_", "additions"),
+        ("Optimizer.step#SGD.step", "optimizer"),
+        ("aten::empty", None),
+    ],
+)
+def test_kinds_of_operators(name, kind):
+    assert operators.kind_of(name) == kind
+
+
+def test_what_is_inside_of_an_operator_is_part_of_it():
+    outer = SimpleNamespace(name="aten::conv2d", cpu_parent=None, self_cpu_time_total=5)
+    inner = SimpleNamespace(name="aten::copy_", cpu_parent=outer, self_cpu_time_total=7)
+    update = SimpleNamespace(name="Optimizer.step", cpu_parent=None, self_cpu_time_total=1)
+    added = SimpleNamespace(name="aten::add_", cpu_parent=update, self_cpu_time_total=2)
+    alone = SimpleNamespace(name="aten::zeros", cpu_parent=None, self_cpu_time_total=4)
+    found = operators.time_by_kind([outer, inner, update, added, alone])
+    assert found == {"convolution forward": 12, "optimizer": 3, operators.REST: 4}
+
+
+def test_the_limit_is_convolutions_alone():
+    step_us = Counter({"convolution forward": 1e6, "convolution backward": 1e6, "optimizer": 9})
+    text = operators.limit_of(32, [4.0, 5.0, 4.0], step_us)
+    assert text.startswith("8.00 images/s")
+    assert "with convolutions alone 16.00, 2.00 times as many" in text
+
+
+def test_errors_are_one_line(capsys):
+    for wrong in (["--stepz", "3"], ["--split", "even"], ["--batch-size", "0"]):
+        assert operators.main(wrong) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("operators.py: error: ")
+        assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_step_by_operators(capsys):
+    given = ["--model", "resnet18", "--image-size", "32", "--batch-size", "2", "--steps", "1"]
+    assert operators.main([*given, "--no-tuned-malloc"]) == 0
+    printed = capsys.readouterr().out
+    for kind in ("convolution forward", "convolution backward", "batch norm forward", "optimizer"):
+        assert f"| {kind} " in printed
+    assert "images/s without the profiler" in printed
