@@ -206,9 +206,8 @@ def restore_optimizer(saved: SavedState, train_state: TrainState, settings: Sett
 
 # The settings of a saved run.
 
-
-# What versions did that did not know the option.
-BEFORE = {"fold_norm": False, "fused_norm": "off"}
+# What versions did that did not know an option, where its default does something else.
+BEFORE: Values = {"full_decode": True, "fold_norm": False, "fused_norm": "off"}
 
 
 def saved_settings(saved: SavedState) -> Values:

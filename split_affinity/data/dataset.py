@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Subset
 
 from split_affinity.data.classes import confused_classes
+from split_affinity.data.decoding import picture_reader
 from split_affinity.data.image_folder import folder_data
 from split_affinity.data.named import CIFAR10_FOLDER, named_data, synthetic_data
 from split_affinity.data.pictures import ImageData, derived_seed, kept_apart
@@ -33,7 +34,8 @@ def find_data(settings: Settings) -> ImageData:
         path = path.parent
     if not name and (settings.download or (path / CIFAR10_FOLDER).is_dir()):
         name = "cifar10"
-    return named_data(name, path, settings.download) if name else folder_data(path)
+    read = picture_reader(settings.full_decode)
+    return named_data(name, path, settings.download, read) if name else folder_data(path, read)
 
 
 def open_data(settings: Settings) -> ImageData:

@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def find_parts(path: Path, folders: Sequence[str]) -> tuple[str, str]:
     return train, val[0] if val else ""
 
 
-def folder_data(path: Path) -> ImageData:
+def folder_data(path: Path, read: Callable[[str], Any] = load_image) -> ImageData:
     """An image folder: `path/train` and perhaps `path/val`, or `path`, with a folder per class."""
     if not path.is_dir():
         reason = "is a file, not a folder" if path.exists() else "does not exist"
@@ -61,8 +61,8 @@ def folder_data(path: Path) -> ImageData:
     folders = sorted(name for name in beside if name[0] != ".")
     train_name, val_name = find_parts(path, folders)
     try:
-        train = PictureFolder(path / train_name)
-        val = PictureFolder(path / val_name) if val_name else None
+        train = PictureFolder(path / train_name, read)
+        val = PictureFolder(path / val_name, read) if val_name else None
     except OSError as error:
         raise UserError(f"--data-path {path}: no images: {one_line(error)}") from None
     check_classes(path, train, val)
@@ -121,9 +121,9 @@ class PictureFolder(torchvision.datasets.ImageFolder):
     found, by kind and path.
     """
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, read: Callable[[str], Any] = load_image):
         self.left_out: list[tuple[str, str]] = []
-        super().__init__(root, loader=load_image)
+        super().__init__(root, loader=read)
 
     def find_classes(self, directory: Path) -> tuple[list[str], dict[str, int]]:
         """The names of the class folders, and their indices."""

@@ -28,6 +28,7 @@ import psutil
 import torch
 from torch.utils.data import DataLoader
 
+from split_affinity.data.decoding import picture_reader
 from split_affinity.data.pictures import ImageData, UnlabelledPictures
 from split_affinity.data.samples import Batch, EpochOrder, Loaded, LoadRecord, Samples
 from split_affinity.data.transforms import (
@@ -411,7 +412,7 @@ def picture_loader(
     workers = min(settings.workers, batches) if batches > 1 else 0
     transform = partial(same_transform, validation_transform(ready))
     order = EpochOrder(range(len(paths)), settings.batch_size, None)
-    pictures = UnlabelledPictures(paths)
+    pictures = UnlabelledPictures(paths, picture_reader(settings.full_decode))
     samples = Samples(pictures, settings.seed, transform, skip_too_large=True)
     loader = Loader(samples, order, cpus, workers, settings.seed, check_stop)
     order.begin(1)

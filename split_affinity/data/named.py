@@ -5,7 +5,9 @@ entered there.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -70,7 +72,8 @@ class NamedPictures(Dataset):
     image folders are; it is empty if the pictures are not in files.
     """
 
-    def __init__(self, source: Dataset, root: Path):
+    def __init__(self, source: Dataset, root: Path, read: Callable[[str], Any] = load_image):
+        self._read = read
         self.source, self.root, self.samples = source, root, file_samples(source)
         if self.samples:
             labels = [label for _, label in self.samples]
@@ -81,10 +84,10 @@ class NamedPictures(Dataset):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         target = self.targets[index]
         if self.samples:
-            return load_image(self.samples[index][0]), target
+            return self._read(self.samples[index][0]), target
         return to_rgb(self.source[index][0]), target
 
 
@@ -136,9 +139,13 @@ def explain_error(error: Exception) -> str:
     return text.replace("download=True", "--download")
 
 
-def named_data(name: str, path: Path, download: bool) -> ImageData:
+def named_data(
+    name: str, path: Path, download: bool, open_file: Callable[[str], Any] = load_image
+) -> ImageData:
     """A data set by name. torchvision fetches it if asked to, verifies, unpacks and reads it."""
     known = NAMED_DATA[name]
+    if known.padded:  # nothing of a small picture is left out
+        open_file = load_image
     title = known.what.partition(":")[0]
     if name == "imagenet":
         check_imagenet(path)
@@ -146,7 +153,9 @@ def named_data(name: str, path: Path, download: bool) -> ImageData:
     options = {"download": True} if download else {}
     try:
         train, val = (
-            NamedPictures(read(path, **part, **options), path) if part is not None else None
+            NamedPictures(read(path, **part, **options), path, open_file)
+            if part is not None
+            else None
             for part in known.parts
         )
     except Exception as error:  # of the network, of the disk, of pickle, or a checksum's

@@ -7,9 +7,10 @@ import errno
 import glob
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torchvision
 from PIL import Image, ImageOps
@@ -43,14 +44,25 @@ def load_image(path: str) -> Image.Image:
 
     Other errors are raised if memory or file descriptors are missing: the file may be fine.
     """
+    with picture_errors(path), Image.open(path, formats=PICTURE_FORMATS) as picture:
+        return finish_picture(picture, path)
+
+
+def finish_picture(picture: Image.Image, path: str) -> Image.Image:
+    """A picture that was just opened, decoded, in RGB, and turned; raises what Pillow raises."""
+    picture.load()
+    with contextlib.suppress(Exception):  # damaged EXIF data
+        ImageOps.exif_transpose(picture, in_place=True)
+    finished = to_rgb(picture)
+    finished.filename = path  # Pillow would keep it only in pictures just opened
+    return finished
+
+
+@contextlib.contextmanager
+def picture_errors(path: str) -> Iterator[None]:
+    """Turn errors of a file that is no picture into BrokenImage; others stay as they are."""
     try:
-        with Image.open(path, formats=PICTURE_FORMATS) as picture:
-            picture.load()
-            with contextlib.suppress(Exception):  # damaged EXIF data
-                ImageOps.exif_transpose(picture, in_place=True)
-            whole = to_rgb(picture)
-            whole.filename = path  # Pillow would keep it only in pictures just opened
-            return whole
+        yield
     except Exception as error:  # Pillow raises many kinds, SyntaxError among them
         missing = errno.EMFILE, errno.ENFILE, errno.ENOMEM
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in missing:
@@ -150,11 +162,11 @@ def picture_files(place: Path, unread: list[str], seen: set[str]) -> Iterator[Pa
 class UnlabelledPictures(Dataset):
     """Pictures with their own number as class; one too large for the memory counts as broken."""
 
-    def __init__(self, paths: Sequence[str]):
-        self._paths = paths
+    def __init__(self, paths: Sequence[str], read: Callable[[str], Any] = load_image):
+        self._paths, self._read = paths, read
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         try:
-            return load_image(self._paths[index]), index
+            return self._read(self._paths[index]), index
         except MemoryError:
             raise BrokenImage(f"broken image {self._paths[index]}: {NO_ROOM}") from None

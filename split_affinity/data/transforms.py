@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
+from split_affinity.data.decoding import TO_TRAIN, TO_VALIDATE, JpegFile, decoded
 from split_affinity.data.pictures import ImageData
 from split_affinity.models.pretrained import Preprocessing
 from split_affinity.options.settings import AugmentationSettings, DataSettings, Settings
@@ -51,6 +52,24 @@ def auto_augmentation(
     return []
 
 
+class RandomResizedCrop(v2.RandomResizedCrop):
+    """torchvision's, which has a JPEG decoded no larger than the crop needs.
+
+    The same crops are drawn as of the decoded picture.
+    """
+
+    def forward(self, picture: JpegFile | Image.Image) -> Image.Image:
+        """A random part of the picture, resized."""
+        if not isinstance(picture, JpegFile):
+            return super().forward(picture)
+        width, height = picture.size
+        drawn = self.make_params([torch.empty(1, height, width, device="meta")])
+        left, top = drawn["left"], drawn["top"]
+        box = left, top, left + drawn["width"], top + drawn["height"]
+        filters = Image.Resampling[self.interpolation.name]
+        return picture.resized(box, (self.size[1], self.size[0]), filters, TO_TRAIN)
+
+
 def training_transform(
     data: ImageData, settings: Settings, size: int, stronger: bool = False
 ) -> v2.Transform:
@@ -59,7 +78,7 @@ def training_transform(
     resized = {"interpolation": v2.InterpolationMode(ready.interpolation), "antialias": True}
     if data.kind == "synthetic":
         return v2.Compose([v2.Resize((size, size), **resized), *tensor_transforms(ready)])
-    steps: list[v2.Transform] = [v2.RandomResizedCrop(size, (settings.min_scale, 1), **resized)]
+    steps: list[v2.Transform] = [RandomResizedCrop(size, (settings.min_scale, 1), **resized)]
     if side := data.padded:  # by 4 for 32 pixels, as in He et al. 2016 (arXiv 1512.03385)
         steps = [v2.RandomCrop(side, padding=round(side / 8)), v2.Resize(size, **resized)]
     steps += [v2.RandomHorizontalFlip(settings.hflip)]
@@ -70,15 +89,20 @@ def training_transform(
     return v2.Compose([*steps, *tensor_transforms(ready), erasing])
 
 
-def resize_picture(ready: Preprocessing, picture: Image.Image) -> Image.Image:
+def resize_picture(ready: Preprocessing, picture: JpegFile | Image.Image) -> Image.Image:
     """A picture resized until its shorter side has `val_resize` pixels.
 
     Of a very long one only the middle is resized, as much as will be cut out: all of a line of
     pixels would take gigabytes.
     """
     how, short = v2.InterpolationMode(ready.interpolation), min(picture.size)
+    filters = Image.Resampling[ready.interpolation.upper()]
     if max(picture.size) <= LONGEST_SHAPE * short:
+        if isinstance(picture, JpegFile):
+            width, height = (int(ready.val_resize * side / short) for side in picture.size)
+            return picture.resized((0, 0, *picture.size), (width, height), filters, TO_VALIDATE)
         return v2.functional.resize(picture, [ready.val_resize], how, antialias=True)
+    picture = decoded(picture)
     long = int(ready.val_resize * max(picture.size) / short)
     kept = min(long, ready.image_size)
     start = round((long - kept) / 2)  # as CenterCrop rounds
@@ -88,7 +112,6 @@ def resize_picture(ready: Preprocessing, picture: Image.Image) -> Image.Image:
     near = max(0, math.floor((start - 4) * scale) - 4)
     far = min(max(picture.size), math.ceil((start + kept + 4) * scale) + 4)
     box = start * scale - near, min((start + kept) * scale, far) - near
-    filters = Image.Resampling[ready.interpolation.upper()]
     if picture.width > picture.height:
         picture = picture.crop((near, 0, far, short))
         return picture.resize((kept, ready.val_resize), filters, (box[0], 0, box[1], short))

@@ -93,8 +93,8 @@ class Command:
 
 # What makes a difference to the answers of a trained model, or to how long they take.
 ASKED_WITH = """
-    model image_size val_resize interpolation mean std workers batch_size deterministic precision
-    channels_last fold_norm tuned_malloc flush_denormals""".split()
+    model image_size val_resize interpolation mean std full_decode workers batch_size deterministic
+    precision channels_last fold_norm tuned_malloc flush_denormals""".split()
 # What find-lr and compare have in common, beside groups.
 TRAINED_WITH = """
     recipe batch_size accumulate steps opt label_smoothing clip_grad_norm freeze stochastic_depth

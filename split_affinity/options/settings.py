@@ -99,6 +99,8 @@ class DataSettings:
         type=three_numbers(SHARE), metavar="R,G,B")
     std: tuple[float, ...] | None = option(None, "standard deviation of each channel, likewise",
         type=three_numbers(DEVIATION), metavar="R,G,B")
+    full_decode: bool = option(False, "decode JPEGs in full; by default at a half, a quarter or an "
+        "eighth of their size if that is enough for the training crop, or twice --val-resize")
     min_res: int | None = option(None, "progressive resizing: side of the training images in the "
         "first epoch; it grows to --max-res in steps of 32", type=COUNT)
     max_res: int | None = option(None, "side of the training images from --end-ramp on (default: "

@@ -22,6 +22,7 @@ from serving import QuietHandler, cut_in_half, flip_a_bit
 
 from split_affinity import ALLOWED_CPUS
 from split_affinity.data.dataset import describe_data, describe_images, open_data
+from split_affinity.data.decoding import decoded
 from split_affinity.data.loader import BadImages, validation_loader
 from split_affinity.data.named import CIFAR10, class_names
 from split_affinity.data.pictures import BrokenImage, ImageData
@@ -72,6 +73,7 @@ def in_order_of(data, part):
 def assert_pictures(pictures, expected, grey=False):
     assert len(pictures) == len(expected)
     for (picture, target), (label, colour) in zip(pictures, expected, strict=True):
+        picture = decoded(picture)
         assert picture.mode == "RGB"
         found = np.asarray(picture).reshape(-1, 3)
         wanted = (colour[0],) * 3 if grey else colour
@@ -114,7 +116,7 @@ def test_batches_of_a_set_by_name(tmp_path, monkeypatch, name):
         batches = list(loader.batches(BadImages()))
     assert sum(len(targets) for _, targets in batches) == len(data.val)
     picture, _ = data.val[0]
-    colour = torch.tensor(np.asarray(picture)[0, 0] / 255, dtype=torch.float32)
+    colour = torch.tensor(np.asarray(decoded(picture))[0, 0] / 255, dtype=torch.float32)
     expected = (colour - torch.tensor(settings.mean)) / torch.tensor(settings.std)
     found = batches[0][0][0].mean(dim=(1, 2))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
