@@ -287,6 +287,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, str]:
         "model": trained.settings.model,
         "classes": [readable(name) for name in checkpoint.classes],  # files are in UTF-8
         "preprocessing": vars(trained.ready),
+        "full_decode": trained.settings.full_decode,
         "versions": checkpoint.state["versions"],
     }
     return {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}

@@ -25,6 +25,7 @@ from pathlib import Path
 import checkpoint as cp  # first: it finds the package that the others import from
 
 # isort: split
+from split_affinity.data.decoding import decoded
 from split_affinity.data.pictures import BrokenImage, ImageData
 from split_affinity.errors import RunError, Stopped, UserError, one_line
 from split_affinity.options.values import whole_number
@@ -191,7 +192,7 @@ def example_pictures(data: ImageData, count: int) -> list[tuple[str, Image.Image
             continue
         with contextlib.suppress(BrokenImage):
             picture, target = data.val[index]
-            pictures.append((data.classes[target], picture))
+            pictures.append((data.classes[target], decoded(picture)))
     return pictures
 
 

@@ -46,7 +46,7 @@ class Demo:
         begin = time.perf_counter()
         try:
             file = uploads.read_upload(picture, self.folders)
-            square = pictures.middle(pictures.open_picture(file), self.ready)
+            square = pictures.middle(pictures.open_picture(file, self.ready), self.ready)
         except pictures.Unusable as error:
             raise gr.Error(str(error), print_exception=False) from None
         read_ms = 1e3 * (time.perf_counter() - begin)
@@ -81,4 +81,5 @@ def open_demo(folder: Path, places: Sequence[Path]) -> Demo:
     models = {name: onnxruntime.InferenceSession(file, options) for name, file in found.items()}
     facts = models["fp32"].get_modelmeta().custom_metadata_map
     classes, ready = json.loads(facts["classes"]), json.loads(facts["preprocessing"])
+    ready["full_decode"] = json.loads(facts.get("full_decode", "true"))  # of an earlier version
     return Demo(models, classes, ready, places)

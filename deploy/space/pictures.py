@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,6 +23,10 @@ PICTURE_FORMATS = tuple(
     for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "JPEG2000", "AVIF")
     if name in Image.OPEN
 )
+# A JPEG is decoded at one part in so many of its sides, if that leaves TO_VALIDATE pixels for each
+# one needed; EXIF orientations that swap the sides, or turn an axis round. All as the trainer's.
+SCALES, TO_VALIDATE = (8, 4, 2), 2
+SWAPPED, RIGHT_TO_LEFT, BOTTOM_TO_TOP = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 PART_BYTES = 4096  # decoded at once: of some JPEG files, a second's work
 GLOW = np.array(
     [[70, 0, 110], [190, 30, 90], [250, 130, 20], [255, 240, 90]]
@@ -48,19 +53,56 @@ def too_large() -> Unusable:
     )
 
 
-def open_picture(file: str | BinaryIO) -> Image.Image:
-    """A file's picture in RGB, turned as its EXIF data say; of an animated one the first frame.
-    Raises Unusable; that it is too large is known from the first bytes of the file.
+@dataclass(frozen=True)
+class Opened:
+    """A picture in RGB, turned as its EXIF data say, perhaps decoded at a part of its size."""
+
+    picture: Image.Image
+    size: tuple[int, int]  # of the whole picture
+    box: tuple[float, float, float, float]  # where the whole picture lies in the decoded one
+
+
+def resized_sides(size: tuple[int, int], ready: dict[str, Any]) -> tuple[int, int]:
+    """Width and height that a picture is resized to, rounded as torchvision's Resize rounds."""
+    width, height = (int(ready["val_resize"] * side / min(size)) for side in size)
+    return width, height
+
+
+def decoding_scale(picture: Image.Image, ready: dict[str, Any] | None) -> int:
+    """At one part in how many of its sides a picture is decoded; 1 for one that is no JPEG, and by
+    a model that was trained with --full-decode, or before there was that.
+    """
+    whole = not ready or ready.get("full_decode", True) or ready["interpolation"] == "nearest"
+    if whole or picture.format not in ("JPEG", "MPO"):
+        return 1
+    pairs = [*zip(picture.size, resized_sides(picture.size, ready), strict=True)]
+    enough = (s for s in SCALES if all(side >= TO_VALIDATE * s * few for side, few in pairs))
+    return next(enough, 1)
+
+
+def open_picture(file: str | BinaryIO, ready: dict[str, Any] | None = None) -> Opened:
+    """A file's picture, as large as it has to be; of an animated one the first frame. Raises
+    Unusable; that it is too large is known from the first bytes of the file.
     """
     try:
         with Image.open(file, formats=PICTURE_FORMATS) as picture:
             if is_too_large(*picture.size):
                 raise too_large()
             picture.decodermaxblock = PART_BYTES
+            size, orientation, scale = picture.size, 1, decoding_scale(picture, ready)
+            if scale > 1:
+                picture.draft(None, (size[0] // scale, size[1] // scale))
             picture.load()
             with contextlib.suppress(Exception):  # damaged EXIF data do not spoil a picture
+                orientation = picture.getexif().get(274, 1)
                 ImageOps.exif_transpose(picture, in_place=True)
-            return to_rgb(picture)
+            if orientation in SWAPPED:
+                size = size[::-1]
+            decoded, (width, height) = to_rgb(picture), (side / scale for side in size)
+            # The last pixels can be of less than `scale` pixels, in a turned picture the first.
+            left = (decoded.width - width) * (orientation in RIGHT_TO_LEFT)
+            top = (decoded.height - height) * (orientation in BOTTOM_TO_TOP)
+            return Opened(decoded, size, (left, top, left + width, top + height))
     except Unusable:
         raise
     except Image.DecompressionBombError:
@@ -89,12 +131,12 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def middle(picture: Image.Image, ready: dict[str, Any]) -> Image.Image:
-    """The square that the model sees, rounded as torchvision's Resize and CenterCrop round."""
-    size, short = ready["image_size"], ready["val_resize"]
-    sides = tuple(int(short * side / min(picture.size)) for side in picture.size)
+def middle(opened: Opened, ready: dict[str, Any]) -> Image.Image:
+    """The square that the model sees, rounded as torchvision's CenterCrop rounds."""
+    picture, size, sides = opened.picture, ready["image_size"], resized_sides(opened.size, ready)
     if picture.size != sides:
-        picture = picture.resize(sides, Image.Resampling[ready["interpolation"].upper()])
+        filters = Image.Resampling[ready["interpolation"].upper()]
+        picture = picture.resize(sides, filters, opened.box)
     left, top = (round((s - size) / 2) if s >= size else -((size - s) // 2) for s in sides)
     return picture.crop((left, top, left + size, top + size))  # black where there is nothing
 

@@ -66,7 +66,7 @@ class RandomResizedCrop(v2.RandomResizedCrop):
         drawn = self.make_params([torch.empty(1, height, width, device="meta")])
         left, top = drawn["left"], drawn["top"]
         box = left, top, left + drawn["width"], top + drawn["height"]
-        filters = Image.Resampling[self.interpolation.name]
+        filters = Image.Resampling[v2.InterpolationMode(self.interpolation).name]
         return picture.resized(box, (self.size[1], self.size[0]), filters, TO_TRAIN)
 
 

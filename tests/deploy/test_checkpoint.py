@@ -102,6 +102,7 @@ def test_a_description_is_text_that_says_all(best):
     assert Preprocessing(**facts["preprocessing"]) == Preprocessing(
         32, 37, "bilinear", list(IMAGENET_MEAN), list(IMAGENET_STD)
     )
+    assert facts["full_decode"] is False
 
 
 def test_threads_are_those_of_the_allowed_cores():

@@ -35,7 +35,8 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 from scipy.special import softmax
 
-from split_affinity.data.pictures import PICTURE_FORMATS, load_image
+from split_affinity.data.decoding import picture_reader
+from split_affinity.data.pictures import PICTURE_FORMATS
 from split_affinity.data.transforms import validation_transform
 from split_affinity.models.pretrained import Preprocessing
 from train_split_affinity import main
@@ -177,6 +178,9 @@ KINDS = {
     "tiny.png": (rgb(7, 5), {}),
     "wide.jpg": (rgb(400, 31), {"quality": 95}),
     "turned.jpg": (rgb(), {"exif": turned(), "quality": 95}),
+    "photo.jpg": (rgb(601, 455), {"quality": 95}),  # larger than it has to be decoded
+    "photo-turned.jpg": (rgb(601, 455), {"exif": turned(), "quality": 95}),
+    "photo-grey.jpg": (rgb(601, 455).convert("L"), {"quality": 95}),
     "turned.webp": (rgb(), {"exif": turned(), "lossless": True}),
     "turned.png": (rgb(), {"exif": turned()}),
     "palette.png": (rgb().quantize(16), {}),
@@ -220,11 +224,15 @@ def kinds(tmp_path_factory) -> Path:
     ],
     ids=["resized", "odd", "padded", "as-they-are"],
 )
-def test_the_pixels_are_those_of_validation(kinds, name, ready):
+@pytest.mark.parametrize("full_decode", [True, False])
+def test_the_pixels_are_those_of_validation(kinds, name, ready, full_decode):
     ready = Preprocessing(**ready, mean=(0.4, 0.5, 0.45), std=(0.2, 0.3, 0.25))
-    expected = validation_transform(ready)(load_image(str(kinds / name))).numpy()
-    known = json.loads(json.dumps(vars(ready)))
-    got = pictures.to_input(pictures.middle(pictures.open_picture(kinds / name), known), known)
+    picture = picture_reader(full_decode)(str(kinds / name))
+    expected = validation_transform(ready)(picture).numpy()
+    known = json.loads(json.dumps(vars(ready) | {"full_decode": full_decode}))
+    opened = pictures.open_picture(kinds / name, known)
+    assert (opened.picture.width < opened.size[0]) == ("photo" in name and not full_decode)
+    got = pictures.to_input(pictures.middle(opened, known), known)
     assert got.dtype == expected.dtype == np.float32
     np.testing.assert_array_equal(got[0], expected)
 
