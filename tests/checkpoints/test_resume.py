@@ -127,6 +127,17 @@ def test_a_setting_that_an_older_checkpoint_does_not_know_had_its_default(name, 
         assert check_resumable(Path("last.pt"), older, newer) == [listed]
 
 
+def test_a_checkpoint_from_before_smaller_decoding_goes_on_with_full_decoding():
+    values = {key: value for key, value in SAVED["settings"].items() if key != "full_decode"}
+    older = SAVED | {"settings": values}
+    assert settings_to_go_on(older).full_decode
+    assert not settings_to_go_on(SAVED).full_decode
+    full = dataclasses.replace(BASE, full_decode=True)
+    assert check_resumable(Path("last.pt"), older, full) == []
+    listed = ["--full-decode True -> False"]
+    assert check_resumable(Path("last.pt"), older, BASE) == listed
+
+
 def test_what_an_older_checkpoint_does_not_know_is_no_other_rate():
     """Else the course of the learning rate would be made anew."""
     older = {"settings": {key: value for key, value in SAVED["settings"].items() if key != "fused"}}
@@ -510,7 +521,9 @@ def test_the_settings_of_an_earlier_version():
         save_steps=7,
         schedule="delayed",
         fused=False,
-        fold_norm=False,  # which it did not have
+        full_decode=True,  # there was no other way
+        fold_norm=False,
+        fused_norm="off",
     )
 
 

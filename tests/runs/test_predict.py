@@ -19,6 +19,7 @@ from torchvision.datasets import ImageFolder
 from split_affinity import ALLOWED_CPUS, process_cpus
 from split_affinity.checkpoints.state import read_checkpoint, versions
 from split_affinity.data.classes import named_classes
+from split_affinity.data.decoding import open_image
 from split_affinity.data.loader import Loader, picture_loader
 from split_affinity.data.pictures import load_image
 from split_affinity.data.transforms import resize_picture, validation_transform
@@ -264,14 +265,16 @@ def test_a_broken_picture_is_named_and_the_rest_is_done(ask, photos_with_val, wo
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-@pytest.mark.parametrize("place", ["load_image", "resize_picture"])
+@pytest.mark.parametrize("place", ["load_image", "open_image", "resize_picture"])
 def test_a_picture_too_large_for_the_memory_costs_no_other_its_answer(
     ask, photos_with_val, monkeypatch, place, workers
 ):
     folder = Path("pictures")
     shutil.copytree(photos_with_val / "val/temple", folder)
     Image.new("RGB", (77, 99)).save(folder / "huge.png")
-    real = {"load_image": load_image, "resize_picture": resize_picture}[place]
+    functions = load_image, open_image, resize_picture
+    real = {each.__name__: each for each in functions}[place]
+    full = ["--full-decode"] if place == "load_image" else []
 
     def fail(*args):
         if "huge" in str(args) or (77, 99) in [getattr(each, "size", None) for each in args]:
@@ -279,7 +282,7 @@ def test_a_picture_too_large_for_the_memory_costs_no_other_its_answer(
         return real(*args)
 
     set_everywhere(monkeypatch, place, fail)
-    answers, captured = ask("-j", workers, "-b", "3", folder, code=1)
+    answers, captured = ask("-j", workers, "-b", "3", folder, *full, code=1)
     assert len(answers["pictures"]) == 6
     assert answers["broken"][0].startswith("broken image pictures/huge.png")
     assert captured.err.count("huge.png") == 1
