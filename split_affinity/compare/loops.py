@@ -67,6 +67,7 @@ class WayRound:
     phase_times_alone: PhaseTimes | None  # of phases that do not overlap
     matrix_flops: ByLane  # a second, in matrix products; not of plain loops
     peak_memory_bytes: int
+    fused: bool = False  # its norms, with what follows them
 
     @property
     def step_s(self) -> float:
@@ -231,7 +232,7 @@ class LaneLoop:
         }
         if not order.keep_memory:
             give_memory_back()
-        return WayRound(steps, busy, alone, rates, peak_memory_bytes())
+        return WayRound(steps, busy, alone, rates, peak_memory_bytes(), network.fused)
 
 
 def with_contention(

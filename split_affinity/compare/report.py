@@ -38,7 +38,8 @@ def comparison_notes(found: Comparison) -> list[str]:
         f"{images}; plain: a PyTorch loop in its defaults, {found.plain}: with the flags of other "
         f"trainers ({flags}, channels_last){ranks}"
     )
-    return [about, *disturbance_lines(found.rounds)]
+    fused = ", ".join(row.way for row in rows if row.fused) or "no way"
+    return [about, f"batch norm is fused in {fused}", *disturbance_lines(found.rounds)]
 
 
 def disturbance_lines(rounds: Sequence[Round]) -> Iterator[str]:

@@ -54,6 +54,7 @@ def combine_ranks(rounds: Sequence[WayRound]) -> WayRound:
         phase_times_alone=None,  # a rank's phases overlap with those of the others
         matrix_flops=merge_lanes(each.matrix_flops for each in rounds),
         peak_memory_bytes=sum(each.peak_memory_bytes for each in rounds),
+        fused=all(each.fused for each in rounds),
     )
 
 

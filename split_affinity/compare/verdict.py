@@ -26,7 +26,8 @@ class Compared:
     `bound_share` is the bound's share of the step's time. `gflops` are those of the whole machine;
     `matrix_share`, by lane, is the rate of convolutions and matrix products, relative to that of
     large matrix products: over whole steps for a single lane, over its phases for a lane of two.
-    With several `ranks`, `batches` are ranks x batches x images.
+    With several `ranks`, `batches` are ranks x batches x images. `fused` says whether its norms are
+    one operator with what follows them.
     """
 
     way: str
@@ -48,6 +49,7 @@ class Compared:
     matrix_share: ByLane
     matrix_gflops: ByLane
     stray_s: float
+    fused: bool
 
 
 def matrix_share(lane: str, each: WayRound, flops: ByLane) -> float:
@@ -103,6 +105,7 @@ def compared_way(way: Way, rounds: Sequence[Round], flops: ByLane) -> Compared:
         matrix_share=lane_medians(shares),
         matrix_gflops={lane: rate / 1e9 for lane, rate in rates.items()},
         stray_s=sum(step.total("stray_s") for each in own for step in each.steps),
+        fused=all(each.fused for each in own),
     )
 
 
