@@ -53,11 +53,11 @@ def way_settings(settings: Settings) -> dict[str, Settings]:
     # Lists of cores and thread counts are for the lanes of a split alone.
     own = ("forward_cores", "backward_cores", "forward_threads", "backward_threads")
     none = dataclasses.replace(settings, split="none", schedule="sequential", **dict.fromkeys(own))
+    plain = dataclasses.replace(none, fold_norm=False, channels_last=False)
+    best = "plain bf16" if settings.precision == "bf16" else "plain nhwc"
     ways = {
-        "plain": dataclasses.replace(none, precision="fp32", channels_last=False),
-        "plain bf16" if settings.precision == "bf16" else "plain nhwc": dataclasses.replace(
-            none, channels_last=True
-        ),
+        "plain": dataclasses.replace(plain, precision="fp32"),
+        best: dataclasses.replace(plain, channels_last=True),
         "none": none,
     }
     splits, halves = settings.split.split(","), halved_step(settings)

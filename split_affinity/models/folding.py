@@ -41,12 +41,11 @@ def fold(model: nn.Module, bf16: bool, frozen_alone: bool = False) -> nn.Module:
         traced = trace(model)
     except CannotTrace:
         return model
-    folder = Folder(traced, bf16)
+    folder = Folder(traced, bf16, trained_nodes(traced) if frozen_alone else ())
     for node in list(traced.graph.nodes):
         folder.skip(node)
-    trained = trained_nodes(traced) if frozen_alone else ()
     for node in list(traced.graph.nodes):
-        if node not in trained and folder.is_foldable(node):
+        if folder.is_foldable(node):
             folder.fold(node)
     if not folder.layers:
         return model
@@ -71,11 +70,14 @@ def trained_nodes(traced: fx.GraphModule) -> set[fx.Node]:
 
 
 class Folder:
-    """Replaces norms in a graph; `layers` has the convolutions that it made, by their nodes."""
+    """Replaces norms in a graph; `layers` has the convolutions that it made, by their nodes.
 
-    def __init__(self, traced: fx.GraphModule, bf16: bool):
+    Gradients flow through the operations of `trained`, which so stay as they are.
+    """
+
+    def __init__(self, traced: fx.GraphModule, bf16: bool, trained: Collection[fx.Node] = ()):
         self.layers: dict[fx.Node, FoldedConvolution] = {}
-        self._traced, self._bf16 = traced, bf16
+        self._traced, self._bf16, self._trained = traced, bf16, trained
         self._order = {node: place for place, node in enumerate(traced.graph.nodes)}
 
     def _module(self, node: Any) -> nn.Module | None:
@@ -98,7 +100,9 @@ class Folder:
     def is_foldable(self, node: fx.Node) -> bool:
         """Whether a node is a norm in evaluation mode whose convolution has no other user."""
         norm = self._module(node)
-        if not is_norm(norm) or norm.training or norm.running_var is None:
+        if node in self._trained or not is_norm(norm):
+            return False
+        if norm.training or norm.running_var is None:
             return False
         convolution = self._module(node.args[0])
         return (
@@ -154,6 +158,8 @@ class Folder:
         if not all(isinstance(each, fx.Node) for each in pair) or pair[0] is pair[1]:
             return None
         other = pair[1] if pair[0] is node else pair[0]
+        if other in self._trained:
+            return None
         first, end = node.args[0], self._order[added]
         # In the meantime, another user could change its input in place.
         waits = (self._order[each] for each in first.args[0].users if each is not first)

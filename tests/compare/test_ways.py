@@ -93,6 +93,7 @@ def test_why_there_are_no_ranks(tmp_path, monkeypatch):
 def test_plain_loops_are_named_for_what_they_are(precision, best):
     ways = way_settings(Settings(precision=precision, channels_last=False, accumulate=2))
     flags = {way: (each.precision, each.channels_last) for way, each in ways.items()}
+    assert {way for way, each in ways.items() if not each.fold_norm} == {"plain", best}
     assert flags == {
         "plain": ("fp32", False),
         best: (precision, True),

@@ -274,3 +274,13 @@ def test_only_what_is_in_front_of_all_trained_weights_is_folded(groups):
             torch.testing.assert_close(weight.grad, expected[name], rtol=1e-3, atol=1e-4)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, after[name])
+
+
+def test_a_frozen_branch_beside_a_trained_one_is_no_part_of_their_sum():
+    model = with_statistics(Parts(lambda parts, images: parts.one(images) + parts.two(images)))
+    model.one.requires_grad_(False)
+    begin_training(model)
+    folded, images = fold(model, False, frozen_alone=True), torch.randn(2, 4, 5, 5)
+    assert len(layers(folded)) == 1
+    folded(images).square().sum().backward()
+    assert all(weight.grad.abs().sum() > 0 for weight in model.two.parameters())
