@@ -13,9 +13,22 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Channels in a vector; rows that share what is loaded for their channels; tiles that are added up in
- * float32 before their sum goes into a double; rows that the shift is the mean of. */
-enum { WIDTH = 16, TILE = 4, TILES_IN_FLOAT = 256, SHIFT_ROWS = 16 };
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+/* Channels in a vector, as long as the CPU's own: gcc takes longer ones apart. */
+#if defined(__AVX512F__)
+enum { WIDTH = 16 };
+#elif defined(__AVX__)
+enum { WIDTH = 8 };
+#else
+enum { WIDTH = 4 };
+#endif
+
+/* Rows that share what is loaded for their channels; tiles that are added up in float32 before their
+ * sum goes into a double; rows that the shift is the mean of. */
+enum { TILE = 4, TILES_IN_FLOAT = 256, SHIFT_ROWS = 16 };
 
 typedef float floats __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
@@ -72,9 +85,13 @@ INLINE void store(void *matrix, int64_t index, floats value, int bf16) {
         store_floats((float *)matrix + index, value);
         return;
     }
+#ifdef __AVX512BF16__
+    halves half = (halves)_mm512_cvtneps_pbh((__m512)value);
+#else
     words word = (words)value, is_nan = (words)(value != value);
     words rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
     halves half = __builtin_convertvector((is_nan & 0x7fc0) | (~is_nan & rounded), halves);
+#endif
     memcpy((uint16_t *)matrix + index, &half, sizeof half);
 }
 

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from split_affinity.kernels.compiler import load_library
 
 LEAST_CHANNELS = 16  # of a vector in the C file
-LEAST_GAIN = 1.1
-ROUNDS = 5
 
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -186,32 +181,3 @@ def suits(norm: _BatchNorm, x: torch.Tensor, residual: torch.Tensor | None) -> b
         and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype))
         and all(each.dtype == torch.float32 for each in own)
     )
-
-
-def measure_gain(images: int, image_size: int, bf16: bool) -> float:
-    """How many times as fast as PyTorch's operators the kernels are on the calling thread's team.
-
-    It takes a tenth of a second, with the norm, addition and ReLU of a residual block, forward and
-    backward. Raises CannotCompile.
-    """
-    kernels()  # not timed
-    side = max(1, min(image_size // 4, 56))
-    shape = min(images, 32), 64, side, side
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    x, residual, gradient = (dense(torch.ones(shape, dtype=dtype)) for _ in range(3))
-    norm = nn.BatchNorm2d(shape[1])
-    leaves = [x.requires_grad_(), residual.requires_grad_(), *norm.parameters()]
-
-    def seconds(compute: Callable[[], torch.Tensor]) -> float:
-        begun_s = time.perf_counter()
-        torch.autograd.grad(compute(), leaves, gradient)
-        return time.perf_counter() - begun_s
-
-    def plain() -> torch.Tensor:
-        return nn.functional.relu(norm(x) + residual)
-
-    def fused() -> torch.Tensor:
-        return fused_norm(norm, x, residual, relu=True)
-
-    times = [(seconds(plain), seconds(fused)) for _ in range(ROUNDS + 1)]
-    return statistics.median(ours and theirs / ours for theirs, ours in times[1:])

@@ -269,8 +269,8 @@ class SpeedSettings:
         "autocast; auto: bf16 where the CPU computes it natively, else fp32",
         choices=("auto", "fp32", "bf16"))
     fused_norm: str = option("auto", "train with batch norm, and the addition and the ReLU behind "
-        "it, as one operator, made by the C compiler of this machine; auto: where that is measured "
-        "to be faster", choices=("auto", "on", "off"))
+        "it, as one operator, made by the C compiler of this machine; auto: on x86 alone, "
+        "where it was measured to be faster", choices=("auto", "on", "off"))
     channels_last: bool = option(True, "keep images and weights in the default memory format, NCHW")
     fold_norm: bool = option(True, "compute batch norms by themselves; by default they are folded "
         "into the convolutions wherever nothing is trained: validation, predict, a teacher, and "

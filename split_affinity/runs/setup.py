@@ -32,7 +32,7 @@ from split_affinity.options.contradictions import resizing_contradictions
 from split_affinity.options.settings import ReportSettings, Settings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks
 from split_affinity.reports.tables import CURVES, GRADIENTS, METRICS, TENSORBOARD, TIMELINE, TRACE
-from split_affinity.runs.fused_norm import fuse_where_it_pays
+from split_affinity.runs.fusing import fuse_where_it_pays
 from split_affinity.runs.starting_weights import build_teacher, starting_model, teacher_name
 from split_affinity.terminal import say_lines
 from split_affinity.training.network import Network

@@ -455,6 +455,7 @@ def test_a_checkpoint_holds_what_it_takes_to_use_it(trained, pictures):
         "forward_threads": None,
         "backward_threads": None,
         "precision": "auto",
+        "fused_norm": "auto",
     }, "all else is as it was asked for, and paths are absolute"
 
 

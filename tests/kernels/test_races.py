@@ -1,5 +1,6 @@
 """The operator's threads under gcc's sanitizers: no races, nothing beyond an array's end."""
 
+import os
 import shutil
 import subprocess
 
@@ -26,7 +27,8 @@ def build(folder, sanitizer):
 
 
 def run(program):
-    done = subprocess.run([program], capture_output=True, text=True, timeout=200)
+    first = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
+    done = subprocess.run([program], capture_output=True, text=True, timeout=200, env=first)
     return done.returncode, done.stderr
 
 

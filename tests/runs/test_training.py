@@ -363,7 +363,9 @@ def test_the_settings_in_force_are_listed(in_tmp, monkeypatch):
     assert settings["tuned_malloc"] is False
     assert settings["channels_last"] is settings["fused"] is settings["grads_to_none"] is True
     log = (in_tmp / "logs.md").read_text()
-    assert f"precision {settings['precision']}, channels_last True" in log
+    chosen = f"precision {settings['precision']}, fused_norm {settings['fused_norm']}"
+    assert settings["fused_norm"] in ("on", "off")
+    assert f"{chosen}, channels_last True" in log
     assert "- warning: cannot be tuned here" in log
 
 
