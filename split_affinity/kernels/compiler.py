@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def load_library(name: str) -> ctypes.CDLL:
     Its threads are those of the OpenMP that PyTorch uses. Raises CannotCompile.
     """
     check_openmp()
-    source = Path(__file__).with_name(name).read_bytes()
+    source = resources.files(__package__).joinpath(name).read_bytes()  # in a .pyz, too
     compiler = find_compiler()
     key = hashlib.sha256(b"\0".join([source, *describe_target(compiler)])).hexdigest()[:32]
     kept = None

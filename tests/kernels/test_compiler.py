@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -159,6 +160,16 @@ def test_no_openmp_but_that_of_pytorch(cache, monkeypatch):
     monkeypatch.setattr(compiler.torch, "__file__", os.fspath(cache / "torch" / "__init__.py"))
     with pytest.raises(CannotCompile, match="OpenMP that PyTorch runs with"):
         load_library(NAME)
+
+
+@pytest.mark.slow
+def test_in_one_file(cache, tmp_path):
+    """The C file is read from the .pyz, too."""
+    packed = shutil.make_archive(str(tmp_path / "program"), "zip", ROOT, "split_affinity")
+    environment = os.environ | {"PYTHONPATH": packed}
+    command = [sys.executable, "-c", LOAD]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
