@@ -1,7 +1,7 @@
 """Does a run that is killed again and again end as if it had not been? A measurement of some
 minutes, not a test.
 
-Trains SqueezeNet on scikit-learn's digits, saving after every step; then trains it once more,
+Trains a ResNet-20 on scikit-learn's digits, saving after every step; then trains it once more,
 killing the process at random moments and resuming it with `--resume auto`. Compares weights, moving
 average, optimizer and history of both, bit for bit; exit code 1 if anything differs:
 
@@ -72,7 +72,7 @@ class Job:
         """The process; what it prints goes to a file, since its loaders outlive it for a while."""
         files = {"data-path": "../digits", "output-dir": ".", "log-file": "logs.md"}
         options = (
-            "--model squeezenet1_1 --subset 0.15 --image-size 32 --accumulate 2 -j 1 "
+            "--model resnet20 --subset 0.15 --image-size 32 --accumulate 2 -j 1 "
             f"-b {8 // self.ranks} "
             "--lr 0.01 --lr-scheduler cosine --lr-warmup-epochs 1 --mixup-alpha 0.2 --model-ema "
             f"--model-ema-decay 0.99 --epochs {self.epochs} --schedule {self.schedule} "
