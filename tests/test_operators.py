@@ -54,10 +54,12 @@ def test_errors_are_one_line(capsys):
 
 
 @pytest.mark.slow
-def test_a_step_by_operators(capsys):
+@pytest.mark.parametrize(("fused", "norm"), [("on", "fused norm"), ("off", "batch norm")])
+def test_a_step_by_operators(capsys, fused, norm):
     given = ["--model", "resnet18", "--image-size", "32", "--batch-size", "2", "--steps", "1"]
-    assert operators.main([*given, "--no-tuned-malloc"]) == 0
+    assert operators.main([*given, "--no-tuned-malloc", "--fused-norm", fused]) == 0
     printed = capsys.readouterr().out
-    for kind in ("convolution forward", "convolution backward", "batch norm forward", "optimizer"):
+    norms = f"{norm} forward", f"{norm} backward"
+    for kind in ("convolution forward", "convolution backward", *norms, "optimizer"):
         assert f"| {kind} " in printed
     assert "images/s without the profiler" in printed
