@@ -131,7 +131,10 @@ def script(path, text):
     [
         ("exit 1", "cc fails: it fails"),
         ("echo 'x.c:1: error: no such \x1b[31mthing' >&2; exit 1", r"no such \\x1b"),
-        ("[ $1 = --version ] && exit; echo nonsense > $5", "cannot be (loaded|read)|fails"),
+        (
+            '[ $1 = --version ] && exit; while [ $1 != -o ]; do shift; done; echo nonsense > "$2"',
+            "cannot be (loaded|read)|fails",
+        ),
         ("sleep 60", "takes more than"),
         ("[ $1 = --version ]", "cc fails"),
     ],
