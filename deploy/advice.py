@@ -12,7 +12,7 @@ from figures import LEVEL, Calibration, ClassFigures, Judged, Scores, Share
 
 from split_affinity.checkpoints.state import best_epoch
 from split_affinity.reports.confusion import images_by_class, worst_pairs
-from split_affinity.text import plural
+from split_affinity.text import percent, plural
 from split_affinity.training.network import Confusion
 
 LISTED = 5  # classes or pairs in a sentence
@@ -50,11 +50,6 @@ class Finding:
     title: str
     figures: str
     to_do: str = ""
-
-
-def percent(share: float) -> str:
-    """A share in percent; only what is exactly none or all has no decimal."""
-    return f"{share:.1%}".removesuffix("%").replace("100.0", "100") + "\u00a0%"
 
 
 def some(texts: Sequence[str]) -> str:

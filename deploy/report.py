@@ -10,10 +10,7 @@ trained, and what to do next. Pictures, style and script are inside the file; no
 from __future__ import annotations
 
 import argparse
-import base64
-import hashlib
 import importlib.metadata
-import io
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -37,10 +34,11 @@ from split_affinity.models.pretrained import Preprocessing
 from split_affinity.options.settings import as_options
 from split_affinity.options.values import whole_number
 from split_affinity.reports.confusion import confused_json, images_by_class, worst_pairs
+from split_affinity.reports.page import SMALL_PX, data_uri, page_template
 from split_affinity.reports.tables import METRICS, PARTS
 from split_affinity.runs.evaluation import warn_of_known_images
 from split_affinity.terminal import say, say_lines
-from split_affinity.text import option_text, plural, readable, shown, utc_now
+from split_affinity.text import option_text, plural, readable, utc_now
 from split_affinity.training.network import Confusion
 
 with cp.needed_packages():
@@ -55,7 +53,7 @@ TEMPLATE = "report.html.jinja"
 PER_CLASS = 20  # at most, or the file gets too large to be sent
 SHOWN_CLASSES, SHOWN_PAIRS, SHOWN_OF_PAIR = 20, 6, 3
 MATRIX_CLASSES, LISTED_CLASSES = 20, 1000
-THUMBNAIL_PX, SMALL_PX = 160, 64
+THUMBNAIL_PX = 160
 
 
 # ---- What the model makes of the validation images -----------------------------------------------
@@ -107,14 +105,6 @@ class Shown:
     def is_right(self) -> bool:
         """Whether the answer is."""
         return self.true == self.predicted
-
-
-def data_uri(picture: Image.Image) -> str:
-    """A picture inside a text; small ones unchanged."""
-    kind = "PNG" if max(picture.size) <= SMALL_PX else "JPEG"
-    file = io.BytesIO()
-    picture.save(file, kind, quality=85)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def as_seen(image: torch.Tensor, ready: Preprocessing) -> Image.Image:
@@ -308,39 +298,6 @@ def findings_of(
 # ---- The page ------------------------------------------------------------------------------------
 
 
-def sha256_source(script: str) -> str:
-    """A script's hash, as a content security policy names the scripts that may run."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
-
-
-def visible(value: Any) -> Any:
-    """What is put into the page: of text, which can be anybody's, nothing is unseen. Pictures, and
-    what the template makes itself, stay as they are.
-    """
-    if isinstance(value, Path):
-        value = str(value)
-    is_foreign = type(value) is str and not value.startswith("data:image/")
-    return shown(value) if is_foreign else value
-
-
-def template() -> jinja2.Template:
-    """The page's template; all text put into it is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(cp.HERE),
-        autoescape=True,
-        finalize=visible,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": advice.percent,
-        "plural": plural,
-        "sha256_source": sha256_source,
-    }
-    return environment.get_template(TEMPLATE)
-
-
 def package_versions() -> dict[str, str]:
     """Versions of what this report was made with."""
     names = "captum", "torchmetrics", "scipy", "jinja2"
@@ -405,6 +362,11 @@ def told_of_training(
         "versions": state["versions"],
         "own_versions": package_versions(),
     }
+
+
+def template() -> jinja2.Template:
+    """The page's template."""
+    return page_template(TEMPLATE, cp.HERE)
 
 
 def render(

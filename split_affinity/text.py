@@ -40,6 +40,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
 
 
+def percent(share: float) -> str:
+    """A share in percent; only what is exactly none or all has no decimal."""
+    return f"{share:.1%}".removesuffix("%").replace("100.0", "100") + "\u00a0%"
+
+
 # Before the next address in a chain of fsspec's, such as simplecache::s3://bucket/run.
 CHAINED = re.compile(r"::(?=\w+(?:://|::|$))")
 ACCOUNTS = ("abfs", "abfss", "wasb", "wasbs")  # container@account: a name by itself is no secret

@@ -1,0 +1,76 @@
+"""Pages of HTML: one file with style, script and pictures in it, and all text in it escaped."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from split_affinity.errors import UserError, one_line
+from split_affinity.text import percent, plural, shown
+
+if TYPE_CHECKING:
+    import jinja2
+    from PIL import Image
+
+SMALL_PX = 64  # of pictures whose every pixel counts
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture inside a text; small ones unchanged."""
+    kind = "PNG" if max(picture.size) <= SMALL_PX else "JPEG"
+    file = io.BytesIO()
+    picture.save(file, kind, quality=85)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def sha256_source(script: str) -> str:
+    """A script's hash, as a content security policy names the scripts that may run."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def visible(value: Any) -> Any:
+    """What is put into a page: of text, which can be anybody's, nothing is unseen. Pictures, and
+    what the template makes itself, stay as they are.
+    """
+    if isinstance(value, Path):
+        value = str(value)
+    is_foreign = type(value) is str and not value.startswith("data:image/")
+    return shown(value) if is_foreign else value
+
+
+def read_template(name: str) -> str | None:
+    """A template of this folder, also from a .pyz file; None if there is none of that name."""
+    try:
+        return resources.files(__package__).joinpath(name).read_text("utf-8")
+    except FileNotFoundError:
+        return None
+
+
+def page_template(name: str, folder: Path | None = None) -> jinja2.Template:
+    """The template of a page that extends page.html.jinja: one of this folder, or of another.
+
+    Every value that it names has to be there. Raises UserError without Jinja2.
+    """
+    try:
+        import jinja2  # here, since training needs none
+    except ImportError as error:
+        needed = "pages need Jinja2: pip install jinja2"
+        raise UserError(f"{needed} ({one_line(error)})") from None
+
+    loaders = [jinja2.FunctionLoader(read_template)]
+    if folder:
+        loaders.append(jinja2.FileSystemLoader(folder))
+    environment = jinja2.Environment(
+        loader=jinja2.ChoiceLoader(loaders),
+        autoescape=True,
+        finalize=visible,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "plural": plural, "sha256_source": sha256_source}
+    return environment.get_template(name)
