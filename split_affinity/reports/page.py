@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,16 +43,16 @@ def visible(value: Any) -> Any:
     return shown(value) if is_foreign else value
 
 
-def read_template(name: str) -> str | None:
-    """A template of this folder, also from a .pyz file; None if there is none of that name."""
+def read_template(package: str, name: str) -> str | None:
+    """A package's template, also from a .pyz file; None if there is none of that name."""
     try:
-        return resources.files(__package__).joinpath(name).read_text("utf-8")
+        return resources.files(package).joinpath(name).read_text("utf-8")
     except FileNotFoundError:
         return None
 
 
-def page_template(name: str, folder: Path | None = None) -> jinja2.Template:
-    """The template of a page that extends page.html.jinja: one of this folder, or of another.
+def page_template(name: str, place: str | Path) -> jinja2.Template:
+    """The template of a page that extends page.html.jinja, in a package or a folder.
 
     Every value that it names has to be there. Raises UserError without Jinja2.
     """
@@ -61,11 +62,13 @@ def page_template(name: str, folder: Path | None = None) -> jinja2.Template:
         needed = "pages need Jinja2: pip install jinja2"
         raise UserError(f"{needed} ({one_line(error)})") from None
 
-    loaders = [jinja2.FunctionLoader(read_template)]
-    if folder:
-        loaders.append(jinja2.FileSystemLoader(folder))
+    if isinstance(place, Path):
+        own = jinja2.FileSystemLoader(place)
+    else:
+        own = jinja2.FunctionLoader(partial(read_template, place))
+    shared = jinja2.FunctionLoader(partial(read_template, __package__))
     environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(loaders),
+        loader=jinja2.ChoiceLoader([shared, own]),
         autoescape=True,
         finalize=visible,
         undefined=jinja2.StrictUndefined,

@@ -59,12 +59,14 @@ def test_templates_are_found_in_one_file(tmp_path, monkeypatch):
             one.write(page.__file__.replace("page.py", name), f"in_one_file/{name}")
     monkeypatch.syspath_prepend(str(tmp_path / "one.pyz"))
     inside = importlib.import_module("in_one_file.page")
-    assert inside.read_template("page.html.jinja") == page.read_template("page.html.jinja")
-    assert inside.read_template("other.html.jinja") is None
+    assert inside.read_template("in_one_file", "page.html.jinja") == page.read_template(
+        page.__package__, "page.html.jinja"
+    )
+    assert inside.read_template("in_one_file", "other.html.jinja") is None
 
 
 def test_without_jinja_there_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(UserError, match="^pages need Jinja2: pip install jinja2 ") as caught:
-        page.page_template("page.html.jinja")
+        page.page_template("page.html.jinja", page.__package__)
     assert "\n" not in str(caught.value)
