@@ -3,7 +3,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #     "torch>=2.10", "torchvision>=0.25", "pillow>=9.4", "psutil>=5.9", "fsspec>=2024.2",
-#     "tqdm>=4.60", "matplotlib>=3.8",
+#     "tqdm>=4.60", "matplotlib>=3.8", "imagehash>=4.3",
 # ]
 #
 # [[tool.uv.index]]
@@ -24,6 +24,7 @@ cores, and how much of that time strayed outside its group. On two cores the spl
 `compare` says how much on yours.
 
     python train_split_affinity.py --batch-size 32 --steps 50    train ResNet-50, report the phases
+    python train_split_affinity.py data photos                   look at your pictures first
     python train_split_affinity.py plan --split 1:2              show how cores would be divided
     python train_split_affinity.py compare                       every schedule beside plain loops
 
@@ -41,6 +42,7 @@ of its own in split_affinity/; each imports only from those named before it (doc
     reports/        the phase table, logs.md, metrics.jsonl, pictures
     runs/           setting up, validating, and the commands predict, plan and find-lr
     compare/        all ways to train side by side, and a verdict
+    inspection/     the command data: a look at all pictures before anything is trained
 """
 
 from __future__ import annotations
@@ -74,6 +76,7 @@ from split_affinity.data.dataset import describe_images
 from split_affinity.data.loader import BadImages, open_loaders
 from split_affinity.errors import RunError, Stopped, UserError, likely_reason, memory_errors
 from split_affinity.files import write_traceback
+from split_affinity.inspection.command import inspect
 from split_affinity.lanes.lane import Lanes, coordinating
 from split_affinity.machine.description import read_machine
 from split_affinity.machine.plan import CorePlan
@@ -378,6 +381,7 @@ WITH_PLAN: dict[str, Callable[[Settings, Topology, CorePlan, Ranks], Any]] = {
 }
 WITHOUT_PLAN: dict[str, Callable[[Settings, Topology], Any]] = {
     "compare": compare,
+    "data": inspect,
     "predict": predict,
     "list-models": list_models,
 }

@@ -565,12 +565,12 @@ def without_torch(tmp_path):
     [
         (
             "--help",
-            "usage: train_split_affinity.py [train|plan|find-lr|compare|predict] [opt",
+            "usage: train_split_affinity.py [COMMAND] [options]\n",
             "too.\n",
         ),
         (
             "train -h",
-            "usage: train_split_affinity.py [train|plan|find-lr|compare|predict] [",
+            "usage: train_split_affinity.py [COMMAND] [options]\n",
             "too.\n",
         ),
         (

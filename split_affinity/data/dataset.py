@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import os
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,14 @@ from split_affinity.data.pictures import ImageData, derived_seed, kept_apart
 from split_affinity.errors import UserError
 from split_affinity.models.pretrained import find_weights
 from split_affinity.options.data_sets import VAL_SHARE
+from split_affinity.options.recipes import survey_folder
 from split_affinity.options.settings import Settings, images_in_step
 from split_affinity.text import plural
+
+# What makes a second look worth while: classes that differ so many times, or have so few images,
+# and kinds of what is left out.
+UNEVEN, FEW_IMAGES = 3, 5
+STRANGE = ("other file", "classless image", "repeated image")
 
 
 def find_data(settings: Settings) -> ImageData:
@@ -41,15 +48,12 @@ def find_data(settings: Settings) -> ImageData:
 def open_data(settings: Settings) -> ImageData:
     """The data, with images chosen to train and to validate; UserError if too few for a step."""
     path = settings.data_path
-    data = with_validation(find_data(settings), settings)
+    data = with_validation(with_native(find_data(settings), settings), settings)
     found = len(data.classes)
     if settings.num_classes and settings.num_classes < found:
         raise UserError(f"--num-classes {settings.num_classes}: {path} has {found} classes")
-    native = data.native
-    if settings.weights:
-        native = find_weights(settings.model, settings.weights).native
     confused, chosen = confused_classes(settings, data.classes), choose_images(data, settings)
-    data = dataclasses.replace(data, native=native, confused=confused, chosen=chosen)
+    data = dataclasses.replace(data, confused=confused, chosen=chosen)
     if len(chosen) < images_in_step(settings):
         step, remedy = f"--batch-size {settings.batch_size}", "lower -b"
         if settings.accumulate > 1:
@@ -58,6 +62,13 @@ def open_data(settings: Settings) -> ImageData:
         count = plural(len(chosen), "image")
         raise UserError(f"{step}: {path} has only {count} to train on: {remedy}")
     return data
+
+
+def with_native(data: ImageData, settings: Settings) -> ImageData:
+    """The data, with pictures made ready as the trained weights want them, if there are any."""
+    if not settings.weights:
+        return data
+    return dataclasses.replace(data, native=find_weights(settings.model, settings.weights).native)
 
 
 def draw_of_each_class(
@@ -166,3 +177,23 @@ def describe_data(data: ImageData) -> list[str]:
     if texts:
         lines.append(f"left out  {', '.join(texts)}")
     return lines
+
+
+def suspicions(data: ImageData, settings: Settings) -> list[str]:
+    """A line on what looks wrong at first sight, and the command that looks closer; none if that
+    was run.
+    """
+    place = settings.data_path
+    if data.kind != "folder" or place is None or survey_folder(place).is_dir():
+        return []
+    counts = Counter(data.train.targets[index] for index in data.chosen)
+    found = []
+    most, fewest = max(counts, key=counts.get), min(counts, key=counts.get)
+    if counts[most] >= UNEVEN * counts[fewest]:
+        pair = f"{data.classes[most]} as of {data.classes[fewest]}"
+        found.append(f"{counts[most] / counts[fewest]:.1f} times as many images of {pair}")
+    if few := [data.classes[each] for each, count in counts.items() if count < FEW_IMAGES]:
+        found.append(f"fewer than {FEW_IMAGES} images of {few[0]}")
+    if strange := [path for kind, path in data.left_out if kind in STRANGE]:
+        found.append(f"{plural(len(strange), 'thing')} among the images that are none")
+    return [f"look      {', '.join(found)}: `data {place}` tells more"] if found else []

@@ -35,6 +35,13 @@ def tensor_transforms(ready: Preprocessing) -> list[v2.Transform]:
     return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), normalize]
 
 
+def as_picture(image: torch.Tensor, ready: Preprocessing) -> Image.Image:
+    """An image (3, height, width) that was made ready for a model, as a picture again."""
+    mean, std = (torch.tensor(each)[:, None, None] for each in (ready.mean, ready.std))
+    pixels = (255 * (image * std + mean)).round().clamp(0, 255).byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
 def auto_augmentation(
     data: ImageData, settings: AugmentationSettings, stronger: bool
 ) -> list[v2.Transform]:

@@ -17,7 +17,13 @@ from split_affinity import PROGRAM, __version__
 from split_affinity.errors import UserError
 from split_affinity.options.contradictions import contradictions, typed_contradictions
 from split_affinity.options.data_sets import DATA_SETS, NAMED_DATA
-from split_affinity.options.recipes import adapt_recipe, list_recipes, recipe_defaults
+from split_affinity.options.recipes import (
+    adapt_recipe,
+    list_recipes,
+    recipe_defaults,
+    survey_folder,
+    usual_recipe,
+)
 from split_affinity.options.settings import (
     COMPARED_BATCHES,
     TITLES,
@@ -107,6 +113,11 @@ COMMANDS = {
         "a whole training, by a recipe": "--recipe cifar10 --data-path cifar --download",
         "your own pictures, with checkpoints": "--data-path photos --epochs 30 --output-dir out",
     }),
+    "data": Command("look at your pictures first: broken ones, copies, wrong labels", {
+        "a folder with a folder of pictures for each class": "data photos",
+        "a data set by name": "data --dataset cifar10 --data-path cifar",
+        "as another recipe shows them to the model": "data photos --recipe imagenet",
+    }, (DataSettings, AugmentationSettings, *"recipe batch_size seed output_dir".split())),
     "plan": Command("show the cores, how they would be divided, and the model", {
         "what a run without further options would use": "plan",
         "twice as many cores for backward as for forward": "plan --split 1:2",
@@ -204,8 +215,8 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser(command: str = "train") -> Parser:
     """The parser of a command, with all options and their defaults."""
-    name = f"[{'|'.join(COMMANDS)}]" if command == "train" else command
-    name += " PICTURE..." if command == "predict" else ""
+    name = "[COMMAND]" if command == "train" else command
+    name += {"predict": " PICTURE...", "data": " FOLDER"}.get(command, "")
     parser = Parser(
         prog=PROGRAM,
         usage=f"%(prog)s {name} [options]",
@@ -219,6 +230,9 @@ def build_parser(command: str = "train") -> Parser:
     parser.add_argument("--list-models", help="list what --model takes", action="store_true")
     places = {"help": "list what --dataset and --data-path take", "const": lambda: DATA_SETS}
     parser.add_argument("--list-data-sets", **places, **text)
+    if command == "data":
+        folder = "folder with a folder of pictures for each class; as --data-path"
+        parser.add_argument("pictures", help=folder, nargs="*", metavar="FOLDER")
     shows = COMMANDS[command].shows
     for group, title in TITLES.items():
         help_group = parser.add_argument_group(title)
@@ -291,6 +305,12 @@ def typed_options(command: str, options: Sequence[str]) -> Values:
     nothing = argparse.Namespace(**{each.name: None for each in dataclasses.fields(Settings)})
     given = vars(build_parser(command).parse_args(options, nothing))
     given["pictures"] = tuple(given["pictures"] or ())
+    if command == "data" and given["pictures"]:
+        place, *more = given.pop("pictures")
+        if more or given["data_path"]:
+            both = shlex.join([place, *more, *map(str, filter(None, [given["data_path"]]))])
+            raise UserError(f"data {both}: give one folder")
+        given["data_path"] = Path(place)
     return {name: value for name, value in given.items() if value not in (None, ())}
 
 
@@ -301,7 +321,11 @@ def command_defaults(command: str, typed: Values) -> Values:
     data set to a folder of images, both to a saved run that is resumed.
     """
     recipe, quick, resume = (typed.get(name) for name in ("recipe", "quick", "resume"))
+    looks = command == "data"
+    if looks and not recipe:
+        recipe = usual_recipe(typed.get("dataset"))
     defaults = adapt_recipe(recipe_defaults(recipe), typed) if recipe else {}
+    defaults |= {"recipe": recipe} if looks else {}
     resumes = resume and (typed.get("test_only") or resume != Path("auto"))
     if typed.get("data_path") or resumes:
         defaults.pop("dataset", None)
@@ -313,6 +337,9 @@ def command_defaults(command: str, typed: Values) -> Values:
         defaults["accumulate"] = 1 if quick else COMPARED_BATCHES
     if typed.get("init_from") or resumes:
         defaults.pop("weights", None)
+    if looks:
+        place = typed.get("data_path") or defaults.get("data_path") or dataset
+        defaults["output_dir"] = survey_folder(Path(place or ""))
     return defaults
 
 

@@ -45,6 +45,7 @@ NEEDS = (
 IN_ONE_PROCESS = {
     "compare": "starts the ranks that it measures itself",
     "predict": "answers in one process, on all cores",
+    "data": "starts a process for each core itself",
 }
 
 
@@ -154,6 +155,11 @@ def typed_contradictions(command: str, settings: Settings, ranks: int = 1) -> It
         given.pop(0)  # the other one is for a new run
     if len(given) > 1:
         yield f"{' and '.join(given)}: give one"
+    if command == "data":
+        if not (settings.data_path or settings.dataset):
+            yield "data needs your pictures: data FOLDER, or --dataset NAME --data-path DIR"
+        if settings.resume:
+            yield f"--resume {settings.resume} is for a trained model, data looks at pictures"
     if command == "predict":
         if not settings.pictures:
             yield "predict needs pictures: files, folders, or patterns such as 'new/*.jpg'"

@@ -50,6 +50,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 # fmt: on
+OF_DATA_SETS = {"digits": "digits", "cifar10": "cifar10", "cifar100": "cifar10"}
 FROM_CHECKPOINT = ("imagenet-finetune", "imagenet-full")  # these start with trained weights
 GIVE_WEIGHTS = "give --init-from PATH or --weights NAME"
 # Parts of the names of models in which --stochastic-depth can leave blocks out.
@@ -59,6 +60,16 @@ WITH_BLOCKS = ("resne", "efficientnet", "convnext", "swin", "maxvit", "timm/")
 def recipe_defaults(name: str) -> Values:
     """What a recipe sets, its output folder included: nobody wants to lose a run of weeks."""
     return {"output_dir": Path("out") / name, **RECIPES[name]}
+
+
+def usual_recipe(data_set: str | None) -> str:
+    """The recipe for a data set by name, or for pictures of your own."""
+    return OF_DATA_SETS.get(data_set or "", "finetune")
+
+
+def survey_folder(place: Path) -> Path:
+    """Where the command `data` writes what it saw of the data in a place."""
+    return Path("out") / "data" / (place.name or place.resolve().name)
 
 
 def adapt_recipe(recipe: Values, typed: Values) -> Values:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from split_affinity.data.dataset import describe_data, open_data
+from split_affinity.data.dataset import describe_data, open_data, suspicions
 from split_affinity.data.named import SYNTHETIC_CLASSES
 from split_affinity.errors import RunError, UserError
 from split_affinity.files import write_where_asked
@@ -75,7 +75,7 @@ def print_model(
     if exists:
         data = open_data(settings)
         classes, native_size = len(data.classes), data.native.image_size
-        say_lines(describe_data(data))
+        say_lines([*describe_data(data), *suspicions(data, settings)])
     shape = settings.num_classes or classes, largest_size(settings, native_size)
     if path and not exists:
         instead = f"{shape[0]} classes, {shape[1]} px taken instead"

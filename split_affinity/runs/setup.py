@@ -17,7 +17,7 @@ from torch import nn
 
 from split_affinity.checkpoints.folder import LAST
 from split_affinity.data.classes import with_known_classes
-from split_affinity.data.dataset import describe_data, open_data
+from split_affinity.data.dataset import describe_data, open_data, suspicions
 from split_affinity.data.pictures import ImageData, derived_seed
 from split_affinity.errors import UserError
 from split_affinity.files import check_appendable, followed, write_whole
@@ -144,7 +144,7 @@ def check_run(
     check_validation(settings, data)
     if not ranks.rank:
         check_writable(settings)
-    say_lines(describe_data(data))
+    say_lines([*describe_data(data), *suspicions(data, settings)])
     if settings.test_only and settings.weights:
         data = with_known_classes(data, settings)
     note = tune_allocator() if settings.tuned_malloc else ""

@@ -22,6 +22,7 @@ from split_affinity.data.dataset import (
     describe_data,
     describe_images,
     open_data,
+    suspicions,
     with_validation,
 )
 from split_affinity.data.loader import BadImages, validation_loader
@@ -241,3 +242,29 @@ def test_the_fingerprint_covers_what_is_kept_apart():
         prints[share, seed] = describe_images(data)["fingerprint"]
     assert prints[None, 0] == prints[None, 1] == hashlib.sha256().hexdigest()
     assert len(set(prints.values())) == 4
+
+
+@pytest.mark.parametrize(
+    ("counts", "left_out", "found"),
+    [
+        ((10, 10, 10), (), ""),
+        ((10, 10, 4), (), "fewer than 5 images of c"),
+        ((30, 12, 10), (), "3.0 times as many images of a as of c"),
+        ((29, 12, 10), (("unused folder", "test"),), ""),
+        ((9, 9, 9), (("other file", "x.txt"), ("classless image", "y.jpg")), "2 things among the "),
+    ],
+)
+def test_data_that_looks_wrong_is_worth_a_look(counts, left_out, found, in_tmp):
+    targets = [label for label, count in enumerate(counts) for _ in range(count)]
+    chosen = range(len(targets))
+    data = ImageData(
+        "folder", Labels(targets), None, ("a", "b", "c"), chosen=chosen, left_out=left_out
+    )
+    settings = Settings(data_path=Path("some/photos"))
+    told = suspicions(data, settings)
+    assert bool(told) == bool(found)
+    if found:
+        assert told[0].startswith(f"look      {found}")
+        assert told[0].endswith(": `data some/photos` tells more")
+    Path("out/data/photos").mkdir(parents=True)
+    assert suspicions(data, settings) == []

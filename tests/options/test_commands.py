@@ -166,7 +166,9 @@ def test_help_fits_a_terminal_of_80_columns(command, monkeypatch):
     assert text.isascii()
     assert max(map(len, text.splitlines())) <= 80
     assert max(map(len, DATA_SETS.splitlines())) <= 80
-    assert f"usage: train_split_affinity.py {'[train|' if command == 'train' else command}" in text
+    assert (
+        f"usage: train_split_affinity.py {'[COMMAND]' if command == 'train' else command}" in text
+    )
 
 
 def test_what_is_told_of_data_sets_is_so():
