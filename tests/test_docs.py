@@ -1,8 +1,9 @@
 """README and docs. Run: python -m pytest tests/test_docs.py
 
 Every command on the pages runs, shortened by further options, those of a page in order, in a folder
-with small data where the pages have data; every option named on them exists; every link to a
-file or to a heading leads somewhere. What torchrun is given is looked at, not run.
+with small data where the pages have data (those of the README run in readme.py, in an environment
+of their own); every option named on them exists; every link to a file or to a heading leads
+somewhere. What torchrun is given is looked at, not run.
 """
 
 import re
@@ -89,7 +90,7 @@ def world(tmp_path, torch_cache) -> Path:
 
 
 @pytest.mark.slow
-@pages
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page, world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     monkeypatch.syspath_prepend(ROOT / "tests")

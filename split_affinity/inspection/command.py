@@ -33,6 +33,7 @@ from split_affinity.inspection.twins import MOST_CROPPED
 from split_affinity.machine.plan import plan_cores
 from split_affinity.machine.topology import Topology
 from split_affinity.options.commands import command_again
+from split_affinity.options.recipes import survey_folder
 from split_affinity.options.settings import Settings, as_options
 from split_affinity.reports.page import SMALL_PX, page_template
 from split_affinity.signals import StopRequest
@@ -51,7 +52,7 @@ def inspect(settings: Settings, topology: Topology) -> Survey:
     check_folder(settings.output_dir)
     say_lines(describe_data(data))
     survey = Survey(
-        place_of(settings),
+        name_of(settings),
         data.classes,
         look_at_all(data, settings, topology),
         data.native.overruled(settings).image_size,
@@ -67,14 +68,14 @@ def inspect(settings: Settings, topology: Topology) -> Survey:
     return survey
 
 
-def place_of(settings: Settings) -> str:
-    """The data as you named it."""
-    return readable(settings.dataset or str(settings.data_path))
+def name_of(settings: Settings) -> str:
+    """The name of the data, without the folders above it."""
+    return readable(settings.dataset or survey_folder(settings.data_path).name)
 
 
 def training_settings(settings: Settings) -> Settings:
     """The same settings for a training, which writes into a folder named after the data."""
-    return dataclasses.replace(settings, output_dir=Path("out") / Path(place_of(settings)).name)
+    return dataclasses.replace(settings, output_dir=Path("out") / name_of(settings))
 
 
 def path_below(path: str, folder: Path | None) -> str:
@@ -113,9 +114,12 @@ def look_at_all(data: ImageData, settings: Settings, topology: Topology) -> list
             for index, look in look_at_part(
                 Looks(pictures, with_crops), cpus, plan.forward.threads, stop
             ):
-                path = path_below(samples[index][0], root) if samples else f"{part} {index}"
+                file = samples[index][0] if samples else f"{part} {index}"
                 of_part = VALIDATION if index in kept else part
-                found = (look, "") if isinstance(look, Look) else (None, readable(look))
+                path, found = path_below(file, root), (look, "")
+                if isinstance(look, str):  # it is broken
+                    why = look.removeprefix(f"broken image {file}: ")
+                    found = None, readable(why.replace(file, path))
                 seen.append(Seen(path, int(labels[index]), of_part, index, *found))
                 bar.update()
     return seen
@@ -178,7 +182,8 @@ def write_survey(
     train: Settings,
 ) -> None:
     """Write data.json and data.html. Raises RunError."""
-    # Others may read the files: they do not tell where the program lies here.
+    # Others may read the files: they do not tell where things lie here.
+    train = dataclasses.replace(train, data_path=train.data_path and Path(train.data_path.name))
     command = f"python {PROGRAM} {as_options(train)}"
     in_force = dataclasses.replace(settings, **vars(data.native.overruled(settings)))
     folder, version, made_at = settings.output_dir, f"{PROGRAM} {__version__}", utc_now()
@@ -201,7 +206,7 @@ def write_survey(
         recipe=settings.recipe,
         small=survey.image_size <= SMALL_PX,
         most=max((bar.pictures for bar in survey.bars), default=0),
-        broken=[each.fault for each in survey.broken],
+        broken=[f"{each.path}: {each.fault}" for each in survey.broken],
         tiny=[size_line(each) for each in survey.tiny],
         huge=[size_line(each) for each in survey.huge],
         left_out=[f"{path} ({kind})" for kind, path in survey.left_out],

@@ -53,7 +53,7 @@ def class_sheets(survey: Survey, data: ImageData, settings: Settings) -> list[Sh
             of_class.setdefault(each.label, []).append(each)
     sheets = []
     for label, pictures in sorted(of_class.items())[:SHOWN_CLASSES]:
-        chosen = spread(pictures, min(PER_CLASS, len(pictures)))
+        chosen = spread(pictures, PER_CLASS)
         shown = [Thumbnail(thumbnail(data, each), each.path, size_text(each)) for each in chosen]
         seen = [Thumbnail(each, "") for each in augmented(data, settings, chosen)]
         sheets.append(Sheet(survey.classes[label], shown, seen))

@@ -51,7 +51,7 @@ def looked_at(messy):
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.chdir(messy.parent)
-        assert main(["data", "photos", "--image-size", "96", "-b", "4"]) == 0
+        assert main(["data", os.fspath(messy), "--image-size", "96", "-b", "4"]) == 0
     return printed.getvalue(), messy.parent / "out/data/photos"
 
 
