@@ -182,6 +182,7 @@ GRADIENT_NORMS = {"sums": {str: check_number}, "measured": check_count, "steps":
 EPOCH = {
     "epoch": check_count,
     "val_top1": (check_number, None),
+    "val_loss": (check_number, None),
     "gradient_norms": {str: check_number},
     str: check_plain,
 }
@@ -216,7 +217,8 @@ CHECKPOINT = {
     "asked": (check_settings, None),
     "ranks": ([RANK], None),
 }
-MAY_BE_MISSING = {"data", "confused", "asked", "ranks"}  # from earlier versions, or one rank
+# From earlier versions, from one rank, or without an option.
+MAY_BE_MISSING = {"data", "confused", "asked", "ranks", "val_loss"}
 
 
 def check_content(saved: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import math
 import os
 import platform
 import re
@@ -62,7 +63,8 @@ class Progress:
     """Where a run stands, the same on all ranks.
 
     `epoch` epochs are finished; `batches`, `images`, `loss_sum`, `top1` and `top5` are of the next
-    one. `best` has (top-1, epoch), best first; `history` has a row for each finished epoch.
+    one. `best` has (top-1, epoch), best first, in `epoch_order`; `history` has a row for each
+    finished epoch.
     """
 
     step: int = 0
@@ -98,14 +100,35 @@ class Progress:
         self.begin_epoch()
         self.history.append(row)
         if row["val_top1"] is not None:
+            losses = {each.get("epoch"): each.get("val_loss") for each in self.history}
             ranked = [*map(tuple, self.best), (row["val_top1"], self.epoch)]
-            self.best = sorted(ranked, key=lambda one: (-one[0], one[1]))[:keep_best]
+            ranked.sort(key=lambda one: epoch_order(*one, losses.get(one[1])))
+            self.best = ranked[:keep_best]
 
 
-def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row of the epoch with the best validation top-1, the first of equals, as in best.pt."""
-    validated = (row for row in history if row["val_top1"] is not None)
-    return max(validated, key=lambda row: row["val_top1"], default=None)
+def epoch_order(top1: float, epoch: int, loss: float | None) -> tuple[float, float, int]:
+    """What to sort epochs by, best first: the higher top-1, then the lower validation loss, then
+    the earlier one. A loss of None, which was not finite, is the worst.
+    """
+    return -top1, math.inf if loss is None else loss, epoch
+
+
+def best_epoch(
+    history: Sequence[dict[str, Any]], best: Sequence[tuple[float, int]] = ()
+) -> dict[str, Any] | None:
+    """The row of the epoch that best.pt is of, by the `best` of a Progress if that is given.
+
+    Earlier versions took the first epoch of equal top-1: `best` knows it, the history does not.
+    """
+    validated = [row for row in history if row["val_top1"] is not None]
+    for row in validated if best else ():
+        if row["epoch"] == best[0][1]:
+            return row
+    return min(
+        validated,
+        key=lambda row: epoch_order(row["val_top1"], row["epoch"], row.get("val_loss")),
+        default=None,
+    )
 
 
 def versions() -> dict[str, str]:

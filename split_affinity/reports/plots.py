@@ -15,9 +15,13 @@ from split_affinity.text import shown
 
 
 def draw_curves(
-    path: Path, title: str, history: Sequence[dict[str, Any]], footer: str = ""
+    path: Path,
+    title: str,
+    history: Sequence[dict[str, Any]],
+    footer: str = "",
+    best: Sequence[tuple[float, int]] = (),
 ) -> None:
-    """Draw losses, accuracies and learning rate by epoch, and mark the best epoch."""
+    """Draw losses, accuracies and learning rate by epoch, and mark the best one (`best_epoch`)."""
     epochs = [row["epoch"] for row in history]
     figure = new_figure(9.5, 8, footer)
     losses, accuracies, rates = figure.subplots(3, sharex=True, height_ratios=(3, 3, 2))
@@ -30,11 +34,11 @@ def draw_curves(
                 label = f"{PARTS[part]} {suffix}".replace("top", "top-")
                 ax.plot(epochs, values, style, color=colour, label=label, **points)
     rates.plot(epochs, [row["lr"] for row in history], color="#228833", **points)
-    if best := best_epoch(history):
-        label = f"best: {best['val_top1']:.2f} % in epoch {best['epoch']}"
+    if row := best_epoch(history, best):
+        label = f"best: {row['val_top1']:.2f} % in epoch {row['epoch']}"
         for ax in (losses, accuracies):
             style = {"color": "#555555", "linestyle": "--", "linewidth": 0.8}
-            ax.axvline(best["epoch"], label=label if ax is accuracies else None, **style)
+            ax.axvline(row["epoch"], label=label if ax is accuracies else None, **style)
     for ax in (losses, accuracies):  # beside the curves, which may fill any corner
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
     losses.set_ylabel("loss")

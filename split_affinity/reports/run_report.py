@@ -222,7 +222,8 @@ class RunReport:
         folder, title = self._settings.output_dir, describe_run(self._settings)
         if folder:
             footer = picture_footer(self._topology)
-            self._write(draw_curves, folder / CURVES, title, history, footer)
+            best = self._progress.best
+            self._write(draw_curves, folder / CURVES, title, history, footer, best)
             self._write(draw_gradients, folder / GRADIENTS, title, history, footer)
 
     def finish(self, outcome: str, together: bool = True) -> None:

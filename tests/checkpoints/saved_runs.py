@@ -110,9 +110,9 @@ def tiny_run(folder, **settings):
     return Settings(output_dir=folder, model="tiny", num_classes=2, **settings)
 
 
-def row_of(epoch, top1):
+def row_of(epoch, top1, **others):
     """The figures of an epoch, as far as checkpoints look at them."""
-    return {"epoch": epoch, "val_top1": top1, "gradient_norms": {}}
+    return {"epoch": epoch, "val_top1": top1, "gradient_norms": {}} | others
 
 
 def save_epochs(checkpoints, progress, top1):

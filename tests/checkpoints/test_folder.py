@@ -38,6 +38,7 @@ from split_affinity.checkpoints.state import Progress
 from split_affinity.errors import UserError
 from split_affinity.files import LOCK, lock_folder
 from split_affinity.options.settings import Settings
+from split_affinity.reports.tables import result_lines
 from train_split_affinity import main
 
 # Evaluating a checkpoint
@@ -130,6 +131,18 @@ def test_which_checkpoints_are_kept(tmp_path, monkeypatch, links):
         if epoch > 1:
             assert step_of(tmp_path, "previous.pt") == 10 * (epoch - 1)
     assert (tmp_path / "best.pt").samefile(tmp_path / "last.pt") == links
+
+
+def test_of_equal_accuracies_the_lower_loss_is_kept(tmp_path):
+    checkpoints = Checkpoints(tiny_run(tmp_path, keep_best=1), pytest.fail)
+    progress = Progress()
+    for loss, best in ((0.5, 1), (0.4, 2), (0.6, 2), (None, 2)):
+        progress.step += 10
+        progress.end_epoch(row_of(progress.epoch + 1, 70.0, val_loss=loss), 1)
+        checkpoints.save(tiny_train_state(), progress)
+        assert step_of(tmp_path, "best.pt") == 10 * best
+        assert [path.name for path in tmp_path.glob("best-*")] == [f"best-000{best}.pt"]
+    assert result_lines(None, progress) == ["best validation top-1: 70.00 % in epoch 2"]
 
 
 def test_from_epoch_10000_on(tmp_path):

@@ -109,9 +109,9 @@ def test_the_curves(tmp_path, figures):
     assert figures[0].get_suptitle() == "resnet18, 32 px"
 
 
-def best_of(history, tmp_path, figures):
+def best_of(history, tmp_path, figures, best=()):
     """Where the best epoch is marked in both upper axes, and its entry in the legend."""
-    draw_curves(tmp_path / "curves.png", "title", history)
+    draw_curves(tmp_path / "curves.png", "title", history, best=best)
     losses, accuracies, rates = figures[-1].axes
     marks = [
         [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"]
@@ -135,6 +135,14 @@ def best_of(history, tmp_path, figures):
 def test_the_best_epoch_is_marked(tmp_path, figures, top1, marks, entries):
     history = [epoch_row(number, val_top1=value) for number, value in enumerate(top1, start=1)]
     assert best_of(history, tmp_path, figures) == (marks, entries)
+
+
+def test_the_best_of_epochs_with_equal_accuracy_is_that_of_the_best_file(tmp_path, figures):
+    """The one with the lowest loss, but for a checkpoint that says otherwise."""
+    history = [epoch_row(number, val_loss=loss) for number, loss in ((1, 0.4), (2, 0.3), (3, 0.5))]
+    assert best_of(history, tmp_path, figures) == ([2], ["best: 1.50 % in epoch 2"])
+    earlier = [(1.5, 1), (1.5, 2)]
+    assert best_of(history, tmp_path, figures, earlier) == ([1], ["best: 1.50 % in epoch 1"])
 
 
 def test_the_moving_average_s_epoch_is_the_best(tmp_path, figures):
@@ -462,7 +470,7 @@ def test_a_run_s_pictures_name_its_machine(settings, tmp_path, monkeypatch):
     report.epoch(epoch_row(), [epoch_row()])
     report.finish("finished")
     footer = picture_footer(read_topology())
-    assert [calls[name][-1] for name in sorted(calls)] == [footer] * 3
+    assert [calls[name][3] for name in sorted(calls)] == [footer] * 3
     (panel,) = calls["draw_timelines"][2]
     assert panel.cores == read_topology().cores
 

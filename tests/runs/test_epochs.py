@@ -26,7 +26,7 @@ from torch import nn
 
 import train_split_affinity as script
 from split_affinity import process_cpus
-from split_affinity.checkpoints.state import Progress, read_checkpoint
+from split_affinity.checkpoints.state import Progress, best_epoch, read_checkpoint
 from split_affinity.data.dataset import open_data
 from split_affinity.data.loader import Batches
 from split_affinity.data.transforms import validation_transform
@@ -143,6 +143,37 @@ def test_the_best_epochs_come_first_and_early_ones_before_equals():
         progress.end_epoch({"val_top1": top1}, keep_best=3)
     assert progress.best == [(40.0, 6), (30.0, 2), (30.0, 4)]
     assert len(progress.history) == 6
+
+
+@pytest.mark.parametrize(
+    ("top1", "losses", "best"),
+    [
+        ((30.0, 30.0, 30.0), (0.5, 0.2, 0.4), [2, 3, 1]),
+        ((30.0, 30.0, 40.0), (0.5, 0.2, 9.0), [3, 2, 1]),  # top-1 goes first
+        ((30.0, 30.0, 30.0), (0.2, 0.2, 0.1), [3, 1, 2]),
+        ((30.0, 30.0, 30.0), (None, 5.0, None), [2, 1, 3]),  # a loss that was not finite
+    ],
+)
+def test_of_epochs_with_equal_accuracy_that_with_the_lowest_loss_is_the_best(top1, losses, best):
+    progress = Progress()
+    for number, (value, loss) in enumerate(zip(top1, losses, strict=True), 1):
+        progress.end_epoch({"epoch": number, "val_top1": value, "val_loss": loss}, keep_best=3)
+    assert [epoch for _, epoch in progress.best] == best
+    named = [best_epoch(progress.history, order) for order in ((), progress.best)]
+    assert [row["epoch"] for row in named] == [best[0], best[0]]
+
+
+def test_the_best_epoch_of_an_earlier_version_is_still_that_of_its_best_file():
+    """It took the first of equals. The order is today's once an epoch more has been made."""
+    rows = [
+        {"epoch": number, "val_top1": 50.0, "val_loss": loss}
+        for number, loss in enumerate((0.4, 0.2, 0.3), 1)
+    ]
+    progress = Progress(epoch=2, best=[(50.0, 1), (50.0, 2)], history=rows[:2])
+    assert best_epoch(progress.history, progress.best) is rows[0]
+    progress.end_epoch(rows[2], keep_best=2)
+    assert progress.best == [(50.0, 2), (50.0, 3)]
+    assert best_epoch(progress.history, progress.best) is rows[1]
 
 
 def test_without_validation_images_there_are_no_validation_figures(
