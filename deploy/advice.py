@@ -136,10 +136,14 @@ def judge_accuracies(train: float, val: float, told: str) -> Finding | None:
 
 
 def judge_fit(
-    history: History, is_mixed: bool = False, epochs: int | None = None
+    history: History,
+    is_mixed: bool = False,
+    epochs: int | None = None,
+    best: Sequence[tuple[float, int]] = (),
 ) -> Finding | None:
     """Over- or underfitting, by the curves. Where images are mixed in training (mixup, CutMix), its
-    top-1 cannot be compared; `epochs` are those that were planned. None with fewer than two epochs.
+    top-1 cannot be compared; `epochs` are those that were planned, `best` as in Progress. None with
+    fewer than two epochs.
 
     1. The validation loss is 10 % or more above its lowest, while the training loss fell: over.
     2. Training top-1 is 10 points or more above validation's: over.
@@ -159,7 +163,7 @@ def judge_fit(
     found = rising_loss(lowest, last)
     if not found and not is_mixed:
         found = judge_accuracies(train, val, told)
-    if not found and last["epoch"] == epochs and last is best_epoch(rows):
+    if not found and last["epoch"] == epochs and last is best_epoch(history, best):
         text = f"{told} The last of {epochs} epochs was the best."
         found = Finding("Perhaps not at its end", text, "Train longer (--epochs).")
     return found or Finding("Neither over- nor underfitting", f"{told} {NO_SIGN}")

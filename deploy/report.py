@@ -282,11 +282,11 @@ def findings_of(
     settings = checkpoint.trained.settings
     scores = figures.scores_of(judged, len(checkpoint.classes))
     is_mixed = bool(settings.mixup_alpha or settings.cutmix_alpha)
-    history = checkpoint.state["progress"]["history"]
+    history, best = (checkpoint.state["progress"][name] for name in ("history", "best"))
     written = confused and str(confused)
     confusion = figures.confusion_of(judged)
     return advice.in_order(
-        advice.judge_fit(history, is_mixed, settings.epochs),
+        advice.judge_fit(history, is_mixed, settings.epochs, best),
         advice.weak_classes(by_class, scores),
         advice.pairs_to_augment(confusion, checkpoint.classes, written),
         advice.judge_calibration(figures.calibration_of(judged), scores),
@@ -349,7 +349,7 @@ def told_of_training(
 ) -> dict[str, Any]:
     """What the page says of the training."""
     state, history = checkpoint.state, checkpoint.state["progress"]["history"]
-    best = best_epoch(history)
+    best = best_epoch(history, state["progress"]["best"])
     return {
         "settings": checkpoint.trained.settings,
         "progress": state["progress"],
