@@ -207,7 +207,7 @@ def train(
         checkpoints = Checkpoints(settings, warn, data, asked_again(asked, settings), ranks)
         with contextlib.closing(checkpoints):
             with ranks.together():
-                check_same_images(ranks, data["fingerprint"])
+                check_same_images(ranks, data["fingerprint"], data.get("class_weights"))
                 checkpoints.lock()  # loaders have been started, and do not share the lock
                 progress, notes = resume(run, checkpoints)
                 checkpoints.lock(make=True)  # a folder that was not there before
@@ -254,7 +254,8 @@ def set_up(
                 forward_threads=plan.forward.threads,
                 backward_threads=plan.backward.threads,
             )
-            state = build_train_state(settings, lanes, *counts, data.classes, ranks)
+            of_data = data.classes, ranks, data.class_weights
+            state = build_train_state(settings, lanes, *counts, *of_data)
             fused = "on" if state.network.fused else "off"
             settings = dataclasses.replace(settings, fused_norm=fused)
         bad, notes = BadImages.of(settings, data), (*notes, *lanes.notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -89,7 +90,18 @@ def check_resumable(
         each = [", ".join(those.get("confused", [])) or "none" for those in (before, data)]
         if each[0] != each[1]:
             differences.append(f"classes that are augmented more strongly {' -> '.join(each)}")
+        differences += other_weights(before, data)
     return differences
+
+
+def other_weights(before: SavedState, now: SavedState) -> list[str]:
+    """The classes that have other weights in the loss than before, in words, if there are any."""
+    plain = [1.0] * len(now["classes"])
+    then, today = (data.get("class_weights") or plain for data in (before, now))
+    pairs = zip(now["classes"], then, today, strict=True)
+    names = [name for name, was, weight in pairs if was != weight]
+    listed = textwrap.shorten(", ".join(names), 60, placeholder=" ...")
+    return [f"weights of {plural(len(names), 'class')} in the loss ({listed})"] if names else []
 
 
 def check_same_step(path: Path, former: Values, settings: Settings) -> list[str]:

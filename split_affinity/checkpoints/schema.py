@@ -80,6 +80,9 @@ check_plain = value_that(
 )
 
 
+check_class_weight = value_that(lambda value: is_number(value) and value > 0, "above 0")
+
+
 def check_entries(values: Any, where: str, *kinds: type) -> None:
     """Raise Fault unless a value is a collection of one of these types, and not too long."""
     require(isinstance(values, kinds), values, where, "a table" if kinds == (dict,) else "a list")
@@ -199,6 +202,7 @@ DATA = {
     "images": check_count,
     "fingerprint": check_text,
     "confused": [check_text],
+    "class_weights": [check_class_weight],
 }
 RANK = {"buffers": WEIGHTS, "average": WEIGHTS, "random_state": check_random_state}
 CHECKPOINT = {
@@ -218,7 +222,7 @@ CHECKPOINT = {
     "ranks": ([RANK], None),
 }
 # From earlier versions, from one rank, or without an option.
-MAY_BE_MISSING = {"data", "confused", "asked", "ranks", "val_loss"}
+MAY_BE_MISSING = {"data", "confused", "class_weights", "asked", "ranks", "val_loss"}
 
 
 def check_content(saved: Any) -> None:
@@ -243,6 +247,11 @@ def check_content(saved: Any) -> None:
     epochs = [row["epoch"] for row in progress["history"]] + [pair[1] for pair in progress["best"]]
     if max(epochs, default=0) > epoch:
         raise Fault(f"progress.epoch is {epoch}, but there are figures of epoch {max(epochs)}")
+    data = saved.get("data") or {}
+    weights = data.get("class_weights")
+    if weights is not None and len(weights) != len(data["classes"]):
+        counts = f"{len(weights)} entries, and data.classes {len(data['classes'])}"
+        raise Fault(f"data.class_weights has {counts}")
 
 
 def fault_of_tensors(found: Weights) -> str:

@@ -40,7 +40,7 @@ from split_affinity.models.pretrained import Preprocessing
 from split_affinity.models.weights import versioned
 from split_affinity.options.contradictions import is_name
 from split_affinity.options.saved import TAKEN, settings_brought, settings_left
-from split_affinity.options.settings import Settings, plain_settings, settings_of
+from split_affinity.options.settings import BALANCED, Settings, plain_settings, settings_of
 from split_affinity.options.values import Values
 from split_affinity.training.optimizer import begin_momentum, planned_steps
 from split_affinity.training.update import RankState, TrainState, mean_rank_state
@@ -262,6 +262,8 @@ def settings_to_go_on(saved: SavedState) -> Settings:
     taken = {name: values[name] for name in (*TAKEN, "data_path")}
     if is_name(values["teacher_weights"] or ""):
         taken["teacher_weights"] = values["teacher_weights"]
+    if values["class_weights"] == BALANCED:
+        taken["class_weights"] = BALANCED
     return settings_of(taken)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import distributed, nn
+from torch import distributed
 
 from split_affinity import process_cpus
 from split_affinity.compare.ways import Way, is_loading, steps_in_round, way_of_rank
@@ -39,6 +39,7 @@ from split_affinity.reports.summary import lanes_busy, peak_memory_bytes
 from split_affinity.runs.measurement import phase_times, time_phases
 from split_affinity.runs.setup import build_train_state
 from split_affinity.runs.starting_weights import build_teacher
+from split_affinity.training.network import build_loss, weighted_mean
 from split_affinity.training.optimizer import build_optimizer
 from split_affinity.training.steps import StepResult, run_schedule
 
@@ -55,7 +56,18 @@ class RoundRequest:
 
 
 ByLane = dict[str, float]  # a figure of each lane, by the lane's name
-BatchSupply = Callable[[int, int], Batches]  # of a round, by its number, so many batches
+
+
+@dataclass(frozen=True)
+class BatchSupply:
+    """The batches of a round, by its number, so many; and the weights of classes in their loss."""
+
+    give: Callable[[int, int], Batches]
+    class_weights: Sequence[float] | None = None
+
+    def __call__(self, number: int, count: int) -> Batches:
+        """The batches of a round."""
+        return self.give(number, count)
 
 
 @dataclass(frozen=True)
@@ -108,10 +120,14 @@ def batch_supply(settings: Settings, cpus: Sequence[int], rank: int = 0) -> Iter
     data = dataclasses.replace(data, chosen=[*data.chosen] * epochs)
     with contextlib.closing(training_loader(data, settings, cpus, rank)) as loader:
         if loading:
-            yield lambda number, count: loader.batches(bad, number, 0, count * settings.ranks)
+
+            def load(number: int, count: int) -> Batches:
+                return loader.batches(bad, number, 0, count * settings.ranks)
+
+            yield BatchSupply(load, data.class_weights)
             return
         kept = [Loaded(batch) for batch in loader.batches(bad, 1, 0, count * settings.ranks)]
-    yield lambda number, count: Batches(kept, count)
+    yield BatchSupply(lambda number, count: Batches(kept, count), data.class_weights)
 
 
 def batches_ahead(settings: DataSettings) -> int:
@@ -141,7 +157,9 @@ class PlainLoop:
         last = torch.channels_last if settings.channels_last else torch.contiguous_format
         self._model, self._layout = model.to(memory_format=last), last
         self._optimizer = build_optimizer(model, dataclasses.replace(settings, fused=None))
-        self._criterion = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+        weights = self._supply.class_weights
+        self._class_weights = torch.tensor(weights) if weights else None
+        self._criterion = build_loss(settings.label_smoothing, self._class_weights)
         self._teacher = build_teacher(settings, ())
 
     def learn(self, images: torch.Tensor, targets: torch.Tensor) -> float:
@@ -153,6 +171,8 @@ class PlainLoop:
             loss = self._criterion(logits, targets)
             if self._teacher:
                 loss = self._teacher.loss(loss, logits, taught)
+        if self._class_weights is not None:
+            loss = weighted_mean(loss, targets, self._class_weights)
         (loss / settings.accumulate).backward()
         return loss.item()
 
@@ -202,7 +222,10 @@ class LaneLoop:
         # A batch to time phases with, while nothing is loaded.
         self._batch = [Loaded(batch) for batch in self._supply(1, 1)] if way.times_phases else []
         self._lanes = stack.enter_context(Lanes(way.plan, online))
-        self._train_state = build_train_state(way.settings, self._lanes, ranks=ranks)
+        weights = self._supply.class_weights
+        self._train_state = build_train_state(
+            way.settings, self._lanes, ranks=ranks, class_weights=weights
+        )
         self._lanes.backward.adopt(ranks.start)
         stack.callback(ranks.close, together=False)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import Subset
 
+from split_affinity.data.class_weights import find_class_weights, weights_text
 from split_affinity.data.classes import confused_classes
 from split_affinity.data.decoding import picture_reader
 from split_affinity.data.image_folder import folder_data
@@ -61,7 +62,7 @@ def open_data(settings: Settings) -> ImageData:
         step += f" on {settings.ranks} ranks" if settings.ranks > 1 else ""
         count = plural(len(chosen), "image")
         raise UserError(f"{step}: {path} has only {count} to train on: {remedy}")
-    return data
+    return dataclasses.replace(data, class_weights=find_class_weights(settings, data))
 
 
 def with_native(data: ImageData, settings: Settings) -> ImageData:
@@ -131,9 +132,11 @@ def describe_images(data: ImageData) -> dict[str, Any]:
     if kept := kept_apart(data):
         digest.update(repr(kept).encode())
     confused = [data.classes[number] for number in data.confused or ()]
+    weights = [*(data.class_weights or ())][: len(data.classes)]
     return {
         "classes": list(data.classes),
         **({"confused": confused} if confused else {}),
+        **({"class_weights": weights} if weights else {}),
         "images": len(data.chosen),
         "fingerprint": digest.hexdigest(),
     }
@@ -167,6 +170,8 @@ def describe_data(data: ImageData) -> list[str]:
         names = textwrap.shorten(names, 60, placeholder=" ...")
         count = f"{plural(len(data.confused), 'class')} ({names})" if names else "no class"
         lines.append(f"confused  {count} with a stronger RandAugment")
+    if data.class_weights:
+        lines.append(f"weights   {weights_text(data.class_weights, data.classes)} in the loss")
     kinds: dict[str, list[str]] = {}
     for kind, path in data.left_out:
         kinds.setdefault(kind, []).append(path)

@@ -104,6 +104,7 @@ class ImageData:
     chosen: Sequence[int] = ()  # indices of the pictures to train on
     left_out: Sequence[tuple[str, str]] = ()  # kind and path of what is not used
     confused: Sequence[int] | None = None  # classes to augment more strongly, if asked for
+    class_weights: Sequence[float] | None = None  # in the loss, of all classes, if asked for
     padded: int = 0  # the side of small pictures, padded and cropped to train; 0: crop and resize
 
 

@@ -103,8 +103,8 @@ ASKED_WITH = """
     precision channels_last fold_norm tuned_malloc flush_denormals""".split()
 # What find-lr and compare have in common, beside groups.
 TRAINED_WITH = """
-    recipe batch_size accumulate steps opt label_smoothing clip_grad_norm freeze stochastic_depth
-    teacher teacher_weights teacher_share seed deterministic output_dir""".split()
+    recipe batch_size accumulate steps opt label_smoothing class_weights clip_grad_norm freeze
+    stochastic_depth teacher teacher_weights teacher_share seed deterministic output_dir""".split()
 
 # fmt: off
 COMMANDS = {

@@ -29,6 +29,7 @@ NEEDS = (
     ("val_share", "data_path", ": synthetic images are made"),
     ("subset", "data_path", ": synthetic images are made"),
     ("augment_confused", "data_path", ": synthetic images are not augmented"),
+    ("class_weights", "data_path", ": synthetic images are drawn from all classes alike"),
     ("preload", "data_path", ": synthetic images are loaded beforehand in any case"),
     ("max_res", "min_res", ", where the ramp begins"),
     ("lr_warmup_epochs", "epochs", ""),

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from split_affinity.options.contradictions import is_name
-from split_affinity.options.settings import Settings
+from split_affinity.options.settings import BALANCED, Settings
 from split_affinity.text import did_you_mean
 
 TIMM = "timm/"  # the names of timm's models begin with it here
@@ -36,9 +36,12 @@ def missing_early(command: str, settings: Settings, rank: int = 0) -> Iterator[s
         files["--init-from"] = settings.init_from
     if weights and not is_name(weights) and not settings.test_only:
         files["--teacher-weights"] = Path(weights)
+    if settings.class_weights not in (None, BALANCED) and not settings.test_only:
+        files["--class-weights"] = Path(settings.class_weights)
     for flag, path in files.items():
         if path and (fault := fault_of(path)):
-            yield f"{flag} {path}: cannot be read: {fault.strerror}"
+            hint = did_you_mean(str(path), [BALANCED]) if flag == "--class-weights" else ""
+            yield f"{flag} {path}: cannot be read: {fault.strerror}{hint}"
     yield from missing_places(command, settings, rank)
 
 

@@ -16,7 +16,7 @@ from split_affinity.options.values import LARGEST_NUMBER, Values, number, whole_
 FIELDS = {setting.name: setting for setting in dataclasses.fields(Settings)}
 # What a run reads: shown to the user, never opened unasked. Only the images of `data_path` are
 # looked for in the same place. `ranks` processes have shared the batches of a step.
-PATHS = frozenset("data_path augment_confused teacher_weights".split())
+PATHS = frozenset("data_path augment_confused teacher_weights class_weights".split())
 SHOWN = PATHS | {"ranks"}
 # What you have to type again, and what a run that goes on does not need.
 LEFT = frozenset("workers mirror log_file output_dir tensorboard timeout json".split())

@@ -40,6 +40,7 @@ from split_affinity.text import format_cpu_list, option_text, readable, without_
 MOST_CLASSES = 10**7
 MOST_SYNTHETIC_IMAGES = 2**17  # in a step; more than any published training had
 COMPARED_BATCHES = 4  # in a step, as in most recipes
+BALANCED = "balanced"  # of --class-weights, which takes a file too
 
 
 def option(
@@ -177,6 +178,10 @@ class TrainingSettings:
     min_lr: float = rate_option(0.0, "cosine and warm-restarts: lowest rate (of the classifier, "
         "with --lr-body-factor)", type=NOT_NEGATIVE)
     label_smoothing: float = option(0.0, "label smoothing", type=SHARE)
+    class_weights: str | None = free_option(None, "weights of images in the loss, by their "
+        "classes: balanced, for the same total of each class; or a JSON file, {\"class\": weight, "
+        "...}, where a class that is not named counts 1. They are scaled to a mean of 1; the "
+        "validation is not weighted", metavar=f"{BALANCED}|PATH")
     clip_grad_norm: float = option(0.0, "largest norm of all gradients; 0: not clipped",
         type=NOT_NEGATIVE)
     freeze: str | None = option(None, "leave weights as they are: body (all but the classifier), "

@@ -16,8 +16,8 @@ from split_affinity.text import as_option, option_text
 
 # These may differ from machine to machine.
 OF_A_MACHINE = """
-    data_path augment_confused teacher_weights workers forward_cores backward_cores loader_cores
-    forward_threads backward_threads tuned_malloc""".split()
+    data_path augment_confused teacher_weights class_weights workers forward_cores backward_cores
+    loader_cores forward_threads backward_threads tuned_malloc""".split()
 
 
 def check_same_options(given: Sequence[dict[str, str]]) -> None:

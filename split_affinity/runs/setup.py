@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from split_affinity.checkpoints.folder import LAST
 from split_affinity.data.classes import with_known_classes
@@ -35,7 +34,7 @@ from split_affinity.reports.tables import CURVES, GRADIENTS, METRICS, TENSORBOAR
 from split_affinity.runs.fusing import fuse_where_it_pays
 from split_affinity.runs.starting_weights import build_teacher, starting_model, teacher_name
 from split_affinity.terminal import say_lines
-from split_affinity.training.network import Network
+from split_affinity.training.network import Network, build_loss
 from split_affinity.training.optimizer import (
     build_lr_scheduler,
     build_optimizer,
@@ -83,23 +82,26 @@ def build_train_state(
     all_steps: int = 1,
     classes: Sequence[str] = (),
     ranks: Ranks = ONE_PROCESS,
+    class_weights: Sequence[float] | None = None,
 ) -> TrainState:
     """Model and optimizer, each built on the lane that uses it first.
 
     The learning rate runs over `all_steps` optimizer steps, `epoch_steps` in each epoch. `classes`
     are those of the data: trained weights may know others.
     """
+    in_loss = torch.tensor(class_weights) if class_weights else None
     model, note = lanes.forward.call(starting_model, settings, classes)
     optimizer = lanes.backward.call(build_optimizer, model, settings)
     shape = settings.model, settings.num_classes, settings.image_size
     network = Network(
         model,
-        nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing),
+        build_loss(settings.label_smoothing, in_loss),
         settings.accumulate,
         bf16=settings.precision == "bf16",
         channels_last=settings.channels_last,
         fold_norm=settings.fold_norm,
         ranks=ranks.size,
+        class_weights=in_loss,
         note=note,
         teacher=lanes.forward.call(build_teacher, settings, classes),
         frozen=freeze(model, settings.freeze, *shape),
@@ -197,10 +199,17 @@ def check_subset(run: Run, resumed: bool) -> None:
     write_whole(path, text)
 
 
-def check_same_images(ranks: Ranks, fingerprint: str | None) -> None:
-    """Raise UserError unless the images of all ranks have the same names and sizes."""
-    for rank, found in enumerate(every := ranks.gather_objects(fingerprint)):
-        if found != every[0]:
-            where = f"rank {rank} on {ranks.hosts[rank].name}"
+def check_same_images(
+    ranks: Ranks, fingerprint: str | None, class_weights: Sequence[float] | None = None
+) -> None:
+    """Raise UserError unless the images of all ranks have the same names and sizes, and their
+    classes the same weights in the loss.
+    """
+    for rank, found in enumerate(every := ranks.gather_objects((fingerprint, class_weights))):
+        if found == every[0]:
+            continue
+        where = f"rank {rank} on {ranks.hosts[rank].name}"
+        if found[0] != every[0][0]:
             remedy = "the same names and sizes are needed below --data-path"
             raise UserError(f"the images of {where} are not those of rank 0: {remedy}")
+        raise UserError(f"the --class-weights of {where} are not those of rank 0")

@@ -58,6 +58,29 @@ def combine_scores(scores: Sequence[Scores]) -> Scores:
     )
 
 
+def build_loss(
+    label_smoothing: float = 0.0, class_weights: torch.Tensor | None = None
+) -> nn.CrossEntropyLoss:
+    """The loss of a batch, its mean; with weights that of each image (n,), for `weighted_mean`."""
+    reduction = "mean" if class_weights is None else "none"
+    return nn.CrossEntropyLoss(label_smoothing=label_smoothing, reduction=reduction)
+
+
+def weighted_mean(
+    losses: torch.Tensor, targets: torch.Tensor, class_weights: torch.Tensor
+) -> torch.Tensor:
+    """The mean of losses (n,), each times the weight of its image: that of the image's class, or of
+    mixed images the mean by their shares (targets (n, classes)).
+
+    So an image of weight 2 counts as two images would. PyTorch's own `weight` differs: it divides
+    by the sum of a batch's weights, so that the parts of a step would not add up to it. Of mixed,
+    smoothed or a teacher's targets it weighs each class's term, which changes what is learnt of an
+    image: of half cat and half dog, with the weights 1 and 3, it would make a quarter and three.
+    """
+    weights = targets @ class_weights if targets.ndim == 2 else class_weights[targets]
+    return (weights * losses).mean()
+
+
 def interleave(dealt: Iterable[Sequence[Any]]) -> list[Any]:
     """What was dealt out to ranks one by one, in its former order."""
     nothing = object()
@@ -101,8 +124,12 @@ class Teacher:
     def loss(
         self, of_labels: torch.Tensor, logits: torch.Tensor, probabilities: torch.Tensor
     ) -> torch.Tensor:
-        """The loss with a teacher; it is linear in the target, so each part counts by its share."""
-        taught = nn.functional.cross_entropy(logits, probabilities)
+        """The loss with a teacher; it is linear in the target, so each part counts by its share.
+
+        Of a batch, or of each image (n,), as is the loss `of_labels`.
+        """
+        reduction = "none" if of_labels.ndim else "mean"
+        taught = nn.functional.cross_entropy(logits, probabilities, reduction=reduction)
         return (1 - self.share) * of_labels + self.share * taught
 
 
@@ -110,8 +137,9 @@ class Teacher:
 class Network:
     """A model and how it computes: everything but the update of its weights.
 
-    A step has `accumulate` micro-batches on each of `ranks`. `note` describes the trained weights
-    that the model starts from; `frozen` names the weights that `--freeze` keeps as they are.
+    A step has `accumulate` micro-batches on each of `ranks`. With `class_weights` (classes,) the
+    `loss` is that of each image (see `build_loss`). `note` describes the trained weights that the
+    model starts from; `frozen` names the weights that `--freeze` keeps as they are.
     `view` is what the forward phase calls in place of the model, whose tensors it shares: `fused`
     says whether its norms are fused with what follows them, `fusing` why.
     """
@@ -122,6 +150,7 @@ class Network:
     bf16: bool = False
     channels_last: bool = False
     ranks: int = 1
+    class_weights: torch.Tensor | None = None
     note: str = ""
     teacher: Teacher | None = None
     frozen: Collection[str] = ()
@@ -167,6 +196,8 @@ class Network:
         loss = self.loss(logits, targets)
         if taught:
             loss = self.teacher.loss(loss, logits, *taught)
+        if self.class_weights is not None:
+            loss = weighted_mean(loss, targets, self.class_weights)
         value = loss.item()
         if not math.isfinite(value):
             raise NonFiniteLoss(str(value))

@@ -92,7 +92,8 @@ def wrong_values(value, where):
 
 # Where another value, or none, is no fault: what a checkpoint has for information alone, what it
 # may lack, and what is not taken from it.
-FREE = {"data_path", "augment_confused", "teacher_weights", *LEFT, "json", "output_dir"}
+FREE = {"data_path", "augment_confused", "teacher_weights", "class_weights", *LEFT, "json"}
+FREE |= {"output_dir"}
 FREE |= set("resume weights init_from test_only download machine record quick preload".split())
 FREE |= {"pictures"}
 

@@ -37,7 +37,7 @@ from split_affinity.checkpoints.state import (
     versions,
 )
 from split_affinity.data.dataset import describe_images, open_data
-from split_affinity.errors import UserError
+from split_affinity.errors import Stopped, UserError
 from split_affinity.models.pretrained import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from split_affinity.options.recipes import RECIPES
 from split_affinity.options.settings import Settings, plain_settings
@@ -62,7 +62,7 @@ def changed(**settings):
         {"resume": Path("auto"), "mirror": "memory://m", "print_freq": 1},
         {"early_stopping": 3, "target_top1": 90.0, "max_bad_images": 4},
         {"split": "1:3", "loader_cores": (0,), "tuned_malloc": False},
-        {"augment_confused": Path("c.json")},  # what is in it counts
+        {"augment_confused": Path("c.json"), "class_weights": "w.json"},  # what is in them counts
     ],
 )
 def test_settings_that_may_change(settings):
@@ -218,6 +218,45 @@ def test_other_classes_that_are_augmented_more_strongly_are_listed(before, now, 
     saved = SAVED | {"data": data | before}
     found = check_resumable(Path("last.pt"), saved, BASE, data | {"confused": now})
     assert found == listed
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "listed"),
+    [
+        ([0.5, 2.0], [0.5, 2.0], []),
+        (None, None, []),
+        ([0.5, 2.0], [0.5, 1.5], ["weights of 1 class in the loss (b)"]),
+        (None, [0.5, 2.0], ["weights of 2 classes in the loss (a, b)"]),
+        ([1.0, 2.0], None, ["weights of 1 class in the loss (b)"]),
+    ],
+)
+def test_other_class_weights_are_listed(before, now, listed):
+    data = {"classes": ["a", "b"], "images": 4, "fingerprint": "x"}
+    then, today = (data | ({"class_weights": each} if each else {}) for each in (before, now))
+    assert check_resumable(Path("last.pt"), SAVED | {"data": then}, BASE, today) == listed
+
+
+def test_a_run_with_class_weights_goes_on_with_the_same_ones(in_tmp, monkeypatch, train, capsys):
+    """A file has to be named again, and is read anew; balanced ones are taken."""
+    path, parts = in_tmp / "w.json", in_tmp / "parts"
+    path.write_text('{"flower": 3}')
+    train(in_tmp / "whole", class_weights=str(path))
+    interrupt(monkeypatch, "update", [2])
+    with pytest.raises(Stopped):
+        train(parts, class_weights=str(path))
+    assert main(["--resume", str(parts / "last.pt"), "--steps", "6"]) == 2
+    assert f"its run had --class-weights {path}; no checkpoint" in capsys.readouterr().err
+    train(parts, class_weights=str(path), resume=Path("auto"))
+    assert_same_result(parts, in_tmp / "whole")
+    assert state_of(parts)["data"]["class_weights"] == [1.5, 0.5]
+    path.write_text('{"flower": 4}')
+    train(parts, class_weights="w.json", resume=Path("auto"), epochs=3)
+    printed = capsys.readouterr().out
+    assert "weights of 2 classes in the loss (flower, temple)" in printed
+    assert "weights   flower 1.6, temple 0.4 in the loss" in printed
+    train(in_tmp / "even", class_weights="balanced", steps=1)
+    again = Settings(resume=in_tmp / "even/last.pt")
+    assert saved_defaults("train", again, {})["class_weights"] == "balanced"
 
 
 @pytest.mark.parametrize("change", ["added", "resized", "renamed", "none"])

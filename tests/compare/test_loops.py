@@ -67,6 +67,18 @@ def test_the_images_of_a_comparison_may_be_mixed(photos):
     assert batches[0] is batches[8], "eight batches have been loaded: they are taken again"
 
 
+@pytest.mark.parametrize("preload", [False, True])
+def test_a_comparison_has_the_weights_of_a_run_s_classes(photos, tmp_path, preload):
+    path = tmp_path / "w.json"
+    path.write_text('{"flower": 3}')
+    settings = of_photos(photos, class_weights=str(path), preload=preload, workers=0)
+    with batch_supply(settings, ()) as supply:
+        assert list(supply.class_weights) == [1.5, 0.5]
+        assert len(list(supply(1, 2))) == 2
+    with batch_supply(of_photos(photos, workers=0), ()) as supply:
+        assert supply.class_weights is None
+
+
 def test_loaders_have_nothing_left_to_do_after_a_round(photos, monkeypatch):
     """A round may have more batches than the data; each has others, the same for all ways."""
     made, make = [], training_loader

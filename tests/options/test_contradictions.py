@@ -274,6 +274,12 @@ def test_some_recipes_start_from_trained_weights(recipe):
         ),
         ({"augment_confused": Path("c.json"), "data_path": Path("data")}, None),
         (
+            {"class_weights": "balanced"},
+            "--class-weights balanced needs --data-path: synthetic images are drawn from all "
+            "classes alike",
+        ),
+        ({"class_weights": "balanced", "data_path": Path("data")}, None),
+        (
             {"tensorboard": True},
             "--tensorboard needs --output-dir, the folder for all that is written",
         ),

@@ -44,6 +44,10 @@ MISSING = [
     (["predict", "no.jpg", "--weights", "DEFAULT"], "no.jpg: no such file or folder"),
     (["--model", "resnet5"], "--model resnet5: unknown; did you mean resnet56"),
     (["--data-path", "no"], "--data-path no does not exist; give an image folder"),
+    (
+        ["--data-path", ".", "--class-weights", "balance"],
+        "--class-weights balance: cannot be read: No such file or directory; did you mean balanced",
+    ),
     (["--init-from", "no.pt"], "--init-from no.pt: cannot be read: No such file or directory"),
     (["--log-file", "no/logs.md"], "--log-file no/logs.md: cannot be written: No such file"),
     (["--data-path", LONG], f"--data-path {LONG}: cannot be read: {TOO_LONG}"),

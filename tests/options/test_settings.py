@@ -26,9 +26,9 @@ def test_the_order_of_settings_in_help_and_in_files():
     recipe batch_size accumulate steps epochs opt lr lr_body_factor momentum weight_decay
     norm_weight_decay bias_weight_decay skip_decay_1d lr_scheduler
     lr_warmup_epochs lr_step_epochs lr_milestones lr_gamma lr_restart_epochs min_lr label_smoothing
-    clip_grad_norm freeze freeze_epochs stochastic_depth teacher teacher_weights teacher_share
-    model_ema model_ema_decay early_stopping target_top1 seed deterministic resume weights
-    init_from test_only save_steps save_freq keep_best mirror split schedule forward_cores
+    class_weights clip_grad_norm freeze freeze_epochs stochastic_depth teacher teacher_weights
+    teacher_share model_ema model_ema_decay early_stopping target_top1 seed deterministic resume
+    weights init_from test_only save_steps save_freq keep_best mirror split schedule forward_cores
     backward_cores loader_cores forward_threads backward_threads machine record ranks timeout
     precision fused_norm channels_last fold_norm fused tuned_malloc flush_denormals grads_to_none
     quick preload pictures log_file output_dir print_freq tensorboard json

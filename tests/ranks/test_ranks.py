@@ -831,3 +831,14 @@ def test_ranks_with_other_images_are_refused(crew):
     for error in crew.together(3, hand_in):
         assert isinstance(error, UserError)
         assert re.match(r"the images of rank 2 on \S+ are not those of rank 0", str(error))
+
+
+def hand_in_weights(ranks):
+    check_same_images(ranks, "images", [1.0, 2.0 - ranks.rank])
+
+
+def test_ranks_with_other_class_weights_are_refused(crew):
+    for error in crew.together(2, hand_in_weights):
+        assert isinstance(error, UserError)
+        expected = r"the --class-weights of rank 1 on \S+ are not those of rank 0"
+        assert re.match(expected, str(error))
