@@ -222,7 +222,8 @@ def open_images(checkpoint: Checkpoint, data_path: Path | None = None) -> ImageD
     """
     path, state = checkpoint.path, checkpoint.state
     settings = settings_to_go_on(state)
-    settings = dataclasses.replace(settings, batch_size=1, accumulate=1, augment_confused=None)
+    for_training = {"augment_confused": None, "class_weights": None}
+    settings = dataclasses.replace(settings, batch_size=1, accumulate=1, **for_training)
     if data_path:
         settings = dataclasses.replace(settings, data_path=data_path)
     if settings.data_path is None:

@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from split_affinity.checkpoints.state import settings_to_go_on
 from split_affinity.data.pictures import ImageData
 from split_affinity.options.recipes import recipe_defaults
-from split_affinity.options.settings import Settings, as_options
+from split_affinity.options.settings import BALANCED, Settings, as_options
 from split_affinity.text import code_span, shown
 
 TEMPLATE = "model_card.md.jinja"
@@ -58,6 +58,8 @@ def recipe(given: Settings) -> str:
     if given.recipe:
         defaults = dataclasses.replace(defaults, **recipe_defaults(given.recipe))
     public = {name: getattr(defaults, name) for name in PLACES}
+    if given.class_weights != BALANCED:
+        public["class_weights"] = None  # a file
     if given.init_from:
         public["init_from"] = Path(given.init_from.name)
     return as_options(dataclasses.replace(given, **public))

@@ -4,6 +4,7 @@ A file is right if a process of its own makes the same of real images as the che
 """
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -396,8 +397,10 @@ def test_a_recipe_names_no_folder_of_the_machine():
     places = {"data_path": "data", "output_dir": "out", "log_file": "log.md", "init_from": "r.pth"}
     given = {name: Path("/home/somebody", file) for name, file in places.items()}
     settings = Settings(model="resnet20", teacher_weights="/home/somebody/t.pt", **given)
-    recipe = model_card.recipe(settings)
-    assert "/home" not in recipe
+    recipe = model_card.recipe(dataclasses.replace(settings, class_weights="/home/somebody/w.json"))
+    assert "/home" not in recipe and "--class-weights" not in recipe
+    balanced = model_card.recipe(dataclasses.replace(settings, class_weights="balanced"))
+    assert "--class-weights balanced" in balanced
     assert "--model resnet20" in recipe and "--init-from r.pth" in recipe
 
 
