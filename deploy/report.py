@@ -350,7 +350,9 @@ def told_of_training(
     """What the page says of the training."""
     state, history = checkpoint.state, checkpoint.state["progress"]["history"]
     best = best_epoch(history, state["progress"]["best"])
+    weights = (state.get("data") or {}).get("class_weights", ())
     return {
+        "class_weights": dict(enumerate(weights)),
         "settings": checkpoint.trained.settings,
         "progress": state["progress"],
         "is_average": state["average"] is not None,

@@ -431,6 +431,24 @@ def test_everything_is_in_one_file(best, few, reported, tmp_path):
     assert json.loads(confused.read_text())["images"] == 30
 
 
+def test_weights_of_classes_in_the_loss_have_a_column(best, few, reported, monkeypatch):
+    without = reported(best, "--data-path", few, "--per-class", "0")[0]
+    assert "<th>weight</th>" not in without
+    read = cp.read_checkpoint
+
+    def weighted(path):
+        checkpoint = read(path)
+        checkpoint.state["data"]["class_weights"] = [0.526, *[1.0] * 8, 5.674]
+        return checkpoint
+
+    monkeypatch.setattr(cp, "read_checkpoint", weighted)
+    page = reported(best, "--data-path", few, "--per-class", "0")[0]
+    assert page.count("<th>weight</th>") == 1
+    assert (
+        '<td data-value="0.526">0.526</td>' in page and '<td data-value="5.674">5.67</td>' in page
+    )
+
+
 def test_with_nothing_to_show_there_are_no_pictures(best, few, reported, monkeypatch):
     monkeypatch.setattr(report, "SHOWN_PAIRS", 0)
     page = Page(reported(best, "--data-path", few, "--per-class", "0")[0])
