@@ -243,13 +243,14 @@ def saved_settings(saved: SavedState) -> Values:
 def asked_again(asked: Settings, in_force: Settings) -> Values:
     """The settings that a resumed run takes instead of those in force, as JSON types.
 
-    What was left to the data or the machine is decided anew. The images' path is absolute.
+    What was left to the data or the machine is decided anew, except for a batch that was fitted to
+    the images. The images' path is absolute.
     """
     values, decided = plain_settings(asked), plain_settings(in_force)
     if asked.data_path:
         values["data_path"] = os.fspath(asked.data_path.absolute())
-    ready = vars(Preprocessing())
-    return {key: values[key] for key in values if values[key] != decided[key] and key not in ready}
+    kept = {*vars(Preprocessing()), "batch_size", "fit_batch"}
+    return {key: values[key] for key in values if values[key] != decided[key] and key not in kept}
 
 
 def settings_to_go_on(saved: SavedState) -> Settings:

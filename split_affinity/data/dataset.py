@@ -23,8 +23,8 @@ from split_affinity.data.pictures import ImageData, derived_seed, kept_apart
 from split_affinity.errors import UserError
 from split_affinity.models.pretrained import find_weights
 from split_affinity.options.data_sets import VAL_SHARE
-from split_affinity.options.recipes import survey_folder
-from split_affinity.options.settings import Settings, images_in_step
+from split_affinity.options.recipes import recipe_defaults, survey_folder
+from split_affinity.options.settings import Settings, batches_in_step, images_in_step
 from split_affinity.text import plural
 
 # What makes a second look worth while: classes that differ so many times, or have so few images,
@@ -55,6 +55,7 @@ def open_data(settings: Settings) -> ImageData:
         raise UserError(f"--num-classes {settings.num_classes}: {path} has {found} classes")
     confused, chosen = confused_classes(settings, data.classes), choose_images(data, settings)
     data = dataclasses.replace(data, confused=confused, chosen=chosen)
+    settings = dataclasses.replace(settings, batch_size=fitted_batch(settings, len(chosen)))
     if len(chosen) < images_in_step(settings):
         step, remedy = f"--batch-size {settings.batch_size}", "lower -b"
         if settings.accumulate > 1:
@@ -88,9 +89,13 @@ def draw_of_each_class(
 
 
 def with_validation(data: ImageData, settings: Settings) -> ImageData:
-    """The data with `--val-share` of each class kept apart: one image or more, but never all."""
+    """The data with `--val-share` of each class kept apart: one image or more, but never all.
+
+    A recipe's share gives way to images that are there to validate with; any other is a UserError.
+    """
     share = settings.val_share
-    if share and data.val:
+    of_recipe = recipe_defaults(settings.recipe).get("val_share") if settings.recipe else None
+    if share and share != of_recipe and data.val:
         count = plural(len(data.val), "image")
         reason = f"{settings.data_path} has {count} to validate with; leave it out"
         raise UserError(f"--val-share {share:g}: {reason}")
@@ -118,19 +123,55 @@ def choose_images(data: ImageData, settings: Settings) -> list[int]:
     return draw_of_each_class(data.train.targets, rest, seed, lambda n: max(1, round(share * n)))
 
 
+FEW = 0.01  # of the images: as many may be left out of an epoch
+
+
+def fitted_batch(settings: Settings, images: int) -> int:
+    """The batch size in force: with `--fit-batch` the largest that leaves few images out.
+
+    That is `--batch-size`, or less if the images of an epoch are no multiple of a step's, down to
+    half of it. If each leaves out more than a hundredth, it is the one that leaves out the fewest.
+    """
+    if not settings.fit_batch:
+        return settings.batch_size
+    batches = batches_in_step(settings)
+    largest = max(1, min(settings.batch_size, images // batches))
+    least = max(min(2, largest), (largest + 1) // 2)  # BatchNorm needs two images
+    sizes = range(largest, least - 1, -1)
+    fits = (size for size in sizes if images % (size * batches) <= FEW * images)
+    return next(fits, min(sizes, key=lambda size: images % (size * batches)))
+
+
+def describe_epoch(settings: Settings, images: int) -> list[str]:
+    """Lines on the images that whole steps leave out of each epoch, and on a batch fitted to them.
+
+    `settings` are those as typed.
+    """
+    if not settings.data_path:
+        return []
+    size = fitted_batch(settings, images)
+    step = images_in_step(dataclasses.replace(settings, batch_size=size))
+    lines, out = [], images % step
+    if size != settings.batch_size:
+        lines.append(f"note      {size} images in a batch, not {settings.batch_size}, fit better")
+    if out and step <= images:
+        others = dataclasses.replace(settings, fit_batch=True)
+        remedy, better = "", fitted_batch(others, images)
+        rest = images % images_in_step(dataclasses.replace(settings, batch_size=better))
+        if out > FEW * images and rest < out:
+            remedy = f": -b {better} " + (f"leaves out {rest}" if rest else "uses all")
+        lines.append(f"note      {out} of {images} are left out of each epoch{remedy}")
+    return lines
+
+
 def describe_images(data: ImageData) -> dict[str, Any]:
     """What a checkpoint says of its data, in plain types.
 
     The fingerprint is of the names and sizes of the files to train on, and of which are kept apart.
     """
-    digest = hashlib.sha256()
     samples = getattr(data.train, "samples", ())
-    for index in data.chosen if samples else ():
-        path = Path(samples[index][0])
-        size = path.stat().st_size if path.exists() else 0  # 0 for a broken link
-        digest.update(os.fsencode(f"{index} {os.path.relpath(path, data.train.root)} {size}\n"))
-    if kept := kept_apart(data):
-        digest.update(repr(kept).encode())
+    paths = [(index, samples[index][0]) for index in data.chosen] if samples else []
+    files = ((index, os.path.relpath(path, data.train.root), path) for index, path in paths)
     confused = [data.classes[number] for number in data.confused or ()]
     weights = [*(data.class_weights or ())][: len(data.classes)]
     return {
@@ -138,8 +179,22 @@ def describe_images(data: ImageData) -> dict[str, Any]:
         **({"confused": confused} if confused else {}),
         **({"class_weights": weights} if weights else {}),
         "images": len(data.chosen),
-        "fingerprint": digest.hexdigest(),
+        "fingerprint": fingerprint(files, kept_apart(data)),
     }
+
+
+def fingerprint(files: Iterable[tuple[int, str, str]], kept: Sequence[int] = ()) -> str:
+    """A digest of numbers, names and sizes of files, and of the numbers that are kept apart.
+
+    `files` are numbers, names to take in, and paths.
+    """
+    digest = hashlib.sha256()
+    for number, name, path in files:
+        size = Path(path).stat().st_size if Path(path).exists() else 0  # 0 for a broken link
+        digest.update(os.fsencode(f"{number} {name} {size}\n"))
+    if kept:
+        digest.update(repr(kept).encode())
+    return digest.hexdigest()
 
 
 def describe_data(data: ImageData) -> list[str]:

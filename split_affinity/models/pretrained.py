@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -27,6 +29,7 @@ from split_affinity.models.weights import Weights
 from split_affinity.options.settings import DataSettings
 from split_affinity.text import plural
 
+LONGEST_SILENCE_S = 20.0  # of a server; without a limit a firewall can hold a run for minutes
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -86,7 +89,8 @@ def find_weights(
     if model.startswith(TIMM):
         return find_timm_weights(model, name, flag, image_size)
     if model in OWN_MODELS:
-        raise UserError(f"{asked}: {model} has no weights by name; --init-from takes a file")
+        remedy = "--init-from takes a file, --recipe scratch needs none"
+        raise UserError(f"{asked}: {model} has no weights by name; {remedy}")
     known = torchvision.models.get_model_weights(model)
     member = name.removeprefix(f"{known.__name__}.").upper()
     if member not in known.__members__:
@@ -138,20 +142,47 @@ def find_timm_weights(model: str, name: str, flag: str, image_size: int | None) 
     return Pretrained(classes, native, load, f"{TIMM}{architecture}.{weights.tag}".rstrip("."))
 
 
+@contextlib.contextmanager
+def impatient() -> Iterator[None]:
+    """Have connections fail that hear nothing for LONGEST_SILENCE_S seconds."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(LONGEST_SILENCE_S)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
 def load_timm(own: str, weights: Any, asked: str, image_size: int) -> Weights:
     """Weights of timm from its cache or the network; UserError if they cannot be had."""
+    hub_id = weights.hf_hub_id
+    cache = hub_cache(hub_id) if hub_id else torch_cache(weights.url)
     try:
-        return build_timm(own, weights.num_classes, image_size, pretrained=True).state_dict()
+        with impatient():
+            if hub_id and not cache.exists():
+                check_hub()
+            return build_timm(own, weights.num_classes, image_size, pretrained=True).state_dict()
     except Exception as error:  # of the network, of the disk, of a file's format
-        if weights.hf_hub_id:
-            from huggingface_hub.constants import HF_HUB_CACHE
-
-            cache = Path(HF_HUB_CACHE, f"models--{weights.hf_hub_id.replace('/', '--')}")
-        else:
-            cache = torch_cache(weights.url)
         remedy = f"if you have it from elsewhere, put it there as {cache}"
-        source = weights.hf_hub_id or weights.url
+        source = hub_id or weights.url
         raise UserError(f"{asked}: cannot load {source}: {one_line(error)}; {remedy}") from None
+
+
+def hub_cache(hub_id: str) -> Path:
+    """Where the Hugging Face hub's client keeps what it has fetched of a model."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}")
+
+
+def check_hub() -> None:
+    """Ask the Hugging Face hub for anything, once; raises what its client raises.
+
+    To fetch a file, the client would try six times, for a minute in all.
+    """
+    from huggingface_hub import constants, get_session
+
+    get_session().head(constants.ENDPOINT, timeout=LONGEST_SILENCE_S)
 
 
 def torch_cache(url: str) -> Path:
@@ -166,7 +197,8 @@ def load_torchvision(weights: Any, asked: str, image_size: int | None) -> Weight
     """
     cached = torch_cache(weights.url)
     try:
-        saved = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        with impatient():
+            saved = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
         # The classifier of VGG16_Weights.IMAGENET1K_FEATURES is NaN: it was never trained.
         saved = {name: value for name, value in saved.items() if value.isfinite().all()}
     except Exception as error:  # of the network, of the disk, of pickle, or a checksum's

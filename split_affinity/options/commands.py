@@ -26,6 +26,7 @@ from split_affinity.options.recipes import (
 )
 from split_affinity.options.settings import (
     COMPARED_BATCHES,
+    NO_WEIGHTS,
     TITLES,
     AugmentationSettings,
     CoreSettings,
@@ -311,7 +312,9 @@ def typed_options(command: str, options: Sequence[str]) -> Values:
             both = shlex.join([place, *more, *map(str, filter(None, [given["data_path"]]))])
             raise UserError(f"data {both}: give one folder")
         given["data_path"] = Path(place)
-    return {name: value for name, value in given.items() if value not in (None, ())}
+    typed = {name: value for name, value in given.items() if value not in (None, ())}
+    none_asked = typed.get("weights", "").lower() == NO_WEIGHTS
+    return typed | ({"weights": None} if none_asked else {})
 
 
 def command_defaults(command: str, typed: Values) -> Values:
@@ -332,7 +335,8 @@ def command_defaults(command: str, typed: Values) -> Values:
     if dataset := typed.get("dataset") or defaults.get("dataset"):
         defaults |= NAMED_DATA[dataset].defaults
     if not (typed.get("data_path") or defaults.get("data_path") or resumes):
-        defaults.pop("subset", None)  # of synthetic images
+        for part in ("subset", "val_share"):  # of synthetic images
+            defaults.pop(part, None)
     if command == "compare" and (quick or not recipe):
         defaults["accumulate"] = 1 if quick else COMPARED_BATCHES
     if typed.get("init_from") or resumes:

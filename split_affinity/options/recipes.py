@@ -6,12 +6,15 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from split_affinity.options.data_sets import VAL_SHARE
 from split_affinity.options.values import RESIZING_STEP, Values
 from split_affinity.text import as_option
 
 # fmt: off
+# What recipes for pictures of one's own have in common: few pictures, in a folder for each class.
+OWN_PICTURES: dict[str, Any] = {"val_share": VAL_SHARE, "fit_batch": True}
 # Steps have 256 images if the rates come from papers with 256, else 128 (recipes for small
-# machines), and 32 to fine-tune.
+# machines), 32 to fine-tune, and 16 to learn anew from few pictures.
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {
         "dataset": "digits", "model": "resnet56", "image_size": 32, "hflip": 0.0, "min_scale": 0.6,
@@ -39,6 +42,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "finetune": {
         "weights": "DEFAULT", "epochs": 10, "freeze": "body", "freeze_epochs": 1, "batch_size": 32,
         "lr": 0.005, "lr_scheduler": "cosine", "auto_augment": "ra", "label_smoothing": 0.1,
+        **OWN_PICTURES,
+    },
+    "scratch": {
+        "model": "resnet18", "image_size": 128, "epochs": 60, "batch_size": 16, "lr": 0.05,
+        "lr_warmup_epochs": 5, "lr_scheduler": "cosine", "auto_augment": "ta",
+        "label_smoothing": 0.1, **OWN_PICTURES,
     },
     "cifar10": {
         "model": "resnet56", "epochs": 205, "batch_size": 128, "lr": 0.1,
@@ -74,12 +83,25 @@ def survey_folder(place: Path) -> Path:
 
 def adapt_recipe(recipe: Values, typed: Values) -> Values:
     """A recipe without what contradicts the typed options; usual defaults take its place."""
-    for adapt in (adapt_rate, adapt_sizes):
+    for adapt in (adapt_batch, adapt_weights, adapt_rate, adapt_sizes):
         recipe = adapt(recipe, recipe | typed, {name for name in recipe if name not in typed})
     model = typed.get("model", "")
     if "stochastic_depth" not in typed and model and not any(part in model for part in WITH_BLOCKS):
         return recipe | {"stochastic_depth": 0.0}
     return recipe
+
+
+def adapt_batch(recipe: Values, wanted: Values, changeable: set[str]) -> Values:
+    """A recipe that leaves a batch size that you give as it is."""
+    is_typed = "batch_size" in wanted and "batch_size" not in changeable
+    return recipe | {"fit_batch": False} if is_typed and "fit_batch" in changeable else recipe
+
+
+def adapt_weights(recipe: Values, wanted: Values, changeable: set[str]) -> Values:
+    """A recipe that trains all weights if none of them have been trained (`--weights none`)."""
+    starts_anew = wanted.get("weights", "") is None and not wanted.get("init_from")
+    dropped = {"freeze", "freeze_epochs"} & changeable if starts_anew else set()
+    return {name: value for name, value in recipe.items() if name not in dropped}
 
 
 def adapt_rate(recipe: Values, wanted: Values, changeable: set[str]) -> Values:

@@ -39,6 +39,7 @@ from split_affinity.text import format_cpu_list, option_text, readable, without_
 
 MOST_CLASSES = 10**7
 MOST_SYNTHETIC_IMAGES = 2**17  # in a step; more than any published training had
+NO_WEIGHTS = "none"  # as typed for --weights
 COMPARED_BATCHES = 4  # in a step, as in most recipes
 BALANCED = "balanced"  # of --class-weights, which takes a file too
 
@@ -85,7 +86,8 @@ class DataSettings:
     download: bool = free_option(False, "let torchvision fetch the --dataset (without one, "
         "CIFAR-10) into --data-path, and verify it")
     val_share: float | None = fixed_option(None, "share of each class's images to keep for "
-        "validation, if the data has none (default: 0.2 of a --dataset, else none)", type=BELOW_1)
+        "validation, if the data has none (default: 0.2 of a --dataset and with the recipes "
+        "finetune and scratch, else none)", type=BELOW_1)
     num_classes: int | None = fixed_option(None, "number of classes (default: as many as the data "
         "has; 1000 for synthetic images)", type=whole_number(2, MOST_CLASSES), metavar="N")
     image_size: int | None = option(None, "side of the square images in pixels (default: that of "
@@ -144,6 +146,9 @@ class TrainingSettings:
     recipe: str | None = free_option(None, "a set of defaults, which every other option overrides: "
         + ", ".join(RECIPES), choices=tuple(RECIPES), metavar="NAME")
     batch_size: int = fixed_option(32, "images per batch", "-b", type=COUNT)
+    fit_batch: bool = option(False, "take a smaller --batch-size, half of it at the least, where "
+        "that leaves fewer images out of each epoch (default: with the recipes finetune and "
+        "scratch, unless you give -b)")
     accumulate: int = fixed_option(1, "batches per optimizer step", type=COUNT)
     steps: int | None = rate_option(None, "optimizer steps after which to stop (default: 50 "
         "without --epochs; find-lr 100, compare 7, more where they are short)", type=COUNT)
@@ -216,8 +221,9 @@ class CheckpointSettings:
         "its run's settings are the defaults; auto: the newest good one in --output-dir, if any",
         only="train predict", type=Path, metavar="PATH|auto")
     weights: str | None = free_option(None, "trained weights to start a new run from: "
-        "torchvision's by name, such as DEFAULT or IMAGENET1K_V2, or timm's, such as a1_in1k; with "
-        "--resume auto only if there is nothing to go on from", metavar="NAME")
+        "torchvision's by name, such as DEFAULT or IMAGENET1K_V2, or timm's, such as a1_in1k; "
+        "none: new weights, whatever a recipe says; with --resume auto only if there is nothing "
+        "to go on from", metavar="NAME")
     init_from: Path | None = free_option(None, "file with the weights to start a new run from: a "
         "checkpoint, or a plain state dict (.pt, .pth, .safetensors); with --resume auto only if "
         "there is nothing to go on from", type=Path)
@@ -390,6 +396,9 @@ def as_options(settings: Settings) -> str:
     if settings.data_path != defaults["data_path"]:
         defaults["dataset"] = None  # a recipe's data set gives way to a path
     words = []
+    begins_anew = settings.resume in (None, Path("auto")) and not settings.init_from
+    if defaults["weights"] and settings.weights is None and begins_anew:
+        words += ["--weights", NO_WEIGHTS]
     for name, value in vars(settings).items():
         # A launcher starts ranks: nobody types them.
         if value is None or name == "ranks" or (name != "recipe" and value == defaults[name]):

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
-from split_affinity.data.dataset import describe_data, open_data, suspicions
+from split_affinity.data.dataset import (
+    describe_data,
+    describe_epoch,
+    fitted_batch,
+    open_data,
+    suspicions,
+)
 from split_affinity.data.named import SYNTHETIC_CLASSES
 from split_affinity.errors import RunError, UserError
 from split_affinity.files import write_where_asked
@@ -75,7 +82,10 @@ def print_model(
     if exists:
         data = open_data(settings)
         classes, native_size = len(data.classes), data.native.image_size
-        say_lines([*describe_data(data), *suspicions(data, settings)])
+        count = len(data.chosen)
+        lines = describe_data(data), describe_epoch(settings, count), suspicions(data, settings)
+        say_lines(itertools.chain(*lines))
+        settings = dataclasses.replace(settings, batch_size=fitted_batch(settings, count))
     shape = settings.num_classes or classes, largest_size(settings, native_size)
     if path and not exists:
         instead = f"{shape[0]} classes, {shape[1]} px taken instead"

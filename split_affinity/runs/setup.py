@@ -16,7 +16,13 @@ import torch
 
 from split_affinity.checkpoints.folder import LAST
 from split_affinity.data.classes import with_known_classes
-from split_affinity.data.dataset import describe_data, open_data, suspicions
+from split_affinity.data.dataset import (
+    describe_data,
+    describe_epoch,
+    fitted_batch,
+    open_data,
+    suspicions,
+)
 from split_affinity.data.pictures import ImageData, derived_seed
 from split_affinity.errors import UserError
 from split_affinity.files import check_appendable, followed, write_whole
@@ -28,6 +34,7 @@ from split_affinity.models.cost import check_memory
 from split_affinity.models.freezing import freeze
 from split_affinity.models.registry import check_model_name
 from split_affinity.options.contradictions import resizing_contradictions
+from split_affinity.options.data_sets import VAL_SHARE
 from split_affinity.options.settings import ReportSettings, Settings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks
 from split_affinity.reports.tables import CURVES, GRADIENTS, METRICS, TENSORBOARD, TIMELINE, TRACE
@@ -125,6 +132,8 @@ def settings_in_force(
     """The settings with everything decided that you left open, and with the `others` replaced."""
     return dataclasses.replace(
         settings,
+        batch_size=fitted_batch(settings, len(data.chosen)),
+        fit_batch=False,
         teacher=teacher_name(settings),
         num_classes=settings.num_classes or len(data.classes),
         precision=choose_precision(settings, topology)[0],
@@ -146,15 +155,24 @@ def check_run(
     check_validation(settings, data)
     if not ranks.rank:
         check_writable(settings)
-    say_lines([*describe_data(data), *suspicions(data, settings)])
+    left_out = [] if settings.test_only else describe_epoch(settings, len(data.chosen))
+    say_lines([*describe_data(data), *left_out, *suspicions(data, settings)])
+    notes = [unvalidated(settings)] if settings.epochs and data.val is None else []
     if settings.test_only and settings.weights:
         data = with_known_classes(data, settings)
     note = tune_allocator() if settings.tuned_malloc else ""
+    notes += [note] if note else []
     tuned = settings.tuned_malloc and not note
     others = {"loader_cores": plan.loader_cpus, "tuned_malloc": tuned}
     settings = settings_in_force(settings, topology, data, **others)
     check_memory(settings, topology, settings.batch_size)
-    return settings, data, [note] if note else []
+    return settings, data, notes
+
+
+def unvalidated(settings: Settings) -> str:
+    """What a training without validation images lacks, and how it gets some."""
+    remedy = f"; --val-share {VAL_SHARE:g} keeps a fifth" if settings.data_path else ""
+    return f"nothing validates: no best.pt, no report{remedy}"
 
 
 def check_validation(settings: Settings, data: ImageData) -> None:

@@ -40,6 +40,11 @@ WEIGHTS_IN = ("model_ema", "state_dict_ema", "ema", "state_dict", "model", "mode
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 
 
+WITHOUT_NETWORK = (
+    "or give a file with weights by --init-from, or train without any by --recipe scratch"
+)
+
+
 @dataclass(frozen=True)
 class SavedWeights:
     """Weights from a file, by name, with the `classes` that they know, if the file has these.
@@ -130,7 +135,13 @@ def load_named_weights(model: nn.Module, settings: Settings, classes: Sequence[s
     known = find_weights(settings.model, settings.weights, image_size=settings.image_size)
     same = knows_classes(known, classes)
     left_out = () if same else classifier_weights(settings.model, *shape)
-    return f"weights from {known.title}: {take_weights(model, known.load(), left_out)}"
+    try:
+        loaded = known.load()
+    except UserError as error:
+        if settings.test_only or settings.pictures:  # nothing is trained
+            raise
+        raise UserError(f"{error}; {WITHOUT_NETWORK}") from None
+    return f"weights from {known.title}: {take_weights(model, loaded, left_out)}"
 
 
 def load_weights_file(model: nn.Module, settings: Settings, classes: Sequence[str]) -> str:

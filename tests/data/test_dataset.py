@@ -20,7 +20,9 @@ from small import TINY
 from split_affinity.data.dataset import (
     choose_images,
     describe_data,
+    describe_epoch,
     describe_images,
+    fitted_batch,
     open_data,
     suspicions,
     with_validation,
@@ -30,7 +32,8 @@ from split_affinity.data.pictures import ImageData
 from split_affinity.data.transforms import validation_transform
 from split_affinity.errors import UserError
 from split_affinity.options.commands import parse_arguments
-from split_affinity.options.settings import Settings
+from split_affinity.options.data_sets import VAL_SHARE
+from split_affinity.options.settings import Settings, as_options
 from train_split_affinity import main
 
 
@@ -268,3 +271,74 @@ def test_data_that_looks_wrong_is_worth_a_look(counts, left_out, found, in_tmp):
         assert told[0].endswith(": `data some/photos` tells more")
     Path("out/data/photos").mkdir(parents=True)
     assert suspicions(data, settings) == []
+
+
+# Batches that fit
+
+
+@pytest.mark.parametrize(
+    ("images", "asked", "in_force"),
+    [
+        (120, {}, 30),
+        (96, {}, 32),
+        (1000, {}, 32),  # 8 of them are a few
+        (37, {}, 18),  # leaves out one, any other more
+        (40, {}, 20),
+        (10, {}, 10),
+        (3, {}, 3),
+        (1, {}, 1),
+        (3, {"batch_size": 2}, 2),  # one image is too few for BatchNorm
+        (120, {"accumulate": 2}, 30),
+        (120, {"ranks": 3}, 20),
+        (50, {"accumulate": 4}, 12),
+        (120, {"fit_batch": False}, 32),
+    ],
+)
+def test_a_batch_is_fitted_to_few_images(images, asked, in_force):
+    settings = Settings(**{"data_path": Path("p"), "fit_batch": True, **asked})
+    assert fitted_batch(settings, images) == in_force
+
+
+@given(st.integers(1, 5000), st.integers(1, 300), st.integers(1, 4))
+def test_a_fitted_batch_is_half_of_the_batch_or_more(images, size, accumulate):
+    settings = Settings(batch_size=size, accumulate=accumulate, fit_batch=True)
+    found = fitted_batch(settings, images)
+    most = max(1, min(size, images // accumulate))
+    assert most / 2 <= found <= most
+    out = images % (found * accumulate)
+    assert out <= images % (most * accumulate) or out <= images / 100
+
+
+def test_what_is_left_out_of_each_epoch_is_told():
+    def told(images, **settings):
+        lines = describe_epoch(Settings(data_path=Path("p"), **settings), images)
+        return [line.removeprefix("note      ") for line in lines]
+
+    assert told(120) == ["24 of 120 are left out of each epoch: -b 30 uses all"]
+    assert told(37) == ["5 of 37 are left out of each epoch: -b 18 leaves out 1"]
+    assert told(1000) == ["8 of 1000 are left out of each epoch"]
+    assert told(96) == told(20) == []
+    assert told(120, fit_batch=True) == ["30 images in a batch, not 32, fit better"]
+    assert describe_epoch(Settings(batch_size=48), 1280) == []
+
+
+# Folders of one's own under a recipe
+
+
+@pytest.mark.parametrize("recipe", ["finetune", "scratch"])
+def test_a_recipe_keeps_a_fifth_apart_where_nothing_validates(recipe, tmp_path, photos_with_val):
+    root = folder_with(tmp_path, a=20, b=20)
+
+    def opened(path, *options):
+        typed = ["--recipe", recipe, "--data-path", str(path), "--weights", "none", *options]
+        settings = parse_arguments(typed)[1]
+        return open_data(settings), settings
+
+    data, settings = opened(root)
+    assert (len(data.chosen), len(data.val)) == (32, 8)
+    assert f"--val-share {VAL_SHARE}" not in as_options(settings)
+    assert opened(root, "--val-share", "0")[0].val is None
+    assert len(opened(root, "--val-share", "0.5")[0].val) == 20
+    assert len(opened(photos_with_val)[0].val) == 12
+    with pytest.raises(UserError, match="--val-share 0.5: .* has 12 images to validate with"):
+        opened(photos_with_val, "--val-share", "0.5")

@@ -34,6 +34,21 @@ IN_FORCE = {
         "lr_scheduler": "cosine",
         "auto_augment": "ra",
         "label_smoothing": 0.1,
+        "val_share": 0.2,
+        "fit_batch": True,
+    },
+    "scratch": {
+        "model": "resnet18",
+        "image_size": 128,
+        "epochs": 60,
+        "batch_size": 16,
+        "lr": 0.05,
+        "lr_warmup_epochs": 5,
+        "lr_scheduler": "cosine",
+        "auto_augment": "ta",
+        "label_smoothing": 0.1,
+        "val_share": 0.2,
+        "fit_batch": True,
     },
     "imagenet": {
         "epochs": 90,
@@ -155,12 +170,14 @@ def test_a_recipe_is_made_of_settings_with_values_that_options_allow(name):
 OTHER_VALUES = {
     "dataset": (["--dataset", "cifar10"], "cifar10"),
     "output_dir": (["--output-dir", "elsewhere"], Path("elsewhere")),
-    "model": (["--model", "resnet18"], "resnet18"),
+    "model": (["--model", "resnet34"], "resnet34"),
     "epochs": (["--epochs", "33"], 33),
     "weights": (["--weights", "IMAGENET1K_V1"], "IMAGENET1K_V1"),
     "freeze": (["--freeze", "layer1"], "layer1"),
     "freeze_epochs": (["--freeze-epochs", "2"], 2),
     "batch_size": (["-b", "6"], 6),
+    "fit_batch": (["--no-fit-batch"], False),
+    "val_share": (["--val-share", "0.1"], 0.1),
     "accumulate": (["--accumulate", "3"], 3),
     "subset": (["--subset", "1"], 1.0),
     "image_size": (["--image-size", "96"], 96),
@@ -198,7 +215,8 @@ def test_any_option_overrides_a_recipe(recipe, setting):
         options, value = ["--opt", "sgd"], "sgd"
     before = with_recipe(recipe)
     assert getattr(before, setting) != value
-    assert with_recipe(recipe, *options) == dataclasses.replace(before, **{setting: value})
+    changed = {setting: value} | ({"fit_batch": False} if setting == "batch_size" else {})
+    assert with_recipe(recipe, *options) == dataclasses.replace(before, **changed)
 
 
 def test_an_option_overrides_a_recipe_that_comes_later():
@@ -249,6 +267,10 @@ TYPED = """
 --freeze conv1
 --num-classes 3
 --val-resize 256
+--val-share 0
+--weights none
+--weights none --freeze body
+--init-from a.pt --epochs 2
 --test-only --weights DEFAULT
 """.strip().splitlines()
 
@@ -260,8 +282,11 @@ def test_a_recipe_gives_way_to_what_is_typed(recipe, command):
     for data in ("", "--data-path d"):
         for typed in TYPED:
             options = f"{command} --recipe {recipe} {typed} {data}".split()
-            if command == "train" and recipe in FROM_CHECKPOINT and "--weights" not in typed:
+            given = "--weights" in typed or "--init-from" in typed
+            if command == "train" and recipe in FROM_CHECKPOINT and not given:
                 options += ["--weights", "DEFAULT"]
+            if "--weights none" in typed and recipe in FROM_CHECKPOINT:
+                continue  # which has to have some
             _, settings = parse_arguments(options)
             again = parse_arguments([command, *shlex.split(as_options(settings))])
             assert again == (command, settings), options
@@ -303,6 +328,15 @@ def test_a_recipe_gives_way_to_what_is_typed(recipe, command):
             {"min_res": 64, "max_res": 192, "end_ramp": 3, "image_size": None},
         ),
         ("imagenet-full", "--model vgg11", {"model": "vgg11", "stochastic_depth": 0.0}),
+        ("finetune", "--weights none", {"weights": None, "freeze": None, "freeze_epochs": None}),
+        (
+            "finetune",
+            "--weights NONE --freeze body --freeze-epochs 2",
+            {"weights": None, "freeze_epochs": 2},
+        ),
+        ("finetune", "-b 32", {"fit_batch": False}),
+        ("finetune", "-b 32 --fit-batch", {}),
+        ("finetune", "--init-from a.pt", {"weights": None, "init_from": Path("a.pt")}),
         ("imagenet-full", "--model resnet18", {"model": "resnet18"}),
     ],
 )

@@ -23,7 +23,7 @@ def test_the_order_of_settings_in_help_and_in_files():
     model data_path dataset download val_share num_classes image_size val_resize interpolation mean
     std full_decode min_res max_res end_ramp subset max_bad_images workers min_scale hflip
     color_jitter auto_augment ra_magnitude random_erase mixup_alpha cutmix_alpha augment_confused
-    recipe batch_size accumulate steps epochs opt lr lr_body_factor momentum weight_decay
+    recipe batch_size fit_batch accumulate steps epochs opt lr lr_body_factor momentum weight_decay
     norm_weight_decay bias_weight_decay skip_decay_1d lr_scheduler
     lr_warmup_epochs lr_step_epochs lr_milestones lr_gamma lr_restart_epochs min_lr label_smoothing
     class_weights clip_grad_norm freeze freeze_epochs stochastic_depth teacher teacher_weights

@@ -24,6 +24,7 @@ RECIPE_OPTIONS = {
     "imagenet-finetune": "--min-res 32 --max-res 64 --end-ramp 2",
     "imagenet-full": "--lr-warmup-epochs 1 --image-size 32",
     "finetune": "--image-size 32",
+    "scratch": "--image-size 32 --lr-warmup-epochs 1",
     "cifar10": "--lr-milestones 1",
     "hybrid": "--image-size 32 --lr-restart-epochs 1",
 }
@@ -64,7 +65,7 @@ def recipe_data(photos_with_val, tmp_path, monkeypatch, torch_cache):
         if recipe == "cifar10":
             return ["--data-path", str(accept(monkeypatch, make_cifar_digits(tmp_path / "c", 15)))]
         name = "resnet18" if recipe in FROM_CHECKPOINT else "squeezenet1_1"
-        large = recipe.startswith("imagenet") or recipe == "finetune"
+        large = recipe.startswith("imagenet") or recipe in ("finetune", "scratch")
         model = ["--model", name] if large else []
         return [*model, "--data-path", str(photos_with_val)]
 
@@ -94,7 +95,7 @@ def test_a_recipe_runs_from_end_to_end(
         assert all(0 <= row[name] <= 100 for name in ("train_top1", "val_top1", "val_top5"))
         assert row["train_loss"] > 0 and row["val_loss"] > 0
     for name, value in RECIPES[recipe].items():
-        if f"--{name.replace('_', '-')}" not in options and name != "batch_size":
+        if f"--{name.replace('_', '-')}" not in options and name not in ("batch_size", "fit_batch"):
             assert run["settings"][name] == value, name
     state = state_of(folder)
     assert (state["progress"]["epoch"], state["progress"]["step"]) == (2, len(steps))
