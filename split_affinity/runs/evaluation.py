@@ -15,8 +15,6 @@ from split_affinity.checkpoints.folder import Checkpoints
 from split_affinity.checkpoints.resume import check_classes, find_resumed, fit_errors
 from split_affinity.checkpoints.state import Progress, SavedState
 from split_affinity.data.classes import named_classes
-from split_affinity.data.dataset import describe_images
-from split_affinity.data.pictures import ImageData, kept_apart
 from split_affinity.errors import UserError
 from split_affinity.models.freezing import begin_training
 from split_affinity.models.weights import versioned
@@ -24,6 +22,7 @@ from split_affinity.reports.confusion import class_lines, write_confusion
 from split_affinity.reports.log import picture_footer
 from split_affinity.reports.run_report import RunReport
 from split_affinity.reports.tables import EPOCH_FIELDS, PARTS, describe_run
+from split_affinity.runs.known_images import warn_of_known_images
 from split_affinity.terminal import say, say_lines, warn
 from split_affinity.text import plural, readable, utc_now
 from split_affinity.training.network import Confusion, Scores, combine_scores, interleave
@@ -125,37 +124,32 @@ def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
     report.epoch(row, progress.history)
 
 
-def warn_of_known_images(path: Path, saved: SavedState, data: ImageData) -> None:
-    """Warn if a checkpoint may have been trained on images that are kept apart now."""
-    trained_on = (saved.get("data") or {}).get("fingerprint")
-    if kept_apart(data) and trained_on != describe_images(data)["fingerprint"]:
-        asked = "--seed, --val-share and --subset"
-        warn(f"{path} was trained on other images than {asked} leave: it may know some of these")
+def load_to_test(run: Run, path: Path, saved: SavedState) -> int:
+    """Load the weights of a checkpoint, and its moving average if it has one.
 
-
-def load_to_test(run: Run, path: Path, saved: SavedState) -> None:
-    """Load the weights of a checkpoint, and its moving average if it has one."""
+    Returns how many of the images it was trained on.
+    """
     for name in ("model", "num_classes"):
         ours, theirs = getattr(run.settings, name), saved["settings"].get(name)
         if ours != theirs:
             raise UserError(f"--{name.replace('_', '-')} {ours}: {path} has {theirs}")
     check_classes(path, saved, run.data.classes)
-    warn_of_known_images(path, saved, run.data)
     with fit_errors(path, run.settings):
         model = run.train_state.network.model
         model.load_state_dict(versioned(saved["average"] or saved["model"], model))
         run.train_state.average = MovingAverage(model, 0.0) if saved["average"] else None
         model.load_state_dict(versioned(saved["model"], model))
     say_lines([f"{path}: epoch {saved['progress']['epoch']}, step {saved['progress']['step']}"])
+    return 0 if run.ranks.rank else warn_of_known_images(path, saved, run.data)
 
 
 def evaluate_and_report(run: Run) -> None:
     """Evaluate the checkpoint of --resume, or --weights; print and write what it confuses."""
     settings, ranks = run.settings, run.ranks
-    name, confusion = f"--weights {settings.weights}", Confusion()
+    name, confusion, known = f"--weights {settings.weights}", Confusion(), 0
     with contextlib.closing(Checkpoints(settings, warn, ranks=ranks)) as checkpoints:
         if found := ranks.on_rank_0(find_resumed, settings, checkpoints):
-            load_to_test(run, *found)
+            known = load_to_test(run, *found)
             name = readable(str(found[0]))
         elif settings.weights:
             say(run.train_state.network.note)
@@ -169,6 +163,7 @@ def evaluate_and_report(run: Run) -> None:
     classes = named_classes(run.data.classes, settings.num_classes)
     text = "loss {loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %"
     figures, *raw = (text.format_map(each.figures()) for each in results)
+    figures += f" ({known} of the images were trained on)" if known else ""
     lines = [f"{plural(results[0].images, 'image')}: {figures}"]
     lines += [f"raw, without the moving average: {each}" for each in raw]
     say("\n".join([*lines, "", *class_lines(confusion, classes)]))

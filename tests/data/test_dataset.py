@@ -214,7 +214,8 @@ def test_images_that_a_checkpoint_may_know_are_told(run, in_tmp):
     assert (code, printed.err) == (0, "")
     code, printed = run(*test, "--seed", "2")
     assert code == 0
-    assert "out/last.pt was trained on other images than --seed, --val-share and" in printed.err
+    assert "out/last.pt was trained on all of these 2 images: the figures do not" in printed.err
+    assert "(2 of the images were trained on)\n" in printed.out
 
 
 def test_no_share_where_there_are_images_to_validate_with(photos_with_val):
