@@ -92,6 +92,7 @@ from split_affinity.reports.run_report import RunReport
 from split_affinity.reports.summary import SHORTEST_LOOK_S
 from split_affinity.reports.tensorboard import check_tensorboard
 from split_affinity.runs.arguments import parse_on_all_ranks
+from split_affinity.runs.ending import end_well
 from split_affinity.runs.evaluation import evaluate_and_report, finish_epoch
 from split_affinity.runs.find_lr import find_lr_and_report, range_test_settings
 from split_affinity.runs.plan import decide_plan, list_models, plan_lines, print_model
@@ -106,7 +107,7 @@ from split_affinity.runs.setup import (
 from split_affinity.runs.starting_weights import teacher_lines
 from split_affinity.signals import StopRequest, ending_at_once
 from split_affinity.terminal import lossy_output, say, say_lines, silenced_output, warn
-from split_affinity.text import plural, shown
+from split_affinity.text import plural, shown, try_print
 from split_affinity.training.optimizer import (
     planned_steps,
     steps_in_epoch,
@@ -151,9 +152,11 @@ def run_command(argv: Sequence[str], launch: Launch) -> int:
         topology = ranks.meet(machine)
         if command in WITH_PLAN:
             plan = show_plan(settings, topology, ranks)
-            WITH_PLAN[command](settings, topology, plan, ranks)
+            result = WITH_PLAN[command](settings, topology, plan, ranks)
         else:
-            WITHOUT_PLAN[command](settings, topology)
+            result = WITHOUT_PLAN[command](settings, topology)
+        if not ranks.rank:
+            end_well(command, settings, result)
     except (Exception, KeyboardInterrupt) as raised:
         error = Stopped(signal.SIGINT) if type(raised) is KeyboardInterrupt else raised
     foreseen = isinstance(error, (UserError, RunError, Stopped))
@@ -300,7 +303,7 @@ def fit(
         report.finish(likely_reason(error), together)
         said = run.bad.command and run.bad.command in str(error)
         if checkpoints.exist() and not said and not isinstance(error, Diverged):
-            say(how_to_go_on(asked))
+            try_print(how_to_go_on(asked), sys.stdout)  # in one line, to be copied
         raise
     run.stop.begin("the report")
     report.contention(run.lanes.monitor.look(SHORTEST_LOOK_S))

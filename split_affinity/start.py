@@ -15,7 +15,12 @@ from importlib.util import find_spec
 from split_affinity import PROGRAM
 from split_affinity.errors import UserError
 from split_affinity.machine.binding import begin_anew
-from split_affinity.options.commands import installed_version, parse_arguments, split_arguments
+from split_affinity.options.commands import (
+    ANSWERING,
+    installed_version,
+    parse_arguments,
+    split_arguments,
+)
 from split_affinity.options.existence import missing_early
 from split_affinity.ranks.launch import launched
 from split_affinity.signals import end_while_loading
@@ -30,7 +35,6 @@ TOO_LITTLE_MEMORY = (
     "failed to map segment|[Cc]annot allocate memory(?! in static TLS)|[Oo]ut of memory|bad_alloc"
 )
 ENOUGH_BYTES = 8 * 2**30  # of address space: PyTorch takes half of that
-ANSWERING = ("predict", "list-models")  # other programs may read what these print
 
 
 def begin() -> None:

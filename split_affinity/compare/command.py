@@ -16,7 +16,7 @@ from split_affinity.compare.report import (
     split_lines,
 )
 from split_affinity.compare.rounds import run_rounds
-from split_affinity.compare.verdict import Compared, Comparison
+from split_affinity.compare.verdict import Comparison
 from split_affinity.compare.ways import all_ways, is_loading, way_settings
 from split_affinity.errors import RunError, UserError, likely_reason
 from split_affinity.files import append_text, write_traceback, write_where_asked
@@ -32,7 +32,7 @@ from split_affinity.runs.setup import check_writable
 from split_affinity.terminal import say, say_lines
 
 
-def compare(settings: Settings, topology: Topology) -> list[Compared]:
+def compare(settings: Settings, topology: Topology) -> Comparison:
     """Run all ways to train in turn, round by round; print and write how they compare."""
     begun_s, asked = time.perf_counter(), settings
     check_comparison(settings, topology)
@@ -53,7 +53,7 @@ def compare(settings: Settings, topology: Topology) -> list[Compared]:
     say_lines(["", *comparison_notes(found)])
     say("\n".join([*comparison_tables(found), "", found.verdict]))
     write_comparison(found)
-    return found.rows
+    return found
 
 
 def check_comparison(settings: Settings, topology: Topology) -> None:

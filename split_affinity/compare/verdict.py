@@ -17,6 +17,8 @@ from split_affinity.options.settings import Settings
 from split_affinity.text import format_cpu_list, plural
 from split_affinity.training.schedules import step_bound_s
 
+PAYS = "the split pays"
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -135,24 +137,36 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """The verdict, with a warning if disturbed rounds count; none if most are disturbed."""
-        used = rounds_used(self.rounds)
-        disturbed = sum(disturbance(self.rounds[index])[0] > 0 for index in used)
-        # Where most are undisturbed, medians lie between their figures, whatever the others are.
-        needed = len(used) // 2 + 1
-        if len(used) - disturbed < needed:
+        used, disturbed = len(rounds_used(self.rounds)), self._disturbed
+        if self.advised is None:
             return (
                 f"No verdict, and no advice: others disturbed {disturbed} of the "
-                f"{plural(len(used), 'round')}, so the figures may be their doing; {needed} "
+                f"{plural(used, 'round')}, so the figures may be their doing; {used // 2 + 1} "
                 "undisturbed ones are needed. Compare once more while nothing else runs on this "
                 "machine."
             )
-        warning = f" But {disturbed} of the {plural(len(used), 'round')} were disturbed by others."
+        warning = f" But {disturbed} of the {plural(used, 'round')} were disturbed by others."
         return judge_ways(self.rows) + (warning if disturbed else "")
+
+    @property
+    def advised(self) -> Settings | None:
+        """The settings of the way to train in; None if most of the rounds are disturbed."""
+        used = len(rounds_used(self.rounds))
+        # Where most are undisturbed, medians lie between their figures, whatever the others are.
+        if used - self._disturbed < used // 2 + 1:
+            return None
+        name = advised_way(self.rows)
+        return next(way.settings for way in self.ways if way.name == name)
+
+    @property
+    def _disturbed(self) -> int:
+        """How many of the rounds that count were disturbed by others."""
+        return sum(disturbance(self.rounds[index])[0] > 0 for index in rounds_used(self.rounds))
 
 
 def judge_rounds(ratios: Iterable[float], candidates: int = 3) -> str:
     """What the speeds relative to one lane show of the fastest of some schedules."""
-    words = {1: "the split pays", 0: "no difference beyond the noise", -1: "the split costs speed"}
+    words = {1: PAYS, 0: "no difference beyond the noise", -1: "the split costs speed"}
     return words[beyond_noise(ratios, candidates)]
 
 
@@ -167,18 +181,32 @@ def beyond_noise(ratios: Iterable[float], candidates: int) -> int:
     return (min(decisive) > 0) - (max(decisive) < 0)
 
 
-def judge_ways(compared: Sequence[Compared]) -> str:
-    """What a comparison says about the split, and what to do, in some sentences."""
+def fastest_split(compared: Sequence[Compared]) -> tuple[Compared, str]:
+    """The fastest schedule of the split, and what its speed shows beside that of one lane."""
     candidates = [row for row in compared if row.split != "none" and row.ranks == 1]
     best = max(candidates, key=lambda row: row.to_none)
+    return best, judge_rounds(best.to_none_rounds, len(candidates))
+
+
+def advised_way(compared: Sequence[Compared]) -> str:
+    """The name of the way to train in: the fastest beyond the noise, else one lane."""
+    best, judgement = fastest_split(compared)
+    rival = fastest_ranks(compared)
+    if rival and judge_ranks(best, compared)[1]:
+        return rival.way
+    return best.way if judgement == PAYS else "none"
+
+
+def judge_ways(compared: Sequence[Compared]) -> str:
+    """What a comparison says about the split, and what to do, in some sentences."""
+    best, judgement = fastest_split(compared)
     low, high = min(best.to_none_rounds), max(best.to_none_rounds)
-    judgement = judge_rounds(best.to_none_rounds, len(candidates))
     rival, ahead = judge_ranks(best, compared)
     listed = best.split == "lists"
     advice = "train with --split none"
     if ahead:
         advice = "train in two ranks (torchrun --nproc-per-node 2, --split none)"
-    elif judgement == "the split pays":
+    elif judgement == PAYS:
         how = "on these cores with" if listed else f"with --split {best.split}"
         advice = f"train {how} --schedule {best.schedule}"
     elif judgement != "the split costs speed":
@@ -193,10 +221,16 @@ def judge_ways(compared: Sequence[Compared]) -> str:
     )
 
 
+def fastest_ranks(compared: Sequence[Compared]) -> Compared | None:
+    """The fastest of the ways that train in several ranks, if there are any."""
+    rivals = (row for row in compared if row.ranks > 1)
+    return max(rivals, key=lambda row: row.to_none, default=None)
+
+
 def judge_ranks(best: Compared, compared: Sequence[Compared]) -> tuple[str, bool]:
     """A sentence on ranks that beat `best` or one lane; whether they beat both beyond noise."""
     rivals = [row for row in compared if row.ranks > 1]
-    rival = max(rivals, key=lambda row: row.to_none, default=None)
+    rival = fastest_ranks(compared)
     if not rival or rival.to_none <= min(1.0, best.to_none):
         return "", False
     rounds = rival.to_none_rounds

@@ -98,6 +98,7 @@ class Command:
     shows: Collection[type | str] = Settings.__bases__
 
 
+ANSWERING = ("predict", "list-models")  # other programs may read what these print
 # What makes a difference to the answers of a trained model, or to how long they take.
 ASKED_WITH = """
     model image_size val_resize interpolation mean std full_decode workers batch_size deterministic
@@ -105,7 +106,8 @@ ASKED_WITH = """
 # What find-lr and compare have in common, beside groups.
 TRAINED_WITH = """
     recipe batch_size accumulate steps opt label_smoothing class_weights clip_grad_norm freeze
-    stochastic_depth teacher teacher_weights teacher_share seed deterministic output_dir""".split()
+    stochastic_depth teacher teacher_weights teacher_share seed deterministic output_dir
+    open""".split()
 
 # fmt: off
 COMMANDS = {
@@ -380,12 +382,17 @@ def parse_arguments(
     return command, settings
 
 
-def command_again(settings: Settings) -> str:
-    """After a colon, a command with these settings that starts as the running one did."""
+def start_words() -> list[str]:
+    """What the running command began with: Python, its options, and the program."""
     started, name = Path(sys.argv[0]), Path(PROGRAM).stem
     ours = started.stem.replace("-", "_") == name or started.parent.name == "split_affinity"
     words = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-    typed, start = shlex.join(words) if ours else f"python {PROGRAM}", ""
+    return words if ours else ["python", PROGRAM]
+
+
+def command_again(settings: Settings) -> str:
+    """After a colon, a command with these settings that starts as the running one did."""
+    typed, start = shlex.join(start_words()), ""
     if settings.ranks > 1:
         typed, start = PROGRAM, ", with torchrun as before"
     mirror = settings.mirror or ""

@@ -40,6 +40,7 @@ NEEDS = (
     ("save_steps", "output_dir", ", where checkpoints are"),
     ("mirror", "output_dir", ", where checkpoints are"),
     ("tensorboard", "output_dir", ", the folder for all that is written"),
+    ("open", "output_dir", ", the folder for the pictures"),
     ("teacher", "teacher_weights", ", a name such as DEFAULT or a file"),
 )
 # Commands that do not run in several ranks, and why.
@@ -143,7 +144,7 @@ def typed_contradictions(command: str, settings: Settings, ranks: int = 1) -> It
     for setting in dataclasses.fields(settings):
         only, value = setting.metadata["only"], getattr(settings, setting.name)
         if only and command not in only and value != setting.default:
-            takers = " and ".join(only)
+            takers = " and ".join(filter(None, (", ".join(only[:-1]), only[-1])))
             yield f"{as_option(setting.name, value)} is for {takers}, not for {command}"
     if "," in settings.split and command != "compare":
         yield f"--split {settings.split}: several splits are for compare, {command} takes one"

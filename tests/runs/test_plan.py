@@ -8,6 +8,7 @@ import pytest
 import torch
 from small import TINY
 
+from split_affinity import PROGRAM
 from split_affinity.machine.description import read_machine
 from split_affinity.machine.topology import read_topology
 from train_split_affinity import main
@@ -21,6 +22,7 @@ def test_plan_prints_and_writes_nothing(in_tmp, capsys):
     assert printed.endswith(
         "model resnet50: 25,557,032 parameters for 1000 classes, 97.7 MiB; "
         "an image of 224 px takes 8.18 GFLOP forward, 16.12 backward\n"
+        f"next: python {PROGRAM}\n"
     )
     assert not list(in_tmp.iterdir())
 
@@ -28,7 +30,7 @@ def test_plan_prints_and_writes_nothing(in_tmp, capsys):
 def test_plan_says_what_it_takes_for_data_that_is_not_there_yet(in_tmp, capsys):
     options = ["--model", "resnet56", "--num-classes", "7", "--data-path", "later"]
     assert main(["plan", *options]) == 0
-    note, model = capsys.readouterr().out.splitlines()[-2:]
+    note, model = capsys.readouterr().out.splitlines()[-3:-1]
     assert note == "note: later does not exist yet: 7 classes, 224 px taken instead"
     assert "for 7 classes" in model
 
@@ -40,12 +42,12 @@ def test_plan_for_a_server_from_any_computer(in_tmp, capsys, monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
     assert main(["plan", "--machine", "server", "--record", "server.json", *TINY]) == 0
     first = capsys.readouterr().out.splitlines()
-    assert first.pop() == "machine recorded in server.json"
+    assert first.pop(-2) == "machine recorded in server.json"
     assert main(["plan", "--machine", "server.json", *TINY]) == 0
     assert capsys.readouterr().out.splitlines() == first
     assert first[0].startswith("Example CPU @ 3.0GHz: 1 socket, 16 cores, 32 hardware threads; ")
     assert "forward   cores 0-7,16-23, 8 threads: forward pass" in first
-    assert first[-1].startswith("model squeezenet1_1: ")
+    assert first[-2].startswith("model squeezenet1_1: ")
 
 
 def test_the_machine_of_this_computer_is_recorded(in_tmp):
@@ -68,7 +70,7 @@ def test_core_lists_are_those_of_the_machine_planned_for(in_tmp, capsys):
 def test_plan_of_another_model(in_tmp, capsys):
     arguments = "--model resnet56 --num-classes 10 --image-size 32".split()
     assert main(["plan", *arguments]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == (
+    assert capsys.readouterr().out.splitlines()[-2] == (
         "model resnet56: 853,018 parameters for 10 classes, 3.3 MiB; "
         "an image of 32 px takes 0.25 GFLOP forward, 0.50 backward"
     )
@@ -79,7 +81,7 @@ def test_plan_shows_the_teacher(in_tmp, capsys):
     arguments += "--teacher resnet18 --teacher-weights later.pth".split()
     torch.save({"conv1.weight": torch.zeros(1)}, "later.pth")
     assert main(["plan", *arguments]) == 0
-    model, teacher = capsys.readouterr().out.splitlines()[-2:]
+    model, teacher = capsys.readouterr().out.splitlines()[-3:-1]
     assert model.startswith("model resnet56: 853,018 parameters for 10 classes")
     assert teacher == "teacher resnet18: 42.7 MiB; an image takes 0.07 GFLOP more forward"
 
@@ -108,7 +110,7 @@ def test_plan_shows_the_teacher(in_tmp, capsys):
 )
 def test_plan_of_a_model_with_a_frozen_body(in_tmp, capsys, arguments, work, frozen):
     assert main(["plan", "--model", "resnet18", "--freeze", "body", *arguments]) == 0
-    *_, model, last = capsys.readouterr().out.splitlines()
+    *_, model, last, _ = capsys.readouterr().out.splitlines()
     assert model.endswith(f"an image of 224 px takes {work}")
     assert last == frozen
 
