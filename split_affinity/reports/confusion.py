@@ -13,7 +13,7 @@ import torch
 
 from split_affinity.files import write_whole
 from split_affinity.reports.labels import short_labels
-from split_affinity.reports.timeline import new_figure, save_figure
+from split_affinity.reports.timeline import new_figure, save_figure, write_title
 from split_affinity.terminal import say_lines
 from split_affinity.text import UNSEEN, csv_text, markdown_table, shown
 from split_affinity.training.network import Confusion
@@ -80,7 +80,7 @@ def draw_confusion(
             text = str(matrix[row, column].item())
             ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
     ax.set(xlabel="predicted class", ylabel="true class")
-    figure.suptitle(shown(title), fontsize=10, parse_math=False)
+    write_title(figure, title)
     save_figure(figure, path)
     if numbered:
         listed = ", ".join(f"no. {number} {name}" for number, name in numbered.items())

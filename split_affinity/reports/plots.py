@@ -10,8 +10,7 @@ from typing import Any
 
 from split_affinity.checkpoints.state import best_epoch
 from split_affinity.reports.tables import PARTS
-from split_affinity.reports.timeline import new_figure, save_figure
-from split_affinity.text import shown
+from split_affinity.reports.timeline import new_figure, save_figure, write_title
 
 
 def draw_curves(
@@ -93,7 +92,7 @@ def save_axes(figure: Any, path: Path, title: str, x_label: str) -> None:
     """Give axes that share the x axis a title, a grid and a light frame, and write the picture."""
     from matplotlib.ticker import MaxNLocator
 
-    figure.suptitle(shown(title), fontsize=10, parse_math=False)
+    write_title(figure, title)
     figure.axes[-1].set_xlabel(x_label)
     if x_label == "epoch":
         figure.axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -33,6 +33,7 @@ EXPLANATION = (
 )
 PHASES_TO_DRAW = 40
 ROWS_TO_DRAW = 16  # of cores; the lanes have rows of their own
+TITLE_SHARE = 0.97  # of a picture's width, at most
 SHORT_PHASE_S = 0.05  # five of the ticks in which the kernel counts a CPU's time
 
 
@@ -161,7 +162,7 @@ def draw_timelines(path: Path, title: str, panels: Sequence[Panel], footer: str 
     columns = len(patches) if len(patches) <= 6 else 4
     style = {"ncols": columns, "frameon": False, "fontsize": 9, "title_fontsize": 9}
     figure.legend(handles=patches, title=EXPLANATION, loc="outside lower center", **style)
-    figure.suptitle(shown(title), fontsize=10, parse_math=False)
+    write_title(figure, title)
     save_figure(figure, path)
 
 
@@ -176,6 +177,24 @@ def new_figure(width_inches: float, height_inches: float, footer: str = "") -> A
     style = {"fontsize": 6.5, "color": "#555555", "va": "top", "parse_math": False}
     lower.text(0.1 / width_inches, 1, "\n".join(lines), **style)
     return upper
+
+
+def write_title(figure: Any, title: str) -> None:
+    """Write a title above a picture, in as many lines as its width needs."""
+    text = figure.suptitle(shown(title), fontsize=10, parse_math=False)
+    wrap_text(text, TITLE_SHARE * figure.bbox.width)
+
+
+def wrap_text(text: Any, room_px: float) -> None:
+    """Break a text of matplotlib's into as many lines as it takes to be no wider."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    renderer = FigureCanvasAgg(text.figure.figure).get_renderer()
+    whole = text.get_text()
+    letters = len(whole)
+    while (width_px := text.get_window_extent(renderer).width) > room_px and letters > 1:
+        letters = min(letters - 1, max(1, int(letters * room_px / width_px)))
+        text.set_text("\n".join(textwrap.wrap(whole, letters)))
 
 
 def save_figure(figure: Any, path: Path) -> None:
@@ -201,7 +220,8 @@ def draw_panel(ax: Any, panel: Panel, span_s: float) -> None:
     ax.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=size)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlim(0, span_s)
-    ax.set_title(shown(panel.title), loc="left", fontsize=9, parse_math=False)
+    title = ax.set_title(shown(panel.title), loc="left", fontsize=9, parse_math=False)
+    wrap_text(title, ax.bbox.width)  # less than it gets in the end
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(left=False)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from made_up import NO_VALIDATION, RAW, epoch_row, report_on
 from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from patching import set_everywhere
 from PIL import Image
 from records import PLAN, step
@@ -195,6 +196,46 @@ def test_every_picture_has_its_footer_below_all_else(tmp_path, figures, name):
     assert box.x1 <= lower.bbox.x1
     assert 0 <= box.y0 < box.y1 <= upper.bbox.y0 + 1
     assert upper.get_tightbbox().y0 * figures[0].figure.dpi >= upper.bbox.y0 - 1
+
+
+LONG = (
+    "convnextv2_huge.fcmae_ft_in22k_in1k_512, 512 px, 4 ranks with 16 batches of 128 images a step"
+)
+TITLES = {"short": "title", "of words": f"{LONG}, bf16: loss 0.5948", "one word": 150 * "W"}
+
+
+def assert_title_fits(figure, title):
+    """It is there as a whole, inside the picture, above all axes."""
+    renderer = FigureCanvasAgg(figure.figure).get_renderer()
+    box, whole = figure._suptitle.get_window_extent(renderer), figure.figure.bbox
+    assert 0 <= box.x0 < box.x1 <= whole.x1 and box.y1 <= whole.y1
+    assert box.y0 >= max(ax.get_tightbbox(renderer).y1 for ax in figure.axes)
+    drawn = figure.get_suptitle()
+    assert title in (drawn.replace("\n", " "), drawn.replace("\n", ""))
+
+
+@pytest.mark.parametrize("classes", [2, 4, 10])
+@pytest.mark.parametrize("title", TITLES)
+def test_titles_fit_the_width_of_a_matrix(tmp_path, figures, classes, title):
+    names = [f"class {number}" for number in range(classes)]
+    draw_confusion(tmp_path / "c.png", TITLES[title], torch.eye(classes).long(), names)
+    assert_title_fits(figures[0], TITLES[title])
+
+
+@pytest.mark.parametrize("name", ["curves", "gradients", "lr", "timeline"])
+def test_long_titles_fit_all_pictures(tmp_path, figures, name):
+    title = f"{LONG}, bf16, taught by {LONG}: {LONG}"
+    PICTURES[name](tmp_path / f"{name}.png", title)
+    assert_title_fits(figures[0], title)
+    assert "\n" in figures[0].get_suptitle()
+
+
+def test_a_long_title_of_a_panel_fits(tmp_path, figures):
+    panel = Panel(f"rank 0 on {200 * 'h'}: delayed", PLAN, [step(1)])
+    draw_timelines(tmp_path / "timeline.png", "title", [panel])
+    renderer = FigureCanvasAgg(figures[0].figure).get_renderer()
+    box = figures[0].axes[0].get_tightbbox(renderer)
+    assert box.x1 <= figures[0].figure.bbox.x1
 
 
 def test_the_curves_of_one_epoch_without_validation(tmp_path, figures):
