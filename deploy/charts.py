@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from checkpoint import needed_packages
 from figures import Calibration
 
+from split_affinity.reports.plots import spans_decades
 from split_affinity.text import plural
 
 with needed_packages():
     from matplotlib.ticker import LogLocator, MaxNLocator
 
 LEFT, RIGHT, TOP, BOTTOM = 44, 346, 12, 196  # of axes, in a drawing of 360 x 230
-LARGE_RATIO = 30  # of the largest value to the smallest, from which on an axis is logarithmic
 
 Values = Sequence[float | None]
 
@@ -56,7 +56,7 @@ def axis_of(
     that values can be.
     """
     low, high = min(values), max(values)
-    if low > 0 and high / low > LARGE_RATIO:
+    if spans_decades(values):
         ticks = [float(each) for each in LogLocator(numticks=6).tick_values(low, high)]
         return Axis(low / 1.1, high * 1.1, start, end, ticks, is_log=True)
     locator = MaxNLocator(5, integer=integer, min_n_ticks=1)

@@ -359,7 +359,10 @@ def test_weights_by_name_are_tested_without_any_training(
     assert main([*WEIGHTS, *options, "--output-dir", "out"]) == 0
     printed = capsys.readouterr().out
     assert "SqueezeNet1_1_Weights.IMAGENET1K_V1: all 52 tensors\n" in printed
-    assert f"12 images: loss {loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %" in printed
+    assert (
+        f"12 images: loss {loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %, computed in "
+        in printed
+    )
     for name in ("toilet tissue", "tench"):
         assert re.search(rf"^\| {name} +\| .*\| +6 \|$", printed, re.MULTILINE)
     assert sorted(path.name for path in Path("out").iterdir()) == [CONFUSED, PAIRS]

@@ -12,6 +12,13 @@ from split_affinity.checkpoints.state import best_epoch
 from split_affinity.reports.tables import PARTS
 from split_affinity.reports.timeline import new_figure, save_figure, write_title
 
+LARGE_RATIO = 30  # of the largest value to the smallest, from which on an axis is logarithmic
+
+
+def spans_decades(values: Sequence[float]) -> bool:
+    """Whether an axis of these values is logarithmic; on another the small ones look the same."""
+    return bool(values) and min(values) > 0 and max(values) / min(values) > LARGE_RATIO
+
 
 def draw_curves(
     path: Path,
@@ -40,7 +47,11 @@ def draw_curves(
             ax.axvline(row["epoch"], label=label if ax is accuracies else None, **style)
     for ax in (losses, accuracies):  # beside the curves, which may fill any corner
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+    known = [row.get(f"{part}_loss") for row in history for part in PARTS]
     losses.set_ylabel("loss")
+    if spans_decades([value for value in known if value is not None]):
+        losses.set(yscale="log", ylabel="loss (logarithmic)")
+        losses.yaxis.set_major_formatter("{x:g}")
     accuracies.set_ylabel("right answers, %")
     rates.set(ylabel="learning rate", ylim=(0, None))
     save_axes(figure, path, title, "epoch")

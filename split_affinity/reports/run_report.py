@@ -49,6 +49,8 @@ from split_affinity.reports.tables import (
     step_figures,
     summary_lines,
     tables_of_ranks,
+    tells_top5,
+    without_top5,
 )
 from split_affinity.reports.tensorboard import EventFile, epoch_scalars, step_scalars
 from split_affinity.reports.timeline import Panel, draw_timelines, steps_to_draw
@@ -222,6 +224,8 @@ class RunReport:
         folder, title = self._settings.output_dir, describe_run(self._settings)
         if folder:
             footer = picture_footer(self._topology)
+            if not tells_top5(self._settings.num_classes):
+                history = [*map(without_top5, history)]
             best = self._progress.best
             self._write(draw_curves, folder / CURVES, title, history, footer, best)
             self._write(draw_gradients, folder / GRADIENTS, title, history, footer)

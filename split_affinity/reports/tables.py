@@ -122,6 +122,16 @@ def epoch_line(row: dict[str, Any], names: Sequence[str] = EPOCH_FIELDS) -> str:
     return "  ".join([*cells, f"timestamp: {row['timestamp']}"])
 
 
+def tells_top5(classes: int | None) -> bool:
+    """Whether top-5 says anything: of five classes or fewer the right one always is among them."""
+    return classes is None or classes > 5
+
+
+def without_top5(row: dict[str, Any]) -> dict[str, Any]:
+    """The figures of an epoch but for top-5."""
+    return {name: value for name, value in row.items() if not name.endswith("top5")}
+
+
 def describe_run(settings: Settings) -> str:
     """What a run trains, in a line."""
     batches = f"{settings.batch_size} images"

@@ -21,7 +21,7 @@ from split_affinity.models.weights import versioned
 from split_affinity.reports.confusion import class_lines, write_confusion
 from split_affinity.reports.log import picture_footer
 from split_affinity.reports.run_report import RunReport
-from split_affinity.reports.tables import EPOCH_FIELDS, PARTS, describe_run
+from split_affinity.reports.tables import EPOCH_FIELDS, PARTS, describe_run, tells_top5
 from split_affinity.runs.known_images import warn_of_known_images
 from split_affinity.terminal import say, say_lines, warn
 from split_affinity.text import plural, readable, utc_now
@@ -161,10 +161,11 @@ def evaluate_and_report(run: Run) -> None:
     for text in run.bad.messages:
         warn(f"{text}: left out")
     classes = named_classes(run.data.classes, settings.num_classes)
-    text = "loss {loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %"
+    text = "loss {loss:.4f}, top-1 {top1:.2f} %"
+    text += ", top-5 {top5:.2f} %" if tells_top5(len(classes)) else ""
     figures, *raw = (text.format_map(each.figures()) for each in results)
     figures += f" ({known} of the images were trained on)" if known else ""
-    lines = [f"{plural(results[0].images, 'image')}: {figures}"]
+    lines = [f"{plural(results[0].images, 'image')}: {figures}, computed in {settings.precision}"]
     lines += [f"raw, without the moving average: {each}" for each in raw]
     say("\n".join([*lines, "", *class_lines(confusion, classes)]))
     if settings.output_dir:

@@ -110,6 +110,29 @@ def test_the_curves(tmp_path, figures):
     assert figures[0].get_suptitle() == "resnet18, 32 px"
 
 
+@pytest.mark.parametrize(("lowest", "scale"), [(0.2, "linear"), (0.1, "log")])
+def test_losses_over_decades_are_drawn_over_a_logarithmic_axis(tmp_path, figures, lowest, scale):
+    """From a ratio of 30 on, as in the report; without a value for what was not measured."""
+    rows = [epoch_row(val_loss=None), epoch_row(2, train_loss=lowest)]
+    draw_curves(tmp_path / "curves.png", "title", rows)
+    losses, *others = figures[0].axes
+    assert losses.get_yscale() == scale
+    assert losses.get_ylabel() == ("loss" if scale == "linear" else "loss (logarithmic)")
+    assert {ax.get_yscale() for ax in others} == {"linear"}
+    if scale == "log":
+        marks = [text.get_text() for text in losses.get_yticklabels()]
+        assert {"0.1", "1"} <= {*marks}, "no powers of ten"
+
+
+@pytest.mark.parametrize("classes", [5, 6])
+def test_top5_of_few_classes_is_not_drawn(settings, figures, classes):
+    report = report_on(dataclasses.replace(settings, num_classes=classes))
+    report.epoch(epoch_row(), [epoch_row()])
+    assert any("top-5" in name for name in lines_of(figures[0].axes[1])) == (classes == 6)
+    assert "val_top5: 6.2%" in settings.log_file.read_text(), "a line's format stays"
+    report.finish("finished")
+
+
 def best_of(history, tmp_path, figures, best=()):
     """Where the best epoch is marked in both upper axes, and its entry in the legend."""
     draw_curves(tmp_path / "curves.png", "title", history, best=best)
