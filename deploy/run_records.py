@@ -17,6 +17,8 @@ from typing import Any, TextIO
 
 from split_affinity.errors import UserError
 from split_affinity.files import open_itself
+from split_affinity.lanes.contention import Contention, mean_contention
+from split_affinity.reports.tables import disturbance
 from split_affinity.text import format_cpu_list, plural
 
 LATEST_STEPS = 2000
@@ -38,12 +40,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What metrics.jsonl says of a run: its machine, its core plan, and the time per phase."""
+    """What metrics.jsonl says of a run: its machine, its core plan, and the time per phase. If
+    others disturbed it so much that times do not count, `disturbed` says so.
+    """
 
     machine: str
     plan: Sequence[str]
     phases: Sequence[Phase]
     images_per_s: float | None
+    disturbed: str
 
 
 def recorded_run(path: Path, model: str) -> Recorded | None:
@@ -125,7 +130,26 @@ def told_of(run: dict, summary: dict | None, steps: Sequence[dict]) -> Recorded:
         list(plan_lines(entry(run, "plan", dict))),
         list(phases_of_summary(summary) if summary else phases_of_steps(steps)),
         summary and entry(summary, "images_per_s", float),
+        disturbance(contention_of([summary] if summary else steps)),
     )
+
+
+def contention_of(records: Sequence[dict]) -> Contention | None:
+    """What others took of the cores, the mean of what records say; None if none says it. Raises
+    KeyError, ValueError.
+    """
+    looks = [look_of(entry(each, "contention", dict)) for each in records if each.get("contention")]
+    return mean_contention(looks) if looks else None
+
+
+def look_of(record: dict) -> Contention:
+    """A look at what others took. Raises KeyError, ValueError."""
+    start_s, end_s, stolen = (entry(record, name, float) for name in ("start_s", "end_s", "stolen"))
+    if end_s <= start_s:
+        raise ValueError("a look at contention ends before it begins")
+    shares = entry(record, "others", dict).items()
+    others = {lane: of_kind(share, "what others took", float) for lane, share in shares}
+    return Contention(start_s, end_s, others, stolen)
 
 
 def phases_of_summary(summary: dict) -> Iterator[Phase]:

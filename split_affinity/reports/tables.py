@@ -10,7 +10,7 @@ from typing import Any
 
 from split_affinity.checkpoints.folder import BEST, LAST
 from split_affinity.checkpoints.state import Progress
-from split_affinity.lanes.contention import Contention
+from split_affinity.lanes.contention import CONTENTION_SHARE, Contention
 from split_affinity.machine.plan import CorePlan, Host
 from split_affinity.machine.topology import Topology, cpus_of
 from split_affinity.options.settings import Settings
@@ -74,6 +74,14 @@ def contention_texts(contention: Contention, least: float) -> Iterator[str]:
         yield f"the hypervisor took {100 * contention.stolen:.0f} %"
 
 
+def disturbance(contention: Contention | None) -> str:
+    """What is to be said beside a run's speeds if others took so much that these do not count."""
+    if contention is None or not any(contention_texts(contention, CONTENTION_SHARE)):
+        return ""
+    taken = "; ".join(contention_texts(contention, CONTENTION_IN_SUMMARY))
+    return f"{taken}: these speeds and times do not count"
+
+
 def memory_lines(by_node: dict[int, int], topology: Topology, plan: CorePlan) -> list[str]:
     """A line about memory by NUMA node, with the lanes that have cores there; none if unknown."""
     places = []
@@ -103,7 +111,9 @@ def summary_lines(summary: Summary) -> list[str]:
         f"stray time {stray}",
         f"busy over whole steps: {busy}; CPU time beside that: {beside}",
     ]
-    if summary.contention:
+    if disturbed := disturbance(summary.contention):
+        lines.insert(1, disturbed)
+    elif summary.contention:
         texts = list(contention_texts(summary.contention, CONTENTION_IN_SUMMARY))
         lines += ["; ".join(texts)] if texts else []
     lines.append(

@@ -472,7 +472,10 @@ def test_without_a_map_there_is_a_report_all_the_same(best, few, reported, monke
     assert not any("heat map" in attributes.get("alt", "") for _, attributes in page.tags)
 
 
-@pytest.mark.parametrize(("change", "expected"), [("gone", False), ("cut", True), ("other", False)])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [("gone", False), ("cut", True), ("other", False), ("disturbed", True)],
+)
 def test_records_beside_the_checkpoint_may_be_missing(
     best, few, reported, tmp_path, change, expected
 ):
@@ -483,14 +486,19 @@ def test_records_beside_the_checkpoint_may_be_missing(
         file.unlink()
     elif change == "cut":  # a machine that went down left no summary, and half a line
         file.write_text("".join([*lines[:5], lines[5][:50]]))
-    else:
+    elif change == "other":
         file.write_text(lines[0].replace("resnet20", "resnet56"))
+    else:
+        with_entry(file, "summary", "contention", LOOK.format(9, 0, "0.64"))
     options = "--data-path", few, "--per-class", "0"
     text = Page(reported(copy / "best.pt", *options)[0]).text
     assert ("core plan" in text, "are not known" in text) == (expected, not expected)
+    if change == "disturbed":
+        assert "images/s, disturbed: other processes took 64 % of all cores: these" in text
 
 
 DEEP = "[" * 200_000 + "]" * 200_000
+LOOK = '{{"start_s": 1, "end_s": {}, "stolen": {}, "others": {{"all": {}}}}}'
 HOSTILE = {  # what of a run's records is changed, and what is said of it
     "nested": (("run", "plan", DEEP), "nested too deeply"),
     "nested summary": (("summary", "phases", DEEP), "nested too deeply"),
@@ -508,6 +516,9 @@ HOSTILE = {  # what of a run's records is changed, and what is said of it
     "a CPU far away": (("run", "plan", '{"split": "", "loader_cpus": [9e9]}'), "not a count"),
     "phases of nothing": (("summary", "phases", "[[]]"), "a record is not an object"),
     "no JSON": (("run", "plan", "{plan}"), "Expecting property name"),
+    "text for contention": (("summary", "contention", '"c"'), "contention is not an object"),
+    "a look at no time": (("summary", "contention", LOOK.format(0, 1, "0.1")), "before it begins"),
+    "shares that are none": (("summary", "contention", LOOK.format(9, 0, "[]")), "others took is"),
 }
 
 
@@ -548,6 +559,20 @@ def test_what_is_no_record_of_a_run_ends_in_one_line(best, reported, tmp_path, w
         make.get(what, lambda path: path.symlink_to("/dev/zero"))(file)
     printed = reported(copy / "best.pt", code=2)[1].err
     assert f"{file}: not what a run records: " in printed
+
+
+@pytest.mark.parametrize(("share", "is_disturbed"), [("0.64", True), ("0.09", False)])
+def test_speeds_that_others_disturbed_do_not_count(best, tmp_path, share, is_disturbed):
+    file = Path(shutil.copy(best.parent / "metrics.jsonl", tmp_path))
+    with_entry(file, "summary", "contention", LOOK.format(9, 0, share))
+    told = "other processes took 64 % of all cores: these speeds and times do not count"
+    assert run_records.recorded_run(file, "resnet20").disturbed == told * is_disturbed
+    run, *others = map(json.loads, file.read_text().splitlines())
+    step = next(each for each in others if each["type"] == "step")
+    step.pop("contention", None)
+    looked = step | {"contention": json.loads(LOOK.format(9, 0, share))}
+    found = run_records.told_of(run, None, [step, looked, step])  # of a run that was cut off
+    assert found.phases and found.disturbed == told * is_disturbed
 
 
 @pytest.mark.parametrize("name", ["host_kind", "plan"])
