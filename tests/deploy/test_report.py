@@ -624,13 +624,14 @@ def test_a_report_that_cannot_be_written_is_refused_at_once(best, tmp_path, caps
 
 @pytest.fixture(scope="module")
 def hostile(digits, few, tmp_path_factory):
-    """A report on a checkpoint whose classes have HTML in their names, one picture is broken, and
-    the page that it is.
+    """A report on a checkpoint whose classes have HTML in their names, or long ones; one picture is
+    broken.
     """
     folder = tmp_path_factory.mktemp("hostile")
     names = {"0": BAD_NAME, "1": "x' onerror='alert(2)", "2": "{{ 7 * 7 }}", "3": "</style>"}
     names["3"] = names["3"].replace("/", "\u2044")
-    for digit in "0123":
+    names |= {"4": 60 * "W", "5": "a name that has several words"}
+    for digit in names:
         shutil.copytree(digits / "train" / digit, folder / "data" / "train" / names[digit])
         shutil.copytree(few / "val" / digit, folder / "data" / "val" / names[digit])
     first = next((folder / "data" / "val" / names["1"]).iterdir())
@@ -676,6 +677,12 @@ def test_the_page_in_a_browser(hostile, browser, width):
     page.on("request", lambda request: requests.append(request.url))
     page.goto(hostile.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    boxes = page.evaluate("""[...document.querySelectorAll(".scroll")].map(box => [
+        box.scrollWidth > box.clientWidth, getComputedStyle(box).backgroundAttachment
+    ])""")
+    shaded = "local, local, scroll, scroll"  # where a box goes on
+    assert len(boxes) == 3 and {attachment for _, attachment in boxes} == {shaded}
+    assert [is_wider for is_wider, _ in boxes] == [width == 375, False, width == 375]
     images = page.get_by_role("columnheader", name="images")
     for order in ("ascending", "descending"):
         images.get_by_role("button").click()
