@@ -207,6 +207,24 @@ def settings_as_given(state: SavedState, native: Preprocessing) -> Settings:
     return dataclasses.replace(settings, **unasked)
 
 
+def public(value: Any) -> Any:
+    """A setting's value as it may be shown to anybody: of a path that begins at the machine's root,
+    or leads out of the folder that the run began in, the last part alone.
+    """
+    if not isinstance(value, (str, Path)) or "://" in str(value):
+        return value
+    path = Path(value)
+    is_inside = not path.is_absolute() and ".." not in path.parts and str(value)[:1] != "~"
+    return value if is_inside else type(value)(path.name or ".")
+
+
+def public_settings(settings: Settings) -> Settings:
+    """Settings as they may be shown to anybody; see `public`."""
+    return dataclasses.replace(
+        settings, **{name: public(value) for name, value in vars(settings).items()}
+    )
+
+
 def use_allowed_cores() -> int:
     """Have PyTorch compute with as many threads as there are cores for it: those that this process
     may use, and no more than a container's quota allows. Returns their number.

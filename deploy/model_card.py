@@ -62,7 +62,7 @@ def recipe(given: Settings) -> str:
         public["class_weights"] = None  # a file
     if given.init_from:
         public["init_from"] = Path(given.init_from.name)
-    return as_options(dataclasses.replace(given, **public))
+    return as_options(cp.public_settings(dataclasses.replace(given, **public)))
 
 
 def header(title: str, data_name: str, row: dict[str, Any] | None) -> ModelCardData:

@@ -251,7 +251,7 @@ def pictures_of_pairs(
 def settings_in_force(state: SavedState) -> dict[str, str]:
     """All settings that have a value, as text."""
     values = saved_settings(state).items()
-    return {name: option_text(value) for name, value in values if value is not None}
+    return {name: option_text(cp.public(value)) for name, value in values if value is not None}
 
 
 def curves_of(history: advice.History, best: int | None) -> list[charts.Chart]:
@@ -283,7 +283,7 @@ def findings_of(
     scores = figures.scores_of(judged, len(checkpoint.classes))
     is_mixed = bool(settings.mixup_alpha or settings.cutmix_alpha)
     history, best = (checkpoint.state["progress"][name] for name in ("history", "best"))
-    written = confused and str(confused)
+    written = confused and str(cp.public(confused))
     confusion = figures.confusion_of(judged)
     return advice.in_order(
         advice.judge_fit(history, is_mixed, settings.epochs, best),
@@ -353,12 +353,12 @@ def told_of_training(
     weights = (state.get("data") or {}).get("class_weights", ())
     return {
         "class_weights": dict(enumerate(weights)),
-        "settings": checkpoint.trained.settings,
+        "settings": cp.public_settings(checkpoint.trained.settings),
         "progress": state["progress"],
         "is_average": state["average"] is not None,
         "best": best,
         "curves": curves_of(history, best and best["epoch"]),
-        "given": as_options(cp.settings_as_given(state, native)),
+        "given": as_options(cp.public_settings(cp.settings_as_given(state, native))),
         "in_force": settings_in_force(state),
         "recorded": recorded,
         "versions": state["versions"],
@@ -382,7 +382,7 @@ def render(
     checkpoint, judged = gallery.checkpoint, gallery.judged
     by_class = figures.class_figures(judged, checkpoint.classes)
     return template().render(
-        path=str(asked.checkpoint),
+        path=cp.public(asked.checkpoint),
         data=data,
         classes=checkpoint.classes,
         images=len(judged),
@@ -453,7 +453,7 @@ def build_parser() -> argparse.ArgumentParser:
 def write_files(page: str, judged: figures.Judged, classes: Sequence[str], asked: Any) -> None:
     """Write what was asked for, and say so."""
     if asked.confused:
-        confusion, name = figures.confusion_of(judged), readable(str(asked.checkpoint))
+        confusion, name = figures.confusion_of(judged), readable(str(cp.public(asked.checkpoint)))
         write_where_asked(asked.confused, confused_json(confusion, classes, name))
         say_lines([f"{asked.confused}: the confused pairs, for --augment-confused"])
     content = readable(page).encode()

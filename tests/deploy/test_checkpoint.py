@@ -86,6 +86,25 @@ def test_what_was_asked_for_is_told_as_it_was_typed(best):
     assert "--model resnet20 " in as_options(cp.settings_as_given(state, native))
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (Path("/home/alice/photos"), Path("photos")),
+        (Path("photos/new"), Path("photos/new")),
+        ("/home/alice/weights.csv", "weights.csv"),
+        ("../alice/weights.csv", "weights.csv"),
+        ("~alice/weights.csv", "weights.csv"),
+        ("balanced", "balanced"),
+        ("s3://bucket/run", "s3://bucket/run"),
+        (Path("/"), Path()),
+        (0.1, 0.1),
+        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ],
+)
+def test_of_a_path_of_the_machine_the_last_part_is_public(value, shown):
+    assert cp.public(value) == shown and type(cp.public(value)) is type(value)
+
+
 def test_a_run_on_synthetic_images_has_none_to_show(tmp_path):
     arguments = "--model resnet20 --image-size 32 --num-classes 3 -b 2 -j 0 --steps 1".split()
     folder = str(tmp_path / "out")

@@ -419,7 +419,10 @@ def test_figures_are_those_of_the_training(trained, reported):
 
 def test_everything_is_in_one_file(best, few, reported, tmp_path):
     confused = tmp_path / "confused.json"
-    page = Page(reported(best, "--data-path", few, "--confused", confused)[0])
+    html = reported(best, "--data-path", few, "--confused", confused)[0]
+    page = Page(html)
+    for secret in (few.parent, best.parent, Path.home(), tmp_path):
+        assert str(secret) not in html and str(secret) not in confused.read_text()
     for tag, attributes in page.tags:
         assert tag not in ("link", "iframe", "object")
         for name in {"src", "href", "action"} & attributes.keys():
@@ -447,6 +450,16 @@ def test_weights_of_classes_in_the_loss_have_a_column(best, few, reported, monke
     assert (
         '<td data-value="0.526">0.526</td>' in page and '<td data-value="5.674">5.67</td>' in page
     )
+
+
+def test_all_settings_in_force_are_there_without_the_folders_of_the_machine():
+    """Those that are added to the trainer, too."""
+    given = {"data_path": "/home/alice/photos", "augment_confused": "../alice/confused.json"}
+    given |= {"freeze": "body", "teacher_weights": "weights/teacher.pt"}
+    shown = report.settings_in_force({"settings": given})
+    assert {name for name, value in vars(Settings()).items() if value is not None} <= shown.keys()
+    wanted = {"data_path": "photos", "augment_confused": "confused.json"}
+    assert shown.items() >= (given | wanted).items()
 
 
 def test_with_nothing_to_show_there_are_no_pictures(best, few, reported, monkeypatch):
