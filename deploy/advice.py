@@ -4,15 +4,16 @@ with the figures that say so, or None where they say nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from figures import LEVEL, Calibration, ClassFigures, Judged, Scores, Share
 
 from split_affinity.checkpoints.state import best_epoch
+from split_affinity.options.settings import Settings
 from split_affinity.reports.confusion import images_by_class, worst_pairs
-from split_affinity.text import percent, plural
+from split_affinity.text import as_option, percent, plural
 from split_affinity.training.network import Confusion
 
 LISTED = 5  # classes or pairs in a sentence
@@ -24,21 +25,16 @@ LEAST_MISCALIBRATION = 0.01
 SURE = 0.99
 WIDE_POINTS = 5
 
-MORE_VARIETY = (
-    "More training images, stronger augmentation (--auto-augment ra, --mixup-alpha 0.2) or more "
-    "--weight-decay; best.pt is from the epoch with the best top-1 already."
-)
-MORE_LEARNING = (
-    "Train longer (--epochs), find a better learning rate (find-lr), begin with trained weights "
-    "(--weights), or take a larger model; augment less if training images are much changed."
-)
 NO_SIGN = (
     f"The validation loss is less than {LOSS_RISE - 1:.0%} above its lowest, or the training loss "
     f"rose as well; training is not {GAP_POINTS} points ahead; and the two are not both below "
     f"{FITTED_TOP1:g} %."
 )
-LESS_SURE = "Train with --label-smoothing 0.1 or --mixup-alpha 0.2, or believe it less."
-MORE_SURE = "Train with less --label-smoothing, --mixup-alpha or --cutmix-alpha, or longer."
+# What is changed by advice, each with a usual value; and what values are when it is off.
+AUGMENTATION = {"auto_augment": "ra", "mixup_alpha": 0.2, "random_erase": 0.25, "cutmix_alpha": 1.0}
+SOFTENING = {"label_smoothing": 0.1, "mixup_alpha": 0.2, "cutmix_alpha": 1.0}
+OFF = (0, "none", None)
+MORE_EPOCHS = "Train longer (--epochs)."
 
 History = Sequence[dict[str, Any]]  # a row for each finished epoch, as in metrics.jsonl
 
@@ -56,6 +52,52 @@ def some(texts: Sequence[str]) -> str:
     """The first few of a list, and how many there are beside."""
     rest = len(texts) - LISTED
     return "; ".join(texts[:LISTED]) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def in_force(settings: Settings, names: Iterable[str]) -> list[str]:
+    """Those of some settings that are on, as options with their values."""
+    values = {name: getattr(settings, name) for name in names}
+    return [as_option(name, value) for name, value in values.items() if value not in OFF]
+
+
+def not_in_force(settings: Settings, usual: dict[str, Any]) -> list[str]:
+    """Those of some settings that are off, as options with usual values."""
+    return [as_option(name, usual[name]) for name in usual if getattr(settings, name) in OFF]
+
+
+def more_variety(settings: Settings) -> str:
+    """What helps against overfitting, of what was not done yet."""
+    ways, decay = ["More training images"], settings.weight_decay
+    if stronger := " or ".join(not_in_force(settings, AUGMENTATION)[:2]):
+        ways.append(f"stronger augmentation ({stronger})")
+    more_decay = f"more --weight-decay than {decay:g}" if decay else "--weight-decay 0.0001"
+    best = "best.pt is from the epoch with the best top-1 already."
+    return f"{', '.join(ways)} or {more_decay}; {best}"
+
+
+def more_learning(settings: Settings) -> str:
+    """What helps against underfitting, of what was not done yet."""
+    ways = ["Train longer (--epochs)", "find a better learning rate (find-lr)"]
+    if settings.freeze and not settings.freeze_epochs:
+        ways.append(f"train all weights (without {as_option('freeze', settings.freeze)})")
+    elif not settings.freeze:  # with it, they were trained before
+        ways.append("begin with trained weights (--weights), if it did not")
+    text = f"{', '.join(ways)}, or take a larger model"
+    much = " and ".join(in_force(settings, ("color_jitter", *AUGMENTATION)))
+    return f"{text}; or augment less than by {much}." if much else f"{text}."
+
+
+def less_sure(settings: Settings) -> str:
+    """What makes a model less sure, of what was not done yet."""
+    softer = " or ".join(not_in_force(settings, SOFTENING)[:2])
+    more = " or ".join(in_force(settings, SOFTENING))
+    return f"Train with {softer or f'more than {more}'}, or believe it less."
+
+
+def more_sure(settings: Settings) -> str:
+    """What makes a model surer: less of what makes it unsure, if there was any."""
+    less = " or ".join(in_force(settings, SOFTENING))
+    return f"Train with less than {less}, or longer (--epochs)." if less else MORE_EPOCHS
 
 
 def weak_classes(classes: Sequence[ClassFigures], scores: Scores) -> Finding | None:
@@ -83,7 +125,10 @@ def weak_classes(classes: Sequence[ClassFigures], scores: Scores) -> Finding | N
 
 
 def pairs_to_augment(
-    confusion: Confusion, classes: Sequence[str], written: str | None = None
+    confusion: Confusion,
+    classes: Sequence[str],
+    written: str | None = None,
+    settings: Settings = Settings(),
 ) -> Finding | None:
     """The pairs that `--augment-confused` would take: those with at least half as many images as
     the worst; `written` is where confused.json is, if it was asked for.
@@ -99,16 +144,20 @@ def pairs_to_augment(
                 f"{classes[true]} taken for {classes[taken]} in {share.count} of {share.of} images "
                 f"({percent(share.value)})"
             )
+    title, figures = f"{plural(len(texts), 'pair')} of classes to augment", f"{some(texts)}."
+    if settings.augment_confused:
+        augmented = "It was trained with --augment-confused already: more pictures of them help."
+        return Finding(title.replace("to augment", "that are confused"), figures, augmented)
     made = "" if written else "Have this report write the file (--confused confused.json), then "
     ready = f"{made}train with --augment-confused {written or 'confused.json'}"
     return Finding(
-        f"{plural(len(texts), 'pair')} of classes to augment",
-        f"{some(texts)}.",
+        title,
+        figures,
         f"{ready[0].upper()}{ready[1:]}: images of these classes are then varied more strongly.",
     )
 
 
-def rising_loss(lowest: dict[str, Any], last: dict[str, Any]) -> Finding | None:
+def rising_loss(lowest: dict[str, Any], last: dict[str, Any], settings: Settings) -> Finding | None:
     """Overfitting, by the losses of the epoch with the lowest validation loss and of the last."""
     rose = last["val_loss"] >= LOSS_RISE * lowest["val_loss"]
     if not rose or None in (lowest["train_loss"], last["train_loss"]):
@@ -120,30 +169,26 @@ def rising_loss(lowest: dict[str, Any], last: dict[str, Any]) -> Finding | None:
         f"It was lowest in epoch {lowest['epoch']}, {lowest['val_loss']:.3g}, and is "
         f"{last['val_loss']:.3g} in epoch {last['epoch']}, {LOSS_RISE - 1:.0%} or more above it; "
         f"the training loss fell from {lowest['train_loss']:.3g} to {last['train_loss']:.3g}.",
-        MORE_VARIETY,
+        more_variety(settings),
     )
 
 
-def judge_accuracies(train: float, val: float, told: str) -> Finding | None:
+def judge_accuracies(train: float, val: float, told: str, settings: Settings) -> Finding | None:
     """Over- or underfitting, by top-1 in training and in validation, in percent."""
     if train - val >= GAP_POINTS:
         text = f"{told} The gap is {GAP_POINTS} points or more."
-        return Finding("Overfitting: known images are easier", text, MORE_VARIETY)
+        return Finding("Overfitting: known images are easier", text, more_variety(settings))
     if max(train, val) < FITTED_TOP1 and abs(train - val) < GAP_POINTS:
         text = f"{told} Both are below {FITTED_TOP1:g} %, and less than {GAP_POINTS} points apart."
-        return Finding("Underfitting", text, MORE_LEARNING)
+        return Finding("Underfitting", text, more_learning(settings))
     return None
 
 
 def judge_fit(
-    history: History,
-    is_mixed: bool = False,
-    epochs: int | None = None,
-    best: Sequence[tuple[float, int]] = (),
+    history: History, settings: Settings = Settings(), best: Sequence[tuple[float, int]] = ()
 ) -> Finding | None:
     """Over- or underfitting, by the curves. Where images are mixed in training (mixup, CutMix), its
-    top-1 cannot be compared; `epochs` are those that were planned, `best` as in Progress. None with
-    fewer than two epochs.
+    top-1 cannot be compared; `best` is as in Progress. None with fewer than two epochs.
 
     1. The validation loss is 10 % or more above its lowest, while the training loss fell: over.
     2. Training top-1 is 10 points or more above validation's: over.
@@ -154,22 +199,24 @@ def judge_fit(
     rows = [row for row in history if None not in (row["val_top1"], row["val_loss"])]
     if len(rows) < 2:
         return None
+    is_mixed, epochs = settings.mixup_alpha or settings.cutmix_alpha, settings.epochs
     last, lowest = rows[-1], min(rows, key=lambda row: row["val_loss"])
     train, val = last["train_top1"], last["val_top1"]
-    shares = f"{val:.1f} % of the validation images" + f", {train:.1f} % in training" * (
-        not is_mixed
-    )
+    shares = f"{val:.1f} % of the validation images"
+    shares += "" if is_mixed else f", {train:.1f} % in training"
     told = f"Epoch {last['epoch']}: right on {shares}."
-    found = rising_loss(lowest, last)
+    found = rising_loss(lowest, last, settings)
     if not found and not is_mixed:
-        found = judge_accuracies(train, val, told)
+        found = judge_accuracies(train, val, told, settings)
     if not found and last["epoch"] == epochs and last is best_epoch(history, best):
         text = f"{told} The last of {epochs} epochs was the best."
-        found = Finding("Perhaps not at its end", text, "Train longer (--epochs).")
+        found = Finding("Perhaps not at its end", text, MORE_EPOCHS)
     return found or Finding("Neither over- nor underfitting", f"{told} {NO_SIGN}")
 
 
-def judge_calibration(found: Calibration, scores: Scores) -> Finding:
+def judge_calibration(
+    found: Calibration, scores: Scores, settings: Settings = Settings()
+) -> Finding:
     """Over- or under-confident: the mean confidence is beyond the interval of top-1, and a point or
     more from it.
     """
@@ -183,8 +230,8 @@ def judge_calibration(found: Calibration, scores: Scores) -> Finding:
     if abs(beyond) < LEAST_MISCALIBRATION or low <= found.confidence <= high:
         return Finding("Its probabilities can be believed", told)
     if beyond > 0:
-        return Finding("Over-confident", told, LESS_SURE)
-    return Finding("Under-confident", told, MORE_SURE)
+        return Finding("Over-confident", told, less_sure(settings))
+    return Finding("Under-confident", told, more_sure(settings))
 
 
 def sure_mistakes(judged: Judged) -> Finding | None:
@@ -214,6 +261,32 @@ def few_images(scores: Scores) -> Finding | None:
     )
 
 
-def in_order(*found: Finding | None) -> list[Finding]:
-    """What there is to do first, then what is well."""
-    return sorted(filter(None, found), key=lambda one: not one.to_do)
+def nothing_stands_out(scores: Scores, classes: Sequence[ClassFigures]) -> Finding:
+    """That there is nothing to do, with the figures that say so."""
+    low, high = scores.top1.ends
+    text = (
+        f"{scores.top1.count} of {plural(scores.top1.of, 'image')} are right "
+        f"({percent(scores.top1.value)}; {percent(low)} to {percent(high)})"
+    )
+    known = [each for each in classes if each.recall]
+    worst = min(known, key=lambda each: each.recall.value)
+    if worst.recall.count < worst.recall.of:
+        lowest = f"{worst.recall.count} of {plural(worst.recall.of, 'image')}"
+        text += f", and of the class with the lowest accuracy, {worst.name}, {lowest}: not far less"
+    return Finding(
+        "Nothing stands out",
+        f"{text}. No class is taken for another in {FEWEST_IMAGES} images or more, and no wrong "
+        f"answer came with a probability of {SURE:.0%} or more.",
+    )
+
+
+def in_order(
+    scores: Scores, classes: Sequence[ClassFigures], found: Sequence[Finding | None]
+) -> list[Finding]:
+    """What there is to do first, or that there is nothing; then what is well. That images are few
+    says nothing of the model: it stands between.
+    """
+    known = [each for each in found if each]
+    first = [each for each in known if each.to_do] or [nothing_stands_out(scores, classes)]
+    between = filter(None, [few_images(scores)])
+    return [*first, *between, *(each for each in known if not each.to_do)]

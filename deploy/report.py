@@ -281,18 +281,17 @@ def findings_of(
     """What to do next."""
     settings = checkpoint.trained.settings
     scores = figures.scores_of(judged, len(checkpoint.classes))
-    is_mixed = bool(settings.mixup_alpha or settings.cutmix_alpha)
     history, best = (checkpoint.state["progress"][name] for name in ("history", "best"))
     written = confused and str(cp.public(confused))
     confusion = figures.confusion_of(judged)
-    return advice.in_order(
-        advice.judge_fit(history, is_mixed, settings.epochs, best),
+    found = [
+        advice.judge_fit(history, settings, best),
         advice.weak_classes(by_class, scores),
-        advice.pairs_to_augment(confusion, checkpoint.classes, written),
-        advice.judge_calibration(figures.calibration_of(judged), scores),
+        advice.pairs_to_augment(confusion, checkpoint.classes, written, settings),
+        advice.judge_calibration(figures.calibration_of(judged), scores, settings),
         advice.sure_mistakes(judged),
-        advice.few_images(scores),
-    )
+    ]
+    return advice.in_order(scores, by_class, found)
 
 
 # ---- The page ------------------------------------------------------------------------------------

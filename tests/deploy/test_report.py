@@ -177,7 +177,7 @@ def rows(*values):
         (rows((1, 50, 1, 50), (1.1, 95, 1.1, 94)), {}, "Neither"),  # both losses rose
         (rows((1, 50, 1, 50), (0.5, 95, 1.09, 94)), {}, "Neither"),
         (rows((1, 50, 1, 50), (0.5, 95, 0.9, 85)), {}, "Overfitting: known images"),
-        (rows((1, 50, 1, 50), (0.5, 95, 0.9, 85)), {"is_mixed": True}, "Neither"),
+        (rows((1, 50, 1, 50), (0.5, 95, 0.9, 85)), {"mixup_alpha": 0.2}, "Neither"),
         (rows((1, 50, 1, 50), (0.9, 80, 0.9, 79)), {}, "Underfitting"),
         (rows((1, 50, 1, 50), (0.9, 80, 0.9, 90)), {}, "Neither"),
         (rows((1, 50, 1, 50), (0.5, 95, 0.9, 94)), {"epochs": 2}, "Perhaps not at its end"),
@@ -185,9 +185,67 @@ def rows(*values):
     ],
 )
 def test_fit_is_judged_by_its_cases(history, options, title):
-    found = advice.judge_fit(history, **options)
+    found = advice.judge_fit(history, Settings(**options))
     assert found.title.startswith(title)
     assert bool(found.to_do) == (title != "Neither")
+
+
+STRONG = {"auto_augment": "ta", "mixup_alpha": 0.4, "cutmix_alpha": 0.5, "random_erase": 0.1}
+SURE_OF_ALL, UNSURE = (made_judged([0] * 100, [0] * 80 + [1] * 20, [p] * 100) for p in (0.99, 0.6))
+
+
+def calibrated(judged, settings):
+    scores = figures.scores_of(judged, 4)
+    return advice.judge_calibration(figures.calibration_of(judged), scores, settings)
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "advised", "unsaid"),
+    [
+        ("over", {}, "(--auto-augment ra or --mixup-alpha 0.2) or more --weight-de", ""),
+        ("over", {"auto_augment": "aa"}, "n (--mixup-alpha 0.2 or --random", "auto-aug"),
+        ("over", STRONG | {"weight_decay": 0.0}, "s or --weight-decay 0.0001", "stron"),
+        ("under", {}, "or take a larger model.", "augment less"),
+        ("under", {"auto_augment": "ta"}, "augment less than by --auto-augment ta.", "mixup"),
+        ("under", {"freeze": "body"}, "train all weights (without --freeze body)", "(--weights)"),
+        ("sure", {}, "Train with --label-smoothing 0.1 or --mixup-alpha 0.2, or", "cutmix"),
+        ("sure", {"label_smoothing": 0.2}, "--mixup-alpha 0.2 or --cutmix-alpha 1.0", "smooth"),
+        ("sure", STRONG | {"label_smoothing": 0.1}, "with more than --label-smoothing 0.1 or", ""),
+        ("unsure", {}, "Train longer (--epochs).", "less"),
+        ("unsure", {"mixup_alpha": 0.4}, "less than --mixup-alpha 0.4, or longer", "smoothing"),
+    ],
+)
+def test_advice_changes_only_what_is_in_force(case, options, advised, unsaid):
+    settings = Settings(**options)
+    if case == "over":
+        risen = rows((1, 50, 1, 50), (0.5, 95, 1.1, 94))  # which images that are mixed tell, too
+        found = advice.judge_fit(risen, settings)
+    elif case == "under":
+        found = advice.judge_accuracies(80, 79, "", settings)
+    else:
+        found = calibrated(SURE_OF_ALL if case == "sure" else UNSURE, settings)
+    assert advised in found.to_do
+    assert not unsaid or unsaid not in found.to_do
+
+
+def test_pairs_that_were_augmented_already_are_not_to_be_augmented():
+    confusion = Confusion({(0, 0): 90, (0, 1): 10})
+    settings = Settings(augment_confused=Path("confused.json"))
+    found = advice.pairs_to_augment(confusion, "ab", None, settings)
+    assert found.title == "1 pair of classes that are confused" and "already" in found.to_do
+
+
+def test_where_nothing_stands_out_it_is_said_first_with_figures():
+    judged = made_judged([0, 1] * 12, [0, 1] * 11 + [0, 0], [0.95] * 24)
+    scores, by_class = figures.scores_of(judged, 2), figures.class_figures(judged, ["a", "b"])
+    well = advice.Finding("well", "0")
+    found = advice.in_order(scores, by_class, [None, well])
+    assert [each.title for each in found] == ["Nothing stands out", "Few validation images", "well"]
+    assert "23 of 24 images are right (95.8\u00a0%; " in found[0].figures
+    assert "lowest accuracy, b, 11 of 12 images" in found[0].figures
+    todo = advice.Finding("todo", "0", "do it")
+    titles = [each.title for each in advice.in_order(scores, by_class, [well, None, todo])]
+    assert titles == ["todo", "Few validation images", "well"]
 
 
 def test_one_epoch_tells_nothing_of_the_fit():
