@@ -204,7 +204,7 @@ def judge_fit(
     train, val = last["train_top1"], last["val_top1"]
     shares = f"{val:.1f} % of the validation images"
     shares += "" if is_mixed else f", {train:.1f} % in training"
-    told = f"Epoch {last['epoch']}: right on {shares}."
+    told = f"Epoch {last['epoch']}, computed in {settings.precision}: right on {shares}."
     found = rising_loss(lowest, last, settings)
     if not found and not is_mixed:
         found = judge_accuracies(train, val, told, settings)

@@ -16,6 +16,7 @@ from checkpoint import needed_packages
 
 from split_affinity.errors import RunError
 from split_affinity.reports.confusion import worst_pairs
+from split_affinity.reports.tables import tells_top5
 from split_affinity.training.network import Confusion
 
 with needed_packages():
@@ -97,12 +98,12 @@ class Share:
 
 @dataclass(frozen=True)
 class Scores:
-    """How good a model is over all: shares of right answers, the mean loss in nats and its interval
-    (None of a single image), and what guessing would get.
+    """How good a model is over all: shares of right answers (no top-5 where it tells nothing), the
+    mean loss in nats and its interval (None of a single image), and what guessing would get.
     """
 
     top1: Share
-    top5: Share
+    top5: Share | None
     loss: float
     loss_ends: Interval | None
     chance: float
@@ -122,7 +123,7 @@ def scores_of(judged: Judged, classes: int) -> Scores:
     top1, top5 = (Share(int(hits.sum()), len(judged)) for hits in (judged.right, judged.in_top5))
     loss, ends = judged.loss.double().mean().item(), mean_interval(judged.loss)
     ends = ends and (max(0.0, ends[0]), ends[1])  # no loss is below
-    return Scores(top1, top5, loss, ends, 1 / classes)
+    return Scores(top1, top5 if tells_top5(classes) else None, loss, ends, 1 / classes)
 
 
 @dataclass(frozen=True)

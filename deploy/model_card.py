@@ -20,6 +20,7 @@ from split_affinity.checkpoints.state import settings_to_go_on
 from split_affinity.data.pictures import ImageData
 from split_affinity.options.recipes import recipe_defaults
 from split_affinity.options.settings import BALANCED, Settings, as_options
+from split_affinity.reports.tables import tells_top5, without_top5
 from split_affinity.text import code_span, shown
 
 TEMPLATE = "model_card.md.jinja"
@@ -81,6 +82,7 @@ def header(title: str, data_name: str, row: dict[str, Any] | None) -> ModelCardD
                 metric_value=round(row[key] / 100, 6),
             )
             for name, key in (("top-1", "val_top1"), ("top-5", "val_top5"))
+            if key in row
         ]
     return ModelCardData(
         model_name=title,
@@ -128,6 +130,8 @@ def build_card(
     `speed` is what was measured of them, in Markdown, or empty.
     """
     row, images, classes = validation_row(checkpoint), len(data.val), checkpoint.classes
+    if row and not tells_top5(len(classes)):
+        row = without_top5(row)
     settings = checkpoint.trained.settings
     place = settings_to_go_on(checkpoint.state).data_path
     data_name = settings.dataset or (place.name if place else "images")

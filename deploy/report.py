@@ -24,6 +24,7 @@ import advice
 import charts
 import feature_maps
 import figures
+import next_steps
 import run_records
 
 from split_affinity.checkpoints.state import SavedState, best_epoch, saved_settings, versions
@@ -446,6 +447,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="also write the confused pairs, for --augment-confused of the training",
     )
+    parser.add_argument("--open", action="store_true", help="then open the page in a browser")
     return parser
 
 
@@ -475,12 +477,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint.model.to(memory_format=torch.channels_last)  # quicker, and as in training
     judged = judge_images(checkpoint, data.val, asked.batch_size)
     scores = figures.scores_of(judged, len(checkpoint.classes))
-    top1, top5 = 100 * scores.top1.value, 100 * scores.top5.value
-    count = plural(len(judged), "image")
-    say(f"{count}: loss {scores.loss:.4f}, top-1 {top1:.2f} %, top-5 {top5:.2f} %")
+    top5 = f", top-5 {100 * scores.top5.value:.2f} %" if scores.top5 else ""
+    told = f"loss {scores.loss:.4f}, top-1 {100 * scores.top1.value:.2f} %{top5}"
+    say(f"{plural(len(judged), 'image')}: {told}, computed in fp32")
     gallery = Gallery(checkpoint, data.val, judged, layer)
     page = render(gallery, data, recorded, why_no_layer, asked)
     write_files(page, judged, checkpoint.classes, asked)
+    if asked.open:
+        next_steps.open_page(asked.output)
+    moved = ["--data-path", asked.data_path] if asked.data_path else []
+    exporting = [asked.checkpoint, *moved, "--output-dir", "exported"]
+    say_lines([f"next: {next_steps.sibling_command('export.py', *exporting)}"])
 
 
 if __name__ == "__main__":

@@ -387,7 +387,10 @@ def test_the_card_has_a_header_that_hugging_face_reads(exported, best):
         "top-5": pytest.approx(row["val_top5"] / 100, abs=1e-6),
     }
     assert f"**Top-1 {row['val_top1']:.2f} %**" in card.text
-    for line in ("on 360 validation images", "## Limits", "`model.safetensors`", "--epochs 2"):
+    assert re.search(r"top-5 [\d.]+ %,\s", card.text)
+    precision = cp.read_checkpoint(best).trained.settings.precision
+    assert f"on 360 validation images, computed in {precision}." in card.text
+    for line in ("## Limits", "`model.safetensors`", "--epochs 2"):
         assert line in card.text
     assert str(best.parent) not in card.content  # nobody else's business
     assert str(Path.home()) not in card.content

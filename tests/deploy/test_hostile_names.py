@@ -106,6 +106,7 @@ def test_the_report_shows_names_as_text(hostile, tmp_path, capsys):
     for tag, attributes in page.tags:
         if tag == "img":
             assert attributes["src"].startswith("data:image/")
+    assert "top-5" not in page.text + printed.out, "it tells nothing of four classes"
     assert "{{ 7 * 7 }}" in page.text and shown(HOSTILE) in page.text
     assert "café" not in page.text and shown(NOT_UTF8) in page.text and CJK in page.text
     for unseen in ("\x1b", "\x07", "\u202e"):
@@ -117,6 +118,7 @@ def test_the_card_has_no_forged_heading_image_or_key(exported):
         text = (folder / "README.md").read_text("utf-8")
         card = ModelCard.load(folder / "README.md")
         check_printed(card.text)
+        assert "**Top-1 " in card.text and "top-5" not in text, "it tells nothing of four classes"
         assert card.data.to_dict().get("license") in (None, "mit")  # that of the page's program
         header = yaml.safe_load(text.split("\n---\n")[0].removeprefix("---\n"))
         assert "Forged" in json.dumps(header) and "license: forged" not in header

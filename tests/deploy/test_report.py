@@ -22,6 +22,7 @@ import checkpoint as cp
 import feature_maps
 import figures
 import heat_maps
+import next_steps
 import numpy as np
 import pytest
 import report
@@ -299,6 +300,43 @@ def test_sure_mistakes_and_few_images_are_told_with_figures():
     assert advice.few_images(figures.scores_of(many, 4)) is None
 
 
+# What comes next
+
+
+@pytest.mark.parametrize(
+    ("typed", "started"),
+    [
+        (["python", "deploy/report.py", "a b.pt"], "python deploy/export.py"),
+        ([".venv/bin/python", "-X", "dev", "report.py"], ".venv/bin/python -X dev export.py"),
+        (["/usr/bin/python3", "-m", "pytest", "x.py"], "python deploy/export.py"),
+        (["python", "-c", "import report"], "python deploy/export.py"),
+    ],
+)
+def test_the_next_command_starts_as_this_one_did(monkeypatch, typed, started):
+    is_script = typed[-1].endswith((".pt", "report.py"))
+    script = next((place for place, each in enumerate(typed) if "report.py" in each), 2)
+    argv = typed[script:] if is_script else ["-c", *typed[3:]]
+    monkeypatch.setattr("sys.orig_argv", typed)
+    monkeypatch.setattr("sys.argv", argv)
+    command = next_steps.sibling_command("export.py", Path("a b.pt"), "--output-dir", "exported")
+    assert command == f"{started} 'a b.pt' --output-dir exported"
+
+
+@pytest.mark.parametrize(("variable", "opens"), [("DISPLAY", True), ("DISPLAY", False), ("", True)])
+def test_a_page_is_opened_where_a_browser_can_be_seen(monkeypatch, capsys, variable, opens):
+    asked = []
+    for name in next_steps.SHOWS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("webbrowser.open", lambda address: asked.append(address) or opens)
+    if variable:
+        monkeypatch.setenv(variable, ":0")
+    next_steps.open_page(Path("/a b/report.html"))
+    assert asked == ["file:///a%20b/report.html"] * bool(variable)
+    said = "no browser can be shown here: open /a b/report.html in one\n"
+    assert capsys.readouterr().out == ("" if variable and opens else said)
+
+
 # Heat maps
 
 
@@ -467,12 +505,16 @@ def test_figures_are_those_of_the_training(trained, reported):
     best = trained("resnet20", "--precision", "fp32", "--model-ema", "--model-ema-decay", "0.5")
     page, printed = reported(best, "--per-class", "0")
     row = best_epoch(read_checkpoint(best)["progress"]["history"])
-    found = re.match(r"360 images: loss (\S+), top-1 (\S+) %, top-5 (\S+) %", printed.out)
+    figures_told = r"360 images: loss (\S+), top-1 (\S+) %, top-5 (\S+) %, computed in fp32\n"
+    found = re.match(figures_told, printed.out)
     wanted = row["val_loss"], row["val_top1"], row["val_top5"]
     assert [*map(float, found.groups())] == pytest.approx(wanted, rel=1e-3, abs=6e-3)
     assert row["val_loss"] != row["val_raw_loss"]
     assert f"{row['val_top1']:.1f}\u00a0%" in page
     assert "the moving average" in page and "raw validation" in page
+    assert "top-1 (fp32)" in page and "top-5 (fp32)" in page and "All computed in fp32" in page
+    exported = f"python deploy/export.py {best} --output-dir exported"
+    assert printed.out.splitlines()[-1] == f"next: {exported}"
 
 
 def test_everything_is_in_one_file(best, few, reported, tmp_path):
