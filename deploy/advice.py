@@ -202,8 +202,8 @@ def judge_fit(
     is_mixed, epochs = settings.mixup_alpha or settings.cutmix_alpha, settings.epochs
     last, lowest = rows[-1], min(rows, key=lambda row: row["val_loss"])
     train, val = last["train_top1"], last["val_top1"]
-    shares = f"{val:.1f} % of the validation images"
-    shares += "" if is_mixed else f", {train:.1f} % in training"
+    shares = f"{val:.1f}\u00a0% of the validation images"
+    shares += "" if is_mixed else f", {train:.1f}\u00a0% in training"
     told = f"Epoch {last['epoch']}, computed in {settings.precision}: right on {shares}."
     found = rising_loss(lowest, last, settings)
     if not found and not is_mixed:

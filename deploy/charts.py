@@ -17,7 +17,7 @@ from split_affinity.text import plural
 with needed_packages():
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-LEFT, RIGHT, TOP, BOTTOM = 44, 346, 12, 196  # of axes, in a drawing of 360 x 230
+LEFT, RIGHT, TOP, BOTTOM = 58, 346, 12, 196  # of axes, in a drawing of 360 x 230
 
 Values = Sequence[float | None]
 
@@ -62,7 +62,7 @@ def axis_of(
     locator = MaxNLocator(5, integer=integer, min_n_ticks=1)
     if integer:
         return Axis(low - 0.3, high + 0.3, start, end, locator.tick_values(low, high).tolist())
-    low = 0.0 if 0 < low <= high / 2 else low
+    low = 0.0 if 0 < low <= high / 2 or low == high > 0 else low
     ticks = locator.tick_values(low, high if high > low else low + max(abs(low), 1e-9)).tolist()
     return Axis(ticks[0], min(ticks[-1], most), start, end, ticks)
 

@@ -134,6 +134,12 @@ def test_curves_of_shares_end_at_all_of_them():
     assert charts.line_chart("Loss", [], {"train": []}) is None
 
 
+def test_the_marks_of_small_rates_have_room():
+    chart = charts.line_chart("Learning rate", [1, 2], {"learning rate": [0.00625, 0.00625]})
+    assert chart.y.low == 0 and chart.y.high >= 0.00625
+    assert max(len(text) for _, text in chart.y.marks) * 7.5 < charts.LEFT  # units a character
+
+
 def test_certain_answers_are_in_the_last_bin():
     found = figures.calibration_of(made_judged([0, 0], [0, 1], [1.0, 0.99]))
     assert len(found.bins) == 1 and found.bins[0].right == figures.Share(1, 2)
