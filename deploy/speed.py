@@ -2,7 +2,8 @@
 
 The ways take turns in rounds, on the same cores with as many threads, so that whatever else the
 machine does meets all of them; ratios are taken within a round. Rounds that others disturb are
-repeated, and where most are disturbed all the same, there are no ratios.
+repeated. Those that are disturbed all the same have a row in the tables; if most are, there are no
+ratios.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ LOOKED_AT = 8  # images, for the errors of layers
 
 EAGER, BF16, COMPILED = "PyTorch fp32", "PyTorch bf16", "torch.compile"
 ONNX, INT8 = "ONNX fp32", "ONNX int8"
+DISTURBED = "disturbed rounds"  # a row below the ways, if any that count were
 
 Run = Callable[[torch.Tensor], np.ndarray]
 
@@ -82,6 +84,11 @@ class Turns:
     def is_judged(self) -> bool:
         """Whether there are so many."""
         return len(self.images_per_s) - len(self.disturbed) >= self.needed
+
+    @property
+    def mark(self) -> str:
+        """How many of the rounds were disturbed, for a table; empty if none was."""
+        return f"{len(self.disturbed)} of {len(self.images_per_s)}" if self.disturbed else ""
 
     def figures(self) -> dict[str, Any]:
         """Medians, and of rounds the lowest and the highest, as JSON types; no ratio of too few
@@ -172,6 +179,8 @@ def accuracy_table(found: Comparison) -> str:
         times = (f"{one[key]:.2f}" for key in ("latency_ms", "latency_p95_ms"))
         size = f"{way.size_bytes / 1e6:.1f}"
         rows.append((way.name, f"{found.top1(way.name):.2f} %", size, *times))
+    if mark := found.ways[0].turns[ONE].mark:
+        rows.append((DISTURBED, "", "", mark, mark))
     return markdown_table(("way", "top-1", "MB", "ms, 1 image", "p95 ms"), rows)
 
 
@@ -188,6 +197,9 @@ def speed_table(found: Comparison) -> str:
             cells += [speed, f"{low}-{high}", ratio]
         rows.append((way.name, *cells))
     counts = found.ways[0].turns
+    marks = [cell for turns in counts.values() for cell in (turns.mark, "", "")]
+    if any(marks):
+        rows.append((DISTURBED, *marks))
     heads = itertools.chain(*((f"img/s, {count}", "range", "ratio") for count in counts))
     return markdown_table(("way", *heads), rows)
 
