@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +41,13 @@ with cp.needed_packages():
     import numpy as np
     import speed
     import torch
-    from formats import FORMATS
+    from formats import FORMATS, INT8_ABOUT, INT8_FILE
     from PIL import Image
 
 LARGEST_DIFFERENCE = 1e-3  # of logits, relative to the largest of them
 COMPARED_IMAGES = 64
-EXAMPLE_PICTURES = 5
-INT8_FILE = "model.int8.onnx"
+EXAMPLES_AT_MOST = 100
+PAGE = "hf_space"  # the folder of a page that is proposed
 
 
 # ---- The comparison with the checkpoint's model --------------------------------------------------
@@ -210,6 +212,11 @@ def parse_formats(text: str) -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in names)
 
 
+def parse_examples(text: str) -> int:
+    """How many example pictures a page has: a number, or 0 for `none`."""
+    return 0 if text == "none" else whole_number(1, EXAMPLES_AT_MOST)(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cp.common_parser((__doc__ or "").partition("\n\n")[0])
@@ -244,6 +251,19 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="also a folder with a demo page, ready to be pushed as a Hugging Face Space",
     )
+    parser.add_argument(
+        "--examples",
+        type=parse_examples,
+        metavar="N",
+        help="validation pictures in that folder, for everybody to see: a number, or none (none)",
+    )
+    parser.add_argument(
+        "--license",
+        type=model_card.parse_license,
+        metavar="NAME",
+        help="the license of the weights for the cards, such as apache-2.0, or other:NAME; "
+        "without it they say that it is open",
+    )
     return parser
 
 
@@ -255,6 +275,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             raise UserError(f"--formats {','.join(asked.formats)}: {flag} needs onnx among them")
     if asked.compiled and not asked.int8:
         raise UserError("--compiled: there is a comparison of speeds with --int8 alone")
+    if asked.examples is not None and not asked.space:
+        raise UserError(f"--examples {asked.examples or 'none'}: needs --space, the page's folder")
     if asked.space and asked.space.resolve() == asked.output_dir.resolve():
         raise UserError(f"--space {asked.space}: has to be another folder than --output-dir")
     return asked
@@ -275,22 +297,85 @@ def quantised(
 def export(
     asked: argparse.Namespace, checkpoint: cp.Checkpoint, data: ImageData, folder: Path
 ) -> str:
-    """Write all files into an empty folder, the model card last, and say so; returns the card's
-    body.
+    """Write all files into an empty folder, the model card last, and say so; returns what was
+    measured of them.
     """
     sample = sample_images(checkpoint, data, asked.batch_size)
     files = []
     for kind in asked.formats:
         say(f"{FORMATS[kind].file}: {write_format(kind, checkpoint, folder, sample)}")
-        files.append((folder / FORMATS[kind].file, FORMATS[kind].about))
+        files.append((FORMATS[kind].file, FORMATS[kind].about))
     measured = ""
     if asked.int8:
         measured = quantised(asked, checkpoint, data, folder)
         say(f"\n{measured}\n")
-        files.append((folder / INT8_FILE, "onnxruntime, quantised to 8 bits"))
-    header, card = model_card.build_card(checkpoint, data, files, measured)
+        files.append((INT8_FILE, INT8_ABOUT))
+    listed = [(name, (folder / name).stat().st_size, about) for name, about in files]
+    header, card = model_card.build_card(checkpoint, data, listed, measured, asked.license)
     (folder / "README.md").write_text(header + card, encoding="utf-8")
-    return card
+    return measured
+
+
+def write_page(
+    asked: argparse.Namespace,
+    checkpoint: cp.Checkpoint,
+    data: ImageData,
+    folders: tuple[Path, Path],
+    measured: str,
+) -> int:
+    """Write a demo page of the files in the first of two folders into the second, which is empty;
+    returns how many example pictures it has.
+    """
+    exported, page = folders
+    pictures = example_pictures(data, asked.examples) if asked.examples else []
+    demo.write_program(page, exported, pictures)
+    listed = demo.contents(page, asked.space)
+    _, card = model_card.build_card(checkpoint, data, listed, measured, asked.license)
+    title = f"{checkpoint.trained.settings.model}: {', '.join(checkpoint.classes[:3])}"
+    demo.write_read_me(page, title, card, asked.license)
+    return len(pictures)
+
+
+# ---- What is said in the end ---------------------------------------------------------------------
+
+
+def from_here(path: Path) -> str:
+    """A file's or program's path as it can be typed here."""
+    path = Path(os.path.abspath(path))  # noqa: PTH100 (a Python that is a link stays one)
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
+def told_of_files(folder: Path, made: Collection[str]) -> Iterator[str]:
+    """What is in the folder, and what of it is none of the files `made` now."""
+    yield f"files in {folder}: {', '.join(each.name for each in sorted(folder.iterdir()))}"
+    known = {INT8_FILE, *(each.file for each in FORMATS.values())}
+    if old := sorted(name for name in known.difference(made) if (folder / name).exists()):
+        yield f"of an earlier export, and not in README.md: {', '.join(old)}"
+
+
+def told_of_page(page: Path, examples: int) -> Iterator[str]:
+    """Whether visitors see pictures, how the page is started, and how it is published."""
+    place = shlex.quote(str(page))
+    seen = len([*(page / demo.EXAMPLES).glob("*")])
+    told = "none; --examples 5 puts five of your validation pictures"
+    if examples:
+        told = f"{examples} of your validation pictures"
+    if seen > examples:
+        told = f"{plural(seen, 'picture')}, {seen - examples} of them from before,"
+    told += f" {'in' if seen else 'into'} {place}/, where everybody can see them"
+    yield f"demo page in {page}; examples: {told}"
+    yield f"next: {' && '.join(demo.start_commands(page))}"
+    hf = Path(sys.executable).with_name("hf")
+    program = from_here(hf) if hf.exists() else "hf"
+    yield f"to publish it, after {program} auth login:"
+    yield from (f"    {each}" for each in demo.publish_commands(page, program))
+
+
+def proposed_page(argv: Sequence[str]) -> str:
+    """The same command with a demo page, which is the next thing to try."""
+    python, script = from_here(Path(sys.executable)), from_here(cp.HERE / "export.py")
+    return f"next: {python} {script} {shlex.join([*argv, '--space', PAGE])}"
 
 
 @cp.program
@@ -303,14 +388,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(filled(asked.output_dir, "--output-dir"))
         page = asked.space and stack.enter_context(filled(asked.space, "--space"))
-        card = export(asked, checkpoint, data, folder)
+        measured = export(asked, checkpoint, data, folder)
+        made = {each.name for each in folder.iterdir()}
         if page:
-            title = f"{checkpoint.trained.settings.model}: {', '.join(checkpoint.classes[:3])}"
-            demo.write_space(page, folder, card, example_pictures(data, EXAMPLE_PICTURES), title)
-    names = ", ".join(each.name for each in sorted(asked.output_dir.iterdir()))
-    say_lines([f"files in {asked.output_dir}: {names}"])
+            examples = write_page(asked, checkpoint, data, (folder, page), measured)
+    say_lines(told_of_files(asked.output_dir, made))
     if page:
-        say_lines([f"demo page in {asked.space}: python {asked.space / 'app.py'}"])
+        if not asked.int8:  # one of an earlier time would answer as another model
+            (asked.space / INT8_FILE).unlink(missing_ok=True)
+        say_lines(told_of_page(asked.space, examples))
+    elif "onnx" in asked.formats and asked.output_dir.resolve() != Path(PAGE).resolve():
+        say_lines([proposed_page(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

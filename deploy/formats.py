@@ -92,3 +92,4 @@ FORMATS = {
         "model.safetensors", write_weights, "weights alone, for a model of the same name"
     ),
 }
+INT8_FILE, INT8_ABOUT = "model.int8.onnx", "onnxruntime, quantised to 8 bits"  # of int8.py

@@ -4,6 +4,7 @@ Markdown, below the header that Hugging Face reads.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import html
 import re
@@ -20,11 +21,27 @@ from split_affinity.checkpoints.state import settings_to_go_on
 from split_affinity.data.pictures import ImageData
 from split_affinity.options.recipes import recipe_defaults
 from split_affinity.options.settings import BALANCED, Settings, as_options
-from split_affinity.reports.tables import tells_top5, without_top5
-from split_affinity.text import code_span, shown
+from split_affinity.reports.tables import tells_top5
+from split_affinity.text import code_span, did_you_mean, shown
 
 TEMPLATE = "model_card.md.jinja"
 CLASSES_TO_LIST = 100
+# As Hugging Face names them; others of its list, and others altogether, are OTHER.
+LICENSES = (
+    *(
+        "apache-2.0",
+        "mit",
+        "bsd-3-clause",
+        "gpl-3.0",
+        "agpl-3.0",
+        "lgpl-3.0",
+        "mpl-2.0",
+        "openrail",
+    ),
+    *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nd-4.0"),
+    "cc-by-nc-nd-4.0",
+)
+OTHER = "other:"
 # Settings that name a place on the machine that trained: nobody else's business.
 PLACES = (
     "data_path",
@@ -42,6 +59,23 @@ def escaped(text: object) -> str:
     line = html.escape(" ".join(shown(str(text)).split()), quote=False)
     line = re.sub(r"([\\`*_{}\[\]()#+!|~$-])", r"\\\1", line)
     return re.sub(r"^(\d+)\.", r"\1\\.", line)  # no list
+
+
+def parse_license(text: str) -> str:
+    """A license's name: one that Hugging Face knows, or another one behind `other:`."""
+    if text in LICENSES or re.fullmatch(rf"{OTHER}[a-z0-9][a-z0-9.-]{{0,59}}", text):
+        return text
+    known = f"choose from {', '.join(LICENSES)}, or {OTHER}NAME, of small letters, digits, - and ."
+    raise argparse.ArgumentTypeError(
+        f"no license {text!r} is known{did_you_mean(text, LICENSES)} ({known})"
+    )
+
+
+def license_keys(name: str | None) -> dict[str, str]:
+    """What the header that Hugging Face reads has of a license; nothing without one."""
+    if name and name.startswith(OTHER):
+        return {"license": "other", "license_name": name.removeprefix(OTHER)}
+    return {"license": name} if name else {}
 
 
 def validation_row(checkpoint: cp.Checkpoint) -> dict[str, Any] | None:
@@ -66,12 +100,20 @@ def recipe(given: Settings) -> str:
     return as_options(cp.public_settings(dataclasses.replace(given, **public)))
 
 
-def header(title: str, data_name: str, row: dict[str, Any] | None) -> ModelCardData:
-    """What Hugging Face reads of a card; `row` are the figures, if there are any. There is no
-    license in it: that is for the owner of the pictures and the weights to say.
+def figures_of(row: dict[str, Any], class_count: int) -> dict[str, float]:
+    """The accuracies that say something, in percent, by name."""
+    best = {"top-5": row["val_top5"]} if tells_top5(class_count) else {}
+    return {"top-1": row["val_top1"], **best}
+
+
+def header(
+    title: str, data_name: str, figures: dict[str, float], license_name: str | None
+) -> ModelCardData:
+    """What Hugging Face reads of a card; `figures` are accuracies in percent, if there are any. The
+    owner of the pictures and the weights says which license is in it, or none.
     """
     results = []
-    if row:
+    if figures:
         task = {"task_type": "image-classification", "dataset_type": "imagefolder"}
         results = [
             EvalResult(
@@ -79,10 +121,9 @@ def header(title: str, data_name: str, row: dict[str, Any] | None) -> ModelCardD
                 dataset_name=data_name,
                 metric_type="accuracy",
                 metric_name=name,
-                metric_value=round(row[key] / 100, 6),
+                metric_value=round(value / 100, 6),
             )
-            for name, key in (("top-1", "val_top1"), ("top-5", "val_top5"))
-            if key in row
+            for name, value in figures.items()
         ]
     return ModelCardData(
         model_name=title,
@@ -91,6 +132,7 @@ def header(title: str, data_name: str, row: dict[str, Any] | None) -> ModelCardD
         tags=["image-classification", "cpu", "train_split_affinity"],
         metrics=["accuracy"],
         eval_results=results or None,
+        **license_keys(license_name),
     )
 
 
@@ -123,20 +165,28 @@ def told_of_training(checkpoint: cp.Checkpoint, data: ImageData) -> dict[str, An
     }
 
 
+def size_text(size_bytes: int) -> str:
+    """The size of a file, for people."""
+    return f"{size_bytes / 1e6:,.1f} MB" if size_bytes >= 1e5 else f"{size_bytes / 1e3:,.1f} kB"
+
+
 def build_card(
-    checkpoint: cp.Checkpoint, data: ImageData, files: Sequence[tuple[Path, str]], speed: str
+    checkpoint: cp.Checkpoint,
+    data: ImageData,
+    files: Sequence[tuple[str, int, str]],
+    speed: str,
+    license_name: str | None = None,
 ) -> tuple[str, str]:
-    """A model card's header and its body. `files` are those exported, each with what it is for;
-    `speed` is what was measured of them, in Markdown, or empty.
+    """A model card's header and its body. `files` are those beside it: name, bytes, and what it is
+    for. `speed` is what was measured of models, in Markdown, or empty.
     """
     row, images, classes = validation_row(checkpoint), len(data.val), checkpoint.classes
-    if row and not tells_top5(len(classes)):
-        row = without_top5(row)
     settings = checkpoint.trained.settings
     place = settings_to_go_on(checkpoint.state).data_path
     data_name = settings.dataset or (place.name if place else "images")
     title = f"{settings.model} on {data_name}"
     ends = Share(round(row["val_top1"] * images / 100), images).ends if row else ()
+    figures = figures_of(row, len(classes)) if row else {}
     body = template().render(
         title=title,
         model=settings.model,
@@ -145,12 +195,16 @@ def build_card(
         class_count=len(classes),
         guessing=100 / len(classes),
         row=row,
+        figures=figures,
         interval=[100 * end for end in ends],
         images=images,
         data_name=data_name,
         ready=checkpoint.trained.ready,
-        files=[(file.name, about, f"{file.stat().st_size / 1e6:,.1f} MB") for file, about in files],
+        files=[(name, about, size_text(size_bytes)) for name, size_bytes, about in files],
+        has_onnx="model.onnx" in {name for name, *_ in files},
+        license_name=license_name and license_name.removeprefix(OTHER),
         speed=speed,
         **told_of_training(checkpoint, data),
     )
-    return f"---\n{header(shown(title), shown(data_name), row).to_yaml()}\n---\n", body
+    told = header(shown(title), shown(data_name), figures, license_name)
+    return f"---\n{told.to_yaml()}\n---\n", body

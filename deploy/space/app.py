@@ -6,11 +6,13 @@ All that it knows of classes, and of how pictures are made ready, stands in the 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import tempfile
 from pathlib import Path
 
+HERE = Path(__file__).resolve().parent
 # Nobody is told of what is done here; read while the packages below are imported.
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", ORT_DISABLE_TELEMETRY="1")
 try:
@@ -20,11 +22,15 @@ try:
     from starlette.middleware import Middleware
 except (ImportError, MemoryError, OSError) as error:  # nothing of the trainer is here to explain it
     is_full = not isinstance(error, ImportError) or "map segment" in str(error)
-    remedy = "raise `ulimit -v`" if is_full else "pip install -r requirements.txt"
+    names = (".venv", "requirements.txt", "app.py")
+    venv, needed, program = (shlex.quote(str(HERE / name)) for name in names)
+    own = f"the page has packages of its own: python3 -m venv {venv} && {venv}/bin/pip install -r "
+    own += f"{needed} && {venv}/bin/python {program}"
+    remedy = "raise `ulimit -v`" if is_full else own
     print(f"app.py: error: {str(error) or 'no memory'}: {remedy}", file=sys.stderr)
     raise SystemExit(2) from None
 
-HERE = Path(__file__).resolve().parent
+EXAMPLES = HERE / "examples"  # there may be none
 CSS = ".image-frame img { width: 100%; height: 100%; object-fit: contain; }"  # small ones as well
 KEPT_S, CLEANED_EVERY_S = 60, 15  # uploads, which requests that wait in the queue still need
 AT_ONCE, WAITING = 4, 64  # requests: one that takes long does not stop the others
@@ -37,7 +43,7 @@ async def fetch_nothing(*_: object, **__: object) -> str:
 
 def build_page(demo: Demo, title: str, card: str) -> gr.Blocks:
     """The page, with the model card, in Markdown, on a tab of its own."""
-    gr.set_static_paths([HERE / "examples"])  # to stay, unlike what is uploaded
+    gr.set_static_paths([EXAMPLES])  # to stay, unlike what is uploaded
     gr.processing_utils.async_ssrf_protected_download = fetch_nothing
     with gr.Blocks(title=title, delete_cache=(CLEANED_EVERY_S, KEPT_S)) as page:
         gr.Markdown(f"# {title}")
@@ -53,7 +59,8 @@ def build_form(demo: Demo) -> None:
     with gr.Column():
         picture = gr.Image(type="filepath", label="Picture", height=320, buttons=[])
         picture.preprocess = lambda sent: sent and sent.path  # not looked at yet
-        examples = gr.Examples(sorted(map(str, (HERE / "examples").iterdir())), picture)
+        files = sorted(map(str, EXAMPLES.glob("*")))
+        examples = gr.Examples(files, picture) if files else None
         both = "int8" in demo.models
         precision = gr.Radio([*demo.models], value="fp32", label="Model", visible=both)
     with gr.Column():
@@ -70,7 +77,8 @@ def build_form(demo: Demo) -> None:
     in_turn = {"concurrency_limit": AT_ONCE, "concurrency_id": "all", "trigger_mode": "always_last"}
     asking = picture.upload(demo.predict, asked, kept, api_name="predict", **in_turn)
     hidden = {"api_visibility": "private", "show_progress": "hidden"}
-    examples.load_input_event.success(demo.predict, asked, kept, **hidden, **in_turn)
+    if examples:
+        examples.load_input_event.success(demo.predict, asked, kept, **hidden, **in_turn)
     for event in (asking.failure, picture.clear):
         event(lambda: (None, None, "", None), None, kept, **hidden)
     show.change(lambda on: gr.Column(visible=on), show, seen, **hidden)
@@ -91,7 +99,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        demo = open_demo(HERE, (Path(folder), HERE / "examples"))
+        demo = open_demo(HERE, (Path(folder), EXAMPLES))
         page = build_page(demo, *read_card(HERE)).queue(max_size=WAITING, api_open=False)
         theme = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
         limits = {"max_file_size": uploads.LARGEST_BYTES, "state_session_capacity": 500}

@@ -222,4 +222,5 @@ def test_the_page_without_gradio_ends_in_a_line():
     done = started("space/app.py", "sys.modules['gradio'] = None")
     assert done.returncode == 2
     assert done.stderr.startswith("app.py: error: ") and done.stderr.count("\n") == 1
-    assert "pip install -r requirements.txt" in done.stderr
+    own = cp.HERE / "space" / ".venv"  # packages of its own, not beside those of the trainer
+    assert f"python3 -m venv {own} && {own}/bin/pip install -r " in done.stderr

@@ -6,7 +6,9 @@ Each runs as printed, but for what makes it short; tests/test_docs.py has those 
 import re
 import shlex
 import shutil
+from pathlib import Path
 
+import demo
 import export
 import pytest
 import report
@@ -38,3 +40,14 @@ def test_a_printed_command_runs(command, best, tmp_path, monkeypatch, capsys):
     program, arguments = command
     short = ["--formats", "onnx"] if program == "export" else ["--per-class", "0"]
     assert PROGRAMS[program]([*shlex.split(arguments), *short]) == 0, capsys.readouterr().err
+    assert not Path("hf_space/examples").exists()  # nobody asked for them
+
+
+def test_no_command_installs_the_pages_packages_beside_the_trainers():
+    """Gradio would put an older Pillow in place of theirs."""
+    told = export.told_of_page(Path("hf_space"), 0), demo.start_commands(Path())
+    texts = [page.read_text() for page in PAGES] + ["\n".join(lines) for lines in told]
+    found = re.findall(r"(\S*)pip install -r (\S*)requirements\.txt", "\n".join(texts))
+    pages = [(pip, folder) for pip, folder in found if folder in ("", "hf_space/")]
+    assert {*pages} == {(".venv/bin/", ""), ("hf_space/.venv/bin/", "hf_space/")}
+    assert not [folder for _, folder in found if folder.endswith("space/") and folder[:3] != "hf_"]

@@ -3,11 +3,15 @@
 A file is right if a process of its own makes the same of real images as the checkpoint's model.
 """
 
+import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import re
+import shlex
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -48,9 +52,17 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def exported(best, tmp_path_factory) -> Path:
-    """The files of a ResNet-20, as one command writes them."""
+    """The files of a ResNet-20, as one command writes them; beside them a demo page, in a folder
+    that had one of an earlier model, and what was printed.
+    """
     folder = tmp_path_factory.mktemp("exported") / "files"
-    assert export.main([str(best), "--output-dir", str(folder)]) == 0
+    page = folder.with_name("page")
+    (page / "examples").mkdir(parents=True)
+    for old in ("model.int8.onnx", "app.py", "examples/mine.png"):
+        (page / old).write_bytes(b"of an earlier time")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert export.main([str(best), "--output-dir", str(folder), "--space", str(page)]) == 0
+    folder.with_name("printed").write_text(printed.getvalue())
     return folder
 
 
@@ -119,6 +131,55 @@ def test_the_files_are_there_and_say_what_they_hold(exported, facts):
     assert as_json(extra) == facts
 
 
+def listed_in(card: Path) -> set[str]:
+    """The files that a model card names."""
+    return {*re.findall(r"^\| `(.*?)` \|", card.read_text(), re.MULTILINE)}
+
+
+def test_cards_list_what_is_in_their_folders(exported):
+    page = exported.with_name("page")
+    assert listed_in(exported / "README.md") == {each.file for each in FORMATS.values()}
+    there = {f"{each.name}{'/' * each.is_dir()}" for each in page.iterdir()}
+    own = {"README.md", ".gitattributes", ".gitignore"}
+    assert listed_in(page / "README.md") == there - own
+    assert "examples/" in there and "model.int8.onnx" not in there  # which is of another model
+    assert (page / "app.py").read_bytes() != b"of an earlier time"
+
+
+def test_the_end_says_who_sees_pictures_and_what_comes_next(exported):
+    page = exported.with_name("page")
+    told = exported.with_name("printed").read_text()
+    *_, about, start, _, create, upload = told.splitlines()
+    assert about.endswith(
+        f"examples: 1 picture, 1 of them from before, in {page}/, where everybody can see them"
+    )
+    venv = page / ".venv"
+    assert start == (
+        f"next: python3 -m venv {venv} && {venv}/bin/pip install -r {page}/requirements.txt && "
+        f"{venv}/bin/python {page}/app.py"
+    )
+    assert create.split()[1:4] == ["repos", "create", "USER/NAME"]
+    assert f"upload USER/NAME {page} . --repo-type space" in upload and "'.venv/*'" in upload
+
+
+def test_the_end_without_pictures_or_without_a_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "my env/bin/python"))
+    first, *_ = export.told_of_page(Path("p"), 0)
+    assert first == (
+        "demo page in p; examples: none; --examples 5 puts five of your validation pictures into "
+        "p/, where everybody can see them"
+    )
+    script = shlex.quote(str(cp.HERE / "export.py"))
+    assert export.proposed_page(["a b.pt", "--output-dir", "x"]) == (
+        f"next: 'my env/bin/python' {script} 'a b.pt' --output-dir x --space hf_space"
+    )
+    (tmp_path / "model.pt2").touch()
+    assert [*export.told_of_files(tmp_path, {"model.onnx"})][1:] == [
+        "of an earlier export, and not in README.md: model.pt2"
+    ]
+
+
 def test_no_file_tells_where_it_was_made(exported):
     places = {str(cp.HERE), str(cp.HERE.parent), str(Path(torch.__file__).parent), "/deploy/"}
     for file in exported.iterdir():
@@ -135,6 +196,7 @@ def test_one_command_makes_int8_and_a_demo_page_too(best, tmp_path, monkeypatch,
     monkeypatch.setattr(speed, "TURN_S", 0.01)
     folder, page = tmp_path / "files", tmp_path / "page"
     asked = ["--output-dir", str(folder), "--formats", "onnx", "--int8", "--space", str(page)]
+    asked += ["--examples", "5", "--license", "cc-by-4.0"]
     assert export.main([str(best), *asked, "--calibrate", "20"]) == 0
     out = capsys.readouterr().out
     card = (folder / "README.md").read_text()
@@ -143,7 +205,11 @@ def test_one_command_makes_int8_and_a_demo_page_too(best, tmp_path, monkeypatch,
     assert {"app.py", "requirements.txt", *models} <= {each.name for each in page.iterdir()}
     assert all((page / name).read_bytes() == (folder / name).read_bytes() for name in models)
     assert len(list((page / "examples").iterdir())) == 5
-    assert f"python {page / 'app.py'}" in out
+    assert f"5 of your validation pictures in {page}/, where everybody can see them" in out
+    for each in (folder, page):
+        written = ModelCard.load(each / "README.md")
+        assert written.data.license == "cc-by-4.0"
+        assert "The license of the weights is `cc-by-4.0`, as their owner says" in written.text
     tables = re.findall(r"^\| .*(?:PyTorch|ONNX) .*$", out, re.MULTILINE)
     assert len(tables) == 8  # two tables of four ways
     assert all(line in card for line in tables)
@@ -328,6 +394,11 @@ def test_folders_are_filled_at_once_or_not_at_all(tmp_path):
         (["best.pt", "--output-dir", "out", "--formats", "pt2", "--int8"], "needs onnx among them"),
         (["best.pt", "--output-dir", "out", "--formats", "pt2", "--space", "s"], "needs onnx"),
         (["best.pt", "--output-dir", "out", "--compiled"], "--compiled: "),
+        (["best.pt", "--output-dir", "out", "--examples", "5"], "--examples 5: needs --space"),
+        (
+            ["best.pt", "--output-dir", "out", "--examples", "none"],
+            "--examples none: needs --space",
+        ),
     ],
 )
 def test_what_a_user_can_get_wrong(best, tmp_path, monkeypatch, capsys, options, said):
@@ -352,6 +423,26 @@ def test_unknown_formats(formats, capsys):
     with pytest.raises(SystemExit, match="2"):
         export.main(["best.pt", "--output-dir", "out", "--formats", formats])
     assert "(choose from onnx, pt2, torchscript, weights)" in capsys.readouterr().err
+
+
+def test_licenses_are_those_that_hugging_face_knows_or_others(capsys):
+    assert model_card.parse_license("apache-2.0") == "apache-2.0"
+    keys = model_card.license_keys(model_card.parse_license("other:my-1.0"))
+    assert keys == {"license": "other", "license_name": "my-1.0"}
+    assert model_card.license_keys(None) == {}
+    for wrong in ("other:", "other:Two Words", "other", "", "MIT\nx: y", "other:" + "x" * 61):
+        with pytest.raises(argparse.ArgumentTypeError, match="no license .* is known"):
+            model_card.parse_license(wrong)
+    with pytest.raises(SystemExit, match="2"):
+        export.main(["best.pt", "--output-dir", "out", "--license", "apache2.0"])
+    assert "did you mean apache-2.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("count", ["0", "101", "-1", "some", "1.5"])
+def test_the_number_of_examples(count, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        export.main(["best.pt", "--output-dir", "out", "--space", "s", f"--examples={count}"])
+    assert f"'{count}' is not a whole number from 1 to 100" in capsys.readouterr().err
 
 
 def test_the_order_of_formats_does_not_matter():
@@ -382,6 +473,7 @@ def test_the_card_has_a_header_that_hugging_face_reads(exported, best):
     row = cp.read_checkpoint(best).state["progress"]["history"][-1]
     assert card.data.pipeline_tag == "image-classification"
     assert card.data.library_name == "onnx"
+    assert card.data.license is None and "The license of the weights is open" in card.text
     assert {each.metric_name: each.metric_value for each in card.data.eval_results} == {
         "top-1": pytest.approx(row["val_top1"] / 100, abs=1e-6),
         "top-5": pytest.approx(row["val_top5"] / 100, abs=1e-6),
@@ -427,6 +519,13 @@ def test_a_checkpoint_that_was_not_validated_has_a_card_that_says_so(best):
     header, body = model_card.build_card(checkpoint, data, [], "")
     assert "How good it is was not measured" in body
     assert "model-index" not in header
+    assert "```python" not in body  # there is no model.onnx that it could open
+
+
+def test_the_best_five_of_five_classes_are_no_figure():
+    row = {"val_top1": 80.0, "val_top5": 100.0}
+    assert model_card.figures_of(row, 5) == {"top-1": 80.0}
+    assert model_card.figures_of(row, 6) == {"top-1": 80.0, "top-5": 100.0}
 
 
 def test_calibration_takes_training_images_spread_over_all_classes(best):

@@ -130,7 +130,8 @@ def folder(exported, tmp_path_factory) -> Path:
     """The folder of a page."""
     folder = tmp_path_factory.mktemp("space")
     examples = [(name, rgb(seed=seed)) for seed, name in enumerate("abcde")]
-    demo.write_space(folder, exported, "# Digits\n\nMade of *figures*.", examples, "Digits")
+    demo.write_program(folder, exported, examples)
+    demo.write_read_me(folder, "Digits", "# Digits\n\nMade of *figures*.")
     return folder
 
 
@@ -470,7 +471,7 @@ def test_the_formats_are_the_trainers(tmp_path):
 
 def test_a_model_without_maps_or_int8_and_uploads_that_go(folder, serve, kinds, tmp_path):
     plain = tmp_path / "plain"
-    shutil.copytree(folder, plain)
+    shutil.copytree(folder, plain, ignore=shutil.ignore_patterns("examples"))
     (plain / "model.int8.onnx").unlink()
     model = onnx.load(plain / "model.onnx")
     del model.graph.output[1]
@@ -485,7 +486,7 @@ def test_a_model_without_maps_or_int8_and_uploads_that_go(folder, serve, kinds, 
     while server.files() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert server.files() == []
-    assert len(list((plain / "examples").iterdir())) == 5
+    assert "dataset" not in shown  # the gallery of examples, of which there are none
 
 
 @pytest.mark.parametrize(
@@ -537,7 +538,8 @@ def odd_folder(exported, tmp_path) -> Path:
     names = [CLASS_WITH_HTML, "../../etc/passwd", "café: 'été'", "\n", "x" * 300]
     examples = [(name, rgb(2000 if name == "\n" else 40)) for name in names]
     title = "Cats: \"mine\", 'yours' #1\n---\nand {all}"
-    demo.write_space(folder, exported, "A card.\n\n---\n\nIts end.", examples, title)
+    demo.write_program(folder, exported, examples)
+    demo.write_read_me(folder, title, "A card.\n\n---\n\nIts end.")
     return folder
 
 
@@ -545,9 +547,13 @@ def test_a_folder_has_all_that_a_space_needs(odd_folder):
     card = SpaceCard.load(odd_folder / "README.md")
     assert card.data.title == "Cats: \"mine\", 'yours' #1 --- and {all}"
     assert (card.data.sdk, card.data.app_file, card.data.pinned) == ("gradio", "app.py", False)
-    assert card.data.license == "mit" and re.fullmatch(r"6\.\d+\.\d+", card.data.sdk_version)
+    assert card.data.license is None and re.fullmatch(r"6\.\d+\.\d+", card.data.sdk_version)
     assert card.text.strip().startswith(f"# {card.data.title}\n\nA card.\n\n---\n\nIts end.")
     assert "hf upload USER/NAME . . --repo-type space" in card.text
+    assert "The page's own program (`app.py` and what it imports) has the MIT license" in card.text
+    demo.write_read_me(odd_folder, "Cats", "A card.", "other:my-1.0")
+    licensed = SpaceCard.load(odd_folder / "README.md").data
+    assert (licensed.license, licensed.to_dict()["license_name"]) == ("other", "my-1.0")
     assert "*.onnx filter=lfs" in (odd_folder / ".gitattributes").read_text()
     assert "https://huggingface.co/spaces/" in (odd_folder / "hf_space_link.txt").read_text()
     for name in demo.PROGRAM:
