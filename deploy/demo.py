@@ -27,6 +27,7 @@ PROGRAM = {
     "pictures.py": "how it makes pictures ready",
     "threads.py": "with how many threads it computes",
     "uploads.py": "which files it may open",
+    "page.css": "how it looks",
     "requirements.txt": "packages that it needs",
 }
 MODELS = {FORMATS["onnx"].file: FORMATS["onnx"].about, INT8_FILE: INT8_ABOUT}

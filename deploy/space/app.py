@@ -5,11 +5,13 @@ All that it knows of classes, and of how pictures are made ready, stands in the 
 
 from __future__ import annotations
 
+import html
 import os
 import shlex
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -17,6 +19,7 @@ HERE = Path(__file__).resolve().parent
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", ORT_DISABLE_TELEMETRY="1")
 try:
     import gradio as gr
+    import pictures
     import uploads
     from answers import Demo, open_demo
     from starlette.middleware import Middleware
@@ -31,7 +34,7 @@ except (ImportError, MemoryError, OSError) as error:  # nothing of the trainer i
     raise SystemExit(2) from None
 
 EXAMPLES = HERE / "examples"  # there may be none
-CSS = ".image-frame img { width: 100%; height: 100%; object-fit: contain; }"  # small ones as well
+MOST_BARS, MOST_NAMES = 5, 12  # classes: in the answer, and named on the page without unfolding
 KEPT_S, CLEANED_EVERY_S = 60, 15  # uploads, which requests that wait in the queue still need
 AT_ONCE, WAITING = 4, 64  # requests: one that takes long does not stop the others
 
@@ -47,30 +50,54 @@ def build_page(demo: Demo, title: str, card: str) -> gr.Blocks:
     gr.processing_utils.async_ssrf_protected_download = fetch_nothing
     with gr.Blocks(title=title, delete_cache=(CLEANED_EVERY_S, KEPT_S)) as page:
         gr.Markdown(f"# {title}")
-        with gr.Tab("Try it"), gr.Row():
+        with gr.Tab("Try it"), gr.Row(elem_classes="columns"):
             build_form(demo)
         with gr.Tab("Model card"):
-            gr.Markdown(card)
+            gr.Markdown(card, elem_classes="card")
     return page
+
+
+def known_classes(classes: Sequence[str]) -> str:
+    """The names of all classes, as HTML; of many the first, and the others to unfold."""
+    seen = ("".join(c if c.isprintable() else "\ufffd" for c in name) for name in classes)
+    items = [f"<li><bdi>{html.escape(name)}</bdi></li>" for name in seen]
+    first, more = "".join(items[:MOST_NAMES]), "".join(items[MOST_NAMES:])
+    text = f"It tells {len(items)} classes apart:<ul>{first}</ul>"
+    if more:
+        rest = len(items) - MOST_NAMES
+        text += f"<details><summary>and {rest} more</summary><ul>{more}</ul></details>"
+    return f"<div class='known'>{text}</div>"
+
+
+def heat_scale() -> str:
+    """What the colours of a heat map say, as HTML."""
+    colours = f"linear-gradient(90deg, {', '.join(pictures.SCALE)})"
+    scale = f"nothing <i style='background: {colours}'></i> the most of this picture"
+    return f"<div class='scale'>What speaks for the class: <span>{scale}</span></div>"
 
 
 def build_form(demo: Demo) -> None:
     """Two columns, of what is asked and of the answer, and what happens when."""
     with gr.Column():
-        picture = gr.Image(type="filepath", label="Picture", height=320, buttons=[])
+        look = {"height": 320, "elem_classes": "picture", "buttons": []}
+        picture = gr.Image(type="filepath", label="Picture", **look)
         picture.preprocess = lambda sent: sent and sent.path  # not looked at yet
-        files = sorted(map(str, EXAMPLES.glob("*")))
-        examples = gr.Examples(files, picture) if files else None
-        both = "int8" in demo.models
-        precision = gr.Radio([*demo.models], value="fp32", label="Model", visible=both)
+        with gr.Column(elem_classes="later"):
+            gr.HTML(known_classes(demo.classes))
+            files = sorted(map(str, EXAMPLES.glob("*")))
+            examples = gr.Examples(files, picture) if files else None
+            both = "int8" in demo.models
+            precision = gr.Radio([*demo.models], value="fp32", label="Model", visible=both)
     with gr.Column():
-        bars = gr.Label(num_top_classes=5, label="What it shows")
+        count = min(MOST_BARS, len(demo.classes))
+        bars = gr.Label(num_top_classes=count, label="What it shows")
         took = gr.Markdown(label="Time")
         show = gr.Checkbox(label="Heat map", visible=demo.has_maps())
         with gr.Column(visible=False) as seen:
             choices = [("the likeliest", ""), *demo.classes]
             of_class = gr.Dropdown(choices, value="", label="Class of the heat map")
             heat = gr.Image(label="Heat map", interactive=False, buttons=["fullscreen"])
+            gr.HTML(heat_scale())
     square = gr.State(time_to_live=3600)
     options, told = [show, of_class, precision], [bars, heat, took]
     asked, kept = [picture, *options], [*told, square]
@@ -105,7 +132,7 @@ def main() -> None:
         limits = {"max_file_size": uploads.LARGEST_BYTES, "state_session_capacity": 500}
         bare = {"footer_links": ["api"], "run_history": False, "ssr_mode": False}
         alone = {"app_kwargs": {"middleware": [Middleware(uploads.NothingFromElsewhere)]}}
-        page.launch(theme=theme, css=CSS, **limits, **bare, **alone)
+        page.launch(theme=theme, css_paths=HERE / "page.css", **limits, **bare, **alone)
 
 
 if __name__ == "__main__":

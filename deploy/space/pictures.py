@@ -28,9 +28,13 @@ PICTURE_FORMATS = tuple(
 SCALES, TO_VALIDATE = (8, 4, 2), 2
 SWAPPED, RIGHT_TO_LEFT, BOTTOM_TO_TOP = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 PART_BYTES = 4096  # decoded at once: of some JPEG files, a second's work
-GLOW = np.array(
-    [[70, 0, 110], [190, 30, 90], [250, 130, 20], [255, 240, 90]]
-)  # RGB, weak to strong
+# The colours of heat, from none to the most: steps of matplotlib's turbo, as in the report.
+SCALE = (
+    "#30123b #434eba #4685fa #28bceb #1ae4b6 #55fa76 #a4fc3c #d9e436 #faba39 #fb7e21 #e4450a"
+    " #b91e02 #7a0403"
+).split()
+GLOW = np.array([[*bytes.fromhex(colour[1:])] for colour in SCALE])  # RGB
+STRONGEST = 0.65  # how much of the picture the hottest place hides; as in the report
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # sizes are looked at below
 
@@ -149,13 +153,14 @@ def to_input(square: Image.Image, ready: dict[str, Any]) -> np.ndarray:
 
 
 def heat_map(square: Image.Image, evidence: np.ndarray) -> Image.Image:
-    """A square picture that glows where a class is seen, from the evidence for it, (h, w); what is
-    below 0 speaks against the class, and stays as it was.
+    """A square picture that is coloured where a class is seen, from the evidence for it, (h, w);
+    what is below 0 speaks against the class, and stays as it was.
     """
     size = (max(SHOWN_PX, square.width),) * 2
     heat = np.maximum(evidence, 0) / max(evidence.max(), 1e-9)
-    heat = np.asarray(Image.fromarray(heat).resize(size, Image.Resampling.BICUBIC)).clip(0, 1)
+    heat = np.asarray(Image.fromarray(heat).resize(size, Image.Resampling.BILINEAR))
     steps = np.linspace(0, 1, len(GLOW))
     glow = np.stack([np.interp(heat, steps, channel) for channel in GLOW.T], -1)
     shown = np.asarray(square.resize(size, Image.Resampling.BICUBIC), np.float32)
-    return Image.fromarray((shown + (glow - shown) * 0.75 * heat[..., None]).astype(np.uint8))
+    share = STRONGEST * heat[..., None] ** 0.5
+    return Image.fromarray((shown + (glow - shown) * share).round().astype(np.uint8))

@@ -18,9 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import app
 import checkpoint as cp
 import demo
 import formats
+import heat_maps
 import numpy as np
 import onnx
 import onnxruntime
@@ -44,7 +46,15 @@ from train_split_affinity import main
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
 START = [sys.executable, "app.py"]
 QUICKLY = "import app; app.KEPT_S, app.CLEANED_EVERY_S = 5, 1; app.main()"
+SMALL_PHONE_PX = 667  # of a window's height
 READY = {"image_size": 32, "val_resize": 40, "interpolation": "bilinear"}
+WIDE_TABLE = "\n".join(
+    (
+        f"| {8 * 'uncommonly '}way |{7 * ' images/s |'}",
+        f"| :-- |{7 * ' --: |'}",
+        f"| PyTorch |{7 * ' 148-162 |'}",
+    )
+)
 CLASS_WITH_HTML = "<img src=x onerror=alert(1)> & co"
 
 
@@ -131,7 +141,7 @@ def folder(exported, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("space")
     examples = [(name, rgb(seed=seed)) for seed, name in enumerate("abcde")]
     demo.write_program(folder, exported, examples)
-    demo.write_read_me(folder, "Digits", "# Digits\n\nMade of *figures*.")
+    demo.write_read_me(folder, "Digits", f"# Digits\n\nMade of *figures*.\n\n{WIDE_TABLE}")
     return folder
 
 
@@ -288,13 +298,23 @@ def test_heat_maps_are_of_the_class_that_is_asked_for(client, kinds):
 def test_a_heat_map_glows_where_the_evidence_is():
     evidence = np.zeros((4, 4), np.float32)
     evidence[0, 3], evidence[3, 0] = 5, -9
-    glowing = np.asarray(pictures.heat_map(Image.new("RGB", (32, 32)), evidence)).sum(2)
-    shown = pictures.SHOWN_PX
-    assert glowing[shown // 8, -shown // 8] > 300
-    assert glowing[-shown // 8, shown // 8] == glowing[shown // 2 :].max() == 0
+    coloured = np.asarray(pictures.heat_map(Image.new("RGB", (32, 32)), evidence)).astype(int)
+    shown, hottest = pictures.SHOWN_PX, pictures.STRONGEST * pictures.GLOW[-1]
+    assert np.abs(coloured[shown // 8, -shown // 8] - hottest).max() < 5
+    assert coloured[-shown // 8, shown // 8].max() == coloured[shown // 2 :].max() == 0
     grey = Image.new("RGB", (500, 500), (90, 90, 90))
     against = pictures.heat_map(grey, -np.ones((4, 4), np.float32))
     assert np.array_equal(np.asarray(against), np.asarray(grey))
+
+
+def test_the_page_and_the_report_have_the_same_colours_of_heat():
+    steps = np.linspace(0, 1, len(pictures.SCALE))
+    expected = 255 * heat_maps.colormaps[heat_maps.COLOURS](steps)[:, :3]
+    assert np.abs(pictures.GLOW - expected).max() < 1
+    assert pictures.STRONGEST == heat_maps.STRONGEST
+    drawn = re.search(r"\.scale \{.*", (cp.HERE / "report.html.jinja").read_text())[0]
+    for place, colour in enumerate(re.findall(r"#[0-9a-f]{6}", drawn)):
+        assert np.abs(pictures.GLOW[2 * place] - [*bytes.fromhex(colour[1:])]).max() <= 1
 
 
 def write_unusable(folder: Path) -> dict[str, str]:
@@ -586,6 +606,16 @@ def test_the_version_is_no_lower_than_what_is_safe(monkeypatch):
     assert demo.gradio_version() == "6.100.0"
 
 
+def test_classes_are_named_on_the_page_as_text():
+    assert "<details>" not in app.known_classes(["x"] * app.MOST_NAMES)
+    names = [CLASS_WITH_HTML, "a\u202eb", *(f"class {number}" for number in range(20))]
+    html = app.known_classes(names)
+    first, more = html.split("<details><summary>and 10 more</summary>")
+    assert (first.count("<li>"), more.count("<li>")) == (12, 10)
+    assert "22 classes" in first and "&lt;img src=x onerror=alert(1)&gt; &amp; co" in first
+    assert "<img" not in html and "\u202e" not in html
+
+
 def test_the_program_stays_one_that_is_read_at_a_sitting():
     assert len((demo.SOURCE / "app.py").read_text().splitlines()) < 150
 
@@ -647,10 +677,14 @@ def test_a_visitor_sees_the_answer_and_the_heat_map(visit, client, kinds):
     expected, _ = ask(client, kinds / "rgb.png")
     choose(visit, kinds / "rgb.png")
     expect(visit.get_by_text("ms in the model (fp32)")).to_be_visible()
+    answer = visit.locator("[data-testid$=confidence-set]").last.bounding_box()
+    assert answer["y"] + answer["height"] <= SMALL_PHONE_PX  # nobody has to scroll to it
     assert bars(visit) == {name: f"{100 * share:.0f}%" for name, share in expected.items()}
     expect(visit.locator("img[src*='image.webp']")).to_have_count(0)
     visit.get_by_label("Heat map").first.check()
     first = heat_shown(visit)
+    scale = visit.locator(".scale i").evaluate("scale => getComputedStyle(scale).backgroundImage")
+    assert [*map(int, re.findall(r"\d+", scale.replace("90deg", "")))] == [*pictures.GLOW.flat]
     visit.get_by_label("Class of the heat map").click()
     visit.get_by_role("option", name=list(expected)[1], exact=True).click()
     expect(visit.locator("img[src*='image.webp']")).not_to_have_attribute("src", first)
@@ -661,12 +695,18 @@ def test_a_visitor_sees_the_answer_and_the_heat_map(visit, client, kinds):
 
 
 def test_a_visitor_clicks_an_example_and_reads_the_card(visit, page):
+    expect(visit.locator(".known li")).to_have_text([*"0123456789"])
     visit.locator(".gallery-item").nth(1).click()
     expect(visit.get_by_text("ms in the model (fp32)")).to_be_visible()
     assert len(bars(visit)) == 5
     visit.get_by_role("tab", name="Model card").click()
     expect(visit.locator("em", has_text="figures")).to_be_visible()
     expect(visit.get_by_text("hf upload")).to_have_count(0)
+    expect(visit.locator("footer")).not_to_contain_text("·", use_inner_text=True)
+    lines = "cell => [cell.clientHeight, parseFloat(getComputedStyle(cell).lineHeight)]"
+    for cell in visit.locator("td").all():  # neither PyTorch nor 148-162 is broken
+        height_px, line_px = cell.evaluate(lines)
+        assert height_px < 2 * line_px + 20, cell.inner_text()
     visit.get_by_role("tab", name="Try it").click()
     visit.get_by_label("Remove Image").click()
     expect(visit.get_by_text("ms in the model")).to_have_count(0)
