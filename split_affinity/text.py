@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import difflib
+import html
 import io
 import os
 import re
@@ -160,6 +161,19 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         cells = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
         lines.append(f"| {' | '.join([first.ljust(widths[0]), *cells])} |")
     return "\n".join(lines)
+
+
+FOLD_END = "\n\n</details>"
+
+
+def fold_start(title: str) -> str:
+    """What begins Markdown that a reader opens by a click on its title, which is foreign text."""
+    return f"<details><summary>{html.escape(shown(title))}</summary>\n\n"
+
+
+def folded(title: str, markdown: str) -> str:
+    """Markdown that a reader opens by a click on its title."""
+    return f"{fold_start(title)}{markdown}{FOLD_END}"
 
 
 def utc_now() -> str:

@@ -33,6 +33,7 @@ SHORT_RAMP = ["--min-res", "32", "--max-res", "32"]
 FOREIGN = {"--index-url", "--shm-size", "--amp", "--amp-dtype", "--channels-last", "--logdir"}
 FOREIGN |= {"--repo-type", "--space-sdk", "--exclude"}  # of the command hf
 FOREIGN |= {"--bind-to", "--delete"}  # of mpirun, of rsync
+FOREIGN |= {"--skip-worktree", "--no-skip-worktree"}  # of git
 FOREIGN |= {"--main", "--python", "--compress"}  # of zipapp
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import unicodedata
+from urllib.parse import quote
 
 import pytest
 from patching import set_everywhere
@@ -106,7 +107,9 @@ def test_the_log_has_no_structure_that_a_name_has_brought(trained):
     page = page_of(text)
     assert page.tags.count("h1") == 1
     assert page.tags.count("h2") == text.count("\n## 2")
-    assert not {"img", "a", "b"} & {*page.tags}
+    assert not {"img", "b"} & {*page.tags}
+    assert page.tags.count("a") == len(page.links) == text.count("\n## 2")
+    assert {*page.links} == {quote(os.fsencode(OUT))}, "of each section to its output folder"
     assert "heading" not in "".join(page.headings)
 
 

@@ -25,7 +25,7 @@ from split_affinity.machine.topology import Topology
 from split_affinity.models.cost import check_memory, measure_model
 from split_affinity.models.registry import check_input_shape, check_model_name, meta_model
 from split_affinity.options.settings import Settings
-from split_affinity.reports.log import LOG_HEADER
+from split_affinity.reports.log import LOG_HEADER, where_logged
 from split_affinity.reports.tables import TIMELINE
 from split_affinity.runs.measurement import measured_settings
 from split_affinity.runs.setup import check_writable
@@ -95,6 +95,7 @@ def write_comparison(found: Comparison) -> None:
             reasons.append(f"{likely_reason(error)}; {write_traceback(None, error)}")
     if reasons:
         raise RunError("; ".join(reasons))
+    say_lines(["", *where_logged(settings.log_file)])
 
 
 def image_flops(settings: Settings) -> ByLane:

@@ -14,12 +14,18 @@ from split_affinity.compare.verdict import Comparison
 from split_affinity.compare.ways import ROUNDS, Way, halved_step, is_loading, way_of_rank
 from split_affinity.machine.description import describe_topology
 from split_affinity.machine.plan import split_name
-from split_affinity.machine.topology import host_kind
 from split_affinity.options.settings import as_options, plain_settings
-from split_affinity.reports.log import picture_footer
+from split_affinity.reports.log import (
+    folded_settings,
+    folder_items,
+    log_section,
+    machine_item,
+    picture_footer,
+    settings_item,
+)
 from split_affinity.reports.tables import describe_run
 from split_affinity.reports.timeline import Panel, draw_timelines, steps_to_draw
-from split_affinity.text import code_span, in_markdown, markdown_table, plural, speed_text, utc_now
+from split_affinity.text import folded, in_markdown, markdown_table, plural, speed_text
 
 
 def comparison_notes(found: Comparison) -> list[str]:
@@ -82,19 +88,19 @@ def lanes_text(figures: ByLane, pattern: str) -> str:
 
 def comparison_section(found: Comparison) -> str:
     """A comparison's section of logs.md."""
-    versions_used = ", ".join(f"{name} {version}" for name, version in versions().items())
-    lines = (
-        in_markdown(f"machine: {describe_topology(found.topology)}; {host_kind()}"),
+    settings = found.settings
+    items = (
+        machine_item(found.topology),
         *map(in_markdown, split_lines(found.ways)),
-        f"settings: {code_span(f'compare {as_options(found.asked)}')}",
-        in_markdown(f"versions: {versions_used}"),
+        *folder_items(settings.output_dir, settings.log_file),
+        settings_item(f"compare {as_options(found.asked)}".strip()),
         *map(in_markdown, comparison_notes(found)),
         f"took {found.seconds / 60:.1f} minutes",
     )
-    title = f"compare, {found.settings.model}, split {split_name(found.settings)}"
-    heading = f"\n## {utc_now()} {in_markdown(title)}\n"
-    items = "\n".join(f"- {line}" for line in lines)
-    return "\n".join([heading, items, *comparison_tables(found), "", found.verdict]) + "\n"
+    speeds, *others = (table.strip("\n") for table in comparison_tables(found))
+    more = folded("busy cores, memory and rates", "\n\n".join(others))
+    title = f"compare, {settings.model}, split {split_name(settings)}"
+    return log_section(title, items, speeds, found.verdict, more, folded_settings(settings))
 
 
 def comparison_json(found: Comparison) -> str:

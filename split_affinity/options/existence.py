@@ -65,7 +65,8 @@ def missing_places(command: str, settings: Settings, rank: int = 0) -> Iterator[
     for flag, path in files.items():
         for place in (path.parent, path) if path else ():
             fault = fault_of(place)
-            if fault and not (place == path and is_nowhere(fault)):  # a file will be made
+            made = place == path or (flag == "--log-file" and is_made_for(path, folder))
+            if fault and not (made and is_nowhere(fault)):
                 yield f"{flag} {path}: cannot be written: {fault.strerror}"
                 break
     fault = fault_of(folder) if folder else None
@@ -76,6 +77,12 @@ def missing_places(command: str, settings: Settings, rank: int = 0) -> Iterator[
             if place.is_symlink() and not place.exists():
                 reason = f"{place} is a link to {place.readlink()}, which does not exist"
                 yield f"--output-dir {folder}: cannot be written: {reason}"
+
+
+def is_made_for(log: Path, folder: Path | None) -> bool:
+    """Whether a log lies in an output folder that is not there yet, and will be made."""
+    inside = folder is not None and log.parent.absolute() == folder.absolute()
+    return inside and is_nowhere(fault_of(folder))
 
 
 def fault_of(path: Path) -> OSError | None:
@@ -90,7 +97,7 @@ def fault_of(path: Path) -> OSError | None:
     return None
 
 
-def is_nowhere(fault: OSError) -> bool:
+def is_nowhere(fault: OSError | None) -> bool:
     """Whether the reason is that nothing is there."""
     return isinstance(fault, (FileNotFoundError, NotADirectoryError))
 

@@ -15,12 +15,14 @@ from split_affinity.files import write_whole
 from split_affinity.reports.labels import short_labels
 from split_affinity.reports.timeline import new_figure, save_figure, write_title
 from split_affinity.terminal import say_lines
-from split_affinity.text import UNSEEN, csv_text, markdown_table, shown
+from split_affinity.text import UNSEEN, csv_text, folded, markdown_table, shown
 from split_affinity.training.network import Confusion
 
-CONFUSION, PAIRS, CONFUSED = "confusion", "confusion-pairs.csv", "confused.json"
+MATRIX_PNG, MATRIX_CSV = "confusion.png", "confusion.csv"
+PAIRS, CONFUSED = "confusion-pairs.csv", "confused.json"
 
 CLASSES_TO_SHOW, PAIRS_TO_WRITE = 30, 1000
+CLASSES_IN_LOG = 10  # at a glance; of more the pairs that are confused most often, as many
 LONGEST_NAME = 40  # of a class, so that its row fits 80 columns
 USUAL_LETTERS, LETTER_INCHES = 12, 0.08  # of names beside a picture; what longer ones need
 LARGEST_MATRIX = 4000  # classes: to draw that many takes 1 GiB, twice as many four times that
@@ -33,8 +35,11 @@ def write_confusion(
     classes: Sequence[str],
     checkpoint: str,
     footer: str = "",
-) -> None:
-    """Write confused.json and the confusion matrix, or the worst pairs of too many classes."""
+) -> list[str]:
+    """Write confused.json and the confusion matrix, or the worst pairs of too many classes.
+
+    Returns the names of the files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / CONFUSED, confused_json(confusion, classes, checkpoint))
     count = len(classes)
@@ -43,11 +48,12 @@ def write_confusion(
         write_whole(folder / PAIRS, csv_text([("true class", "predicted class", "images"), *pairs]))
         many = f"{count} classes are too many for a matrix"
         say_lines([f"{folder / PAIRS}: the worst confusions; {many}"])
-        return
+        return [PAIRS, CONFUSED]
     matrix = confusion_matrix(confusion, count)
     rows = [[name, *images] for name, images in zip(classes, matrix.tolist(), strict=True)]
-    write_whole(folder / f"{CONFUSION}.csv", csv_text([["true class", *classes], *rows]))
-    draw_confusion(folder / f"{CONFUSION}.png", title, matrix, classes, footer)
+    write_whole(folder / MATRIX_CSV, csv_text([["true class", *classes], *rows]))
+    draw_confusion(folder / MATRIX_PNG, title, matrix, classes, footer)
+    return [MATRIX_PNG, MATRIX_CSV, CONFUSED]
 
 
 def confusion_matrix(confusion: Confusion, count: int) -> torch.Tensor:
@@ -122,6 +128,21 @@ def images_by_class(confusion: Confusion) -> Counter[int]:
     for (true, _), images in confusion.items():
         totals[true] += images
     return totals
+
+
+def confusion_tables(confusion: Confusion, classes: Sequence[str]) -> list[str]:
+    """For a log: the accuracy by class; of many classes the worst pairs, and that folded."""
+    by_class = "\n\n".join(class_lines(confusion, classes))
+    totals = images_by_class(confusion)
+    if len(totals) <= CLASSES_IN_LOG:
+        return [by_class]
+    rows = []
+    for (true, predicted), images in worst_pairs(confusion)[:CLASSES_IN_LOG]:
+        names = shown(classes[true]), shown(classes[predicted])
+        rows.append((*names, str(images), f"{images / totals[true]:.1%}"))
+    header = ("class", "taken for", "images", "share of the class")
+    pairs = markdown_table(header, rows) if rows else "No image was taken for one of another class."
+    return [pairs, folded("accuracy by class", by_class)]
 
 
 def class_lines(confusion: Confusion, classes: Sequence[str]) -> list[str]:

@@ -26,7 +26,14 @@ from split_affinity.machine.plan import CorePlan
 from split_affinity.machine.topology import Topology, machine_metrics
 from split_affinity.options.settings import Settings, plain_settings
 from split_affinity.ranks.ranks import ONE_PROCESS, RankLost, Ranks, rank_metrics
-from split_affinity.reports.log import LogSection, log_heading, log_summary, picture_footer
+from split_affinity.reports.contents import files_line, own_files
+from split_affinity.reports.log import (
+    LogSection,
+    log_heading,
+    log_summary,
+    picture_footer,
+    where_logged,
+)
 from split_affinity.reports.plots import draw_curves, draw_gradients
 from split_affinity.reports.summary import RunStatistics, Summary
 from split_affinity.reports.tables import (
@@ -150,7 +157,9 @@ class RunReport:
         if settings.tensorboard and not ranks.rank:
             self._events = EventFile(settings.output_dir / TENSORBOARD, progress.step + 1)
         heading = log_heading(settings, asked or settings, topology, plan, progress.step, ranks)
-        self._log = LogSection(settings.log_file, heading, bool(settings.epochs))
+        # At least one, for the block of a run that was asked for fewer epochs than it has made.
+        epochs = max(1, settings.epochs - progress.epoch) if settings.epochs else 0
+        self._log = LogSection(settings.log_file, heading, epochs)
         self._write(self._log.begin)
 
     def warn(self, kind: str, text: str, own: bool = False) -> None:
@@ -242,23 +251,27 @@ class RunReport:
             done = f"{plural(step, 'step')}; {total} were asked for"
         outcome = shown(f"{outcome} after {done}")
         summary, folder = every[0].summary, self._settings.output_dir
-        results = result_lines(folder, self._progress, (TIMELINE, TRACE) if summary else ())
-        say_lines(["", *results, f"log in {self._settings.log_file}", "", outcome])
+        results, files = result_lines(self._progress), []
+        if folder:
+            files = own_files(folder, to_come=(TIMELINE, TRACE) if summary else ())
+        said = [files_line(folder, files)] if files else []
+        say_lines(["", *results, *said, *where_logged(self._settings.log_file), "", outcome])
+        results += [f"files: {', '.join(files)}"] if files else []
         results.append(f"outcome: {outcome}")
-        metrics, tables_below = {"type": "summary", "outcome": outcome}, []
+        metrics, of_ranks = {"type": "summary", "outcome": outcome}, ""
         if summary:
             tables = [*summary_lines(summary), "", phase_table(summary, with_cores=False)]
             metrics |= dataclasses.asdict(summary)
             if len(every) > 1:
                 hosts, summaries = self._ranks.hosts, [each.summary for each in every]
                 tables += ["", rank_table(hosts, summaries)]
-                tables_below = tables_of_ranks(hosts, summaries)
+                of_ranks = tables_of_ranks(hosts, summaries)
                 metrics["ranks"] = [dataclasses.asdict(each) for each in summaries]
             say("\n".join(tables))
             results += memory_lines(summary.memory_by_node, self._topology, self._plan)
         self._write_metrics(metrics)
         warned = dict.fromkeys(text for each in every for text in each.warnings)
-        self._write(self._log.end, log_summary(results, summary, warned, tables_below))
+        self._write(self._log.end, log_summary(results, summary, warned, of_ranks))
         if summary and folder:
             self._draw(every)
 

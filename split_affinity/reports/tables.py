@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import html
 import textwrap
-from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from split_affinity.checkpoints.folder import BEST, LAST
 from split_affinity.checkpoints.state import Progress
 from split_affinity.lanes.contention import CONTENTION_SHARE, Contention
 from split_affinity.machine.plan import CorePlan, Host
 from split_affinity.machine.topology import Topology, cpus_of
 from split_affinity.options.settings import Settings
 from split_affinity.reports.summary import Summary
-from split_affinity.text import format_cpu_list, markdown_table, plural, shown, span_text
+from split_affinity.text import folded, format_cpu_list, markdown_table, plural, span_text
 from split_affinity.training.steps import PHASES, StepResult
 
 CONTENTION_IN_SUMMARY = 0.02  # below that it may be the error of the clocks
@@ -167,29 +164,19 @@ def rank_table(hosts: Sequence[Host], summaries: Sequence[Summary]) -> str:
     return markdown_table(("rank, ms a step", *phases, "waited", "stray"), rows)
 
 
-def tables_of_ranks(hosts: Sequence[Host], summaries: Sequence[Summary]) -> list[str]:
-    """The tables for logs.md beside those of the first rank, each after an empty line."""
-    lines = ["", rank_table(hosts, summaries)]
+def tables_of_ranks(hosts: Sequence[Host], summaries: Sequence[Summary]) -> str:
+    """The tables for logs.md beside those of the first rank, folded, and again by rank."""
+    parts = [rank_table(hosts, summaries)]
     for rank, summary in enumerate(summaries[1:], 1):
-        title = html.escape(shown(f"rank {rank} on {hosts[rank].name}"))
         tables = f"{phase_table(summary)}\n\n{cpu_table(summary)}"
-        lines += ["", f"<details><summary>{title}</summary>\n\n{tables}\n\n</details>"]
-    return lines
+        parts.append(folded(f"rank {rank} on {hosts[rank].name}", tables))
+    return folded("all ranks", "\n\n".join(parts))
 
 
-def result_lines(
-    folder: Path | None, progress: Progress, to_come: Collection[str] = ()
-) -> list[str]:
-    """The best accuracy, and the files in the output folder with those still `to_come`."""
-    lines = []
-    if progress.best:
-        top1, epoch = progress.best[0]
-        lines.append(f"best validation top-1: {top1:.2f} % in epoch {epoch}")
-    if folder:
-        names = (BEST, LAST, CURVES, GRADIENTS, TIMELINE, TRACE, METRICS, TENSORBOARD)
-        there = [name for name in names if name in to_come or (folder / name).exists()]
-        lines.append(f"files in {folder}: {', '.join(there)}")
-    return lines
+def result_lines(progress: Progress) -> list[str]:
+    """The best accuracy, if there was a validation."""
+    best = progress.best[:1]
+    return [f"best validation top-1: {top1:.2f} % in epoch {epoch}" for top1, epoch in best]
 
 
 def step_figures(result: StepResult, left_s: float, epoch: str = "", phases: bool = False) -> str:

@@ -35,8 +35,10 @@ from split_affinity.models.freezing import freeze
 from split_affinity.models.registry import check_model_name
 from split_affinity.options.contradictions import resizing_contradictions
 from split_affinity.options.data_sets import VAL_SHARE
+from split_affinity.options.existence import is_made_for
 from split_affinity.options.settings import ReportSettings, Settings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks
+from split_affinity.reports.contents import SUBSET
 from split_affinity.reports.tables import CURVES, GRADIENTS, METRICS, TENSORBOARD, TIMELINE, TRACE
 from split_affinity.runs.fusing import fuse_where_it_pays
 from split_affinity.runs.starting_weights import build_teacher, starting_model, teacher_name
@@ -55,7 +57,8 @@ def check_writable(settings: ReportSettings) -> None:
     log, output = settings.log_file, settings.output_dir
     flag = f"--log-file {log}"
     try:
-        check_appendable(log, log.parent, any_kind=True)
+        if not is_made_for(log, output):
+            check_appendable(log, log.parent, any_kind=True)
         if output:
             flag = f"--output-dir {output}"
             existing = next(path for path in (output, *output.absolute().parents) if path.exists())
@@ -209,7 +212,7 @@ def check_subset(run: Run, resumed: bool) -> None:
     settings = run.settings
     if settings.subset == 1 or not settings.output_dir or run.ranks.rank:
         return
-    path = settings.output_dir / "subset.json"
+    path = settings.output_dir / SUBSET
     chosen = {"subset": settings.subset, "seed": settings.seed, "indices": run.data.chosen}
     text = json.dumps(chosen) + "\n"
     if resumed and path.is_file() and path.read_bytes() != text.encode():

@@ -373,7 +373,7 @@ def test_a_full_disk_has_whole_files_or_none(small_disk, name):
 
 def test_a_full_disk_leaves_the_log_as_it_was(small_disk):
     path = small_disk / "logs.md"
-    log = LogSection(path, "\n## heading\n\n", True)
+    log = LogSection(path, "\n## heading\n\n", 2)
     log.begin()
     log.add_epoch("epoch: 1")
     before = path.read_text()

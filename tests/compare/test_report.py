@@ -8,7 +8,7 @@ import pytest
 from matplotlib.text import Text
 from patching import set_everywhere
 from records import PLAN
-from rendered import page_of
+from rendered import lines_of_page, page_of
 from rounds_made_up import by_round, disturbed, make_round
 
 from split_affinity.compare.report import (
@@ -113,6 +113,21 @@ def test_three_disturbed_rounds_cannot_move_a_median_beyond_undisturbed_ones():
     assert found.verdict.startswith("Verdict: no difference beyond the noise. ")
     assert found.verdict.endswith(" But 3 of the 7 rounds were disturbed by others.")
     assert {row.to_none for row in found.rows} == {1.0}
+
+
+@pytest.mark.parametrize("split", ["even", "even,auto,12:20"])
+def test_the_section_of_a_comparison_is_read_at_a_glance(split):
+    """The speeds and the verdict are seen; no figure is missing in what is folded."""
+    loud = [*[make_round(1.0)] * 6, disturbed(make_round(1.0), 0.5)]
+    found = make_comparison(split, none=loud)
+    settings = dataclasses.replace(found.settings, output_dir=Path("out"))
+    section = comparison_section(dataclasses.replace(found, settings=settings))
+    assert lines_of_page(section) < 40
+    assert "\n- output folder: [`out`](out)\n" in section
+    tables = [table.strip() for table in comparison_tables(found)]
+    assert all(f"\n\n{table}\n\n" in section for table in tables)
+    seen = section.partition("<details>")[0]
+    assert seen.endswith(f"\n\n{tables[0]}\n\n{found.verdict}\n\n")
 
 
 def test_foreign_text_makes_no_structure_in_a_comparison_s_section():

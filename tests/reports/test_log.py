@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import fcntl
+import html
 import html.parser
 import itertools
 import json
@@ -11,6 +12,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import tempfile
 import threading
 import time
@@ -23,16 +25,27 @@ from cmarkgfm.cmark import Options
 from limits import files_up_to
 from made_up import LINE, epoch_row, report_on
 from patching import set_everywhere
+from places import ROOT
 from records import PLAN, step, summarise
+from rendered import lines_of_page, page_of
 
 from split_affinity.checkpoints.state import Progress
 from split_affinity.errors import RunError, UserError
 from split_affinity.files import append_text, replace_text
-from split_affinity.machine.plan import plan_cores
+from split_affinity.machine.plan import Host, plan_cores
 from split_affinity.machine.topology import Core, Topology, host_kind, read_topology
 from split_affinity.options.commands import parse_arguments
+from split_affinity.options.existence import missing_places
 from split_affinity.options.settings import Settings, as_options, plain_settings
-from split_affinity.reports.log import LOG_HEADER, LogSection, log_heading, log_summary
+from split_affinity.ranks.ranks import Ranks
+from split_affinity.reports.contents import files_line, own_files
+from split_affinity.reports.log import (
+    LOG_HEADER,
+    LogSection,
+    log_heading,
+    log_summary,
+    where_logged,
+)
 from split_affinity.reports.tables import (
     cpu_table,
     epoch_line,
@@ -40,6 +53,7 @@ from split_affinity.reports.tables import (
     phase_table,
     result_lines,
     summary_lines,
+    tables_of_ranks,
 )
 from split_affinity.runs.setup import check_writable
 
@@ -157,20 +171,37 @@ def test_settings_that_differ_from_the_defaults_as_they_are_typed(typed):
 
 def test_best_accuracy_and_files(tmp_path):
     progress = Progress()
-    assert result_lines(None, progress) == []
+    assert result_lines(progress) == []
     for top1 in (50.0, 98.765, 98.0):
         progress.end_epoch({"val_top1": top1}, keep_best=3)
+    assert result_lines(progress) == ["best validation top-1: 98.77 % in epoch 2"]
+    assert own_files(tmp_path / "nowhere") == []
     for name in ("metrics.jsonl", "last.pt", "curves.png", "best.pt", "mine.txt"):
         (tmp_path / name).touch()
-    assert result_lines(tmp_path, progress) == [
-        "best validation top-1: 98.77 % in epoch 2",
-        f"files in {tmp_path}: best.pt, last.pt, curves.png, metrics.jsonl",
-    ]
-    _, files = result_lines(tmp_path, progress, ["timeline.png"])
-    assert files.endswith(": best.pt, last.pt, curves.png, timeline.png, metrics.jsonl")
+    assert own_files(tmp_path) == ["best.pt", "last.pt", "curves.png", "metrics.jsonl"]
+    assert files_line(tmp_path, ["best.pt", "last.pt"]) == f"files in {tmp_path}: best.pt, last.pt"
     (tmp_path / "tensorboard").mkdir()
-    _, files = result_lines(tmp_path, progress)
-    assert files.endswith(": best.pt, last.pt, curves.png, metrics.jsonl, tensorboard")
+    assert own_files(tmp_path, ["timeline.png"]) == (
+        "best.pt last.pt curves.png timeline.png metrics.jsonl tensorboard".split()
+    )
+
+
+def test_the_files_of_an_output_folder_are_those_of_the_program(tmp_path):
+    """All that it may have written there, in an order that is no alphabet's, and of nobody else."""
+    names = """best.pt best-0008.pt best-0010.pt best-12345.pt last.pt previous.pt epoch-0005.pt
+        epoch-0010.pt curves.png gradients.png timeline.png trace.json metrics.jsonl subset.json
+        confusion.png confusion.csv confusion-pairs.csv confused.json lr.png""".split()
+    names.append("traceback.txt")
+    strangers = """best-8.pt best-0001.pt.tmp best-holiday.pt epoch-0001.png my-last.pt notes.md
+        confusion.txt .lock worst-0008.pt""".split()
+    for name in sorted([*names, *strangers]):
+        (tmp_path / name).touch()
+    assert own_files(tmp_path) == names
+    for epoch in range(15, 101, 5):
+        (tmp_path / f"epoch-{epoch:04}.pt").touch()
+    few = [name for name in names if not name.startswith("epoch")]
+    few.insert(few.index("curves.png"), "epoch-0005.pt to epoch-0100.pt (20 files)")
+    assert own_files(tmp_path) == few
 
 
 # Files for several runs
@@ -209,8 +240,8 @@ def rendered(text):
     return parts[4:]
 
 
-HEAD = ["h2", "ul", "details", "summary", "p"]
-TAIL = ["ul", "table", "table"]
+HEAD = ["h2", "ul", "details", "summary", "p", "p"]
+TAIL = ["ul", "table", "details", "summary", "table"]
 
 
 def assert_renders(text):
@@ -269,11 +300,90 @@ def test_a_log_of_several_runs_as_github_renders_it(settings):
     assert all(text.startswith("phase") for tag, text in parts if tag == "table")
 
 
-def log_on(path, number=0, over_epochs=True):
+def log_on(path, number=0, epochs=1):
     """A section of a log, begun."""
-    log = LogSection(path, f"\n## run {number}\n\n- settings\n\n", over_epochs)
+    log = LogSection(path, f"\n## run {number}\n\n- settings\n\n", epochs)
     log.begin()
     return log
+
+
+EPOCHS_OPEN = 10  # as many are seen at once, of more none
+
+
+@pytest.mark.parametrize("epochs", [1, EPOCHS_OPEN, EPOCHS_OPEN + 1, 300])
+def test_the_section_of_a_run_is_read_at_a_glance(settings, epochs):
+    """However long it was, with many warnings; its cores and the phase table are seen."""
+    report = report_on(dataclasses.replace(settings, epochs=epochs, output_dir=None))
+    for epoch in range(1, epochs + 1):
+        report.epoch(epoch_row(epoch), [epoch_row(epoch)])
+    for number in range(9):
+        report.warn(str(number), f"warning {number} " + "in many words " * 8)
+    report.step(step(1))
+    text = settings.log_file.read_text()
+    assert text.count("train_loss") == epochs + 1, "a killed run's lines are there, too"
+    report.finish("finished")
+    section = settings.log_file.read_text().removeprefix(LOG_HEADER)
+    assert lines_of_page(section) < 40
+    tags = [tag for tag, _ in rendered(settings.log_file.read_text())]
+    folded = ["details", "summary"] if epochs > EPOCHS_OPEN else []
+    more = ["details", "summary", "ul"]
+    assert tags == [*HEAD, *folded, "pre", "ul", "table", *more, *TAIL[2:]]
+    assert section.count("warning: ") == 9
+    seen = section.partition("<details>")[0]
+    assert "\n- forward   cores 0, 1 thread: forward pass\n" in seen
+
+
+def test_the_section_of_many_ranks_is_read_at_a_glance(settings):
+    hosts = [Host("kernel", f"host {rank}", read_topology(), "2.0") for rank in range(64)]
+    ranks = Ranks()
+    ranks.size, ranks.hosts, ranks.plans = 64, hosts, [PLAN] * 64
+    summary = dataclasses.replace(summarise([step(1)]), waited_s=(0.0,) * 64)
+    text = log_heading(settings, settings, read_topology(), PLAN, ranks=ranks)
+    text += log_summary(["outcome: finished"], summary, [], tables_of_ranks(hosts, [summary] * 64))
+    assert all(f"- rank {rank} on host {rank}: forward cores 0" in text for rank in range(64))
+    seen = text.partition("<details>")[0]
+    assert "- rank 0 on host 0: forward cores 0" in seen
+    assert lines_of_page(text) < 40
+    assert page_of(text).tags.count("table") == 1 + 2 * 64
+
+
+def test_a_section_leads_to_its_output_folder(tmp_path):
+    """From where the log is; whatever the folder is called, it is nothing but a link's name."""
+    settings = Settings(output_dir=tmp_path / "my_out](x) <b>`", log_file=tmp_path / "logs/log.md")
+    (line,) = re.findall("^- output folder.*$", heading_of(settings), re.M)
+    page = cmarkgfm.github_flavored_markdown_to_html(line, Options.CMARK_OPT_UNSAFE)
+    assert page.count("<a href") == 1
+    assert '<a href="../my_out%5D%28x%29%20%3Cb%3E%60">' in page
+    assert html.escape(str(settings.output_dir)) in page
+    folder = dataclasses.replace(settings, output_dir=tmp_path / "logs")
+    assert f"\n- output folder: [`{tmp_path}/logs`](.)\n" in heading_of(folder)
+    pipe = dataclasses.replace(settings, output_dir=Path("out"), log_file=Path(os.devnull))
+    assert "\n- output folder: `out`\n" in heading_of(pipe)
+    assert "output folder" not in heading_of(dataclasses.replace(settings, output_dir=None))
+
+
+def heading_of(settings):
+    return log_heading(settings, settings, read_topology(), PLAN)
+
+
+def test_a_large_log_is_said_to_be_large(tmp_path, monkeypatch):
+    path = tmp_path / "logs.md"
+    assert where_logged(path) == [f"log in {path}"]
+    path.write_bytes(b"x" * 2**20)
+    assert where_logged(path) == [f"log in {path}"]
+    append_text(path, "x" * 2**19)
+    assert where_logged(path) == [
+        f"log in {path}",
+        f"note: {path} has 1.5 MiB; another name as --log-file begins a new one",
+    ]
+
+
+def test_the_log_of_the_repository_is_one_without_runs():
+    """Yours has the sections of your runs; what git has must never change again."""
+    assert (ROOT / "logs.md").read_text().partition("\n## 2")[0] == LOG_HEADER
+    kept = subprocess.run(["git", "show", ":logs.md"], cwd=ROOT, capture_output=True, text=True)
+    if kept.returncode == 0:  # no archive without history
+        assert kept.stdout == LOG_HEADER
 
 
 def log_many_epochs(path, number, barrier):
@@ -539,6 +649,20 @@ def test_checking_leaves_no_trace(tmp_path):
     log.write_text("kept")
     check_writable(Settings(log_file=log))
     assert log.read_text() == "kept"
+
+
+def test_a_log_in_an_output_folder_that_will_be_made(tmp_path):
+    folder = tmp_path / "out/photos"
+    settings = Settings(log_file=folder / "log.md", output_dir=folder)
+    check_writable(settings)
+    assert [*missing_places("train", settings)] == []
+    assert not list(tmp_path.iterdir())
+    for other in (tmp_path / "out", folder / "below", None):
+        elsewhere = dataclasses.replace(settings, output_dir=other)
+        message = f"--log-file {settings.log_file}: cannot be written: No such file or directory"
+        assert [*missing_places("train", elsewhere)] == [message]
+        with pytest.raises(UserError, match=message):
+            check_writable(elsewhere)
 
 
 def test_settings_as_json(tmp_path):

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from patching import set_everywhere
 from PIL import Image
 from records import PLAN, step
+from rendered import page_of
 
 from split_affinity.errors import RunError
 from split_affinity.machine.topology import read_topology
@@ -20,6 +21,7 @@ from split_affinity.reports.confusion import (
     class_lines,
     confused_json,
     confusion_matrix,
+    confusion_tables,
     draw_confusion,
     write_confusion,
 )
@@ -425,6 +427,22 @@ def test_of_many_classes_the_worst_are_shown():
     rows = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
     assert rows == [f"class {number}" for number in range(1, 31)]
     assert note == "(the worst 30 of 40 classes)"
+    names = [f"<b>class {number}" for number in range(40)]
+    pairs, more = confusion_tables(confusion, names)
+    assert [cell.strip() for cell in pairs.splitlines()[2].split("|")[1:-1]] == [
+        "\\<b>class 1",
+        "\\<b>class 0",
+        "39",
+        "97.5%",
+    ]
+    assert len(pairs.splitlines()) == 2 + 10, "as many as are read at a glance"
+    page = page_of(f"{pairs}\n\n{more}")
+    assert page.tags.count("table") == 2
+    assert "b" not in page.tags
+    assert "\n\n(the worst 30 of 40 classes)\n\n" in more, "no row of the table"
+    right, _ = confusion_tables(Confusion({(n, n): 2 for n in range(11)}), names)
+    assert right == "No image was taken for one of another class."
+    assert confusion_tables(PAIRS, CLASSES) == class_lines(PAIRS, CLASSES)
 
 
 def test_the_pairs_of_classes_that_are_confused_most(tmp_path, monkeypatch):

@@ -147,9 +147,11 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_run(settings, capsys)
     assert (settings.output_dir / "gradients.png").exists()
 
 
-def test_the_log_names_the_columns_of_an_epoch():
-    columns = "train_loss | train_top1 | train_top5 | val_loss | val_top1 | val_top5 | timestamp"
-    assert columns in LOG_HEADER
+def test_the_log_shows_the_line_of_an_epoch_as_it_is_written():
+    (line,) = re.findall(r"^```\n(.*)\n```$", LOG_HEADER, re.M)
+    found = dict(re.findall(r"(\w+): ([\d.]+)%?  ", line))
+    row = {name: float(found[name]) for name in EPOCH_FIELDS}
+    assert epoch_line({"epoch": 12, **row, "timestamp": "2026-11-21T18:38:18Z"}) == line
 
 
 def test_a_report_of_a_resumed_run(settings):

@@ -82,8 +82,7 @@ def test_the_name_of_a_rank_s_machine_is_no_markdown_and_no_html():
     name = "a|b</summary>\n# heading <img src=x>"
     hosts = [Host("kernel", name, read_topology(), "2.0")] * 2
     summary = dataclasses.replace(summarise([step(1)], PLAN), waited_s=(0.0, 0.1))
-    lines = tables_of_ranks(hosts, [summary] * 2)
-    tags = page_of("\n".join(lines)).tags
+    tags = page_of(tables_of_ranks(hosts, [summary] * 2)).tags
     assert tags.count("table") == 3
-    assert tags.count("summary") == 1
+    assert tags.count("summary") == 2
     assert not {"h1", "img"} & {*tags}
