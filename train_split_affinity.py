@@ -204,7 +204,7 @@ def train(
         run.bad.offer(asked)
         if settings.test_only:
             with run.stop:
-                evaluate_and_report(run)
+                evaluate_and_report(run, asked)
             return network.model
         data = describe_images(run.data)
         checkpoints = Checkpoints(settings, warn, data, asked_again(asked, settings), ranks)

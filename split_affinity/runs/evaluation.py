@@ -16,10 +16,13 @@ from split_affinity.checkpoints.resume import check_classes, find_resumed, fit_e
 from split_affinity.checkpoints.state import Progress, SavedState
 from split_affinity.data.classes import named_classes
 from split_affinity.errors import UserError
+from split_affinity.files import append_text
 from split_affinity.models.freezing import begin_training
 from split_affinity.models.weights import versioned
-from split_affinity.reports.confusion import class_lines, write_confusion
-from split_affinity.reports.log import picture_footer
+from split_affinity.options.settings import Settings
+from split_affinity.reports.confusion import class_lines, confusion_tables, write_confusion
+from split_affinity.reports.contents import files_line
+from split_affinity.reports.log import LOG_HEADER, picture_footer, tested_section, where_logged
 from split_affinity.reports.run_report import RunReport
 from split_affinity.reports.tables import EPOCH_FIELDS, PARTS, describe_run, tells_top5
 from split_affinity.runs.known_images import warn_of_known_images
@@ -124,10 +127,10 @@ def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
     report.epoch(row, progress.history)
 
 
-def load_to_test(run: Run, path: Path, saved: SavedState) -> int:
+def load_to_test(run: Run, path: Path, saved: SavedState) -> tuple[int, str]:
     """Load the weights of a checkpoint, and its moving average if it has one.
 
-    Returns how many of the images it was trained on.
+    Returns how many of the images it was trained on, and which checkpoint it is, in words.
     """
     for name in ("model", "num_classes"):
         ours, theirs = getattr(run.settings, name), saved["settings"].get(name)
@@ -139,38 +142,47 @@ def load_to_test(run: Run, path: Path, saved: SavedState) -> int:
         model.load_state_dict(versioned(saved["average"] or saved["model"], model))
         run.train_state.average = MovingAverage(model, 0.0) if saved["average"] else None
         model.load_state_dict(versioned(saved["model"], model))
-    say_lines([f"{path}: epoch {saved['progress']['epoch']}, step {saved['progress']['step']}"])
-    return 0 if run.ranks.rank else warn_of_known_images(path, saved, run.data)
+    text = f"{path}: epoch {saved['progress']['epoch']}, step {saved['progress']['step']}"
+    say_lines([text])
+    return 0 if run.ranks.rank else warn_of_known_images(path, saved, run.data), text
 
 
-def evaluate_and_report(run: Run) -> None:
-    """Evaluate the checkpoint of --resume, or --weights; print and write what it confuses."""
+def evaluate_and_report(run: Run, asked: Settings) -> None:
+    """Evaluate the checkpoint of --resume, or --weights; print, write and log what it confuses."""
     settings, ranks = run.settings, run.ranks
     name, confusion, known = f"--weights {settings.weights}", Confusion(), 0
+    tested = name  # in more words
     with contextlib.closing(Checkpoints(settings, warn, ranks=ranks)) as checkpoints:
         if found := ranks.on_rank_0(find_resumed, settings, checkpoints):
-            known = load_to_test(run, *found)
+            known, tested = load_to_test(run, *found)
             name = readable(str(found[0]))
         elif settings.weights:
             say(run.train_state.network.note)
         else:
             raise UserError(f"--test-only: no checkpoint in {settings.output_dir}")
-        results = evaluate(run, confusion=confusion)
+        scores = evaluate(run, confusion=confusion)
     if ranks.rank:
         return
-    for text in run.bad.messages:
-        warn(f"{text}: left out")
+    broken = [f"{text}: left out" for text in run.bad.messages]
+    for text in broken:
+        warn(text)
     classes = named_classes(run.data.classes, settings.num_classes)
     text = "loss {loss:.4f}, top-1 {top1:.2f} %"
     text += ", top-5 {top5:.2f} %" if tells_top5(len(classes)) else ""
-    figures, *raw = (text.format_map(each.figures()) for each in results)
+    figures, *raw = (text.format_map(each.figures()) for each in scores)
     figures += f" ({known} of the images were trained on)" if known else ""
-    lines = [f"{plural(results[0].images, 'image')}: {figures}, computed in {settings.precision}"]
+    lines = [f"{plural(scores[0].images, 'image')}: {figures}, computed in {settings.precision}"]
     lines += [f"raw, without the moving average: {each}" for each in raw]
-    say("\n".join([*lines, "", *class_lines(confusion, classes)]))
+    say("\n".join([*lines, "", *class_lines(confusion, classes), ""]))
     if settings.output_dir:
         title = f"{describe_run(settings)}: {figures}"
         footer = picture_footer(run.topology)
-        write_confusion(settings.output_dir, title, confusion, classes, name, footer)
-    else:
+        files = write_confusion(settings.output_dir, title, confusion, classes, name, footer)
+        say_lines([files_line(settings.output_dir, files)])
+        lines.append(f"files: {', '.join(files)}")
+    results = [f"tested: {tested}; {settings.image_size} px, {settings.precision}", *lines]
+    section = tested_section(run, asked, results, broken, confusion_tables(confusion, classes))
+    append_text(settings.log_file, section, LOG_HEADER)
+    say_lines(where_logged(settings.log_file))
+    if not settings.output_dir:
         say("note: no confusion matrix is drawn without --output-dir")

@@ -433,7 +433,8 @@ def test_a_checkpoint_is_tested_without_any_other_option(project, capsys):
     figures = f"12 images: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %"
     assert figures in capsys.readouterr().out
     assert (project / "out/confusion.csv").exists()
-    assert not Path("logs.md").exists()
+    assert "\n- " + figures in Path("logs.md").read_text(), "here, and not there"
+    assert (project / "logs.md").read_text().count("\n## ") == 1
 
 
 def test_a_run_goes_on_where_its_folder_is_now(project, in_tmp, capsys):

@@ -1,10 +1,12 @@
 """--test-only. Run: python -m pytest tests/runs/test_evaluation.py"""
 
 import functools
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from rendered import lines_of_page
 from small import TINY, read_metrics
 
 from split_affinity.machine.plan import plan_cores
@@ -31,12 +33,21 @@ def test_test_only(in_tmp, photos_with_val, capsys):
     assert captured.err.startswith(f"warning: {known}"), "train and val are copies"
     assert captured.err.count("\n") == 1
     after = {path: path.stat().st_mtime_ns for path in in_tmp.rglob("*") if path.is_file()}
-    assert {path.name for path in after.keys() - before.keys()} == {
-        "confused.json",
-        "confusion.csv",
-        "confusion.png",
-    }
+    names = ["confusion.png", "confusion.csv", "confused.json"]
+    assert {path.name for path in after.keys() - before.keys()} == {*names}
+    assert f"\n\nfiles in out: {', '.join(names)}\nlog in logs.md\n" in captured.out
+    log, earlier = in_tmp / "logs.md", before.pop(in_tmp / "logs.md")
+    assert earlier < after[log]
     assert before.items() <= after.items(), "nothing else is touched"
+    section = log.read_text().rpartition("\n## ")[2]
+    assert re.match(r"\S+Z squeezenet1_1, tested\n\n- machine: ", section)
+    assert "\n- tested: out/last.pt: epoch 1, step 6; 32 px, " in section
+    assert f"\n- 12 images: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %" in section
+    assert "\n- output folder: [`out`](out)\n" in section
+    assert f"\n- files: {', '.join(names)}\n" in section
+    (table,) = re.findall(r"\n\n(\| class.*?)\n\n", captured.out, re.S)
+    assert f"\n\n{table}\n\n<details>" in section
+    assert lines_of_page(f"## {section}") < 40
 
 
 def test_test_only_tells_of_broken_images(in_tmp, photos_with_val, tmp_path, capsys):
