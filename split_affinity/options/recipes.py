@@ -45,7 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         **OWN_PICTURES,
     },
     "scratch": {
-        "model": "resnet18", "image_size": 128, "epochs": 60, "batch_size": 16, "lr": 0.05,
+        "model": "resnet18", "image_size": 64, "epochs": 60, "batch_size": 16, "lr": 0.05,
         "lr_warmup_epochs": 5, "lr_scheduler": "cosine", "auto_augment": "ta",
         "label_smoothing": 0.1, **OWN_PICTURES,
     },

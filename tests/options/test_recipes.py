@@ -39,7 +39,7 @@ IN_FORCE = {
     },
     "scratch": {
         "model": "resnet18",
-        "image_size": 128,
+        "image_size": 64,
         "epochs": 60,
         "batch_size": 16,
         "lr": 0.05,
