@@ -29,6 +29,7 @@ import run_records
 
 from split_affinity.checkpoints.state import SavedState, best_epoch, saved_settings, versions
 from split_affinity.data.pictures import ImageData
+from split_affinity.data.transforms import as_picture
 from split_affinity.errors import UserError
 from split_affinity.files import check_appendable, followed, write_where_asked
 from split_affinity.models.pretrained import Preprocessing
@@ -108,13 +109,6 @@ class Shown:
         return self.true == self.predicted
 
 
-def as_seen(image: torch.Tensor, ready: Preprocessing) -> Image.Image:
-    """An image (3, size, size) that was made ready for the model, as a picture again."""
-    mean, std = (torch.tensor(each)[:, None, None] for each in (ready.mean, ready.std))
-    pixels = (255 * (image * std + mean)).round().clamp(0, 255).byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-
 def thumbnail(picture: Image.Image) -> Image.Image:
     """A picture of about the size that it is shown in; the pixels of small ones stay visible."""
     times = THUMBNAIL_PX // picture.width
@@ -158,7 +152,7 @@ class Gallery:
         """The pictures of images (n, 3, size, size), each with a heat map for the predicted class,
         and for the right one if that is another.
         """
-        seen = [as_seen(image, self.checkpoint.trained.ready) for image in images]
+        seen = [as_picture(image, self.checkpoint.trained.ready) for image in images]
         overlays: dict[int, list[tuple[str, str]]] = {row: [] for row in rows}
         if self.layer:
             asked = [(at, each) for at, row in enumerate(rows) for each in self._classes_of(row)]

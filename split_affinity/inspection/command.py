@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,28 @@ from split_affinity.inspection.survey import TRAIN, VALIDATION, Seen, Survey, su
 from split_affinity.inspection.twins import MOST_CROPPED
 from split_affinity.machine.plan import plan_cores
 from split_affinity.machine.topology import Topology
-from split_affinity.options.commands import command_again
 from split_affinity.options.recipes import survey_folder
 from split_affinity.options.settings import Settings, as_options
 from split_affinity.reports.page import SMALL_PX, page_template
+from split_affinity.reports.page import SURVEY_PAGE as PAGE
 from split_affinity.signals import StopRequest
 from split_affinity.terminal import say_lines
 from split_affinity.text import markdown_table, plural, readable, utc_now
 
-PAGE, FIGURES, TEMPLATE = "data.html", "data.json", "data.html.jinja"
+FIGURES, TEMPLATE = "data.json", "data.html.jinja"
 PICTURES_AT_ONCE = 8  # that a process looks at before it answers
 ROWS_SHOWN = 20  # classes on the screen
 
 
-def inspect(settings: Settings, topology: Topology) -> Survey:
+@dataclass(frozen=True)
+class Inspected:
+    """What was seen, and the settings of the training that it suggests."""
+
+    survey: Survey
+    advised: Settings
+
+
+def inspect(settings: Settings, topology: Topology) -> Inspected:
     """The `data` command: look at all pictures, print and write what was seen, and what to do."""
     data = with_validation(with_native(find_data(settings), settings), settings)
     data = dataclasses.replace(data, chosen=choose_images(data, settings))
@@ -59,13 +68,12 @@ def inspect(settings: Settings, topology: Topology) -> Survey:
         [(kind, path_below(path, settings.data_path)) for kind, path in data.left_out],
         can_compare(),
     )
-    findings, figures = find(survey, settings.batch_size), survey_figures(survey)
+    findings, figures = find(survey, settings), survey_figures(survey)
     say_lines(["", *survey_lines(survey, figures), "", *finding_lines(findings)])
     train = training_settings(advised(survey, settings))
     write_survey(survey, data, settings, figures, findings, train)
-    files = f"files in {settings.output_dir}: {PAGE}, {FIGURES}"
-    say_lines(["", files, f"next: {command_again(train).removeprefix(': ')}"])
-    return survey
+    say_lines(["", f"files in {settings.output_dir}: {PAGE}, {FIGURES}"])
+    return Inspected(survey, train)
 
 
 def name_of(settings: Settings) -> str:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from split_affinity.data.dataset import fitted_batch
 from split_affinity.inspection.survey import TRAIN, VALIDATION, Seen, Survey
 from split_affinity.inspection.twins import MOST_COMPARED, Twins
 from split_affinity.options.data_sets import VAL_SHARE
-from split_affinity.options.settings import Settings
+from split_affinity.options.settings import BALANCED, Settings
 from split_affinity.text import percent, plural
 
 LISTED = 3  # pictures or classes in a sentence
@@ -114,7 +115,7 @@ def imbalance(survey: Survey) -> Finding | None:
     return Finding(
         f"{survey.imbalance:.1f} times as many pictures of {large.name} as of {small.name}",
         f"{large.train} and {small.train} to train on. A model errs towards what it sees often.",
-        "More pictures of the small classes help most.",
+        "--class-weights balanced lets each class count alike; more pictures are better.",
     )
 
 
@@ -199,24 +200,21 @@ def others_left_out(survey: Survey) -> Finding | None:
     )
 
 
-def incomplete_batch(survey: Survey, batch_size: int) -> Finding | None:
-    """Pictures that each epoch leaves out, since its batches are full."""
+def incomplete_batch(survey: Survey, settings: Settings) -> Finding | None:
+    """Many pictures that each epoch leaves out, since its steps are full."""
     count = sum(bool(each.look) for each in survey.of_part(TRAIN))
-    left = count % batch_size
-    better = fitting_batch(count, batch_size)
-    if count < batch_size or left <= LEFT_OUT_SHARE * count or count % better >= left:
+    asked, better = (
+        fitted_batch(settings, count),
+        fitted_batch(dataclasses.replace(settings, fit_batch=True), count),
+    )
+    left, fewer = (count % size for size in (asked, better))
+    if count < asked or left <= LEFT_OUT_SHARE * count or fewer >= left:
         return None
     return Finding(
         f"{left} of {count} pictures left out of each epoch",
-        f"Batches have {batch_size} pictures; others are left over in each epoch.",
-        f"-b {better} leaves out {count % better}.",
+        f"Batches have {asked} pictures; others are left over in each epoch.",
+        f"-b {better} leaves out {fewer}.",
     )
-
-
-def fitting_batch(count: int, batch_size: int) -> int:
-    """The batch size, from half the given one up to it, that leaves out fewest images."""
-    sizes = range(min(batch_size, count), max(1, min(batch_size, count) // 2) - 1, -1)
-    return min(sizes, key=lambda size: count % size)
 
 
 def not_compared(survey: Survey) -> Finding | None:
@@ -234,7 +232,7 @@ def not_compared(survey: Survey) -> Finding | None:
     )
 
 
-def find(survey: Survey, batch_size: int) -> list[Finding]:
+def find(survey: Survey, settings: Settings) -> list[Finding]:
     """What there is to do first, then what is well."""
     found = [
         wrong_labels(survey),
@@ -247,7 +245,7 @@ def find(survey: Survey, batch_size: int) -> list[Finding]:
         small_pictures(survey),
         huge_pictures(survey),
         others_left_out(survey),
-        incomplete_batch(survey, batch_size),
+        incomplete_batch(survey, settings),
         not_compared(survey),
     ]
     found = sorted(filter(None, found), key=lambda one: not one.to_do)
@@ -262,6 +260,8 @@ def advised(survey: Survey, asked: Settings) -> Settings:
     changes: dict[str, Any] = {}
     if not survey.of_part(VALIDATION):
         changes["val_share"] = VAL_SHARE
+    if imbalance(survey):
+        changes["class_weights"] = BALANCED
     if 2 * len(survey.tiny) > len(survey.looks) and (size := fitting_size(survey)):
         changes["image_size"] = size
     return dataclasses.replace(asked, **changes)

@@ -120,7 +120,7 @@ COMMANDS = {
         "a folder with a folder of pictures for each class": "data photos",
         "a data set by name": "data --dataset cifar10 --data-path cifar",
         "as another recipe shows them to the model": "data photos --recipe imagenet",
-    }, (DataSettings, AugmentationSettings, *"recipe batch_size seed output_dir".split())),
+    }, (DataSettings, AugmentationSettings, *"recipe batch_size seed output_dir open".split())),
     "plan": Command("show the cores, how they would be divided, and the model", {
         "what a run without further options would use": "plan",
         "twice as many cores for backward as for forward": "plan --split 1:2",

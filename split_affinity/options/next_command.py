@@ -16,8 +16,6 @@ RANGE_STEPS = 100  # of find-lr, without --steps
 MORE_STEPS = 3  # times as many, if they show nothing
 PICTURES, PHOTOS = "PICTURES", "PHOTOS"  # places that you fill in
 OF_A_SPLIT = "forward_cores", "backward_cores", "forward_threads", "backward_threads"
-# Commands that look at what a training would have, and after which it can begin.
-BEFORE_TRAINING = ("plan",)
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Left:
     checkpoint: Path | None = None  # the best one, else the latest
     validated: bool = False  # whether that is the best one of some
     lr: float | None = None  # that find-lr suggests
-    way: Settings | None = None  # that compare advises
+    way: Settings | None = None  # that compare or data advises
     start: str = ""  # how the program was started
     torchrun: str = ""  # the same below torchrun --nproc-per-node N
     report: str = ""  # how deploy/report.py is started, if it is there
@@ -48,7 +46,9 @@ def next_commands(command: str, settings: Settings, left: Left) -> list[str]:
         return [to_train(dataclasses.replace(settings, steps=None, lr=left.lr), left)]
     if command == "compare":
         return [after_comparison(settings, left)]
-    return [to_train(settings, left)] if command in BEFORE_TRAINING else []
+    if command == "data":
+        return [to_train(left.way or settings, left)]
+    return [to_train(settings, left)] if command == "plan" else []
 
 
 def started(settings: Settings, left: Left, command: str = "") -> str:

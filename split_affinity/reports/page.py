@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import jinja2
     from PIL import Image
 
+SURVEY_PAGE = "data.html"  # of the command data
 SMALL_PX = 64  # of pictures whose every pixel counts
 
 

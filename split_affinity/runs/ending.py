@@ -12,8 +12,9 @@ from split_affinity.checkpoints.folder import BEST, LAST
 from split_affinity.options.commands import ANSWERING, start_words
 from split_affinity.options.next_command import Left, next_commands
 from split_affinity.options.settings import Settings
-from split_affinity.reports.confusion import CONFUSION
+from split_affinity.reports.confusion import MATRIX_PNG
 from split_affinity.reports.opening import open_files
+from split_affinity.reports.page import SURVEY_PAGE
 from split_affinity.reports.tables import CURVES, GRADIENTS, RANGE_PLOT, TIMELINE
 from split_affinity.terminal import terminal_columns
 from split_affinity.text import shown, try_print
@@ -23,8 +24,9 @@ DRAWN = {
     "train": (CURVES, GRADIENTS, TIMELINE),
     "find-lr": (RANGE_PLOT,),
     "compare": (TIMELINE,),
+    "data": (SURVEY_PAGE,),
 }
-TESTED = (f"{CONFUSION}.png",)
+TESTED = (MATRIX_PNG,)
 REPORT = Path("deploy", "report.py")
 
 
@@ -54,7 +56,7 @@ def left_behind(command: str, settings: Settings, result: Any) -> Left:
         checkpoint,
         validated=bool(checkpoint) and checkpoint.with_name(BEST).exists(),
         lr=float(f"{result.suggestion:.2g}") if getattr(result, "suggestion", None) else None,
-        way=result.advised if command == "compare" else None,
+        way=getattr(result, "advised", None),
         start=shlex.join(words),
         torchrun=shlex.join(program),
         report=report_program(words),

@@ -450,7 +450,7 @@ def test_pictures_are_shown_as_the_model_saw_them():
     ready = Preprocessing(24, 32, std=(0.2, 0.3, 0.4))
     pixels = np.random.default_rng(0).integers(0, 256, (40, 64, 3), np.uint8)
     image = validation_transform(ready)(Image.fromarray(pixels))
-    seen = report.as_seen(image, ready)
+    seen = report.as_picture(image, ready)
     again = validation_transform(dataclasses.replace(ready, val_resize=24))(seen)
     assert seen.size == (24, 24)
     torch.testing.assert_close(again, image, rtol=0, atol=0.6 / 255 / 0.2)

@@ -4,7 +4,7 @@ import pytest
 from looking import look, seen, survey
 
 from split_affinity.inspection import findings
-from split_affinity.inspection.findings import advised, find, fitting_batch, fitting_size
+from split_affinity.inspection.findings import advised, find, fitting_size
 from split_affinity.options.settings import Settings
 
 LEFT_OUT = [("other file", "a.txt"), ("other file", "b.txt"), ("hidden folder", ".git")]
@@ -27,7 +27,7 @@ def healthy(train=20, validation=5, side=64):
 
 
 def titles(pictures, batch_size=20, **changes):
-    found = find(survey(pictures, **changes), batch_size)
+    found = find(survey(pictures, **changes), Settings(batch_size=batch_size))
     return [each.title for each in found if not each.title.startswith("Only exact copies")]
 
 
@@ -80,30 +80,27 @@ def test_too_few_pictures_are_found(pictures, batch_size, title):
 
 
 def test_what_was_left_out_is_told_by_kind():
-    (found,) = find(survey(healthy(), left_out=LEFT_OUT), 20)[:1]
+    (found,) = find(survey(healthy(), left_out=LEFT_OUT), Settings())[:1]
     assert found.title == "3 things left out"
     assert found.figures == "2 other files (a.txt); 1 hidden folder (.git)."
 
 
 def test_what_there_is_to_do_comes_first():
     pictures = [*healthy(), *copies_of((90, 0, TO_TRAIN), (91, 0, TO_TRAIN))]
-    found = find(survey(pictures), 20)
+    found = find(survey(pictures), Settings(batch_size=1))
     assert [bool(each.to_do) for each in found] == [True, False]
     assert found[1].title.startswith("Only exact copies looked for of 75 pictures")
 
 
 def test_a_missing_package_is_named():
-    found = find(survey(healthy(), can_compare=False), 20)
+    found = find(survey(healthy(), can_compare=False), Settings(batch_size=1))
     assert found[0].to_do == "pip install imagehash"
 
 
-def test_batches_that_fit():
-    for count in (2, 3, 7, 31, 32, 33, 96, 100, 120, 1437):
-        size = fitting_batch(count, 32)
-        most = min(32, count)
-        assert max(1, most // 2) <= size <= most
-        assert all(count % size <= count % other for other in range(max(1, most // 2), most + 1))
-    assert fitting_batch(120, 32) == 30
+def test_a_recipe_fits_its_batch_to_the_pictures_itself():
+    pictures = survey(healthy(train=22))
+    assert findings.incomplete_batch(pictures, Settings(batch_size=20)) is not None
+    assert findings.incomplete_batch(pictures, Settings(batch_size=20, fit_batch=True)) is None
 
 
 @pytest.mark.parametrize(
@@ -117,8 +114,9 @@ def test_image_sizes_that_fit(side, size):
 def test_a_training_is_advised_by_what_was_found():
     asked = Settings(recipe="finetune")
     assert advised(survey(healthy()), asked) == asked
-    found = advised(survey(healthy(train=30, validation=0, side=50)[31:], image_size=224), asked)
+    found = advised(survey(healthy(train=30, validation=0, side=50)[20:], image_size=224), asked)
     assert (found.val_share, found.image_size) == (0.2, 64)
+    assert found.class_weights == "balanced"
     assert found.recipe == "finetune"
 
 
