@@ -19,7 +19,7 @@ from split_affinity.data.classes import confused_classes
 from split_affinity.data.decoding import picture_reader
 from split_affinity.data.image_folder import folder_data
 from split_affinity.data.named import CIFAR10_FOLDER, named_data, synthetic_data
-from split_affinity.data.pictures import ImageData, derived_seed, kept_apart
+from split_affinity.data.pictures import HEIF, ImageData, derived_seed, heif_pictures, kept_apart
 from split_affinity.errors import UserError
 from split_affinity.models.pretrained import find_weights
 from split_affinity.options.data_sets import VAL_SHARE
@@ -231,7 +231,9 @@ def describe_data(data: ImageData) -> list[str]:
     for kind, path in data.left_out:
         kinds.setdefault(kind, []).append(path)
     texts = [
-        f"{plural(len(paths), kind)} ({paths[0]}{', ...' if paths[1:] else ''})"
+        heif_pictures(len(paths))
+        if kind == HEIF
+        else f"{plural(len(paths), kind)} ({paths[0]}{', ...' if paths[1:] else ''})"
         for kind, paths in kinds.items()
     ]
     if texts:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from PIL import ExifTags, Image
 
-from split_affinity.data.pictures import PICTURE_FORMATS, finish_picture, load_image, picture_errors
+from split_affinity.data.pictures import finish_picture, load_image, open_file, picture_errors
 
 SCALES = 8, 4, 2  # a JPEG can be decoded at one part in so many of its sides
 
@@ -85,14 +85,14 @@ def decoding_scale(box: Box, size: tuple[int, int], margin: int) -> int:
 
 def load_small(path: str, scale: int) -> Image.Image:
     """A JPEG as `load_image` gives it, at one part in `scale` of its sides, rounded up."""
-    with Image.open(path, formats=PICTURE_FORMATS) as picture:
+    with open_file(path) as picture:
         picture.draft(None, (picture.width // scale, picture.height // scale))
         return finish_picture(picture, path)
 
 
 def open_image(path: str) -> JpegFile | Image.Image:
     """A file's picture: of a JPEG only the header is read. Raises what `load_image` raises."""
-    with picture_errors(path), Image.open(path, formats=PICTURE_FORMATS) as picture:
+    with picture_errors(path), open_file(path) as picture:
         orientation = 1
         with contextlib.suppress(Exception):  # damaged EXIF data
             orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)

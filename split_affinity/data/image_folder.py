@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torchvision
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from split_affinity.data.pictures import ImageData, load_image
+from split_affinity.data.pictures import (
+    HEIF,
+    HEIF_ENDINGS,
+    ImageData,
+    heif_installed,
+    heif_pictures,
+    is_heif,
+    load_image,
+    picture_endings,
+)
 from split_affinity.errors import UserError, one_line
 from split_affinity.text import readable
 
@@ -103,7 +113,7 @@ def classify_entry(entry: os.DirEntry, above: Sequence[Path]) -> str:
     `above` are the folders that it is in, without links.
     """
     link = Path(entry.path) if entry.is_symlink() else None
-    hidden, image = entry.name[0] == ".", torchvision.datasets.folder.is_image_file(entry.name)
+    hidden, image = entry.name[0] == ".", entry.name.lower().endswith(IMG_EXTENSIONS + HEIF_ENDINGS)
     if link.is_dir() if link else entry.is_dir():
         loops = link and any(each.is_relative_to(link.resolve()) for each in above)
         return "hidden folder" if hidden else "looping link" if loops else "folder"
@@ -111,7 +121,9 @@ def classify_entry(entry: os.DirEntry, above: Sequence[Path]) -> str:
         return ""
     # A link into nowhere counts, as a broken image; opening a pipe could wait for ever.
     usable = (link.is_file() or not link.exists()) if link else entry.is_file()
-    return "image" if image and usable and not hidden else "other file"
+    if not (image and usable) or hidden:
+        return "other file"
+    return HEIF if is_heif(entry.name) and not heif_installed() else "image"
 
 
 class PictureFolder(torchvision.datasets.ImageFolder):
@@ -144,8 +156,10 @@ class PictureFolder(torchvision.datasets.ImageFolder):
         }
         empty = [name for name, found in images.items() if not found]
         if empty:
-            kinds = ", ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
-            raise FileNotFoundError(f"none of {kinds} in class {', '.join(empty)} of {directory}")
+            heif = sum(kind == HEIF for kind, _ in self.left_out)
+            unread = f"; left out: {heif_pictures(heif)}" if heif else ""
+            where = f"in class {', '.join(empty)} of {directory}{unread}"
+            raise FileNotFoundError(f"none of {', '.join(picture_endings())} {where}")
         return [("/".join(image), class_to_idx[name]) for name in images for image in images[name]]
 
     def _images(

@@ -6,19 +6,21 @@ import contextlib
 import errno
 import glob
 import hashlib
+import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torchvision
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset, Subset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from split_affinity.errors import RunError, UserError, one_line
 from split_affinity.models.pretrained import Preprocessing
+from split_affinity.text import plural
 
 # The formats that are opened, whatever a file is called; JPEG includes MPO, and PPM PGM. Pillow
 # knows more, but starts a program for some (Ghostscript for EPS), and a data set is a stranger's.
@@ -30,6 +32,12 @@ PICTURE_FORMATS = tuple(
     if name in Image.OPEN
 )
 
+# HEIC, as phones save it, is opened where pillow-heif is installed. By the standard's major brands
+# (ISO/IEC 23008-12), as pillow-heif knows them: AVIF has some of these too, and is tried before.
+HEIF_BRANDS = b"heic heix heim heis hevc hevx hevm hevs mif1 msf1".split()
+HEIF_ENDINGS = (".heic", ".heif", ".hif")
+HEIF, HEIF_REMEDY = "HEIC picture", "pip install pillow-heif"
+
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # a tag of TIFF files, and a value of it
 
 NO_ROOM = "there is not enough memory for it"
@@ -39,12 +47,64 @@ class BrokenImage(RunError):
     """A file cannot be read as a picture; the message names it."""
 
 
+def heif_installed() -> bool:
+    """Whether HEIC pictures can be opened; imports nothing."""
+    return importlib.util.find_spec("pillow_heif") is not None
+
+
+def is_heif(name: str) -> bool:
+    """Whether a file is a HEIC picture by its ending."""
+    return name.lower().endswith(HEIF_ENDINGS)
+
+
+def holds_heif(path: str) -> bool:
+    """Whether a file is a HEIC picture by its first bytes. Raises OSError."""
+    with Path(path).open("rb") as file:
+        start = file.read(12)
+    return start[4:8] == b"ftyp" and start[8:] in HEIF_BRANDS
+
+
+def unreadable_heif(paths: Iterable[str]) -> list[str]:
+    """Those files that are HEIC pictures, if they cannot be opened here."""
+    named = [] if heif_installed() else filter(is_heif, paths)
+    return [path for path in named if Path(path).is_file() and holds_heif(path)]
+
+
+def picture_endings() -> tuple[str, ...]:
+    """How names of files end that are taken for pictures here."""
+    return IMG_EXTENSIONS + (HEIF_ENDINGS if heif_installed() else ())
+
+
+def heif_pictures(count: int) -> str:
+    """So many HEIC pictures that cannot be opened here, and the remedy."""
+    return f"{plural(count, HEIF)} ({HEIF_REMEDY})"
+
+
+def open_file(path: str) -> Image.Image:
+    """A file's picture, not decoded yet; raises what Pillow raises, and ValueError without HEIC.
+
+    pillow-heif is imported for the first HEIC picture of a process. It turns that itself, and
+    leaves no orientation in its EXIF data.
+    """
+    try:
+        return Image.open(path, formats=PICTURE_FORMATS)
+    except UnidentifiedImageError:
+        if not holds_heif(path):
+            raise
+    if not heif_installed():
+        raise ValueError(f"a {HEIF}: {HEIF_REMEDY}")
+    import pillow_heif
+
+    pillow_heif.register_heif_opener(decode_threads=1)  # loader processes keep the cores busy
+    return Image.open(path, formats=PICTURE_FORMATS + ("HEIF",))
+
+
 def load_image(path: str) -> Image.Image:
     """A file's picture in RGB, turned as its EXIF data say; BrokenImage if it cannot be read.
 
     Other errors are raised if memory or file descriptors are missing: the file may be fine.
     """
-    with picture_errors(path), Image.open(path, formats=PICTURE_FORMATS) as picture:
+    with picture_errors(path), open_file(path) as picture:
         return finish_picture(picture, path)
 
 
@@ -122,7 +182,8 @@ def derived_seed(*parts: object) -> int:
 def find_pictures(text: str) -> tuple[list[str], list[str]]:
     """The picture files of a file, folder or pattern, and why folders there cannot be read.
 
-    Only a file that is named itself may have any ending. Raises UserError if there is no picture.
+    Only a file that is named itself may have any ending. HEIC pictures are among them, whether they
+    can be opened or not. Raises UserError if there is no picture.
     """
     if Path(text).exists() and not Path(text).is_dir():
         return [text], []
@@ -132,7 +193,7 @@ def find_pictures(text: str) -> tuple[list[str], list[str]]:
     unread: list[str] = []
     files = {str(file) for place in places for file in picture_files(Path(place), unread, set())}
     if not files:
-        kinds = ", ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
+        kinds = ", ".join(picture_endings())
         raise UserError(unread[0] if unread else f"{text}: no picture there ({kinds})")
     return sorted(files), unread
 
@@ -143,7 +204,7 @@ def picture_files(place: Path, unread: list[str], seen: set[str]) -> Iterator[Pa
     Links are followed, to each folder once: `seen` are real paths. `unread` gets error messages.
     """
     if not place.is_dir():
-        if torchvision.datasets.folder.is_image_file(place.name) and place.is_file():
+        if place.name.lower().endswith(IMG_EXTENSIONS + HEIF_ENDINGS) and place.is_file():
             yield place
         return
     real = os.path.realpath(place)
