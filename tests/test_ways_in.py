@@ -154,7 +154,10 @@ def test_extras_are_the_requirement_files():
     deploy = requirements((ROOT / "deploy/requirements.txt").read_text().splitlines())
     tests = requirements((ROOT / "tests/requirements.txt").read_text().splitlines())
     assert requirements(extras["deploy"]) == deploy
-    assert requirements([*extras["test"], *extras["heic"], *extras["timm"], *extras["tensorboard"]]) == tests
+    assert (
+        requirements([*extras["test"], *extras["heic"], *extras["timm"], *extras["tensorboard"]])
+        == tests
+    )
 
 
 def test_ci_runs_each_test_once():

@@ -65,6 +65,11 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= 1e300
 
 
+def is_share(value: Any) -> bool:
+    """Whether a value is a number from 0 to 1."""
+    return is_number(value) and 0 <= value <= 1
+
+
 check_number = value_that(is_number, "a finite number")
 check_count = value_that(
     lambda value: type(value) is int and 0 <= value <= LARGEST_NUMBER,
@@ -186,6 +191,10 @@ EPOCH = {
     "epoch": check_count,
     "val_top1": (check_number, None),
     "val_loss": (check_number, None),
+    "unlike_score": check_text,  # of these four, runs/unlike.py makes a threshold
+    "unlike_threshold": (value_that(is_share, "a number from 0 to 1"), None),
+    "unlike_false_alarms": value_that(is_share, "a number from 0 to 1"),
+    "unlike_images": check_count,
     "gradient_norms": {str: check_number},
     str: check_plain,
 }
@@ -221,8 +230,9 @@ CHECKPOINT = {
     "asked": (check_settings, None),
     "ranks": ([RANK], None),
 }
-# From earlier versions, from one rank, or without an option.
+# From earlier versions, from one rank, without an option, or an epoch without validation.
 MAY_BE_MISSING = {"data", "confused", "class_weights", "asked", "ranks", "val_loss"}
+MAY_BE_MISSING |= {f"unlike_{name}" for name in ("score", "threshold", "false_alarms", "images")}
 
 
 def check_content(saved: Any) -> None:

@@ -61,7 +61,7 @@ def missing_places(command: str, settings: Settings, rank: int = 0) -> Iterator[
         return  # only rank 0 writes
     trains, folder = command in ("train", "find-lr", "compare"), settings.output_dir
     files = {"--log-file": settings.log_file if trains else None}
-    files |= {"--json": settings.json, "--record": settings.record}
+    files |= {"--json": settings.json, "--csv": settings.csv, "--record": settings.record}
     for flag, path in files.items():
         for place in (path.parent, path) if path else ():
             fault = fault_of(place)

@@ -21,7 +21,9 @@ SHOWN = PATHS | {"ranks"}
 # What you have to type again, and what a run that goes on does not need.
 LEFT = frozenset("workers mirror log_file output_dir tensorboard timeout json".split())
 BEGUN = frozenset(
-    "resume weights init_from test_only download machine record quick preload pictures open".split()
+    """
+    resume weights init_from test_only download machine record quick preload pictures open csv
+    """.split()
 )
 # What is taken: all that changes the numbers, and these options.
 TAKEN = (

@@ -322,6 +322,8 @@ class ReportSettings:
         "screen a line says where they are", only="train find-lr compare")
     json: Path | None = free_option(None, "file for the figures of compare, or for the answers of "
         "predict (default: not written)", only="compare predict", type=Path)
+    csv: Path | None = free_option(None, "file for the answers of predict as a table, a row for "
+        "each picture (default: not written)", only="predict", type=Path)
 
 
 TITLES: dict[type, str] = {  # of the groups, in the order of --help

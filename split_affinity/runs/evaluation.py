@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from split_affinity.reports.log import LOG_HEADER, picture_footer, tested_sectio
 from split_affinity.reports.run_report import RunReport
 from split_affinity.reports.tables import EPOCH_FIELDS, PARTS, describe_run, tells_top5
 from split_affinity.runs.known_images import warn_of_known_images
+from split_affinity.runs.unlike import threshold_figures
 from split_affinity.terminal import say, say_lines, warn
 from split_affinity.text import plural, readable, utc_now
 from split_affinity.training.network import Confusion, Scores, combine_scores, interleave
@@ -35,8 +37,10 @@ from split_affinity.training.update import MovingAverage
 VALIDATED_AHEAD = 3  # batches that are with the lanes, or wait there
 
 
-def validate_batches(run: Run) -> Iterator[tuple[list[Scores], torch.Tensor, torch.Tensor]]:
-    """The scores of each validation batch, the predicted classes and the true ones.
+def validate_batches(
+    run: Run,
+) -> Iterator[tuple[list[Scores], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """The scores of each validation batch, the predicted classes, the likeness, the true classes.
 
     Each lane takes batches in proportion to its threads. Raises Stopped between two batches.
     """
@@ -62,11 +66,14 @@ def validate_batches(run: Run) -> Iterator[tuple[list[Scores], torch.Tensor, tor
 
 
 def evaluate(
-    run: Run, report: RunReport | None = None, confusion: Confusion | None = None
+    run: Run,
+    report: RunReport | None = None,
+    confusion: Confusion | None = None,
+    likeness: list[float] | None = None,
 ) -> list[Scores]:
     """The validation scores of the moving average, if there is one, and of the model's own weights.
 
-    The first of them fills `confusion`. Ranks share the images.
+    The first of them fills `confusion`, and `likeness`, in any order. Ranks share the images.
     """
     scores: list[list[Scores]] = []
     run.train_state.network.model.eval()
@@ -77,8 +84,10 @@ def evaluate(
             run.ranks.together(),
             contextlib.closing(validate_batches(run)) as batches,
         ):
-            for result, predicted, targets in batches:
+            for result, predicted, alike, targets in batches:
                 scores.append(result)
+                if likeness is not None:
+                    likeness += alike.tolist()
                 if confusion is not None:
                     confusion.update(zip(targets.tolist(), predicted.tolist(), strict=True))
     finally:
@@ -90,6 +99,8 @@ def evaluate(
         total = sum(run.ranks.gather_objects(confusion), Confusion())
         confusion.clear()
         confusion.update(total)
+    if likeness is not None:
+        likeness[:] = itertools.chain(*run.ranks.gather_objects(likeness))
     return [
         combine_scores(each)
         for each in zip(*interleave(run.ranks.gather_objects(scores)), strict=True)
@@ -100,8 +111,11 @@ def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
     """Validate, if there are images for that, and enter the figures of the epoch."""
     loss = progress.loss_sum / progress.images
     parts = {"train": Scores(loss, progress.images, progress.top1, progress.top5)}
+    unlike = {}
     if run.val:
-        parts |= zip(("val", "val_raw"), evaluate(run, report), strict=False)
+        likeness: list[float] = []
+        parts |= zip(("val", "val_raw"), evaluate(run, report, likeness=likeness), strict=False)
+        unlike = threshold_figures(likeness)
         report.contention(run.lanes.monitor.look())
     row = {
         "epoch": progress.epoch + 1,
@@ -111,6 +125,7 @@ def finish_epoch(run: Run, progress: Progress, report: RunReport) -> None:
             for part, scores in parts.items()
             for name, value in scores.figures().items()
         },
+        **unlike,
         "lr": progress.lr,
         "gradient_norms": run.train_state.gradient_norms.pop_means()
         if run.train_state.gradient_norms

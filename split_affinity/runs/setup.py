@@ -71,18 +71,18 @@ def check_writable(settings: ReportSettings) -> None:
                 tempfile.TemporaryFile(dir=output / TENSORBOARD).close()
     except OSError as error:
         raise UserError(f"{flag}: cannot be written: {error.strerror}") from None
-    check_json(settings.json)
+    check_place("--json", settings.json)
 
 
-def check_json(path: Path | None) -> None:
-    """Raise UserError unless the file of --json can be written. Leaves no trace."""
+def check_place(flag: str, path: Path | None) -> None:
+    """Raise UserError unless the file that an option names can be written. Leaves no trace."""
     try:
         if path:
             check_appendable(followed(path), path.parent, any_kind=True)
         if path and path.is_file():
             tempfile.TemporaryFile(dir=path.resolve().parent).close()
     except OSError as error:
-        raise UserError(f"--json {path}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{flag} {path}: cannot be written: {error.strerror}") from None
 
 
 def build_train_state(

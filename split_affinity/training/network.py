@@ -49,6 +49,18 @@ def score_batch(loss: float, logits: torch.Tensor, targets: torch.Tensor) -> Sco
     return Scores(loss, len(labels), int(best[:, 0].sum()), int(best.sum()))
 
 
+LIKENESS = "msp"  # the maximum softmax probability, in files
+
+
+def likeness(logits: torch.Tensor) -> torch.Tensor:
+    """How much images, by their logits (n, classes), are like those that a model learnt, (n,).
+
+    It is the probability of the likeliest class (Hendrycks and Gimpel 2017, arXiv 1610.02136).
+    docs/trained-weights.md compares it with others.
+    """
+    return logits.softmax(1).amax(1)
+
+
 def combine_scores(scores: Sequence[Scores]) -> Scores:
     """The scores of some batches together."""
     images = sum(each.images for each in scores)

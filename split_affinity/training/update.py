@@ -19,7 +19,7 @@ from split_affinity.models.weights import Weights, with_tensors
 from split_affinity.options.settings import TrainingSettings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks
 from split_affinity.ranks.reducer import Reducer
-from split_affinity.training.network import Network, Scores, StepEnd, score_batch
+from split_affinity.training.network import Network, Scores, StepEnd, likeness, score_batch
 from split_affinity.training.optimizer import begin_momentum
 
 VANISHING_NORM, EXPLODING_NORM = 1e-7, 1e3
@@ -262,17 +262,19 @@ class TrainState:
         """The models that are evaluated: the moving average, if there is one, and the model."""
         return self.folded or [*([self.average.model] if self.average else []), self.network.model]
 
-    def evaluate(self, batch: Batch) -> tuple[list[Scores], torch.Tensor]:
-        """The scores of a batch, and the predicted classes (n,), in evaluation mode.
+    def evaluate(self, batch: Batch) -> tuple[list[Scores], torch.Tensor, torch.Tensor]:
+        """The scores of a batch, the predicted classes (n,) and the `likeness` of its images (n,).
 
-        With a moving average, its scores come first and it predicts; the model's own scores follow.
+        In evaluation mode. With a moving average, its scores come first, and it predicts; the
+        model's own scores follow.
         """
         images, targets = batch
         with torch.inference_mode():
             logits = [self.network.compute(model, images) for model in self.evaluated()]
             losses = [nn.functional.cross_entropy(each, targets).item() for each in logits]
             pairs = zip(losses, logits, strict=True)
-            return [score_batch(*pair, targets) for pair in pairs], logits[0].argmax(1)
+            scores = [score_batch(*pair, targets) for pair in pairs]
+            return scores, logits[0].argmax(1), likeness(logits[0])
 
     def thaw(self) -> None:
         """Train all weights from here on; not within an epoch, where `delayed` has copies."""

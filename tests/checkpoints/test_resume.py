@@ -536,6 +536,7 @@ def test_a_run_does_not_begin_as_the_saved_one_began():
         "preload": True,
         "pictures": ("x",),
         "json": Path("j"),
+        "csv": Path("c"),
     }
     settings = Settings(model="resnet18", recipe="digits", **begun)
     taken = settings_to_go_on({"settings": plain_settings(settings), "asked": {}})

@@ -35,6 +35,7 @@ def shown_in(command):
 # Options that one command alone takes, and its help shows.
 ELSEWHERE = {
     "json": "compare",
+    "csv": "predict",
     "quick": "compare",
     "preload": "compare",
     "machine": "plan",

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from cifar import accept, make_cifar_digits
@@ -197,8 +198,9 @@ def validation_images(epochs):
 
 @ALL_SCHEDULES
 def test_the_validation_is_of_the_weights_at_the_end_of_the_epoch(
-    in_tmp, no_pictures, epochs, schedule
+    in_tmp, no_pictures, epochs, schedule, monkeypatch
 ):
+    set_everywhere(monkeypatch, "LEAST_IMAGES", 12)
     asked = {"split": "even", "schedule": schedule, "accumulate": 2, "batch_size": 2}
     model = train(**epochs | asked, output_dir=in_tmp)
     assert model.training, "as it is left"
@@ -206,6 +208,10 @@ def test_the_validation_is_of_the_weights_at_the_end_of_the_epoch(
     with torch.inference_mode():
         logits = model.eval()(images)
     *_, row = read_metrics(in_tmp, "epoch")
+    exponentials = [[*map(math.exp, each)] for each in logits.tolist()]
+    expected = [max(each) / sum(each) for each in exponentials]
+    assert row["unlike_threshold"] == pytest.approx(np.quantile(expected, 0.05), rel=1e-5)
+    assert (row["unlike_score"], row["unlike_images"]) == ("msp", 12)
     assert row["val_loss"] == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
     assert row["val_top1"] == pytest.approx(100 * (logits.argmax(1) == targets).sum().item() / 12)
 
@@ -215,11 +221,14 @@ def test_an_evaluation_weighs_images_and_not_batches(in_tmp, epochs):
     settings = dataclasses.replace(TINY, **epochs | {"batch_size": 5})
     images, targets = validation_images(epochs)
     with with_plan(set_up, settings) as run:
-        confusion = Confusion()
-        (result,) = evaluation.evaluate(run, confusion=confusion)
+        confusion, likeness = Confusion(), []
+        (result,) = evaluation.evaluate(run, confusion=confusion, likeness=likeness)
         with torch.inference_mode():
             logits = run.train_state.network.model.eval()(images)
         assert result.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
+    exponentials = [[*map(math.exp, each)] for each in logits.tolist()]
+    expected = [max(each) / sum(each) for each in exponentials]
+    assert likeness == pytest.approx(expected, rel=1e-5)
     found = logits.argmax(1)
     assert (result.images, result.top5) == (12, 12)
     assert set(confusion) <= set(itertools.product((0, 1), (0, 1)))

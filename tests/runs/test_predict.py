@@ -1,5 +1,6 @@
 """Asking a trained model what pictures show. Run: python -m pytest tests/runs/test_predict.py"""
 
+import csv
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,10 +29,14 @@ from split_affinity.models.own import Hybrid
 from split_affinity.models.pretrained import IMAGENET_MEAN, Preprocessing, Pretrained
 from split_affinity.models.registry import OWN_MODELS
 from split_affinity.options.settings import Settings
+from split_affinity.runs import predict as predicting
 from split_affinity.runs.predict import class_probabilities, likeliest_classes, load_trained
+from split_affinity.runs.unlike import Threshold
 from split_affinity.training.update import TrainState
 from train_split_affinity import main
 
+NOTE = "note: no picture is called unlike all of these: "
+NOTE += "12 validation images are too few, 20 are needed"
 TRAINED = "--model small --image-size 32 --val-resize 40 --std 0.2,0.3,0.4 -b 4 -j 0 --epochs 2"
 
 
@@ -56,13 +62,19 @@ def checkpoint(photos_with_val, tmp_path_factory):
 
 @pytest.fixture
 def ask(checkpoint, in_tmp, capsys):
-    """`predict` with that checkpoint: the answers in its file, and what was printed."""
+    """`predict` with that checkpoint: the answers in its file, and what was printed.
+
+    But for the note that its validation gives no threshold for unlike pictures.
+    """
 
     def run(*arguments, code=0):
         capsys.readouterr()
         options = ["--resume", str(checkpoint), "--json", "answers.json", *map(str, arguments)]
         assert main(["predict", *options]) == code
-        return json.loads(Path("answers.json").read_text()), capsys.readouterr()
+        out, err = capsys.readouterr()
+        assert err.count(f"{NOTE}\n") == 1
+        captured = SimpleNamespace(out=out, err=err.replace(f"{NOTE}\n", ""))
+        return json.loads(Path("answers.json").read_text()), captured
 
     return run
 
@@ -118,6 +130,7 @@ def test_what_made_the_answers_stands_beside_them(ask, photos_with_val, checkpoi
         },
         "precision": "fp32",
         "versions": versions(),
+        "threshold": None,
         "broken": [],
     }
 
@@ -191,7 +204,84 @@ def test_another_size_is_made_ready_in_proportion(ask, photos_with_val):
     assert of_path(own) != of_path(answers)
 
 
+def test_pictures_that_are_unlike_all_classes(
+    checkpoint, in_tmp, photos_with_val, monkeypatch, capsys
+):
+    """The same from the screen, the JSON and the table, and for another preprocessing nothing."""
+    row = read_checkpoint(checkpoint)["progress"]["history"][-1]
+    assert (row["unlike_score"], row["unlike_threshold"], row["unlike_images"]) == ("msp", None, 12)
+    command = ["predict", str(photos_with_val / "val"), "--resume", str(checkpoint)]
+    command += ["--json", "a.json", "--csv", "a.csv", "--precision", "fp32"]
+    assert main(command) == 0
+    shares = [
+        each["probabilities"][0] for each in json.loads(Path("a.json").read_text())["pictures"]
+    ]
+    middle = Threshold(sorted(shares)[5], 30)
+    monkeypatch.setattr(predicting, "find_threshold", lambda saved: (middle, ""))
+    capsys.readouterr()
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    answers, table = (
+        json.loads(Path("a.json").read_text()),
+        [*csv.reader(Path("a.csv").read_text().splitlines())],
+    )
+    expected = [share < middle.probability for share in shares]
+    assert sum(expected) == 5
+    assert [each["unlike"] for each in answers["pictures"]] == expected
+    assert answers["threshold"] == vars(middle) | {"score": "msp"}
+    named = [line.endswith(": unlike all of these") for line in out.splitlines() if ".jpg" in line]
+    assert named == expected
+    assert table[0] == "picture,class,probability,unlike,class 2,probability 2,error".split(",")
+    assert [row[3] for row in table[1:]] == [str(each).lower() for each in expected]
+    assert err.startswith("note: 5 of 12 pictures called unlike all of these: ")
+    assert err.count("\n") == 1
+    assert main([*command, "--image-size", "64"]) == 0
+    assert "note: no picture is called unlike all of these: pictures are made ready" in (
+        capsys.readouterr().err
+    )
+    assert json.loads(Path("a.json").read_text())["pictures"][0]["unlike"] is None
+
+
+def test_answers_as_a_table(ask, photos_with_val):
+    """A row for each picture in order, broken ones too; no name is a formula."""
+    names = ["=1+1.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"]
+    for name in names:
+        shutil.copy(photos_with_val / "val/flower/0001.jpg", name)
+    Path("b.jpg").write_text("no picture")
+    answers, _ = ask(*names, "-b", "2", "--csv", "a.csv", code=1)
+    header, *rows = csv.reader(Path("a.csv").read_text().splitlines())
+    assert [row[0] for row in rows] == ["'=1+1.jpg", *names[1:]]
+    assert header[-1] == "error"
+    assert rows[1][1:6] == 5 * [""]
+    assert rows[1][6].startswith("broken image b.jpg: ")
+    for row, each in zip([rows[0], *rows[2:]], answers["pictures"], strict=True):
+        assert [row[1], row[4]] == each["classes"]
+        assert [float(row[2]), float(row[5])] == pytest.approx(each["probabilities"], abs=1e-6)
+        assert (row[3], row[6]) == ("", "")
+
+
 # Pictures
+
+
+def test_heic_with_pillow_heif_and_without(ask, photos_with_val, monkeypatch, capsys, checkpoint):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    jpeg = photos_with_val / "val/flower/0001.jpg"
+    for name in ("new/1.HEIC", "new/2.heic"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Image.open(jpeg).save(name, "HEIF", quality=95)
+    shutil.copy(jpeg, "new/3.jpg")
+    answers, _ = ask("new", "--precision", "fp32")
+    first, second, third = of_path(answers).values()
+    assert first == second == pytest.approx(third, abs=0.05)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    answers, captured = ask("new", "new/1.HEIC", code=1)
+    assert list(of_path(answers)) == ["new/3.jpg"]
+    error = "error: 2 HEIC pictures (pip install pillow-heif) cannot be read\n"
+    assert captured.err == f"train_split_affinity.py: {error}"
+    assert answers["broken"][0] == "new/1.HEIC: HEIC picture (pip install pillow-heif)"
+    assert main(["predict", "new/1.HEIC", "--resume", str(checkpoint)]) == 2
+    error = "new/1.HEIC: HEIC picture (pip install pillow-heif)\n"
+    assert capsys.readouterr().err == f"train_split_affinity.py: error: {error}"
 
 
 def test_files_folders_and_patterns(ask, photos_with_val):
@@ -443,6 +533,7 @@ def test_weights_by_name_instead_of_a_checkpoint(by_name, in_tmp, photos_with_va
             ["--resume", "GOOD", "--json", "no/a.json"],
             "--json no/a.json: cannot be written: No such",
         ),
+        (["--resume", "GOOD", "--csv", "no/a"], "--csv no/a: cannot be written: No such"),
         (["--weights", "W", "--model", "resnet5"], "--model resnet5: unknown; did you mean"),
         (["--weights", "W", "--model", "small"], "--weights W: small has "),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def make_evaluated(**parts):
 def test_an_evaluation_changes_nothing():
     train_state, (images, targets) = make_evaluated()
     before, random_state = copy.deepcopy(train_state.network.model), torch.get_rng_state()
-    (scores,), predicted = train_state.evaluate((images, targets))
+    (scores,), predicted, alike = train_state.evaluate((images, targets))
     assert_same_state(train_state.network.model, before)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(weight.grad is None for weight in train_state.network.model.parameters())
@@ -86,18 +87,21 @@ def test_an_evaluation_changes_nothing():
     assert scores.loss == pytest.approx(nn.functional.cross_entropy(logits, targets).item())
     assert predicted.tolist() == logits.argmax(1).tolist()
     assert scores.top1 == (predicted == targets).sum()
+    exponentials = [[*map(math.exp, row)] for row in logits.tolist()]
+    expected = [max(row) / sum(row) for row in exponentials]
+    assert alike.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_evaluation_is_of_the_moving_average_if_there_is_one():
     """And of the model's own weights beside it."""
     train_state, batch = make_evaluated()
-    (own,), _ = train_state.evaluate(batch)
+    (own,), *_ = train_state.evaluate(batch)
     train_state.average = MovingAverage(train_state.network.model, 0.9)
     assert train_state.evaluate(batch)[0] == [own, own]
     train_state.average.values["9.weight"].zero_()
     train_state.average.values["9.bias"].copy_(torch.arange(10.0))
     before = copy.deepcopy(train_state.average.values)
-    (scores, raw), predicted = train_state.evaluate(batch)
+    (scores, raw), predicted, _ = train_state.evaluate(batch)
     assert predicted.tolist() == [9, 9, 9, 9]
     assert scores.loss != own.loss
     assert raw == own
@@ -108,10 +112,10 @@ def test_an_evaluation_is_of_the_moving_average_if_there_is_one():
 
 def test_an_evaluation_uses_the_buffers_of_the_moving_average():
     train_state, batch = make_evaluated()
-    (own,), _ = train_state.evaluate(batch)
+    (own,), *_ = train_state.evaluate(batch)
     train_state.average = MovingAverage(train_state.network.model, 0.9)
     train_state.average.values["4.running_var"].fill_(100.0)
-    (scores, raw), _ = train_state.evaluate(batch)
+    (scores, raw), *_ = train_state.evaluate(batch)
     assert scores.loss != own.loss
     assert raw == own
 
@@ -119,7 +123,7 @@ def test_an_evaluation_uses_the_buffers_of_the_moving_average():
 def test_an_evaluation_measures_plain_cross_entropy():
     """Not the loss that is trained, which may be smoothed."""
     train_state, batch = make_evaluated()
-    plain, _ = train_state.evaluate(batch)
+    plain, *_ = train_state.evaluate(batch)
     train_state.network.loss = nn.CrossEntropyLoss(label_smoothing=0.5)
     assert train_state.evaluate(batch)[0] == plain
 
@@ -130,14 +134,14 @@ def test_an_evaluation_with_folded_norms():
     train_state.average = MovingAverage(train_state.network.model, 0.9)
     train_state.average.values["4.running_var"].fill_(4.0)
     for _ in range(2):
-        (average, own), predicted = train_state.evaluate(batch)
+        (average, own), predicted, _ = train_state.evaluate(batch)
         with train_state.folded_norms():
             kinds = [{type(each) for each in model.modules()} for model in train_state.folded]
             assert len(kinds) == 2
             assert all(nn.BatchNorm2d not in each for each in kinds)
             folded = train_state.evaluate(batch)
             assert train_state.evaluate(batch)[0] == folded[0], "to the bit"
-        (folded_average, folded_own), folded_predicted = folded
+        (folded_average, folded_own), folded_predicted, _ = folded
         assert folded_average.loss == pytest.approx(average.loss, rel=1e-5)
         assert folded_own.loss == pytest.approx(own.loss, rel=1e-5)
         assert own.loss != pytest.approx(average.loss, rel=1e-5)

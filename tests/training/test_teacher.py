@@ -176,7 +176,7 @@ def test_a_validation_asks_no_teacher(monkeypatch):
     expected = train_state.evaluate(batch)
     train_state.network.teacher = make_teacher(0.5)
     monkeypatch.setattr(Teacher, "__call__", None)
-    scores, predicted = train_state.evaluate(batch)
+    scores, predicted, _ = train_state.evaluate(batch)
     assert scores == expected[0]
     assert torch.equal(predicted, expected[1])
 
