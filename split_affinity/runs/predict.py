@@ -183,8 +183,8 @@ def find_asked(texts: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     found = [find_pictures(text) for text in texts]
     paths = [path for pictures, _ in found for path in pictures]
     unread = list(dict.fromkeys(text for _, unread in found for text in unread))
-    heif = list(dict.fromkeys(unreadable_heif(paths)))
-    left = [path for path in paths if path not in frozenset(heif)]
+    unreadable = dict.fromkeys(unreadable_heif(paths))
+    left, heif = [path for path in paths if path not in unreadable], list(unreadable)
     if not left:
         alone = f"{heif[0]}: {HEIF} ({HEIF_REMEDY})"
         raise UserError(heif_pictures(len(heif)) if heif[1:] else alone)
@@ -234,11 +234,12 @@ def predict(settings: Settings, topology: Topology) -> list[Answer]:
     answers = [each for each in results if isinstance(each, Answer)]
     missing = [text for text in results if isinstance(text, str)]
     count = len(missing)
-    missing += [*unread_folders, *(f"{path}: {HEIF} ({HEIF_REMEDY})" for path in heif)]
+    without = [(path, f"{path}: {HEIF} ({HEIF_REMEDY})") for path in heif]
+    missing += [*unread_folders, *(text for _, text in without)]
     if settings.json:
         write_where_asked(settings.json, answers_json(settings, trained, answers, missing))
     if settings.csv:
-        others = [("", text) for text in missing[count:]]
+        others = [*(("", text) for text in unread_folders), *without]
         write_where_asked(settings.csv, answers_csv([*zip(paths, results, strict=True), *others]))
     if note := unlike_note(trained, answers):
         say(shown(f"note: {note}"), sys.stderr)
