@@ -149,7 +149,6 @@ COMMANDS = {
         "a folder, with what a training has saved": "predict new --resume out/mine/best.pt",
         "a picture, and the answer in a file":
             "predict a.jpg --resume best.pt --json answers.json",
-        "a folder, and the answers in a table": "predict new --resume best.pt --csv answers.csv",
         "with trained weights of torchvision":
             "predict new/*.jpg --model resnet50 --weights DEFAULT",
     }, ("pictures", *ASKED_WITH, *"""
