@@ -17,6 +17,7 @@ from loading import ALL_CPUS, Labels, folder_of, load, small
 from patching import set_everywhere
 from small import TINY
 
+from split_affinity import PROGRAM
 from split_affinity.data.dataset import (
     choose_images,
     describe_data,
@@ -343,3 +344,24 @@ def test_a_recipe_keeps_a_fifth_apart_where_nothing_validates(recipe, tmp_path, 
     assert len(opened(photos_with_val)[0].val) == 12
     with pytest.raises(UserError, match="--val-share 0.5: .* has 12 images to validate with"):
         opened(photos_with_val, "--val-share", "0.5")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_fitted_batch(tmp_path, in_tmp, capsys, monkeypatch):
+    for name in ("draw_timelines", "draw_curves", "draw_gradients"):
+        set_everywhere(monkeypatch, name, lambda *args: None)
+    root = folder_with(tmp_path / "data", a=23, b=23)  # 36 to train on
+    typed = ["--recipe", "finetune", "--data-path", str(root), "--weights", "none", "-j", "0"]
+    typed += ["--model", "squeezenet1_1", "--image-size", "32", "--split", "none"]
+    assert main([*typed, "--epochs", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "note      18 images in a batch, not 32, fit better\n" in printed
+    assert "\nfinished after 2 of 2 steps\n" in printed
+    assert f"next: python {PROGRAM} --test-only --resume out/finetune/best.pt" in printed
+    ways = ["--resume", "out/finetune/last.pt"], [*typed, "--resume", "auto"]
+    for epochs, again in enumerate(ways, 2):
+        capsys.readouterr()
+        assert main([*again, "--epochs", str(epochs), "-j", "0"]) == 0
+        printed = capsys.readouterr().out
+        assert f"\nfinished after {2 * epochs} of {2 * epochs} steps\n" in printed
+        assert "images to train on" not in printed and "--batch-size" not in printed
