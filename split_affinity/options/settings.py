@@ -403,6 +403,7 @@ def as_options(settings: Settings) -> str:
     begins_anew = settings.resume in (None, Path("auto")) and not settings.init_from
     if defaults["weights"] and settings.weights is None and begins_anew:
         words += ["--weights", NO_WEIGHTS]
+        defaults |= {"freeze": None, "freeze_epochs": None}  # as adapt_recipe has them then
     for name, value in vars(settings).items():
         # A launcher starts ranks: nobody types them.
         if value is None or name == "ranks" or (name != "recipe" and value == defaults[name]):
