@@ -5,6 +5,7 @@ Run: python -m pytest tests/models/test_pretrained.py
 
 import dataclasses
 import re
+import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from split_affinity.models.pretrained import (
     Preprocessing,
     find_weights,
     imagenet_classes,
+    impatient,
     load_torchvision,
 )
 from split_affinity.models.registry import (
@@ -33,6 +35,8 @@ from split_affinity.models.registry import (
     check_model_name,
 )
 from split_affinity.models.weights import classifier_weights, take_weights
+from split_affinity.options.settings import Settings
+from split_affinity.runs.starting_weights import load_named_weights
 
 # Trained weights by name
 
@@ -141,6 +145,23 @@ def test_weights_that_cannot_be_fetched(torch_cache, tmp_path):
         "--weights DEFAULT: cannot fetch https://download.pytorch.org/models/resnet18-f37072fd.pth:"
         f" <urlopen error no network>; if you have it from elsewhere, put it there as {place}"
     )
+
+
+def test_a_training_without_a_network_has_two_other_ways(torch_cache):
+    settings = Settings(model="squeezenet1_1", weights="DEFAULT", num_classes=3, image_size=32)
+    ways = "; or give a file with weights by --init-from, or train without any by --recipe scratch"
+    for test_only in (False, True):
+        settings = dataclasses.replace(settings, test_only=test_only)
+        with pytest.raises(UserError, match="cannot fetch .*squeezenet") as caught:
+            load_named_weights(torch.nn.Identity(), settings, ("a", "b", "c"))
+        assert str(caught.value).endswith(ways) != test_only
+
+
+def test_connections_are_given_up(monkeypatch):
+    before = socket.getdefaulttimeout()
+    with impatient():
+        assert socket.getdefaulttimeout() == 20
+    assert socket.getdefaulttimeout() == before
 
 
 def test_weights_whose_hash_is_wrong(torch_cache, monkeypatch):
