@@ -200,8 +200,8 @@ def assert_odd_files(folder):
     """What the runs of ODD_RUNS have to leave: text in UTF-8, JSON in ASCII."""
     log = Path("logs.md").read_text(encoding="utf-8")
     assert log.count("- outcome: finished after ") == 2
-    assert log.count(r", data_path ") == log.count(r"Blumen f\xfcr üben,") == 2
-    assert log.count(r", output_dir caf\xe9 ü,") == 2
+    assert log.count(r", data_path ") == log.count(r"Blumen f\xfcr üben,") == 3
+    assert log.count(r", output_dir caf\xe9 ü,") == 3
     assert re.search(r"- warning: broken image .*/Blumen f\\xfcr üben/val/caf\\xe9/0001.jpg: ", log)
     lines = read_metrics(folder)
     assert [line["type"] for line in lines if line["type"] != "step"] == 2 * [
@@ -265,8 +265,9 @@ def test_find_lr(in_tmp, photos, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "F forward, B backward" in printed
     assert re.search(r"^lr 1\.00e-06: loss \d\.\d{4}, smoothed \d\.\d{4}$", printed, re.MULTILINE)
-    *_, last = printed.splitlines()
+    *_, last, following = printed.splitlines()
     assert last == "suggestion: --lr 0.012, a tenth of the rate up to which the loss stays low"
+    assert following.startswith("next: ") and "--lr 0.012" in following
     assert sorted(path.name for path in in_tmp.rglob("*")) == ["lr.png", "out"]
     assert Image.open("out/lr.png").width > 500
 
@@ -276,7 +277,7 @@ def test_find_lr_suggests_nothing_rather_than_guess(in_tmp, photos, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "suggestion: --lr " not in printed
-    *_, last = printed.splitlines()
+    *_, last, _ = printed.splitlines()
     assert last == ("no suggestion: the loss did not fall clearly before it rose; try more --steps")
     assert not list(in_tmp.iterdir()), "nor is anything written without a folder"
     assert main([*arguments, "--output-dir", "out"]) == 0
@@ -623,7 +624,7 @@ def test_a_run_without_docstrings_and_assertions(in_tmp):
         ("--min-res 128", "--min-res and --end-ramp belong together: give both"),
         (
             "trian",
-            "unknown command 'trian' (choose from train, plan, find-lr, compare, predict); did ",
+            "unknown command 'trian' (choose from train, data, plan, find-lr, compare, predict)",
         ),
     ],
 )

@@ -75,6 +75,7 @@ HINTS = {
     "--learning_rate": "--lr",
     "--scheduler": "--lr-scheduler",
     "--network": "--model",
+    "--batch": "--batch-size",
     "--data": "--data-path",
     "--data-dir": "--data-path",
     "--num-workers": "--workers",

@@ -52,8 +52,9 @@ def test_test_only_gives_the_figures_of_the_epoch(trained, in_tmp, capsys, argum
     assert f"{trained / 'last.pt'}: epoch 2, step 6\n" in printed
     precision = state_of(trained)["settings"]["precision"]
     assert (  # no top-5 of two classes
-        f"12 images: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} %, "
-        f"computed in {precision}\nraw, without the moving average: "
+        f"12 images: loss {row['val_loss']:.4f}, top-1 {row['val_top1']:.2f} % "
+        f"(12 of the images were trained on), computed in {precision}\n"
+        "raw, without the moving average: "
         f"loss {row['val_raw_loss']:.4f}, top-1 {row['val_raw_top1']:.2f} %\n" in printed
     )
     with (in_tmp / "out/confusion.csv").open() as file:
@@ -142,7 +143,7 @@ def test_of_equal_accuracies_the_lower_loss_is_kept(tmp_path):
         checkpoints.save(tiny_train_state(), progress)
         assert step_of(tmp_path, "best.pt") == 10 * best
         assert [path.name for path in tmp_path.glob("best-*")] == [f"best-000{best}.pt"]
-    assert result_lines(None, progress) == ["best validation top-1: 70.00 % in epoch 2"]
+    assert result_lines(progress) == ["best validation top-1: 70.00 % in epoch 2"]
 
 
 def test_from_epoch_10000_on(tmp_path):

@@ -126,7 +126,7 @@ def test_what_is_said_of_confused_classes(photos, tmp_path, in_tmp, capsys, pair
     cheap = [word for word in TINY if word not in ("--num-classes", "3")]
     options = ["--data-path", str(photos), "--augment-confused", str(path)]
     assert main(["plan", *cheap, *options]) == 0
-    assert line in capsys.readouterr().out.splitlines()[-2]
+    assert any(each.startswith(line) for each in capsys.readouterr().out.splitlines())
 
 
 @pytest.mark.parametrize(

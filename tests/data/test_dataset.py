@@ -216,7 +216,7 @@ def test_images_that_a_checkpoint_may_know_are_told(run, in_tmp):
     code, printed = run(*test, "--seed", "2")
     assert code == 0
     assert "out/last.pt was trained on all of these 2 images: the figures do not" in printed.err
-    assert "(2 of the images were trained on)\n" in printed.out
+    assert "(2 of the images were trained on), computed in " in printed.out
 
 
 def test_no_share_where_there_are_images_to_validate_with(photos_with_val):

@@ -483,7 +483,7 @@ def test_a_set_that_cannot_be_fetched_is_told_in_a_line(tmp_path, site, monkeypa
 def test_a_plan_for_a_set_that_is_not_there_yet(in_tmp, capsys):
     options = ["--model", "resnet56", "--dataset", "flowers102", "--data-path", "later"]
     assert main(["plan", *options]) == 0
-    note, _ = capsys.readouterr().out.splitlines()[-2:]
+    note, _, _ = capsys.readouterr().out.splitlines()[-3:]
     assert note == "note: later does not exist yet: 102 classes, 224 px taken instead"
 
 

@@ -143,6 +143,6 @@ def test_the_next_command(typed, left, expected):
 
 
 def test_each_command_has_one():
-    typed = {"predict": "predict a.jpg --resume a.pt"}
+    typed = {"predict": "predict a.jpg --resume a.pt", "data": "data photos"}
     for command in COMMANDS:
         assert after(typed.get(command, command), **BEST, lr=0.1, way=WAY), command

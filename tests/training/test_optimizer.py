@@ -77,6 +77,14 @@ RECIPE_RATES = {
         275: 0.01464466,
         359: 2.134415e-6,
     },
+    "scratch": {  # 5 epochs up from a hundredth, then half a cosine over 55
+        0: 0.0005,
+        10: 0.02525,
+        19: 0.047525,
+        20: 0.05,
+        130: 0.025,
+        239: 2.548925e-06,
+    },
     "digits": {  # 2 epochs up, then half a cosine over 10
         0: 0.0005,
         4: 0.02525,

@@ -140,6 +140,6 @@ def test_weights_of_1_change_nothing():
 def test_an_evaluation_is_not_weighted():
     train_state = make_train_state(make_tiny_model().eval(), 1)
     batch = make_batches(1, side=16)[0]
-    plain, _ = train_state.evaluate(batch)
+    plain, *_ = train_state.evaluate(batch)
     weigh(train_state.network, 0.1, None)
     assert train_state.evaluate(batch)[0] == plain
