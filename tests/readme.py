@@ -1,11 +1,11 @@
-"""Runs the README from top to bottom, as someone would who follows it.
+"""Runs the README from top to bottom, as someone would who follows it, in a fresh clone.
 
     python3 tests/readme.py
 
-Every command of its code blocks runs in the page's order, in a copy of the clone, with the
-environment that its first block makes: that stays, as .venv. Trainings are shortened by options
-that are added at the end. Photographs and trained weights, which a test cannot fetch, are made up.
-The last section, with the tests themselves, is left to .ci/run.
+Every command of its code blocks runs in the page's order, with the environment that its first block
+makes: that stays, all else is removed. Trainings are shortened by options that are added at the
+end. Photographs and trained weights, which a test cannot fetch, are made up. The last section, with
+the tests themselves, is left to .ci/run.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ import re
 import shlex
 import shutil
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_IN_A_CLONE = (".git", ".venv", ".*_cache", "out", "data", "exported", "hf_space", "build")
 LAST_SECTION = "\n## License and development\n"
 PYTHON = ".venv/bin/python"
 
@@ -47,6 +45,8 @@ MADE = (
     "out/digits/best.pt out/digits/curves.png out/data/photos/data.html out/photos/best.pt "
     "out/photos/confusion.png report.html"
 ).split()
+# What the commands make or change at the top of the clone, beside logs.md.
+TOUCHED = set("out data photos made new torch report.html exported hf_space".split())
 
 
 def commands(page: str) -> list[str]:
@@ -58,8 +58,8 @@ def commands(page: str) -> list[str]:
 
 
 def shortened(command: str) -> str:
-    """A command that takes no minutes. Packages come from where pip is told to look here."""
-    command = re.sub(r" --index-url \S+", "", command)
+    """A command that takes no minutes; tests/deploy has int8. Packages come from pip's own index."""
+    command = re.sub(r" --index-url \S+| --int8", "", command)
     return " ".join([command, *(more for known, more in SHORTENED.items() if known in command)])
 
 
@@ -70,20 +70,20 @@ def script_and_options(command: str) -> list[str]:
     return [Path(words[found[0]]).name, *words[found[0] + 1 :]] if found else []
 
 
-def next_command(printed: str) -> list[str]:
-    """The script and the options of the command that a program names as the next one."""
+def next_commands(printed: str) -> list[list[str]]:
+    """The scripts and the options of the commands that a program names as the next ones."""
     found = re.findall(r"^next: (.*)$", printed, re.MULTILINE)
-    return script_and_options(found[-1]) if found else []
+    return [script_and_options(each.replace("PICTURES", "new")) for each in found]
 
 
-def run(command: str, folder: Path) -> str:
+def run(command: str) -> str:
     """What a command of the shell prints. Ends the program if it fails."""
     print(f"+ {command}", flush=True)
     begun_s = time.monotonic()
     done = subprocess.run(
         ["bash", "-e", "-c", command],
-        cwd=folder,
-        env=os.environ | {"TORCH_HOME": str(folder / "torch")},
+        cwd=ROOT,
+        env=os.environ | {"TORCH_HOME": str(ROOT / "torch")},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
@@ -94,28 +94,38 @@ def run(command: str, folder: Path) -> str:
     return done.stdout
 
 
-def main() -> None:
-    """Run all of it; ends with what is wrong, if anything is."""
-    environment = ROOT / ".venv"
-    shutil.rmtree(environment, ignore_errors=True)
-    environment.mkdir()
-    listed = commands((ROOT / "README.md").read_text())
-    with tempfile.TemporaryDirectory() as temporary:
-        clone = Path(temporary) / "clone"
-        shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(*NOT_IN_A_CLONE))
-        (clone / ".venv").symlink_to(environment)
-        for number, command in enumerate(listed):
-            for known, needed in NEEDED.items():
-                if known in command:
-                    run(needed, clone)
-            printed = run(shortened(command), clone)
-            follows = script_and_options(listed[number + 1]) if listed[number + 1 :] else []
-            told = next_command(printed)
-            if " photos" in command and follows and told != follows:
+def run_page(listed: list[str]) -> None:
+    """Run all commands; ends with what is wrong, if anything is."""
+    for number, command in enumerate(listed):
+        for known, needed in NEEDED.items():
+            if known in command:
+                run(needed)
+        printed = run(shortened(command))
+        told = next_commands(printed)
+        if told and "photos" in command:  # each says the one that the page has below it
+            follows = script_and_options(listed[number + 1])
+            if follows not in told and follows[0] == script_and_options(command)[0]:
                 raise SystemExit(f"README.md: after {command}\n{told} is next, not {follows}")
-        if missing := [name for name in MADE if not (clone / name).is_file()]:
-            raise SystemExit(f"README.md: not made: {', '.join(missing)}")
+    if missing := [name for name in MADE if not (ROOT / name).is_file()]:
+        raise SystemExit(f"README.md: not made: {', '.join(missing)}")
     print(f"README.md: {len(listed)} commands work as printed")
+
+
+def main() -> None:
+    """Run the page in this clone, and leave it as it was, but for the environment."""
+    before, log = {path.name for path in ROOT.iterdir()}, (ROOT / "logs.md").read_bytes()
+    if busy := sorted(before & TOUCHED):
+        raise SystemExit(
+            f"{', '.join(busy)}: the README's commands would change it; use a fresh clone"
+        )
+    shutil.rmtree(ROOT / ".venv", ignore_errors=True)
+    try:
+        run_page(commands((ROOT / "README.md").read_text()))
+    finally:
+        (ROOT / "logs.md").write_bytes(log)
+        for name in TOUCHED & {path.name for path in ROOT.iterdir()}:
+            path = ROOT / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 if __name__ == "__main__":
