@@ -58,7 +58,9 @@ def commands(page: str) -> list[str]:
 
 
 def shortened(command: str) -> str:
-    """A command that takes no minutes; tests/deploy has int8. Packages come from pip's own index."""
+    """A command without what takes minutes (tests/deploy has int8), and with packages from where
+    pip is told to look here.
+    """
     command = re.sub(r" --index-url \S+| --int8", "", command)
     return " ".join([command, *(more for known, more in SHORTENED.items() if known in command)])
 
