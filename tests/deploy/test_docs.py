@@ -1,6 +1,7 @@
 """The pages' commands of deploy/. Run: python -m pytest tests/deploy/test_docs.py
 
-Each runs as printed, but for what makes it short; tests/test_docs.py has those of the trainer.
+Each runs as printed, but for what makes it short; tests/test_docs.py has those of the trainer, and
+tests/readme.py those of the README.
 """
 
 import re
@@ -16,7 +17,7 @@ import speed
 from checkpoint import HERE
 
 ROOT = HERE.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 PROGRAMS = {"report": report.main, "export": export.main}
 
 

@@ -41,6 +41,7 @@ from split_affinity.data.decoding import picture_reader
 from split_affinity.data.pictures import PICTURE_FORMATS
 from split_affinity.data.transforms import validation_transform
 from split_affinity.models.pretrained import Preprocessing
+from split_affinity.reports import page as report_page
 from train_split_affinity import main
 
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
@@ -312,7 +313,9 @@ def test_the_page_and_the_report_have_the_same_colours_of_heat():
     expected = 255 * heat_maps.colormaps[heat_maps.COLOURS](steps)[:, :3]
     assert np.abs(pictures.GLOW - expected).max() < 1
     assert pictures.STRONGEST == heat_maps.STRONGEST
-    drawn = re.search(r"\.scale \{.*", (cp.HERE / "report.html.jinja").read_text())[0]
+    drawn = re.search(
+        r"\.scale \{.*", report_page.read_template(report_page.__package__, "page.html.jinja")
+    )[0]
     for place, colour in enumerate(re.findall(r"#[0-9a-f]{6}", drawn)):
         assert np.abs(pictures.GLOW[2 * place] - [*bytes.fromhex(colour[1:])]).max() <= 1
 
