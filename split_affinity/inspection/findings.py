@@ -115,7 +115,7 @@ def imbalance(survey: Survey) -> Finding | None:
     return Finding(
         f"{survey.imbalance:.1f} times as many pictures of {large.name} as of {small.name}",
         f"{large.train} and {small.train} to train on. A model errs towards what it sees often.",
-        "--class-weights balanced lets each class count alike (if the loss jumps then, lower --lr). "
+        "--class-weights balanced lets each class count alike; lower --lr if the loss jumps then. "
         "More pictures are better.",
     )
 
