@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 from split_affinity.data.decoding import Box, decoded
 from split_affinity.data.pictures import (
     NO_ROOM,
-    PICTURE_FORMATS,
     BrokenImage,
     finish_picture,
+    open_file,
     picture_errors,
 )
 from split_affinity.data.samples import SampleKey
@@ -71,7 +71,7 @@ def look_at_file(path: str, with_crops: bool = True) -> Look:
     """A look at a file's picture. Raises BrokenImage."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of many pixels, of damaged EXIF data
-        with picture_errors(path), Image.open(path, formats=PICTURE_FORMATS) as picture:
+        with picture_errors(path), open_file(path) as picture:
             mode, kind, orientation = picture.mode, picture.format or "", 1
             with contextlib.suppress(Exception):  # damaged EXIF data
                 orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)

@@ -318,8 +318,8 @@ class ReportSettings:
     print_freq: int = free_option(10, "steps between two lines of figures", type=COUNT)
     tensorboard: bool = free_option(False, "write what is measured for TensorBoard too, into the "
         "folder tensorboard in --output-dir (pip install tensorboard)")
-    open: bool = free_option(False, "open the pictures that were drawn, at the end; without a "
-        "screen a line says where they are", only="train find-lr compare")
+    open: bool = free_option(False, "open the pictures that were drawn, or the page of data, at "
+        "the end; without a screen a line says where they are", only="train find-lr compare data")
     json: Path | None = free_option(None, "file for the figures of compare, or for the answers of "
         "predict (default: not written)", only="compare predict", type=Path)
     csv: Path | None = free_option(None, "file for the answers of predict as a table, a row for "

@@ -103,12 +103,20 @@ def test_the_page_shows_pictures_of_every_class(looked_at):
     assert "http" not in page.replace("http-equiv", "")
 
 
-def test_a_folder_without_validation_is_split_as_a_training_would(photos, in_tmp, capsys):
+def test_a_folder_without_validation_is_split_as_a_training_would(
+    photos, in_tmp, capsys, monkeypatch
+):
     shutil.copytree(photos / "train", "mine")
-    assert main(["data", "mine", "--val-share", "0.5", "-b", "2"]) == 0
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.delenv("BROWSER", raising=False)
+    assert main(["data", "mine", "--val-share", "0.5", "-b", "2", "--open"]) == 0
     figures = json.loads((in_tmp / "out/data/mine/data.json").read_text())
     assert figures["pictures"] == {"train": 6, "validation": 6}
-    assert " (0.5 of each class) kept apart to validate with" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert " (0.5 of each class) kept apart to validate with" in printed
+    assert "nothing here can open pictures; they are out/data/mine/data.html\n" in printed
+    assert printed.splitlines()[-1].startswith("next: ")
     assert "--val-share 0.5" in figures["next"]
 
 

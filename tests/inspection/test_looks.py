@@ -23,6 +23,14 @@ def test_a_file_is_seen_as_it_is_shown(tmp_path):
     assert found.shorter_side == 60
 
 
+def test_a_phone_s_pictures_are_seen(tmp_path):
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    path = save(noise(0), tmp_path / "a.heic", quality=90)
+    found = look_at_file(str(path))
+    assert (found.size, found.kind, found.orientation) == ((80, 60), "HEIF", 1)
+    assert found.hash is not None
+
+
 def test_the_digest_is_of_the_picture_not_of_its_file(tmp_path):
     picture = noise(0)
     paths = [save(picture, tmp_path / name) for name in ("a.png", "b.bmp", "c.tif")]
