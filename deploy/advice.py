@@ -5,7 +5,6 @@ with the figures that say so, or None where they say nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from figures import LEVEL, Calibration, ClassFigures, Judged, Scores, Share
@@ -13,6 +12,7 @@ from figures import LEVEL, Calibration, ClassFigures, Judged, Scores, Share
 from split_affinity.checkpoints.state import best_epoch
 from split_affinity.options.settings import Settings
 from split_affinity.reports.confusion import images_by_class, worst_pairs
+from split_affinity.reports.page import Finding
 from split_affinity.text import as_option, percent, plural
 from split_affinity.training.network import Confusion
 
@@ -37,15 +37,6 @@ OFF = (0, "none", None)
 MORE_EPOCHS = "Train longer (--epochs)."
 
 History = Sequence[dict[str, Any]]  # a row for each finished epoch, as in metrics.jsonl
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A heading, and what was found with its figures; `to_do` is empty if nothing needs doing."""
-
-    title: str
-    figures: str
-    to_do: str = ""
 
 
 def some(texts: Sequence[str]) -> str:

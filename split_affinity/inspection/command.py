@@ -26,7 +26,7 @@ from split_affinity.data.pictures import ImageData, kept_apart
 from split_affinity.data.samples import EpochOrder
 from split_affinity.errors import UserError
 from split_affinity.files import check_appendable, write_whole
-from split_affinity.inspection.findings import Finding, advised, find
+from split_affinity.inspection.findings import advised, find
 from split_affinity.inspection.looks import Look, Looks, can_compare
 from split_affinity.inspection.sheets import class_sheets, size_text, twin_pictures
 from split_affinity.inspection.survey import TRAIN, VALIDATION, Seen, Survey, survey_figures
@@ -35,7 +35,7 @@ from split_affinity.machine.plan import plan_cores
 from split_affinity.machine.topology import Topology
 from split_affinity.options.recipes import survey_folder
 from split_affinity.options.settings import Settings, as_options
-from split_affinity.reports.page import SMALL_PX, page_template
+from split_affinity.reports.page import SMALL_PX, Finding, page_template
 from split_affinity.reports.page import SURVEY_PAGE as PAGE
 from split_affinity.signals import StopRequest
 from split_affinity.terminal import say_lines

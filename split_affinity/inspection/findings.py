@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from split_affinity.data.dataset import fitted_batch
@@ -14,6 +13,7 @@ from split_affinity.inspection.survey import TRAIN, VALIDATION, Seen, Survey
 from split_affinity.inspection.twins import MOST_COMPARED, Twins
 from split_affinity.options.data_sets import VAL_SHARE
 from split_affinity.options.settings import BALANCED, Settings
+from split_affinity.reports.page import Finding
 from split_affinity.text import percent, plural
 
 LISTED = 3  # pictures or classes in a sentence
@@ -23,15 +23,6 @@ FEW_TO_VALIDATE = 5  # of a class
 SIZE_STEP = 32  # pixels
 SMALLEST_SIZE = 32
 LEFT_OUT_SHARE = 0.05  # of the pictures of an epoch, since batches are full ones
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A heading, and what was found with its figures; `to_do` is empty if nothing needs doing."""
-
-    title: str
-    figures: str
-    to_do: str = ""
 
 
 def some(texts: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
 
 SURVEY_PAGE = "data.html"  # of the command data
 SMALL_PX = 64  # of pictures whose every pixel counts
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A heading, and what was found with its figures; `to_do` is empty if nothing needs doing."""
+
+    title: str
+    figures: str
+    to_do: str = ""
 
 
 def data_uri(picture: Image.Image) -> str:
