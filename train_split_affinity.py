@@ -72,6 +72,7 @@ from split_affinity.checkpoints.folder import Checkpoints
 from split_affinity.checkpoints.resume import resume
 from split_affinity.checkpoints.state import Progress, asked_again
 from split_affinity.compare.command import compare
+from split_affinity.counters.counters import open_counters
 from split_affinity.data.dataset import describe_images
 from split_affinity.data.loader import BadImages, open_loaders
 from split_affinity.errors import RunError, Stopped, UserError, likely_reason, memory_errors
@@ -247,7 +248,7 @@ def set_up(
             # Loaders come first: no process may be forked once a lane has its OpenMP team.
             cpus = plan.loader_cpus
             train, val = open_loaders(stack, data, settings, cpus, ranks.rank, stop.check)
-            lanes = stack.enter_context(Lanes(plan, topology.online))
+            lanes = stack.enter_context(Lanes(plan, topology.online, open_counters(settings, plan)))
             plan = lanes.plan
             counts = steps_in_epoch(settings, len(train)), planned_steps(settings, len(train))
             settings = dataclasses.replace(

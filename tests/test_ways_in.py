@@ -154,10 +154,8 @@ def test_extras_are_the_requirement_files():
     deploy = requirements((ROOT / "deploy/requirements.txt").read_text().splitlines())
     tests = requirements((ROOT / "tests/requirements.txt").read_text().splitlines())
     assert requirements(extras["deploy"]) == deploy
-    assert (
-        requirements([*extras["test"], *extras["heic"], *extras["timm"], *extras["tensorboard"]])
-        == tests
-    )
+    names = "test", "heic", "timm", "tensorboard", "parquet"
+    assert requirements(line for name in names for line in extras[name]) == tests
 
 
 def test_ci_runs_each_test_once():

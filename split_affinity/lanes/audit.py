@@ -21,17 +21,19 @@ from typing import Any
 
 import psutil
 
+from split_affinity.counters.counters import NO_COUNTERS, Counters
 from split_affinity.files import read_text
 from split_affinity.machine.plan import CorePlan, Group
 from split_affinity.text import format_cpu_list, plural
 
 # One object each for all records without a closer look: a long run has many of them.
-UNKNOWN: dict[int, float] = {}
+UNKNOWN: dict[Any, Any] = {}
 NOT_LOOKED_AT = {
     "cpu_busy_s": UNKNOWN,
     "cpu_before_s": UNKNOWN,
     "seen_on": frozenset(),
     "used_on_s": UNKNOWN,
+    "counts": UNKNOWN,
 }
 LOOK_SHARE = 0.01  # of the time may go into looking closely at each kind of phase
 STRAY_WARNING_SHARE = 0.01
@@ -63,6 +65,8 @@ class PhaseRecord:
     used_on_s: dict[int, float] = field(default_factory=lambda: UNKNOWN)
     # Closer look: by CPU, busy between boot and the phase.
     cpu_before_s: dict[int, float] = field(default_factory=lambda: UNKNOWN)
+    # Closer look, if asked for: what was counted (see counters/), by name.
+    counts: dict[str, Any] = field(default_factory=lambda: UNKNOWN)
 
     @property
     def duration_s(self) -> float:
@@ -159,31 +163,39 @@ def hidden_figures(plan: CorePlan, online: Sequence[int]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Reading:
-    """What each thread has used so far and, for a closer look, how long each CPU was busy."""
+    """What each thread has used so far and, for a closer look, how long each CPU was busy, and what
+    counters say.
+    """
 
     threads_ns: dict[int, int]
     cpus_s: list[float] | None
+    counts: list[Any]
 
 
 class Audit:
     """Shares CPU time out among phases; `born_for` has the group of each lane's threads, by id."""
 
-    def __init__(self, online: Sequence[int]):
+    def __init__(self, online: Sequence[int], counters: Counters = NO_COUNTERS):
         self.online = online
+        self.counters = counters
         self.born_for: dict[int, Group] = {}
         self._known: dict[int, int] = {}  # the latest reading
 
-    def begin(self, look: bool) -> Reading:
+    def begin(self, group: Group, look: bool) -> Reading:
         """The reading before a phase. A closer look takes some milliseconds on a large machine."""
         cpus_s = cpu_busy_s() if look else None
-        return Reading(thread_clocks_ns(self._known), cpus_s)
+        threads_ns = thread_clocks_ns(self._known)
+        return Reading(threads_ns, cpus_s, self.counters.read(group.name) if look else [])
 
     def end(self, group: Group, before: Reading) -> dict[str, Any]:
         """The fields of a PhaseRecord, from the reading before the phase and one now."""
-        self._known = threads_ns = thread_clocks_ns(before.threads_ns)
         look = before.cpus_s is not None
+        counts = self.counters.read(group.name) if look else []
+        self._known = threads_ns = thread_clocks_ns(before.threads_ns)
         after_s = cpu_busy_s() if look else []
         fields = NOT_LOOKED_AT | self.attribute(group, before.threads_ns, threads_ns, look)
+        if look and self.counters:
+            fields["counts"] = self.counters.between(group.name, before.counts, counts)
         if look and len(self.online) == len(before.cpus_s) == len(after_s):  # none is hidden
             busy_s = map(operator.sub, after_s, before.cpus_s)
             fields["cpu_busy_s"] = dict(zip(self.online, busy_s, strict=True))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from split_affinity import AFFINITY_REFUSED, process_cpus
+from split_affinity.counters.counters import NO_COUNTERS, Counters
 from split_affinity.errors import RunError
 from split_affinity.lanes.audit import (
     LOOK_SHARE,
@@ -179,12 +180,13 @@ class Lane:
             )
             self.group = dataclasses.replace(self.group, threads=threads)
         self._audit.born_for |= dict.fromkeys(lane_and_workers, self.group)
+        self._audit.counters.watch(self.group.name, lane_and_workers)
 
     def _run_phase(self, phase: str, function: Callable[..., Any], args: Sequence[Any]) -> Any:
         called_s = time.perf_counter()
         mask = self._enter_group()
         look = called_s >= self._look_at_s.get(phase, 0.0)
-        before = self._audit.begin(look)
+        before = self._audit.begin(self.group, look)
         start_s = time.perf_counter()
         result = function(*args)
         end_s = time.perf_counter()
@@ -203,10 +205,12 @@ class Lanes:
 
     Leaving this context manager, by an exception too, drains and ends both lanes. `plan` has the
     threads that OpenMP gave; `notes` are for the user; `monitor` watches who else uses the cores.
+    `counters` count in each phase, and are closed with the lanes.
     """
 
-    def __init__(self, plan: CorePlan, online: Sequence[int]):
-        audit = Audit(online)
+    def __init__(self, plan: CorePlan, online: Sequence[int], counters: Counters = NO_COUNTERS):
+        audit = Audit(online, counters)
+        self.counters = counters
         self._lanes: list[Lane] = []
         try:
             for group in plan.groups:  # one after the other, so that each team is known by birth
@@ -218,7 +222,7 @@ class Lanes:
         groups = {"forward": self.forward.group, "backward": self.backward.group}
         self.plan = dataclasses.replace(plan, **groups)
         notes = [note for lane in self._lanes for note in lane.notes]
-        self.notes = [*notes, *hidden_figures(self.plan, online)]
+        self.notes = [*notes, *hidden_figures(self.plan, online), *counters.notes()]
         self.monitor = ContentionMonitor(self.plan, online)
 
     def take_records(self) -> tuple[PhaseRecord, ...]:
@@ -233,6 +237,7 @@ class Lanes:
         """Close all lanes."""
         for lane in self._lanes:
             lane.close()
+        self.counters.close()
 
     def __enter__(self) -> Lanes:
         return self

@@ -40,6 +40,7 @@ NEEDS = (
     ("save_steps", "output_dir", ", where checkpoints are"),
     ("mirror", "output_dir", ", where checkpoints are"),
     ("tensorboard", "output_dir", ", the folder for all that is written"),
+    ("phases", "output_dir", ", the folder for phases.csv"),
     ("open", "output_dir", ", the folder for the pictures"),
     ("teacher", "teacher_weights", ", a name such as DEFAULT or a file"),
 )

@@ -19,7 +19,9 @@ FIELDS = {setting.name: setting for setting in dataclasses.fields(Settings)}
 PATHS = frozenset("data_path augment_confused teacher_weights class_weights".split())
 SHOWN = PATHS | {"ranks"}
 # What you have to type again, and what a run that goes on does not need.
-LEFT = frozenset("workers mirror log_file output_dir tensorboard timeout json".split())
+LEFT = frozenset(
+    "workers mirror log_file output_dir tensorboard phases counters timeout json".split()
+)
 BEGUN = frozenset(
     """
     resume weights init_from test_only download machine record quick preload pictures open csv

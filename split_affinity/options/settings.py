@@ -318,6 +318,12 @@ class ReportSettings:
     print_freq: int = free_option(10, "steps between two lines of figures", type=COUNT)
     tensorboard: bool = free_option(False, "write what is measured for TensorBoard too, into the "
         "folder tensorboard in --output-dir (pip install tensorboard)")
+    phases: bool = free_option(False, "write what each phase did, a row for each, into phases.csv "
+        "in --output-dir (and phases.parquet, if pyarrow is installed): times, cores, CPU time by "
+        "kinds of threads, context switches, page faults, migrations", only="train")
+    counters: bool = free_option(False, "read what the machine counts in each phase, as far as it "
+        "shows it: cycles, instructions, cache misses, memory traffic, energy, clocks; for the "
+        "summary and, with --output-dir, for phases.csv", only="train")
     open: bool = free_option(False, "open the pictures that were drawn, or the page of data, at "
         "the end; without a screen a line says where they are", only="train find-lr compare data")
     json: Path | None = free_option(None, "file for the figures of compare, or for the answers of "

@@ -9,6 +9,7 @@ from pathlib import Path
 from split_affinity.checkpoints.folder import BEST, LAST, NAMED_BY_EPOCH, PREVIOUS
 from split_affinity.files import TRACEBACK
 from split_affinity.reports.confusion import CONFUSED, MATRIX_CSV, MATRIX_PNG, PAIRS
+from split_affinity.reports.phases import PHASES_CSV, PHASES_PARQUET
 from split_affinity.reports.tables import (
     CURVES,
     GRADIENTS,
@@ -20,7 +21,8 @@ from split_affinity.reports.tables import (
 )
 
 SUBSET = "subset.json"
-OF_TRAINING = (CURVES, GRADIENTS, TIMELINE, TRACE, METRICS, TENSORBOARD, SUBSET)
+OF_TRAINING = (CURVES, GRADIENTS, TIMELINE, TRACE, METRICS, PHASES_CSV, PHASES_PARQUET)
+BESIDE = (TENSORBOARD, SUBSET)
 OF_TESTS = (MATRIX_PNG, MATRIX_CSV, PAIRS, CONFUSED)
 NAMED_ONE_BY_ONE = 5  # files of one kind that are named by an epoch; of more the first and the last
 
@@ -37,7 +39,7 @@ def own_files(folder: Path, to_come: Collection[str] = ()) -> list[str]:
         kind: by_epoch(kind, there) for kind in ("best-", "epoch-")
     }
     checkpoints = (BEST, "best-", LAST, PREVIOUS, "epoch-")
-    names = (*checkpoints, *OF_TRAINING, *OF_TESTS, RANGE_PLOT, TRACEBACK)
+    names = (*checkpoints, *OF_TRAINING, *BESIDE, *OF_TESTS, RANGE_PLOT, TRACEBACK)
     return [text for name in names for text in found.get(name, ())]
 
 

@@ -15,6 +15,7 @@ from split_affinity.machine.plan import CorePlan
 from split_affinity.machine.topology import Topology, host_kind
 from split_affinity.options.settings import Settings, as_options, plain_settings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks, machines_of, rank_lines
+from split_affinity.reports.counts import counts_table
 from split_affinity.reports.summary import Summary
 from split_affinity.reports.tables import cpu_table, phase_table, summary_lines
 from split_affinity.text import (
@@ -151,7 +152,8 @@ def log_summary(
     if summary:
         lines += map(in_markdown, summary_lines(summary))
         cpus = folded("CPUs that were busy in each phase", cpu_table(summary))
-        more = [phase_table(summary), *more, cpus, *filter(None, [of_ranks])]
+        tables = filter(None, [phase_table(summary), counts_table(summary.phases)])
+        more = [*tables, *more, cpus, *filter(None, [of_ranks])]
     return "\n\n".join(["\n".join(f"- {line}" for line in lines), *more]) + "\n"
 
 

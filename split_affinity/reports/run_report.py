@@ -27,6 +27,7 @@ from split_affinity.machine.topology import Topology, machine_metrics
 from split_affinity.options.settings import Settings, plain_settings
 from split_affinity.ranks.ranks import ONE_PROCESS, RankLost, Ranks, rank_metrics
 from split_affinity.reports.contents import files_line, own_files
+from split_affinity.reports.counts import counts_table
 from split_affinity.reports.log import (
     LogSection,
     log_heading,
@@ -34,6 +35,7 @@ from split_affinity.reports.log import (
     picture_footer,
     where_logged,
 )
+from split_affinity.reports.phases import PhaseFile
 from split_affinity.reports.plots import draw_curves, draw_gradients
 from split_affinity.reports.summary import RunStatistics, Summary
 from split_affinity.reports.tables import (
@@ -63,7 +65,7 @@ from split_affinity.reports.tensorboard import EventFile, epoch_scalars, step_sc
 from split_affinity.reports.timeline import Panel, draw_timelines, steps_to_draw
 from split_affinity.reports.trace import trace_of_ranks
 from split_affinity.terminal import say, say_lines, warn
-from split_affinity.text import plural, shown, span_text
+from split_affinity.text import plural, shown, span_text, utc_now
 from split_affinity.training.optimizer import steps_in_epoch, total_steps
 from split_affinity.training.steps import StepResult
 from split_affinity.training.update import gradient_warnings
@@ -154,6 +156,9 @@ class RunReport:
         run |= {"resumed_at_step": progress.step, "versions": versions(), **rank_metrics(ranks)}
         self._write_metrics({"type": "run", **run, **machine_metrics(topology)})
         self._events: EventFile | None = None
+        self._phases: PhaseFile | None = None
+        if settings.output_dir and (settings.phases or settings.counters):
+            self._phases = PhaseFile(settings.output_dir, plan, utc_now(), ranks.rank)
         if settings.tensorboard and not ranks.rank:
             self._events = EventFile(settings.output_dir / TENSORBOARD, progress.step + 1)
         heading = log_heading(settings, asked or settings, topology, plan, progress.step, ranks)
@@ -202,6 +207,8 @@ class RunReport:
         """Take in one finished step."""
         self._statistics.add(result)
         self._write_metrics(result.as_metrics())
+        if self._phases:
+            self._write(self._phases.add, result, own=True)
         if self._events:
             self._write(self._events.add, result.step, step_scalars(result))
         self.check_placement(result.records)
@@ -242,6 +249,8 @@ class RunReport:
     def finish(self, outcome: str, together: bool = True) -> None:
         """Print the summary, end log and metrics, draw; with all ranks if they end `together`."""
         self._bar.close()
+        if self._phases:
+            self._write(self._phases.finish, own=True)
         every = self._gather(together)
         if self._ranks.rank:
             return
@@ -261,6 +270,8 @@ class RunReport:
         metrics, of_ranks = {"type": "summary", "outcome": outcome}, ""
         if summary:
             tables = [*summary_lines(summary), "", phase_table(summary, with_cores=False)]
+            if counted := counts_table(summary.phases):
+                tables += ["", counted]
             metrics |= dataclasses.asdict(summary)
             if len(every) > 1:
                 hosts, summaries = self._ranks.hosts, [each.summary for each in every]
@@ -303,7 +314,7 @@ class RunReport:
             panels = rank_panels(self._ranks, every, len(drawn), what)
         title, footer = describe_run(self._settings), picture_footer(self._topology)
         self._write(draw_timelines, folder / TIMELINE, title, panels, footer)
-        trace = trace_of_ranks(plans, steps_by_rank)
+        trace = trace_of_ranks(plans, steps_by_rank, title)
         self._write(write_whole, folder / TRACE, json.dumps(trace))
 
     def _write_metrics(self, line: dict[str, Any]) -> None:
@@ -311,9 +322,9 @@ class RunReport:
             text = json.dumps(line, allow_nan=False) + "\n"
             self._write(append_text, self._settings.output_dir / METRICS, text)
 
-    def _write(self, function: Callable[..., None], *args: Any) -> None:
-        """Write something, on the first rank; a failure is a warning."""
-        if self._ranks.rank:
+    def _write(self, function: Callable[..., None], *args: Any, own: bool = False) -> None:
+        """Write something, on the first rank, or each rank its `own`; a failure is a warning."""
+        if self._ranks.rank and not own:
             return
         try:
             function(*args)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
 import resource
 import statistics
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from split_affinity.files import read_text
+from split_affinity.counters.counters import SUMS
+from split_affinity.counters.memory import memory_by_node
 from split_affinity.lanes.audit import NOT_LOOKED_AT, PhaseRecord
 from split_affinity.lanes.contention import Contention, mean_contention
 from split_affinity.machine.plan import CorePlan
@@ -25,6 +24,8 @@ from split_affinity.training.steps import PHASES, StepResult
 
 LATEST_STEPS = 2000
 STEPS_TO_DRAW = 3
+FIGURES_BY_CPU = 20_000  # of the latest steps are kept, at least those to draw: some megabytes
+WARM_UP_STEPS = 2  # left out of most figures, if as many or more others follow
 SHORTEST_LOOK_S = 0.25  # at what others took: with ticks of 10 ms, what is shorter tells nothing
 CONTENTION_WINDOW_S = 10  # contention counts if it is large for so long: short bursts do not
 
@@ -61,6 +62,10 @@ class PhaseSummary:
     stray_ms: float  # in the whole run
     seen_on: str  # the CPUs, by the audit's closer looks; as the shares of time that follow
     cpu_busy: dict[int, float]
+    # Of all closer looks: sums of what was counted (see counters/), their number, their seconds.
+    counts: dict[str, float]
+    looks: int
+    looked_at_s: float
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Summary:
     contention: Contention | None  # in the whole run; None if unknown
     memory_by_node: dict[int, int]  # bytes, if there are several NUMA nodes
     waited_s: tuple[float, ...] = ()  # by rank, for the slowest rank, mean of the steps
+    joules_per_image: float | None = None  # of the whole machine
 
     @property
     def threads_seen(self) -> bool:
@@ -96,8 +102,8 @@ class Summary:
 class RunStatistics:
     """What the summary needs of a run, in bounded memory: totals, and the latest steps.
 
-    Figures by CPU (12 KB a phase with 128 CPUs) are added up at once, and kept only for the steps
-    that a picture can show.
+    Figures by CPU (12 KB a phase with 128 CPUs) are added up at once, and kept for as many steps as
+    FIGURES_BY_CPU allows.
     """
 
     def __init__(self, plan: CorePlan):
@@ -105,18 +111,23 @@ class RunStatistics:
         self.latest: deque[StepResult] = deque(maxlen=LATEST_STEPS)
         self.contention: Contention | None = None
         self.looks: list[Contention] = []  # those of the latest CONTENTION_WINDOW_S
-        self._plan = plan
+        self._plan, self._cpus = plan, 1  # those with figures
         self._loss_first = math.nan
-        self._stray_s: Counter[str] = Counter()  # by phase, like the next three
+        self._stray_s: Counter[str] = Counter()  # by phase, like the next ones
         self._cpu_busy_s: dict[str, Counter[int]] = {phase: Counter() for phase in PHASES}
         self._looked_at_s: Counter[str] = Counter()
         self._seen_on: dict[str, set[int]] = {phase: set() for phase in PHASES}
+        self._counts: dict[str, Counter[str]] = {phase: Counter() for phase in PHASES}
+        self._looks, self._counted_s = Counter[str](), Counter[str]()
         self._waiting_s = self._main_thread_s = 0.0
 
     def add(self, step: StepResult) -> None:
         """Take in one step."""
         if not self.steps:
             self._loss_first, self._first = step.loss, step.step
+        if self.steps == WARM_UP_STEPS:  # they have met page faults that no other step will meet
+            for counted in (*self._counts.values(), self._looks, self._counted_s):
+                counted.clear()
         self.steps += 1
         self.images += step.images
         self.latest.append(step)
@@ -128,13 +139,20 @@ class RunStatistics:
             if record.cpu_busy_s:
                 self._looked_at_s[record.phase] += record.duration_s
                 self._cpu_busy_s[record.phase].update(record.cpu_busy_s)
-        if len(self.latest) > STEPS_TO_DRAW:
-            old = self.latest[-1 - STEPS_TO_DRAW]
+            if record.counts:
+                sums = {name: record.counts[name] for name in SUMS if name in record.counts}
+                self._counts[record.phase].update(sums)
+                self._looks[record.phase] += 1
+                self._counted_s[record.phase] += record.duration_s
+        self._cpus = max(self._cpus, *(len(record.cpu_busy_s) for record in step.records))
+        kept = max(STEPS_TO_DRAW, FIGURES_BY_CPU // (self._cpus * len(step.records)))
+        if len(self.latest) > kept:
+            old = self.latest[-1 - kept]
             slim = []
             for record in old.records:
                 looked_at = record.seen_on or record.cpu_busy_s
                 slim.append(dataclasses.replace(record, **NOT_LOOKED_AT) if looked_at else record)
-            self.latest[-1 - STEPS_TO_DRAW] = dataclasses.replace(old, records=tuple(slim))
+            self.latest[-1 - kept] = dataclasses.replace(old, records=tuple(slim))
 
     def add_contention(self, contention: Contention) -> Contention | None:
         """Take in a look; returns the contention of the latest 10 s, or None before so long."""
@@ -147,18 +165,19 @@ class RunStatistics:
 
     def summary(self) -> Summary:
         """The figures so far, after at least one step."""
-        warmup = min(2, (self.steps - 1) // 2)
+        warmup = min(WARM_UP_STEPS, (self.steps - 1) // 2)
         timed = [step for step in self.latest if step.step >= self._first + warmup]
         timed_s = sum(step.step_s for step in timed)
         records = [record for step in timed for record in step.records]
         audit_s = sum(record.audit_s for record in records)
         seen = {record.phase for record in records}
         waits_s = zip(*(step.waited_s for step in timed), strict=True)  # of each rank
+        energies_j, images = [step.energy_j for step in timed], sum(step.images for step in timed)
         return Summary(
             steps=self.steps,
             warmup_steps=warmup,
             images=self.images,
-            images_per_s=sum(step.images for step in timed) / timed_s,
+            images_per_s=images / timed_s,
             median_step_s=statistics.median(step.step_s for step in timed),
             no_phase_share=1 - sum(time_in_phases_s(step.records) for step in timed) / timed_s,
             phases=tuple(
@@ -176,6 +195,7 @@ class RunStatistics:
             contention=self.contention,
             memory_by_node=memory_by_node(),
             waited_s=tuple(map(statistics.fmean, waits_s)),
+            joules_per_image=None if None in energies_j else sum(energies_j) / images,
         )
 
     def _summarise_phase(
@@ -197,6 +217,9 @@ class RunStatistics:
             stray_ms=1e3 * self._stray_s[phase],
             seen_on=format_cpu_list(self._seen_on[phase]),
             cpu_busy={cpu: min(1.0, busy_s / looked_at_s) for cpu, busy_s in cpu_busy_s.items()},
+            counts=dict(self._counts[phase]),
+            looks=self._looks[phase],
+            looked_at_s=self._counted_s[phase],
         )
 
 
@@ -214,21 +237,3 @@ def peak_memory_bytes() -> int:
     """The largest resident size that this process has had, without its loader processes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def memory_by_node(root: Path = Path("/")) -> dict[int, int]:
-    """Bytes of this process's memory in each NUMA node, without files; empty with a single node.
-
-    Weights, gradients and activations count; libraries, and batches from loader processes, do not.
-    Activations count between steps too, if the allocator keeps freed memory (see tune_allocator).
-    The kernel goes through all pages for this: do not ask in every step.
-    """
-    if len(list((root / "sys/devices/system/node").glob("node[0-9]*"))) < 2:
-        return {}
-    counted: Counter[int] = Counter()
-    for line in read_text(root / "proc/self/numa_maps").splitlines():
-        page_kib = re.search(r" kernelpagesize_kB=(\d+)", line)
-        if page_kib and " file=" not in line:
-            for node, pages in re.findall(r" N(\d+)=(\d+)", line):
-                counted[int(node)] += 1024 * int(page_kib[1]) * int(pages)
-    return dict(sorted(counted.items()))

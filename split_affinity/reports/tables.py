@@ -108,6 +108,8 @@ def summary_lines(summary: Summary) -> list[str]:
         f"stray time {stray}",
         f"busy over whole steps: {busy}; CPU time beside that: {beside}",
     ]
+    if summary.joules_per_image is not None:
+        lines.append(f"energy of the whole machine: {summary.joules_per_image:.2f} J an image")
     if disturbed := disturbance(summary.contention):
         lines.insert(1, disturbed)
     elif summary.contention:

@@ -327,15 +327,9 @@ def busy_in_phase(
 def bars_between_phases(row: Row, records: Sequence[PhaseRecord]) -> Iterator[Bar]:
     """How busy the CPUs of a row were while their own lane had no phase.
 
-    The audit's closer looks at any lane tell it: they read, at both ends of a phase, how long each
-    CPU has worked since boot.
+    The audit's closer looks at any lane tell it.
     """
-    readings = []
-    for record in records:
-        if before_s := record.cpu_before_s:
-            after_s = {cpu: before_s[cpu] + busy_s for cpu, busy_s in record.cpu_busy_s.items()}
-            readings += [(record.start_s, before_s), (record.end_s, after_s)]
-    readings.sort(key=lambda reading: reading[0])
+    readings = busy_readings(records)
     own = [record for record in records if record.lane == row.group.name]
     begins_s = [-math.inf, *(record.end_s for record in own)]
     ends_s = [*(record.start_s for record in own), math.inf]
@@ -344,6 +338,16 @@ def bars_between_phases(row: Row, records: Sequence[PhaseRecord]) -> Iterator[Ba
         for (start_s, before_s), (stop_s, after_s) in itertools.pairwise(readings_apart(inside)):
             worked_s = {cpu: after_s[cpu] - before_s[cpu] for cpu in row.cpus}
             yield from stack_bars(start_s, stop_s, {ELSE: row.share(worked_s, stop_s - start_s)})
+
+
+def busy_readings(records: Iterable[PhaseRecord]) -> list[tuple[float, dict[int, float]]]:
+    """How long each CPU had worked since boot, at both ends of each closer look, by time."""
+    readings = []
+    for record in records:
+        if before_s := record.cpu_before_s:
+            after_s = {cpu: before_s[cpu] + busy_s for cpu, busy_s in record.cpu_busy_s.items()}
+            readings += [(record.start_s, before_s), (record.end_s, after_s)]
+    return sorted(readings, key=lambda reading: reading[0])
 
 
 def readings_apart(readings: Sequence[tuple[float, Any]]) -> list[tuple[float, Any]]:

@@ -1,24 +1,30 @@
-"""What every lane and loader did when, as a trace for Perfetto or chrome://tracing."""
+"""What every lane, loader and core did when, as a trace for Perfetto or chrome://tracing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from split_affinity.lanes.audit import PhaseRecord
 from split_affinity.machine.plan import CorePlan
-from split_affinity.reports.timeline import by_start, number_batches
+from split_affinity.reports.phases import PhaseOwners
+from split_affinity.reports.timeline import busy_readings, by_start, readings_apart
 from split_affinity.text import format_cpu_list
 from split_affinity.training.steps import StepResult
 
+Event = dict[str, Any]
+
 
 def trace_of_ranks(
-    plans: Sequence[CorePlan], steps_by_rank: Sequence[Sequence[StepResult]]
+    plans: Sequence[CorePlan], steps_by_rank: Sequence[Sequence[StepResult]], name: str
 ) -> dict[str, Any]:
     """The steps of each rank, all by one clock, in the Trace Event Format: a process per rank.
 
     Times are microseconds from the start of the first phase, or of the first loading. A batch is
-    shown once a step has taken it: the latest loaded ones are missing.
+    shown once a step has taken it: the latest loaded ones are missing. `name` is what is trained.
     """
     zero_s = min(
         span.start_s
@@ -26,56 +32,84 @@ def trace_of_ranks(
         for step in steps
         for span in (*step.records, *step.loads)
     )
-    events = []
+    events: list[Event] = []
     for rank, (plan, steps) in enumerate(zip(plans, steps_by_rank, strict=True)):
-        if len(plans) > 1:
-            name = {"name": f"rank {rank}"}
-            events.append({"name": "process_name", "ph": "M", "pid": rank, "args": name})
-        events += trace_events(plan, steps, rank, zero_s)
+        process = f"rank {rank}, {name}" if len(plans) > 1 else name
+        events.append(name_event("process_name", process, rank))
+        events += span_events(plan, steps, rank, zero_s)
+        events += counter_events(steps, rank, zero_s)
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
-def trace_events(
+def name_event(kind: str, name: str, rank: int, row: int = 0) -> Event:
+    """The name of a process or of one of its rows."""
+    return {"name": kind, "ph": "M", "pid": rank, "tid": row, "args": {"name": name}}
+
+
+def span_events(
     plan: CorePlan, steps: Sequence[StepResult], rank: int, zero_s: float
-) -> list[dict[str, Any]]:
-    """The events of one rank: a row per lane and per loader."""
+) -> Iterator[Event]:
+    """What one rank's lanes and loaders did: a row for each."""
     loads = [load for step in steps for load in step.loads]
     names: dict[str | int, str] = {group.name: f"{group.name} lane" for group in plan.groups}
     for loader in sorted({load.loader for load in loads}):
         names[loader] = "main thread" if loader < 0 else f"loader {loader}"
-    rows = {key: number for number, key in enumerate(names)}
-    events = [
-        {"name": "thread_name", "ph": "M", "pid": rank, "tid": rows[key], "args": {"name": name}}
-        for key, name in names.items()
-    ]
+    # Row 0 would be the process itself, for which the trace knows no thread.
+    rows = {key: number for number, key in enumerate(names, 1)}
+    for key, name in names.items():
+        yield name_event("thread_name", name, rank, rows[key])
     spans = [(load, "load", load.loader, {}) for load in loads]
-    for record, owner in phase_owners(steps):
-        name = f"{record.phase} {owner.get('micro_batch', '')}".strip()
+    for record, step, batch in phase_owners(steps):
+        owner = {"step": step} | ({"micro_batch": batch} if batch else {})
         used = {"cpu_s": record.cpu_s, "stray_s": record.stray_s}
         cores = {"cores": format_cpu_list(record.mask)}
-        spans.append((record, name, record.lane, owner | used | cores))
+        name = f"{record.phase} {batch or ''}".strip()
+        counts = {key: value for key, value in record.counts.items() if not is_by_part(value)}
+        spans.append((record, name, record.lane, owner | used | cores | counts))
     for span, name, key, args in spans:
         place = {"ts": 1e6 * (span.start_s - zero_s), "dur": 1e6 * (span.end_s - span.start_s)}
         kind = {"name": name, "cat": name.split()[0], "ph": "X"}
-        events.append({**kind, "pid": rank, "tid": rows[key], **place, "args": args})
-    return events
+        yield {**kind, "pid": rank, "tid": rows[key], **place, "args": args}
 
 
-def phase_owners(steps: Sequence[StepResult]) -> Iterator[tuple[PhaseRecord, dict[str, int]]]:
-    """The phases by start time, each with the step and the micro-batch that it worked for.
-
-    A step's records are the phases that ended in it. `delayed` has begun the next step by then: it
-    has refreshed a copy for it, and the first micro-batch has gone forward.
-    """
-    owners = []
+def phase_owners(steps: Sequence[StepResult]) -> Iterator[tuple[PhaseRecord, int, int | None]]:
+    """The phases of steps in a row, each with the step and the micro-batch that it worked for."""
+    started = {"forward": math.inf, "backward": math.inf}
+    for record in steps[0].records:
+        if record.phase in started:
+            started[record.phase] = min(started[record.phase], record.start_s)
+    # A backward phase comes first: its forward phase ran before all of these.
+    owners = PhaseOwners(ahead=int(started["backward"] < started["forward"]))
     for step in steps:
-        batches = sum(record.phase == "backward" for record in step.records)
-        owners += [{"step": step.step, "micro_batch": 1 + batch} for batch in range(batches)]
-    owners.append({"step": steps[-1].step + 1, "micro_batch": 1})
-    step_of = {id(record): step.step for step in steps for record in step.records}
+        yield from owners.of(step)
+
+
+def is_by_part(value: Any) -> bool:
+    """Whether a count is one figure for each CPU or node."""
+    return isinstance(value, Mapping)
+
+
+def counter_events(steps: Sequence[StepResult], rank: int, zero_s: float) -> Iterator[Event]:
+    """What was measured beside the spans, as curves: each core's load and clock, memory, power."""
     records = by_start(record for step in steps for record in step.records)
-    for record, number in zip(records, number_batches(records), strict=True):
-        if number:
-            yield record, owners[number - 1]
-        else:
-            yield record, {"step": step_of[id(record)] + (record.phase == "refresh")}
+    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    readings = readings_apart(busy_readings(records))
+    for (start_s, before_s), (end_s, after_s) in itertools.pairwise(readings):
+        for cpu, busy_s in after_s.items():
+            share = (busy_s - before_s[cpu]) / (end_s - start_s)
+            curves[f"CPU {cpu} busy %"].append((start_s, 100 * min(1.0, max(0.0, share))))
+    for record in records:
+        counts, end_s = record.counts, record.end_s
+        for cpu, mhz in counts.get("clock_mhz", {}).items():
+            curves[f"CPU {cpu} MHz"].append((end_s, mhz))
+        for node, size_bytes in counts.get("node_bytes", {}).items():
+            curves[f"memory of node {node}, MiB"].append((end_s, size_bytes / 2**20))
+        if "resident_bytes" in counts:
+            curves["memory, MiB"].append((end_s, counts["resident_bytes"] / 2**20))
+        if "package_j" in counts and record.duration_s:
+            watts = counts["package_j"] / record.duration_s
+            curves["all processors, watts"].append((record.start_s, watts))
+    for name, points in curves.items():
+        for at_s, value in sorted(points):
+            place = {"ph": "C", "pid": rank, "ts": 1e6 * (at_s - zero_s)}
+            yield {"name": name, **place, "args": {"value": round(value, 3)}}

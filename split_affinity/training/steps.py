@@ -37,8 +37,9 @@ class StepResult:
 
     `loss` is the mean per image; `top1` and `top5` count right answers. `records` are the phases
     that ended in the step, in order. `main_thread_s` is CPU time. `contention` is None unless
-    somebody looked after this step. Of several ranks, `ready_s` is the time that each took until it
-    had all its gradients; at `synced_s` (of time.perf_counter) all had made the step.
+    somebody looked after this step. `energy_j` is that of the whole machine, None unless counted.
+    Of several ranks, `ready_s` is the time that each took until it had all its gradients; at
+    `synced_s` (of time.perf_counter) all had made the step.
     """
 
     step: int
@@ -52,6 +53,7 @@ class StepResult:
     top5: int = 0
     lr: float = 0.0
     contention: Contention | None = None
+    energy_j: float | None = None
     ready_s: tuple[float, ...] = ()
     synced_s: float = 0.0
 
@@ -72,6 +74,7 @@ class StepResult:
         line |= {f"{phase}_s": self.total("duration_s", phase) for phase in PHASES}
         line |= {f"{phase}_cpu_s": self.total("cpu_s", phase) for phase in PHASES}
         others = {"contention": dataclasses.asdict(self.contention)} if self.contention else {}
+        others |= {"energy_j": self.energy_j} if self.energy_j is not None else {}
         others |= {"waited_s": self.waited_s} if self.ready_s else {}
         return line | {"stray_s": self.total("stray_s")} | others
 
@@ -93,6 +96,7 @@ def run_schedule(
     """
     lanes.forward.call(train_state.network.build_view)
     steps = SCHEDULES[settings.schedule](lanes, train_state, batches)
+    lanes.counters.step_energy_j()  # from now on
     for step in itertools.count(first_step):
         start_s, thread_start_s = time.perf_counter(), time.thread_time()
         lr = train_state.optimizer.param_groups[0]["lr"]
@@ -115,6 +119,7 @@ def run_schedule(
             loads=batches.take_records(),
             main_thread_s=time.thread_time() - thread_start_s,
             lr=lr,
+            energy_j=lanes.counters.step_energy_j(),
             ready_s=ready_s,
             synced_s=time.perf_counter(),
         )

@@ -11,12 +11,12 @@ from patching import set_everywhere
 from records import step, summarise
 from small import read_metrics, scalars_in
 
+from split_affinity.counters.memory import memory_by_node
 from split_affinity.data.loader import LoaderDied
 from split_affinity.data.pictures import BrokenImage
 from split_affinity.errors import RunError, Stopped, UserError, likely_reason
 from split_affinity.lanes.contention import Contention
 from split_affinity.reports.log import LOG_HEADER
-from split_affinity.reports.summary import memory_by_node
 from split_affinity.reports.tables import (
     EPOCH_FIELDS,
     RAW_FIELDS,

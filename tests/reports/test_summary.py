@@ -7,6 +7,7 @@ import pytest
 from patching import set_everywhere
 from records import PLAN, record, step, summarise
 
+from split_affinity.counters.memory import memory_by_node
 from split_affinity.lanes.contention import Contention, mean_contention
 from split_affinity.machine.plan import CorePlan, Group, plan_cores
 from split_affinity.machine.topology import read_topology
@@ -14,7 +15,6 @@ from split_affinity.options.settings import Settings
 from split_affinity.reports.summary import (
     RunStatistics,
     lanes_busy,
-    memory_by_node,
     phases_alone,
     time_in_phases_s,
 )
@@ -204,7 +204,8 @@ def test_a_lane_without_a_split_is_busy_in_all_phases():
     assert lanes_busy(plan, records, 1.0) == pytest.approx({"all": 0.5})
 
 
-def test_figures_by_cpu_are_summed_up_and_kept_for_a_picture_only():
+def test_figures_by_cpu_are_summed_up_and_kept_for_the_latest_steps(monkeypatch):
+    monkeypatch.setattr("split_affinity.reports.summary.FIGURES_BY_CPU", 45)  # three steps
     run_statistics = RunStatistics(PLAN)
     for number in range(1, 8):
         busy = {0: 0.0, 1: 0.01 * number, 2: 0.02} if number % 2 else {}

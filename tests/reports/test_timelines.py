@@ -453,10 +453,11 @@ def test_a_picture_that_cannot_be_written(tmp_path):
 def test_the_trace():
     loads = (LoadRecord(1, -0.5, -0.25), LoadRecord(0, 0.0, 1.0), LoadRecord(-1, 1, 2))
     result = StepResult(1, 1.0, 8, 5.0, step(1).records, loads)
-    trace = json.loads(json.dumps(trace_of_ranks([PLAN], [[result]])))
+    trace = json.loads(json.dumps(trace_of_ranks([PLAN], [[result]], "resnet18")))
     events = trace["traceEvents"]
     names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
     assert list(names.values()) == [
+        "resnet18",
         "forward lane",
         "backward lane",
         "main thread",
@@ -482,9 +483,36 @@ def test_the_trace_of_ranks_begins_with_the_batch_that_was_loaded_first():
     """On any of them: it can have been loaded long before the first phase that is shown."""
     loads = [LoadRecord(1, -0.5, -0.25)], [LoadRecord(-1, -2.0, -1.5), LoadRecord(0, 0.5, 1.0)], []
     steps = [[StepResult(1, 1.0, 8, 5.0, step(1).records, tuple(each))] for each in loads]
-    events = trace_of_ranks([PLAN] * 3, steps)["traceEvents"]
+    events = trace_of_ranks([PLAN] * 3, steps, "resnet18")["traceEvents"]
     begins = [[e["ts"] for e in events if e["ph"] == "X" and e["pid"] == rank] for rank in range(3)]
     assert [min(each) for each in begins] == [1_500_000.0, 0.0, 2_000_000.0]
+
+
+def test_the_trace_has_curves_of_what_was_measured():
+    """A core's load is that between the two ends of closer looks, in spans of 50 ms or more."""
+    counts = {"clock_mhz": {0: 2000.0}, "resident_bytes": 2**20, "package_j": 5.0}
+    looks = [(0.0, 0.1, 1.0, 0.1), (0.1, 0.02, 1.1, 0.0), (0.2, 0.1, 1.1, 0.05)]
+    records = tuple(
+        record(
+            "backward", start_s, span_s, cpu_before_s={0: before_s}, cpu_busy_s={0: busy_s}, **more
+        )
+        for (start_s, span_s, before_s, busy_s), more in zip(
+            looks, ({"counts": counts}, {}, {}), strict=True
+        )
+    )
+    result = StepResult(1, 1.0, 8, 5.0, records)
+    events = trace_of_ranks([PLAN], [[result]], "resnet18")["traceEvents"]
+    curves = {}
+    for event in events:
+        if event["ph"] == "C":
+            point = event["ts"] / 1e6, event["args"]["value"]
+            curves.setdefault(event["name"], []).append(pytest.approx(point))
+    assert curves == {
+        "CPU 0 busy %": [(0.0, 100.0), (0.1, 0.0), (0.2, 50.0)],
+        "CPU 0 MHz": [(0.1, 2000.0)],
+        "memory, MiB": [(0.1, 1.0)],
+        "all processors, watts": [(0.0, 50.0)],
+    }
 
 
 @pytest.mark.parametrize(
@@ -563,7 +591,8 @@ def test_the_trace_tells_step_and_micro_batch(steps, expected):
         StepResult(number, 1.0, 8, 1.0, tuple(phases(*triples)))
         for number, triples in enumerate(steps, start=5)
     ]
-    spans = [event for event in trace_of_ranks([PLAN], [results])["traceEvents"] if "cat" in event]
+    events = trace_of_ranks([PLAN], [results], "resnet18")["traceEvents"]
+    spans = [event for event in events if "cat" in event]
     found = [
         f"{event['cat']} {event['args']['step']}"
         + (f".{event['args']['micro_batch']}" if "micro_batch" in event["args"] else "")
