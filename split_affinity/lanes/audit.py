@@ -184,14 +184,15 @@ class Audit:
     def begin(self, group: Group, look: bool) -> Reading:
         """The reading before a phase. A closer look takes some milliseconds on a large machine."""
         cpus_s = cpu_busy_s() if look else None
-        threads_ns = thread_clocks_ns(self._known)
-        return Reading(threads_ns, cpus_s, self.counters.read(group.name) if look else [])
+        counts = self.counters.read(group.name) if look else []
+        # Threads' clocks are read last, and first after the phase: they are the most exact.
+        return Reading(thread_clocks_ns(self._known), cpus_s, counts)
 
     def end(self, group: Group, before: Reading) -> dict[str, Any]:
         """The fields of a PhaseRecord, from the reading before the phase and one now."""
+        self._known = threads_ns = thread_clocks_ns(before.threads_ns)
         look = before.cpus_s is not None
         counts = self.counters.read(group.name) if look else []
-        self._known = threads_ns = thread_clocks_ns(before.threads_ns)
         after_s = cpu_busy_s() if look else []
         fields = NOT_LOOKED_AT | self.attribute(group, before.threads_ns, threads_ns, look)
         if look and self.counters:
