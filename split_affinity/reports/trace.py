@@ -92,24 +92,25 @@ def is_by_part(value: Any) -> bool:
 def counter_events(steps: Sequence[StepResult], rank: int, zero_s: float) -> Iterator[Event]:
     """What was measured beside the spans, as curves: each core's load and clock, memory, power."""
     records = by_start(record for step in steps for record in step.records)
-    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    curves: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     readings = readings_apart(busy_readings(records))
     for (start_s, before_s), (end_s, after_s) in itertools.pairwise(readings):
         for cpu, busy_s in after_s.items():
             share = (busy_s - before_s[cpu]) / (end_s - start_s)
-            curves[f"CPU {cpu} busy %"].append((start_s, 100 * min(1.0, max(0.0, share))))
+            curves[f"CPU {cpu}", "busy %"].append((start_s, 100 * min(1.0, max(0.0, share))))
     for record in records:
         counts, end_s = record.counts, record.end_s
         for cpu, mhz in counts.get("clock_mhz", {}).items():
-            curves[f"CPU {cpu} MHz"].append((end_s, mhz))
+            curves[f"CPU {cpu}", "MHz"].append((end_s, mhz))
         for node, size_bytes in counts.get("node_bytes", {}).items():
-            curves[f"memory of node {node}, MiB"].append((end_s, size_bytes / 2**20))
+            curves[f"memory of node {node}", "MiB"].append((end_s, size_bytes / 2**20))
         if "resident_bytes" in counts:
-            curves["memory, MiB"].append((end_s, counts["resident_bytes"] / 2**20))
+            curves["memory", "MiB"].append((end_s, counts["resident_bytes"] / 2**20))
         if "package_j" in counts and record.duration_s:
             watts = counts["package_j"] / record.duration_s
-            curves["all processors, watts"].append((record.start_s, watts))
-    for name, points in curves.items():
+            curves["all processors", "W"].append((record.start_s, watts))
+    for (name, unit), points in curves.items():
         for at_s, value in sorted(points):
             place = {"ph": "C", "pid": rank, "ts": 1e6 * (at_s - zero_s)}
-            yield {"name": name, **place, "args": {"value": round(value, 3)}}
+            # Perfetto writes the unit behind the name, as the name of a series.
+            yield {"name": name, **place, "args": {unit: round(value, 3)}}

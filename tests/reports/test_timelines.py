@@ -505,13 +505,14 @@ def test_the_trace_has_curves_of_what_was_measured():
     curves = {}
     for event in events:
         if event["ph"] == "C":
-            point = event["ts"] / 1e6, event["args"]["value"]
-            curves.setdefault(event["name"], []).append(pytest.approx(point))
+            ((unit, value),) = event["args"].items()
+            point = pytest.approx((event["ts"] / 1e6, value))
+            curves.setdefault(f"{event['name']} {unit}", []).append(point)
     assert curves == {
         "CPU 0 busy %": [(0.0, 100.0), (0.1, 0.0), (0.2, 50.0)],
         "CPU 0 MHz": [(0.1, 2000.0)],
-        "memory, MiB": [(0.1, 1.0)],
-        "all processors, watts": [(0.0, 50.0)],
+        "memory MiB": [(0.1, 1.0)],
+        "all processors W": [(0.0, 50.0)],
     }
 
 
