@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 
 import pytest
 from records import PLAN, record, step, summarise
@@ -20,6 +21,7 @@ from split_affinity.reports.phases import (
     phases_file,
 )
 from split_affinity.training.steps import StepResult
+from train_split_affinity import main
 
 COUNTS = {
     "voluntary_switches": 3,
@@ -170,3 +172,39 @@ def test_energy_of_an_image():
     assert summary.joules_per_image == (43 + 44 + 45) / 24
     assert steps[0].as_metrics()["energy_j"] == 41
     assert summarise([step(1)]).joules_per_image is None
+
+
+@pytest.mark.slow
+def test_counting_changes_no_number_and_rows_add_up_to_the_step(tmp_path):
+    short = ["--model", "resnet20", "--image-size", "32", "-b", "4", "--steps", "2", "-j", "0"]
+    losses = {}
+    for name, options in {"without": [], "with": ["--counters"]}.items():
+        folder = tmp_path / name
+        arguments = [*short, "--output-dir", str(folder), "--log-file", str(tmp_path / "log.md")]
+        assert main([*arguments, *options]) == 0
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        steps = [line for line in lines if line["type"] == "step"]
+        losses[name] = [line["loss"] for line in steps]
+    assert losses["with"] == losses["without"]
+    assert not (tmp_path / "without" / PHASES_CSV).exists()
+    rows = rows_of(tmp_path / "with" / PHASES_CSV)
+    for line in steps:
+        for phase in ("forward", "backward", "update"):
+            own = [r for r in rows if (r["phase"], r["step"]) == (phase, str(line["step"]))]
+            duration_s = sum(float(row["end_s"]) - float(row["start_s"]) for row in own)
+            assert duration_s == pytest.approx(line[f"{phase}_s"], abs=1e-6)
+            assert sum(float(row["cpu_s"]) for row in own) == pytest.approx(line[f"{phase}_cpu_s"])
+    first = rows[0]
+    assert float(first["task_clock_s"] or first["cpu_s"]) == pytest.approx(
+        float(first["cpu_s"]), rel=0.2
+    )
+    assert int(first["voluntary_switches"]) >= 0
+
+
+def test_rows_of_another_version_are_refused_before_anything_is_written(tmp_path, capsys):
+    (tmp_path / PHASES_CSV).write_text("step,phase\n1,forward\n")
+    options = ["--phases", "--output-dir", str(tmp_path), "--log-file", str(tmp_path / "log.md")]
+    assert main(["--model", "resnet20", "--image-size", "32", "--steps", "1", *options]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.endswith("phases.csv: has other columns than this version writes; move it away")
+    assert [path.name for path in tmp_path.iterdir()] == [PHASES_CSV]
