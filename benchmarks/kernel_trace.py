@@ -111,7 +111,7 @@ def train_under_perf(folder: Path, options: list[str]) -> tuple[list[str], dict[
 def main(options: list[str]) -> None:
     """Train, and print both sides of one phase of each kind."""
     if "--help" in options:
-        print(f"usage: {Path(__file__).name} [options of training ...]\n\n{__doc__ or ''}")
+        print(f"usage: {Path(__file__).name} [-h] [options of training ...]\n\n{__doc__ or ''}")
         raise SystemExit(0)
     if os.geteuid() or not shutil.which("perf"):
         raise SystemExit("kernel_trace.py: needs root, and perf (apt install linux-perf)")
