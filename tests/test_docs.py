@@ -35,7 +35,7 @@ FOREIGN |= {"--repo-type", "--space-sdk", "--exclude"}  # of the command hf
 FOREIGN |= {"--bind-to", "--delete"}  # of mpirun, of rsync
 FOREIGN |= {"--skip-worktree", "--no-skip-worktree"}  # of git
 FOREIGN |= {"--main", "--python", "--compress"}  # of zipapp
-FOREIGN |= {"--cap-add", "--bind_cores_to_rank"}  # of docker, of deepspeed
+FOREIGN |= {"--cap-add", "--bind"}  # of docker, of deepspeed (--bind_cores_to_rank)
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
