@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from split_affinity.kernels.compiler import load_library
 
 LEAST_CHANNELS = 16  # of a vector in the C file
+# Called with each norm before it is computed, as nn.Module's hooks are for layers that are called.
+before_fused_norm: list[Callable[[nn.Module], object]] = []
 
 Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -155,6 +158,8 @@ def fused_norm(
     With `twice`, the same output twice, for two consumers. What the kernels are not made for goes
     through PyTorch's operators: evaluation mode above all.
     """
+    for hook in before_fused_norm:
+        hook(norm)
     if not suits(norm, x, residual):
         y = norm(x) if residual is None else norm(x) + residual
         y = nn.functional.relu(y) if relu else y

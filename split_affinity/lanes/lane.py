@@ -109,6 +109,7 @@ class Lane:
         self.group = group  # with as many threads as OpenMP gave
         self.records: list[PhaseRecord] = []  # of each phase, in order
         self.notes: list[str] = []
+        self.around: Callable[[str], Any] = contextlib.nullcontext  # a context for each phase
         self._audit = audit
         self._ident = 0  # of its thread, for Python
         self._look_at_s: dict[str, float] = {}  # by phase: when to look closely again
@@ -188,7 +189,8 @@ class Lane:
         look = called_s >= self._look_at_s.get(phase, 0.0)
         before = self._audit.begin(self.group, look)
         start_s = time.perf_counter()
-        result = function(*args)
+        with self.around(phase):
+            result = function(*args)
         end_s = time.perf_counter()
         used = self._audit.end(self.group, before)
         now_s = time.perf_counter()

@@ -123,6 +123,7 @@ class Folder:
             if (follows := self._activation(last)) and not (other and type(follows) is not nn.ReLU):
                 activation = follows
         layer = FoldedConvolution(convolution, norm, activation or nn.Identity(), self._bf16)
+        layer.stands_for = first.target
         name = f"folded{len(self.layers)}"
         self._traced.add_submodule(name, layer)
         inputs = (first.args[0], other) if other else (first.args[0],)
@@ -208,6 +209,7 @@ class FoldedConvolution(nn.Module):
         self.padding, self.stride = convolution.padding, convolution.stride
         self.dilation, self.groups = convolution.dilation, convolution.groups
         self.activation, self.in_place = activation, False
+        self.stands_for = ""  # the name of the convolution in the model
         self.fused = FUSED.get(type(activation)) if has_kernels(bf16) else None
 
     def forward(self, images: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
