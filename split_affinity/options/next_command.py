@@ -58,14 +58,19 @@ def started(settings: Settings, left: Left, command: str = "") -> str:
     return " ".join(filter(None, (start, command, as_options(settings))))
 
 
-def to_train(settings: Settings, left: Left) -> str:
-    """The training that another command's settings describe, without what only that one takes."""
-    own = {
+def taken_by(command: str, settings: Settings) -> Settings:
+    """These settings without what the command does not take."""
+    others = {
         each.name: each.default
         for each in dataclasses.fields(settings)
-        if each.metadata["only"] and "train" not in each.metadata["only"]
+        if each.metadata["only"] and command not in each.metadata["only"]
     }
-    settings = dataclasses.replace(settings, **own)
+    return dataclasses.replace(settings, **others)
+
+
+def to_train(settings: Settings, left: Left) -> str:
+    """The training that another command's settings describe, without what only that one takes."""
+    settings = taken_by("train", settings)
     if settings.recipe in FROM_CHECKPOINT and not (settings.init_from or settings.weights):
         settings = dataclasses.replace(settings, weights="DEFAULT")
     return started(settings, left)
@@ -78,7 +83,8 @@ def after_training(settings: Settings, left: Left) -> str:
     if left.checkpoint:
         return f"{left.start} predict {PICTURES} --resume {quoted(left.checkpoint)}"
     if not settings.data_path:  # they serve to measure
-        return started(dataclasses.replace(settings, steps=None), left, "compare")
+        compared = taken_by("compare", dataclasses.replace(settings, steps=None))
+        return started(compared, left, "compare")
     if not settings.epochs:
         return started(finetuned(data_path=settings.data_path), left)
     folder = Path("out", settings.data_path.name or "run")
