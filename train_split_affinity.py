@@ -115,6 +115,7 @@ from split_affinity.training.optimizer import (
     total_steps,
     warmup_epochs,
 )
+from split_affinity.training.profiling import OperatorWatch
 from split_affinity.training.steps import (
     Diverged,
     Run,
@@ -280,9 +281,10 @@ def fit(
     """
     settings, run.stop.saves = run.settings, bool(run.settings.output_dir)
     save = partial(checkpoints.save, run.train_state, progress)
+    report.watch = watch = OperatorWatch(run.lanes, run.train_state.network, settings.operators)
     try:
         while not (outcome := reason_to_end(settings, progress)):
-            for result in train_epoch(run, progress):
+            for result in watch.steps(train_epoch(run, progress)):
                 report.step(result)
                 check_between_steps(run)  # raises Stopped after a signal, on any rank
                 report.bad_images(run.bad)

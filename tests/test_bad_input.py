@@ -110,6 +110,7 @@ BAD_INPUT = [
     (["--target-top1", "90"], "--target-top1 90 needs --epochs"),
     (["--save-steps", "3"], "--save-steps 3 needs --output-dir"),
     (["--tensorboard"], "--tensorboard needs --output-dir"),
+    (["compare", "--operators"], "--operators is for train, not for compare"),
     (["--mirror", "memory://x"], "--mirror memory://x needs --output-dir"),
     (["--resume", "auto"], "--resume auto needs --output-dir"),
     (["--resume", "a.pt", "--init-from", "b.pt"], "--resume a.pt and --init-from b.pt: give one"),

@@ -77,6 +77,8 @@ def contradictions(command: str, settings: Settings, ranks: int = 1) -> Iterator
         yield f"--download: imagenet is only for those who ask for it: {remedy}"
     if settings.test_only and not (settings.resume or settings.weights):
         yield "--test-only needs --resume, the checkpoint to evaluate, or --weights NAME"
+    if settings.test_only and settings.operators:
+        yield "--operators profiles steps of a training, --test-only makes none: give one"
     has_weights = settings.resume or settings.init_from or settings.weights
     if command == "train" and settings.recipe in FROM_CHECKPOINT and not has_weights:
         yield f"--recipe {settings.recipe} starts from trained weights: {GIVE_WEIGHTS}"

@@ -25,6 +25,7 @@ LEFT = frozenset(
 BEGUN = frozenset(
     """
     resume weights init_from test_only download machine record quick preload pictures open csv
+    operators
     """.split()
 )
 # What is taken: all that changes the numbers, and these options.

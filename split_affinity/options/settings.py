@@ -324,6 +324,9 @@ class ReportSettings:
     counters: bool = free_option(False, "read what the machine counts in each phase, as far as it "
         "shows it: cycles, instructions, cache misses, memory traffic, energy, clocks; for the "
         "summary and, with --output-dir, for phases.csv", only="train")
+    operators: bool = free_option(False, "profile three steps of a training: time by operator and "
+        "by layer group, forward and backward, on each lane, and the memory that a phase touches; "
+        "operators.csv in --output-dir has all of it", only="train")
     open: bool = free_option(False, "open the pictures that were drawn, or the page of data, at "
         "the end; without a screen a line says where they are", only="train find-lr compare data")
     json: Path | None = free_option(None, "file for the figures of compare, or for the answers of "

@@ -9,6 +9,7 @@ from pathlib import Path
 from split_affinity.checkpoints.folder import BEST, LAST, NAMED_BY_EPOCH, PREVIOUS
 from split_affinity.files import TRACEBACK
 from split_affinity.reports.confusion import CONFUSED, MATRIX_CSV, MATRIX_PNG, PAIRS
+from split_affinity.reports.operators import OPERATORS_CSV
 from split_affinity.reports.phases import PHASES_CSV, PHASES_PARQUET
 from split_affinity.reports.tables import (
     CURVES,
@@ -22,7 +23,7 @@ from split_affinity.reports.tables import (
 
 SUBSET = "subset.json"
 OF_TRAINING = (CURVES, GRADIENTS, TIMELINE, TRACE, METRICS, PHASES_CSV, PHASES_PARQUET)
-BESIDE = (TENSORBOARD, SUBSET)
+BESIDE = (OPERATORS_CSV, TENSORBOARD, SUBSET)
 OF_TESTS = (MATRIX_PNG, MATRIX_CSV, PAIRS, CONFUSED)
 NAMED_ONE_BY_ONE = 5  # files of one kind that are named by an epoch; of more the first and the last
 

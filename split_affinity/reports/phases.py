@@ -19,13 +19,21 @@ from split_affinity.training.steps import StepResult
 
 PHASES_CSV, PHASES_PARQUET = "phases.csv", "phases.parquet"
 WHAT = ("run", "rank", "step", "micro_batch", "phase", "lane", "threads", "mask")
-TIMES = ("start_s", "end_s", "step_end_s")
+TIMES = ("start_s", "end_s", "step_end_s", "profiled")
 CPU_TIMES = ("cpu_s", "stray_s", "other_lane_s", "python_s", "audit_s")
 LOOKED_AT = ("seen_on", "cpu_busy")
 COLUMNS = (*WHAT, *TIMES, *CPU_TIMES, *LOOKED_AT, *SUMS, *STATES)
 # Kinds of columns for Parquet; all others are numbers with a fraction.
 TEXTS = ("run", "phase", "lane", "mask", *LOOKED_AT, "clock_mhz", "node_bytes")
-WHOLE_NUMBERS = ("rank", "step", "micro_batch", "threads", "resident_bytes", *OF_THREADS)
+WHOLE_NUMBERS = (
+    "rank",
+    "step",
+    "micro_batch",
+    "threads",
+    "profiled",
+    "resident_bytes",
+    *OF_THREADS,
+)
 
 
 class PhaseOwners:
@@ -119,6 +127,7 @@ class PhaseFile:
         for record, number, batch in self._owners.of(step):
             row = phase_row(record, self._plan) | self._run | {"step": number}
             row |= {"micro_batch": batch, "step_end_s": step.synced_s}
+            row["profiled"] = int(step.profiled)
             lines.append([cell(row.get(name)) for name in COLUMNS])
         append_text(self._path, csv_lines(lines), HEADER)
 

@@ -35,6 +35,13 @@ from split_affinity.reports.log import (
     picture_footer,
     where_logged,
 )
+from split_affinity.reports.operators import (
+    NOT_PROFILED,
+    OPERATORS_CSV,
+    describe_operators,
+    operator_tables,
+    operators_csv,
+)
 from split_affinity.reports.phases import PhaseFile
 from split_affinity.reports.plots import draw_curves, draw_gradients
 from split_affinity.reports.summary import RunStatistics, Summary
@@ -65,8 +72,10 @@ from split_affinity.reports.tensorboard import EventFile, epoch_scalars, step_sc
 from split_affinity.reports.timeline import Panel, draw_timelines, steps_to_draw
 from split_affinity.reports.trace import trace_of_ranks
 from split_affinity.terminal import say, say_lines, warn
-from split_affinity.text import plural, shown, span_text, utc_now
+from split_affinity.text import folded, plural, shown, span_text, utc_now
+from split_affinity.training.operators import OperatorTimes
 from split_affinity.training.optimizer import steps_in_epoch, total_steps
+from split_affinity.training.profiling import OperatorWatch
 from split_affinity.training.steps import StepResult
 from split_affinity.training.update import gradient_warnings
 
@@ -83,6 +92,7 @@ class RankFigures:
     warnings: Sequence[str]
     steps: Sequence[StepResult]
     looks: Sequence[Contention]
+    operators: OperatorTimes | None = None
 
 
 def by_one_clock(every: Sequence[RankFigures]) -> list[RankFigures]:
@@ -146,6 +156,7 @@ class RunReport:
         self._progress, self._ranks = progress, ranks
         self._total = total_steps(settings, progress.epoch_batches)
         self._statistics = RunStatistics(plan)
+        self.watch: OperatorWatch | None = None
         self._warnings: dict[str, str] = {}  # by kind: each kind is shown once
         if settings.output_dir and not ranks.rank:
             settings.output_dir.mkdir(parents=True, exist_ok=True)
@@ -262,7 +273,9 @@ class RunReport:
         summary, folder = every[0].summary, self._settings.output_dir
         results, files = result_lines(self._progress), []
         if folder:
-            files = own_files(folder, to_come=(TIMELINE, TRACE) if summary else ())
+            to_come = (TIMELINE, TRACE) if summary else ()
+            to_come += (OPERATORS_CSV,) if every[0].operators else ()
+            files = own_files(folder, to_come=to_come)
         said = [files_line(folder, files)] if files else []
         say_lines(["", *results, *said, *where_logged(self._settings.log_file), "", outcome])
         results += [f"files: {', '.join(files)}"] if files else []
@@ -279,6 +292,7 @@ class RunReport:
                 of_ranks = tables_of_ranks(hosts, summaries)
                 metrics["ranks"] = [dataclasses.asdict(each) for each in summaries]
             say("\n".join(tables))
+            of_ranks += self._say_operators(every)
             results += memory_lines(summary.memory_by_node, self._topology, self._plan)
         self._write_metrics(metrics)
         warned = dict.fromkeys(text for each in every for text in each.warnings)
@@ -293,11 +307,26 @@ class RunReport:
             warnings=list(self._warnings.values()),
             steps=list(self._statistics.latest)[-STEPS_OF_RANKS:],
             looks=self._statistics.looks,
+            operators=self.watch.times if self.watch else None,
         )
         if together:
             with contextlib.suppress(RankLost):
                 return self._ranks.gather_objects(own)
         return [own]
+
+    def _say_operators(self, every: Sequence[RankFigures]) -> str:
+        """Print the operators of rank 0, write those of all ranks; returns what the log has."""
+        found, folder = [each.operators for each in every], self._settings.output_dir
+        if not found[0]:
+            if self.watch and self.watch.wanted:
+                say_lines(["", NOT_PROFILED])
+            return ""
+        lines = describe_operators(found[0], every[0].summary.median_step_s, len(every))
+        tables = operator_tables(found[0])
+        say("\n".join(["", *lines, "", tables]))
+        if folder:
+            self._write(write_whole, folder / OPERATORS_CSV, operators_csv(found))
+        return folded(lines[0], "\n\n".join([*lines[1:], tables]))
 
     def _draw(self, every: Sequence[RankFigures]) -> None:
         """timeline.png and trace.json of the latest steps, in place of those of an earlier run."""

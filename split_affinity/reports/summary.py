@@ -70,7 +70,9 @@ class PhaseSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """A whole run. Speeds and shares: of the latest 2,000 steps, without `warmup_steps`."""
+    """A whole run. Speeds and shares: of the latest 2,000 steps, without `warmup_steps`, and
+    without those that were profiled unless these are most of them.
+    """
 
     steps: int
     warmup_steps: int
@@ -90,6 +92,7 @@ class Summary:
     peak_memory_bytes: int
     contention: Contention | None  # in the whole run; None if unknown
     memory_by_node: dict[int, int]  # bytes, if there are several NUMA nodes
+    profiled_steps: int = 0  # that were left out
     waited_s: tuple[float, ...] = ()  # by rank, for the slowest rank, mean of the steps
     joules_per_image: float | None = None  # of the whole machine
 
@@ -166,7 +169,9 @@ class RunStatistics:
     def summary(self) -> Summary:
         """The figures so far, after at least one step."""
         warmup = min(WARM_UP_STEPS, (self.steps - 1) // 2)
-        timed = [step for step in self.latest if step.step >= self._first + warmup]
+        warm = [step for step in self.latest if step.step >= self._first + warmup]
+        plain = [step for step in warm if not step.profiled]
+        timed = plain if len(plain) >= len(warm) / 2 else warm
         timed_s = sum(step.step_s for step in timed)
         records = [record for step in timed for record in step.records]
         audit_s = sum(record.audit_s for record in records)
@@ -194,6 +199,7 @@ class RunStatistics:
             peak_memory_bytes=peak_memory_bytes(),
             contention=self.contention,
             memory_by_node=memory_by_node(),
+            profiled_steps=len(warm) - len(timed),
             waited_s=tuple(map(statistics.fmean, waits_s)),
             joules_per_image=None if None in energies_j else sum(energies_j) / images,
         )

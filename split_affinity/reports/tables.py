@@ -97,12 +97,15 @@ def summary_lines(summary: Summary) -> list[str]:
     if not summary.threads_seen:
         stray = "unknown: the system does not show threads"
     busy = ", ".join(f"{name} cores {share:.0%}" for name, share in summary.busy.items())
+    left_out = plural(summary.warmup_steps, "warm-up step")
+    if summary.profiled_steps:
+        left_out += f" and {plural(summary.profiled_steps, 'profiled one')}"
     beside = f"main thread {summary.main_thread_s:.2f} s"
     if summary.waiting_s >= 0.005:
         beside += f", waiting threads of the other lane {summary.waiting_s:.2f} s"
     lines = [
         f"{summary.images_per_s:.2f} images/s, {summary.median_step_s:.3f} s a step (median), "
-        f"{plural(summary.warmup_steps, 'warm-up step')} left out; "
+        f"{left_out} left out; "
         f"loss {summary.loss_first:.4f} first, {summary.loss_last:.4f} last",
         f"peak memory {summary.peak_memory_bytes / 2**30:.2f} GiB, loader processes not counted; "
         f"stray time {stray}",

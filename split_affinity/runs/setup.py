@@ -39,6 +39,7 @@ from split_affinity.options.existence import is_made_for
 from split_affinity.options.settings import ReportSettings, Settings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks
 from split_affinity.reports.contents import SUBSET
+from split_affinity.reports.operators import OPERATORS_CSV
 from split_affinity.reports.phases import PHASES_CSV, check_phases_file
 from split_affinity.reports.tables import CURVES, GRADIENTS, METRICS, TENSORBOARD, TIMELINE, TRACE
 from split_affinity.runs.fusing import fuse_where_it_pays
@@ -49,6 +50,7 @@ from split_affinity.training.optimizer import (
     build_lr_scheduler,
     build_optimizer,
 )
+from split_affinity.training.profiling import all_threads
 from split_affinity.training.steps import Run
 from split_affinity.training.update import GradientNorms, TrainState, build_average
 
@@ -64,7 +66,8 @@ def check_writable(settings: ReportSettings) -> None:
             flag = f"--output-dir {output}"
             existing = next(path for path in (output, *output.absolute().parents) if path.exists())
             tempfile.TemporaryFile(dir=existing).close()  # files are replaced by new ones
-            for name in (METRICS, TIMELINE, TRACE, CURVES, GRADIENTS, LAST):
+            profiled = [OPERATORS_CSV] if settings.operators else []
+            for name in (METRICS, TIMELINE, TRACE, CURVES, GRADIENTS, LAST, *profiled):
                 check_appendable(output / name, existing)
             if settings.phases or settings.counters:
                 check_appendable(output / PHASES_CSV, existing)
@@ -156,6 +159,8 @@ def check_run(
     be, before anything is written.
     """
     check_model_name(settings.model)
+    if settings.operators:
+        all_threads()
     data = open_data(settings)
     for message in resizing_contradictions(settings, data.native.image_size):
         raise UserError(message)

@@ -39,7 +39,8 @@ class StepResult:
     that ended in the step, in order. `main_thread_s` is CPU time. `contention` is None unless
     somebody looked after this step. `energy_j` is that of the whole machine, None unless counted.
     Of several ranks, `ready_s` is the time that each took until it had all its gradients; at
-    `synced_s` (of time.perf_counter) all had made the step.
+    `synced_s` (of time.perf_counter) all had made the step. `profiled` steps are slower (see
+    OperatorWatch).
     """
 
     step: int
@@ -56,6 +57,7 @@ class StepResult:
     energy_j: float | None = None
     ready_s: tuple[float, ...] = ()
     synced_s: float = 0.0
+    profiled: bool = False
 
     @property
     def waited_s(self) -> tuple[float, ...]:
@@ -76,6 +78,7 @@ class StepResult:
         others = {"contention": dataclasses.asdict(self.contention)} if self.contention else {}
         others |= {"energy_j": self.energy_j} if self.energy_j is not None else {}
         others |= {"waited_s": self.waited_s} if self.ready_s else {}
+        others |= {"profiled": True} if self.profiled else {}
         return line | {"stray_s": self.total("stray_s")} | others
 
 

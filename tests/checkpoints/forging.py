@@ -95,7 +95,7 @@ def wrong_values(value, where):
 FREE = {"data_path", "augment_confused", "teacher_weights", "class_weights", *LEFT, "json"}
 FREE |= {"output_dir"}
 FREE |= set("resume weights init_from test_only download machine record quick preload".split())
-FREE |= {"pictures", "csv", "open"}
+FREE |= {"pictures", "csv", "open", "operators"}
 
 
 def places(value, where=()):

@@ -201,6 +201,10 @@ def test_predict_needs_pictures_and_one_trained_model(settings, message):
             "--test-only needs --resume, the checkpoint to evaluate, or --weights NAME",
         ),
         ({"resume": Path("auto"), "output_dir": OUT, "weights": "DEFAULT"}, None),
+        (
+            {"test_only": True, "weights": "DEFAULT", "operators": True},
+            "--operators profiles steps of a training, --test-only makes none: give one",
+        ),
         ({"test_only": True, "weights": "DEFAULT"}, None),
         ({"weights": "DEFAULT"}, None),
         ({"save_steps": 5, "output_dir": OUT}, None),

@@ -46,6 +46,7 @@ def after(typed, **left):
 @pytest.mark.parametrize(
     ("typed", "left", "expected"),
     [
+        ("--operators --accumulate 2", {}, ["compare --accumulate 2"]),
         ("--recipe digits", BEST, ["--test-only --resume 'out/my run/best.pt'"]),
         (
             "--recipe finetune --data-path photos -j 0",

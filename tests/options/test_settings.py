@@ -32,7 +32,7 @@ def test_the_order_of_settings_in_help_and_in_files():
     backward_cores loader_cores forward_threads backward_threads machine record ranks timeout
     precision fused_norm channels_last fold_norm fused tuned_malloc flush_denormals grads_to_none
     quick preload pictures log_file output_dir print_freq tensorboard phases
-    counters open json csv
+    counters operators open json csv
     """
     assert [setting.name for setting in dataclasses.fields(Settings)] == names.split()
 

@@ -97,6 +97,16 @@ def test_warm_up_steps(steps, warmup):
     assert summary.warmup_steps == warmup
 
 
+@pytest.mark.parametrize(("steps", "left_out", "median_s"), [(7, 0, 0.9), (10, 4, 0.4)])
+def test_profiled_steps_are_left_out_unless_they_are_most(steps, left_out, median_s):
+    made = [step(number) for number in range(1, steps + 1)]
+    for number in range(1, 6):
+        made[number] = dataclasses.replace(made[number], step_s=0.9, profiled=True)
+    summary = summarise(made)
+    assert (summary.profiled_steps, summary.median_step_s) == (left_out, median_s)
+    assert made[1].as_metrics()["profiled"]
+
+
 def test_a_long_run_keeps_its_latest_steps_only(monkeypatch):
     set_everywhere(monkeypatch, "LATEST_STEPS", 10)
     slow = [step(number, stray_s=0.5, step_s=9.0) for number in range(1, 21)]

@@ -369,6 +369,24 @@ def test_the_settings_in_force_are_listed(in_tmp, monkeypatch):
     assert "- warning: cannot be tuned here" in log
 
 
+def test_a_profiled_run_tells_where_its_time_went(in_tmp, no_pictures, capsys):
+    given = {"split": "none", "forward_threads": 1, "log_file": in_tmp / "l.md", "operators": True}
+    train(output_dir=in_tmp / "profiled", steps=10, **given)
+    printed = capsys.readouterr().out
+    assert "timeline.png, trace.json, operators.csv, metrics.jsonl\n" in printed
+    assert "2 warm-up steps and 4 profiled ones left out" in printed
+    assert "\noperators of steps 3 to 5, under PyTorch's profiler: " in printed
+    assert "| all of backward " in printed
+    assert (in_tmp / "profiled/operators.csv").read_text().startswith("rank,lane,phase,layer_gr")
+    assert "<summary>operators of steps 3 to 5" in (in_tmp / "l.md").read_text()
+    marked = [
+        step["step"] for step in read_metrics(in_tmp / "profiled", "step") if "profiled" in step
+    ]
+    assert marked == [2, 3, 4, 5, 6]
+    train(steps=2, **given)
+    assert "no operators: --operators begins with the third step" in capsys.readouterr().out
+
+
 @needs_two_cpus
 @pytest.mark.parametrize(
     "settings", [{"schedule": "overlap", "accumulate": 2}, {"schedule": "delayed"}]
