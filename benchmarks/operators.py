@@ -16,9 +16,8 @@ import itertools
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,53 +36,11 @@ from split_affinity.runs.measurement import measured_settings
 from split_affinity.runs.setup import build_train_state
 from split_affinity.terminal import say
 from split_affinity.text import markdown_table
+from split_affinity.training.operators import CONVOLUTIONS, OUTSIDE, REST, time_by_kind
+from split_affinity.training.profiling import all_threads
 from split_affinity.training.steps import run_schedule
 
 STEPS = 4  # of each half, unless --steps asks for more
-ENGINE = "autograd::engine::evaluate_function: "
-
-# Kinds of operators, by how their names begin; the first that fits counts.
-CONVOLUTIONS = ("convolution forward", "convolution backward")
-KINDS = {
-    "convolution forward": ("aten::conv2d", "aten::convolution", "aten::_convolution"),
-    "convolution backward": ("ConvolutionBackward", "aten::convolution_backward"),
-    "fused norm backward": ("FusedNormBackward",),
-    "fused norm forward": ("FusedNorm",),
-    "batch norm backward": ("NativeBatchNorm", "aten::native_batch_norm_backward"),
-    "batch norm forward": ("aten::batch_norm", "aten::native_batch_norm"),
-    "ReLU forward": ("aten::relu",),
-    "ReLU backward": ("ReluBackward", "aten::threshold_backward"),
-    "additions": ("aten::add", "AddBackward"),
-    "casts and copies": ("aten::to", "aten::contiguous", "aten::clone", "ToCopyBackward"),
-    "pooling": ("aten::max_pool", "aten::adaptive_avg_pool", "MaxPool", "MeanBackward"),
-    "classifier and loss": (
-        *("aten::linear", "AddmmBackward", "aten::cross_entropy", "NllLoss", "LogSoftmax"),
-        *("aten::nll", "aten::log_softmax", "TBackward", "aten::topk"),
-    ),
-    "optimizer": ("Optimizer.", "aten::_fused_", "aten::_foreach_"),
-}
-REST, OUTSIDE = "other operators", "outside of operators"
-
-
-def kind_of(name: str) -> str | None:
-    """The kind of an operator by its name, or None."""
-    name = name.removeprefix(ENGINE)
-    for kind, beginnings in KINDS.items():
-        if name.startswith(beginnings):
-            return kind
-    return None
-
-
-def time_by_kind(events: Iterable[Any]) -> Counter[str]:
-    """Microseconds of the profiler's events by kind: that of the outermost one that has any."""
-    found: Counter[str] = Counter()
-    for event in events:
-        kind, each = REST, event
-        while each is not None:
-            kind = kind_of(each.name) or kind
-            each = each.cpu_parent
-        found[kind] += event.self_cpu_time_total
-    return found
 
 
 def profiled_steps(settings: Settings, topology: Topology) -> tuple[list[float], float, Counter]:
@@ -98,7 +55,7 @@ def profiled_steps(settings: Settings, topology: Topology) -> tuple[list[float],
         running = run_schedule(settings, lanes, state, batches)
         next(running)  # fetches memory
         plain_s = [step.step_s for step in itertools.islice(running, steps)]
-        config = torch.profiler._ExperimentalConfig(profile_all_threads=True)
+        config = all_threads()
         with torch.profiler.profile(experimental_config=config) as profile:
             next(running)
         with torch.profiler.profile(experimental_config=config) as profile:

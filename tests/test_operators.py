@@ -7,27 +7,6 @@ import operators
 import pytest
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("aten::conv2d", "convolution forward"),
-        ("autograd::engine::evaluate_function: ConvolutionBackward0", "convolution backward"),
-        ("aten::native_batch_norm_backward", "batch norm backward"),
-        ("aten::batch_norm", "batch norm forward"),
-        ("NativeBatchNormBackward0", "batch norm backward"),
-        ("aten::relu_", "ReLU forward"),
-        ("ReluBackward0", "ReLU backward"),
-        ("FusedNorm", "fused norm forward"),
-        ("FusedNormBackward", "fused norm backward"),
-        ("aten::add_", "additions"),
-        ("Optimizer.step#SGD.step", "optimizer"),
-        ("aten::empty", None),
-    ],
-)
-def test_kinds_of_operators(name, kind):
-    assert operators.kind_of(name) == kind
-
-
 def test_what_is_inside_of_an_operator_is_part_of_it():
     outer = SimpleNamespace(name="aten::conv2d", cpu_parent=None, self_cpu_time_total=5)
     inner = SimpleNamespace(name="aten::copy_", cpu_parent=outer, self_cpu_time_total=7)
