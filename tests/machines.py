@@ -1,4 +1,5 @@
-"""Machines as sysfs, procfs and cgroup files show them: literal trees for the topology tests.
+"""Machines as sysfs, procfs and cgroup files show them: literal trees for the topology tests; and
+those of docs/machines.
 
 Each machine is a list of rows `(cpu, socket, node, l3, core)`; `l3` numbers the cache's domain.
 """
@@ -6,6 +7,13 @@ Each machine is a list of rows `(cpu, socket, node, l3, core)`; `l3` numbers the
 from __future__ import annotations
 
 from pathlib import Path
+
+from places import ROOT
+
+from split_affinity.machine.description import read_machine
+from split_affinity.machine.topology import Topology
+
+DESCRIBED = sorted((ROOT / "docs/machines").glob("*.json"))
 
 Row = tuple[int, int, int, int, int]
 
@@ -74,6 +82,11 @@ CGROUP_V1 = {
         "41 30 0:34 /docker/abc /sys/fs/cgroup/cpu,cpuacct ro - cgroup cgroup rw,cpu,cpuacct\n"
     ),
 }
+
+
+def described(name: str) -> Topology:
+    """A machine of docs/machines."""
+    return read_machine(ROOT / f"docs/machines/{name}.json")
 
 
 def cpu_list(cpus: list[int]) -> str:

@@ -635,12 +635,12 @@ def test_a_machine_from_a_folder_or_from_a_file(tmp_path):
     """All CPUs of a folder's machine may be used, whatever this process may use, and whatever this
     system can do.
     """
-    root = machines.write_machine(tmp_path / "server", machines.TWO_SOCKETS_128, offline="128-130")
+    root = machines.write_machine(tmp_path / "server", machines.TWO_SOCKETS, offline="8-10")
     topology = read_machine(root)
     assert topology == dataclasses.replace(
-        read_topology(root, frozenset(range(128))), has_affinity=True
+        read_topology(root, frozenset(range(8))), has_affinity=True
     )
-    assert groups(topology) == (tuple(range(64)), tuple(range(64, 128)))
+    assert groups(topology) == ((0, 2, 4, 6), (1, 3, 5, 7))
     file = tmp_path / "server.json"
     file.write_text(machine_text(topology))
     assert read_machine(file) == topology
