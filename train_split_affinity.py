@@ -153,7 +153,7 @@ def run_command(argv: Sequence[str], launch: Launch) -> int:
         machine = read_machine(settings.machine) if settings.machine else read_topology()
         topology = ranks.meet(machine)
         if command in WITH_PLAN:
-            plan = show_plan(settings, topology, ranks)
+            plan, ranks = show_plan(settings, topology, ranks)
             result = WITH_PLAN[command](settings, topology, plan, ranks)
         else:
             result = WITHOUT_PLAN[command](settings, topology)
@@ -180,16 +180,17 @@ def error_text(error: Exception, folder: Path | None) -> str:
     return f"error: {shown(likely_reason(error))}; {write_traceback(folder, error)}"
 
 
-def show_plan(settings: Settings, topology: Topology, ranks: Ranks = ONE_PROCESS) -> CorePlan:
-    """Divide the cores into a forward and a backward group, and print them; returns the plan.
+def show_plan(settings: Settings, topology: Topology, ranks: Ranks) -> tuple[CorePlan, Ranks]:
+    """Divide the cores into a forward and a backward group, and print them.
 
-    `plan_cores` in machine/plan.py divides them; `--split auto` measures first.
+    `plan_cores` in machine/plan.py divides them; `--split auto` measures first. Returns the plan,
+    and the ranks: `plan` may show some that nobody has started.
     """
     plan, ranks = decide_plan(settings, topology, ranks)
     precision, reason = choose_precision(settings, topology)
     lines = plan_lines(settings, topology, plan, ranks)
     say("\n".join([*lines, f"precision {precision}: {reason}"]))
-    return plan
+    return plan, ranks
 
 
 def train(

@@ -166,7 +166,7 @@ BAD_INPUT = [
     (["--schedule", "overlap"], "nothing to overlap with --accumulate 1: raise --accumulate to 2"),
     (["--schedule", "delayed", "--split", "none"], "has nothing to overlap with --split none"),
     (["--split", "auto", "--forward-threads", "2"], "--split auto chooses the thread counts"),
-    (["--json", "c.json"], "--json c.json is for compare and predict, not for train"),
+    (["--json", "c.json"], "--json c.json is for plan, compare and predict, not for train"),
     (["compare", "--csv", "c.csv"], "--csv c.csv is for predict, not for compare"),
     (["--machine", "m.json"], "--machine m.json is for plan, not for train"),
     (["compare", "--record", "m.json"], "--record m.json is for plan, not for compare"),
@@ -212,7 +212,8 @@ BAD_INPUT = [
     (["--wd", "x"], "argument --wd: 'x' is not a number of 0 or more\n"),
     (["--aa", "rand-m9-mstd0.5"], "argument --aa: invalid choice: 'rand-m9-mstd0.5' (choose from"),
     (["--sched", "plateau"], "argument --sched: invalid choice: 'plateau' (choose from"),
-    (["plan", "--json", "c.json"], "--json c.json is for compare and predict, not for plan"),
+    (["plan", *TINY, "--json", "no/p.json"], "--json no/p.json: cannot be written: No such"),
+    (["find-lr", "--json", "c.json"], "--json c.json is for plan, compare and predict, not for"),
     (["photos"], "unknown command 'photos'"),
     (["train", "photos"], "unrecognized arguments: photos\n"),
     (

@@ -10,18 +10,26 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from split_affinity.errors import UserError
-from split_affinity.machine.plan import CorePlan
-from split_affinity.machine.topology import BF16_FLAGS, Core, Topology, read_cpus, read_topology
+from split_affinity.machine.plan import CorePlan, Group
+from split_affinity.machine.topology import (
+    BF16_FLAGS,
+    Core,
+    Topology,
+    machine_values,
+    read_cpus,
+    read_topology,
+)
 from split_affinity.options.settings import DataSettings
 from split_affinity.options.values import COUNT, COUNT_FROM_0, number, parse_cpu_list, whole_number
 from split_affinity.text import format_cpu_list, plural, shown
 
 MACHINE_FORMAT, MACHINE_VERSION = "train_split_affinity machine", 1
+PLAN_FORMAT, PLAN_VERSION = "train_split_affinity plan", 1
 
 
 def one_of(choices: dict[str, Any]) -> Callable[[str], Any]:
@@ -135,6 +143,57 @@ def read_machine(path: Path) -> Topology:
     except (ValueError, argparse.ArgumentTypeError) as error:
         reason = str(error)
     raise UserError(f"--machine {path}: {reason}")
+
+
+def plan_text(
+    machines: Sequence[Topology],
+    plans: Sequence[tuple[int, CorePlan]],
+    loaders: int,
+    precision: tuple[str, str],
+) -> str:
+    """A plan in JSON, for programs: the machines, then the plan of each rank, in order.
+
+    `plans` has with each the number of its machine; `precision` is the one in force, and why.
+    """
+    ranks = [
+        {
+            "rank": rank,
+            "machine": number,
+            "split": plan.split,
+            "groups": [group_values(group, machines[number]) for group in plan.groups],
+            "loaders": loaders,
+            "loader_cpus": plan.loader_cpus,
+            "notes": plan.notes,
+            "measured": {cores: vars(times) for cores, times in plan.measured.items()},
+        }
+        for rank, (number, plan) in enumerate(plans)
+    ]
+    found = map(machine_values, machines)
+    values = {
+        "format": PLAN_FORMAT,
+        "version": PLAN_VERSION,
+        "machines": [{**values["machine"], "topology": values["topology"]} for values in found],
+        "precision": precision[0],
+        "precision_reason": precision[1],
+        "ranks": ranks,
+    }
+    return json.dumps(values, indent=1) + "\n"
+
+
+def group_values(group: Group, topology: Topology) -> dict[str, Any]:
+    """A group as JSON types, with its physical cores in each socket, node and L3 domain."""
+    cores = [core for core in topology.cores if group.cpu_set & {*core.cpus}]
+    known_l3 = [core for core in cores if core.l3 >= 0]
+    return {
+        "name": group.name,
+        "cpus": group.cpus,
+        "threads": group.threads,
+        "cores": group.cores,
+        "cores_by_socket": Counter(core.package for core in cores),
+        "cores_by_node": Counter(core.node for core in cores),
+        "cores_by_l3": Counter(core.l3 for core in known_l3),
+        "cores_by_capacity": Counter(core.capacity for core in cores),
+    }
 
 
 def describe_topology(topology: Topology) -> str:

@@ -280,7 +280,12 @@ def unescape(name: str) -> str:
 
 
 def machine_metrics(topology: Topology) -> dict[str, Any]:
-    """The machine in metrics.jsonl: figures, and core by core."""
+    """The machine in metrics.jsonl: what it is, figures, and core by core."""
+    return {"host_kind": host_kind(), **machine_values(topology)}
+
+
+def machine_values(topology: Topology) -> dict[str, Any]:
+    """A machine as JSON types: figures, and core by core."""
     known = math.isfinite(topology.memory_bytes)
     machine = {
         "cpu_model": topology.cpu_model,
@@ -293,4 +298,4 @@ def machine_metrics(topology: Topology) -> dict[str, Any]:
         "bf16": topology.bf16,
     }
     cores = [dataclasses.asdict(core) for core in topology.cores]
-    return {"host_kind": host_kind(), "machine": machine, "topology": cores}
+    return {"machine": machine, "topology": cores}

@@ -329,8 +329,8 @@ class ReportSettings:
         "operators.csv in --output-dir has all of it", only="train")
     open: bool = free_option(False, "open the pictures that were drawn, or the page of data, at "
         "the end; without a screen a line says where they are", only="train find-lr compare data")
-    json: Path | None = free_option(None, "file for the figures of compare, or for the answers of "
-        "predict (default: not written)", only="compare predict", type=Path)
+    json: Path | None = free_option(None, "file for the plan, for the figures of compare, or for "
+        "the answers of predict (default: not written)", only="plan compare predict", type=Path)
     csv: Path | None = free_option(None, "file for the answers of predict as a table, a row for "
         "each picture (default: not written)", only="predict", type=Path)
 

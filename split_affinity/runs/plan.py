@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 from split_affinity.data.dataset import (
     describe_data,
@@ -20,8 +21,10 @@ from split_affinity.machine.description import (
     describe_topology,
     draw_plan,
     machine_text,
+    plan_text,
 )
 from split_affinity.machine.plan import CorePlan, rank_topology, this_host
+from split_affinity.machine.precision import choose_precision
 from split_affinity.machine.topology import Topology
 from split_affinity.models.cost import describe_model, describe_teacher
 from split_affinity.models.pretrained import describe_weights, find_weights, largest_size
@@ -31,6 +34,7 @@ from split_affinity.options.data_sets import NAMED_DATA
 from split_affinity.options.settings import Settings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks, machines_of, rank_lines
 from split_affinity.runs.measurement import plan_for
+from split_affinity.runs.setup import check_place
 from split_affinity.runs.starting_weights import teacher_name
 from split_affinity.terminal import say, say_lines
 
@@ -68,8 +72,10 @@ def plan_lines(settings: Settings, topology: Topology, plan: CorePlan, ranks: Ra
 def print_model(
     settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks = ONE_PROCESS
 ) -> None:
-    """Print what `plan` shows beside the cores, the data and the model; record the machine."""
+    """Print what `plan` shows beside the cores, the data and the model; write what it can write."""
     check_model_name(settings.model)
+    for flag, place in (("--json", settings.json), ("--record", settings.record)):
+        check_place(flag, place)
     path, classes, native_size = settings.data_path, SYNTHETIC_CLASSES, 224
     if name := settings.dataset:
         named = NAMED_DATA[name]
@@ -93,12 +99,34 @@ def print_model(
     say_lines(describe_model(settings, *shape))
     if teacher := teacher_name(settings):
         say(describe_teacher(teacher, *shape))
+    if settings.json and not ranks.rank:
+        write_for_plan("--json", settings.json, plan_json(settings, topology, plan, ranks))
+        say_lines([f"plan written to {settings.json}"])
     if settings.record and not ranks.rank:
-        try:
-            write_where_asked(settings.record, machine_text(topology))
-        except RunError as error:
-            raise UserError(f"--record {error}") from None
+        write_for_plan("--record", settings.record, machine_text(topology))
         say_lines([f"machine recorded in {settings.record}"])
+
+
+def plan_json(settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks) -> str:
+    """The plan of all ranks in JSON."""
+    machines, plans = [topology], [(0, plan)]
+    if ranks.hosts:
+        machines = [machine for _, machine, _ in machines_of(ranks)]
+        number_of = {
+            rank: number
+            for number, (_, _, there) in enumerate(machines_of(ranks))
+            for rank in there
+        }
+        plans = [(number_of[rank], each) for rank, each in enumerate(ranks.plans)]
+    return plan_text(machines, plans, settings.workers, choose_precision(settings, topology))
+
+
+def write_for_plan(flag: str, path: Path, text: str) -> None:
+    """Write to a place that the user has named. Raises UserError."""
+    try:
+        write_where_asked(path, text)
+    except RunError as error:
+        raise UserError(f"{flag} {error}") from None
 
 
 def list_models(settings: Settings, topology: Topology) -> None:

@@ -105,7 +105,7 @@ def test_help_of_plan_shows_what_changes_a_plan():
     training = "recipe batch_size accumulate epochs freeze freeze_epochs".split()
     training += ["teacher", "teacher_weights", "weights"]
     cores = [*OF_CORES, "machine", "record"]
-    assert shown_in("plan") == [*data, *training, *cores, "ranks", "precision"]
+    assert shown_in("plan") == [*data, *training, *cores, "ranks", "precision", "json"]
 
 
 @pytest.mark.parametrize(

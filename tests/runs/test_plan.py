@@ -1,5 +1,6 @@
 """The command plan. Run: python -m pytest tests/runs/test_plan.py"""
 
+import json
 import os
 import platform
 
@@ -55,6 +56,49 @@ def test_the_machine_of_this_computer_is_recorded(in_tmp):
     assert read_machine(in_tmp / "here.json") == read_topology()
     assert platform.node() not in (in_tmp / "here.json").read_text()
     assert [path.name for path in in_tmp.iterdir()] == ["here.json"]
+
+
+def test_a_plan_for_programs(in_tmp, capsys):
+    """docs/files.md has its fields."""
+    machines.write_machine(in_tmp / "server", machines.TWO_SOCKETS)
+    options = "plan --machine server --ranks 2 --split 1:3 -j 3 --json plan.json".split()
+    assert main([*options, *TINY[:-2]]) == 0
+    assert "plan written to plan.json\n" in capsys.readouterr().out
+    text = (in_tmp / "plan.json").read_text()
+    assert "/" not in text, "no paths"
+    values = json.loads(text)
+    (machine,), (first, second) = values.pop("machines"), values.pop("ranks")
+    assert values == {
+        "format": "train_split_affinity plan",
+        "version": 1,
+        "precision": "fp32",
+        "precision_reason": "the CPU shows no native bfloat16 arithmetic (AMX, AVX512-BF16 or Arm "
+        "BF16)",
+    }
+    assert len(machine.pop("topology")) == machine["cores"] == 8
+    assert machine["cpu_model"] == "Example CPU @ 3.0GHz"
+    forward, backward = first.pop("groups")
+    assert first == {
+        "rank": 0,
+        "machine": 0,
+        "split": "1:3",
+        "loaders": 3,
+        "loader_cpus": [0],
+        "notes": [],
+        "measured": {},
+    }
+    assert (forward["name"], forward["cpus"]) == ("forward", [0])
+    assert backward == {
+        "name": "backward",
+        "cpus": [2, 4, 6],
+        "threads": 3,
+        "cores": 3,
+        "cores_by_socket": {"0": 3},
+        "cores_by_node": {"0": 3},
+        "cores_by_l3": {"0": 1, "4": 2},
+        "cores_by_capacity": {"1024": 3},
+    }
+    assert [group["cpus"] for group in second["groups"]] == [[1], [3, 5, 7]]
 
 
 def test_core_lists_are_those_of_the_machine_planned_for(in_tmp, capsys):
