@@ -25,7 +25,7 @@ from split_affinity.data.digits import write_digits
 from split_affinity.options.commands import build_parser, parse_arguments
 from train_split_affinity import main
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Whatever a command trains, it takes a second with these. A recipe's size grows within them.
 SHORT = "--model squeezenet1_1 --image-size 32 -b 2 --accumulate 2 -j 0 --lr 0.001".split()
 SHORT_RAMP = ["--min-res", "32", "--max-res", "32"]
@@ -86,6 +86,7 @@ def world(tmp_path, torch_cache) -> Path:
     make_photos(root / "new", 2, smallest=40, largest=60)
     torch_cache(SHORT[1])
     shutil.copytree(photos, root / "imagenet")
+    shutil.copytree(ROOT / "docs/machines", root / "docs/machines")
     cifar.make_cifar_digits(root / "cifar", 60)
     write_digits(root / "data/digits")
     return root

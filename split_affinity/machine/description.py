@@ -1,11 +1,10 @@
-"""A machine and a plan of its cores, in words, as a drawing, and as a file for `plan --machine`."""
+"""A machine and a plan of its cores, in words, and as files: for `plan --machine`, for programs."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import sys
@@ -218,52 +217,3 @@ def describe_plan(plan: CorePlan, settings: DataSettings) -> list[str]:
     loaders = plural(settings.workers, "loader process")
     lines.append(f"loader    cores {format_cpu_list(plan.loader_cpus)}: main thread, {loaders}")
     return lines + [f"note: {note}" for note in plan.notes]
-
-
-def draw_plan(topology: Topology, *plans: CorePlan, columns: int = 16, first: int = 0) -> str:
-    """The machine as a grid for each L3 domain, a column per core.
-
-    Rows are the core's number, its kind if there are several, the ranks that use it if there are
-    several plans (of the `first` rank and those that follow), and its hardware threads. A line has
-    at most `columns` cores and 80 characters.
-    """
-    capacities = sorted({core.capacity for core in topology.cores}, reverse=True)
-    kinds = "PE" if len(capacities) == 2 else map(str, capacities)
-    kind_of = dict(zip(capacities, kinds, strict=True)) if len(capacities) > 1 else {}
-    cells_of = {core: core_cells(core, kind_of, topology, plans, first) for core in topology.cores}
-    titles = ["core"] + ["kind"] * bool(kind_of) + ["rank"] * (len(plans) > 1)
-    width = 1 + max(len(cell) for cells in cells_of.values() for cell in cells)
-    columns, lines = min(columns, (80 - 7) // width), []
-    domains = itertools.groupby(topology.cores, lambda core: (core.package, core.node, core.l3))
-    for (package, node, l3), group in domains:
-        lines.append(f"socket {package}, node {node}" + (f", L3 of CPU {l3}" if l3 >= 0 else ""))
-        cores = list(group)
-        step = math.ceil(len(cores) / math.ceil(len(cores) / columns))  # lines of equal length
-        for start in range(0, len(cores), step):
-            part = [cells_of[core] for core in cores[start : start + step]]
-            for row, cells in enumerate(itertools.zip_longest(*part, fillvalue="")):
-                title = titles[row] if row < len(titles) else "cpu"
-                lines.append(f"  {title:5}" + "".join(f"{cell:>{width}}" for cell in cells))
-    return "\n".join([*lines, "  F forward, B backward, - not used, x not allowed"])
-
-
-def core_cells(
-    core: Core,
-    kind_of: dict[int, str],
-    topology: Topology,
-    plans: tuple[CorePlan, ...],
-    first: int,
-) -> list[str]:
-    """A core's column: number, kind, ranks, then its CPUs as `F0`, `B1`, `FB0`, `-2` or `x3`."""
-    cells = [str(core.core_id)]
-    if kind_of:
-        cells.append(kind_of[core.capacity])
-    if len(plans) > 1:
-        used = [plan.forward.cpu_set | plan.backward.cpu_set for plan in plans]
-        ranks = [str(first + n) for n, cpus in enumerate(used) if cpus & {*core.cpus}]
-        cells.append(",".join(ranks) or "-")
-    for cpu in core.cpus:
-        mark = "F" if any(cpu in plan.forward.cpu_set for plan in plans) else ""
-        mark += "B" if any(cpu in plan.backward.cpu_set for plan in plans) else ""
-        cells.append((mark or ("-" if cpu in topology.allowed else "x")) + str(cpu))
-    return cells

@@ -19,10 +19,10 @@ from split_affinity.files import write_where_asked
 from split_affinity.machine.description import (
     describe_plan,
     describe_topology,
-    draw_plan,
     machine_text,
     plan_text,
 )
+from split_affinity.machine.drawing import draw_plan, is_folded
 from split_affinity.machine.plan import CorePlan, rank_topology, this_host
 from split_affinity.machine.precision import choose_precision
 from split_affinity.machine.topology import Topology
@@ -37,6 +37,9 @@ from split_affinity.runs.measurement import plan_for
 from split_affinity.runs.setup import check_place
 from split_affinity.runs.starting_weights import teacher_name
 from split_affinity.terminal import say, say_lines
+
+# With a folded drawing, a line for each of many ranks would leave nothing of it on a screen.
+MOST_RANKS_TOLD, RANKS_TOLD_OF_MORE = 4, 2
 
 
 def decide_plan(settings: Settings, topology: Topology, ranks: Ranks) -> tuple[CorePlan, Ranks]:
@@ -62,11 +65,14 @@ def plan_lines(settings: Settings, topology: Topology, plan: CorePlan, ranks: Ra
     if not ranks.hosts:
         drawing = draw_plan(topology, plan)
         return [describe_topology(topology), drawing, *describe_plan(plan, settings)]
-    lines = []
+    lines, about = [], rank_lines(ranks)
     for text, machine, there in machines_of(ranks):
         plans = [ranks.plans[rank] for rank in there]
         lines += [text, draw_plan(machine, *plans, first=there[0])]
-    return lines + rank_lines(ranks)
+    if is_folded(topology) and len(about) > MOST_RANKS_TOLD:
+        more = len(about) - RANKS_TOLD_OF_MORE
+        about[RANKS_TOLD_OF_MORE:] = [f"{more} more ranks: plan --json FILE has them all"]
+    return lines + about
 
 
 def print_model(

@@ -1,12 +1,14 @@
 """The command plan. Run: python -m pytest tests/runs/test_plan.py"""
 
 import json
+import math
 import os
 import platform
 
 import machines
 import pytest
 import torch
+from places import ROOT
 from small import TINY
 
 from split_affinity import PROGRAM
@@ -56,6 +58,17 @@ def test_the_machine_of_this_computer_is_recorded(in_tmp):
     assert read_machine(in_tmp / "here.json") == read_topology()
     assert platform.node() not in (in_tmp / "here.json").read_text()
     assert [path.name for path in in_tmp.iterdir()] == ["here.json"]
+
+
+@pytest.mark.parametrize("ranks", ["1", "4", "64"])
+def test_the_plan_of_a_large_server_fits_a_screen(in_tmp, capsys, ranks):
+    options = ["--machine", str(ROOT / "docs/machines/server-two-sockets.json"), "--ranks", ranks]
+    assert main(["plan", *options]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert sum(math.ceil(len(line) / 80) for line in printed) <= 38, "40, with a prompt and notes"
+    told = [line for line in printed if line.startswith(("forward ", "rank "))]
+    assert len(told) == {"1": 1, "4": 4, "64": 2}[ranks]
+    assert ("62 more ranks: plan --json FILE has them all" in printed) == (ranks == "64")
 
 
 def test_a_plan_for_programs(in_tmp, capsys):
