@@ -76,7 +76,7 @@ MACHINE_FIELDS = {
 def machine_text(topology: Topology) -> str:
     """A machine's description in JSON: all that a plan depends on, CPUs as lists."""
     values = {"format": MACHINE_FORMAT, "version": MACHINE_VERSION, **dataclasses.asdict(topology)}
-    del values["affinity_refused"], values["busy"]  # of the moment
+    del values["affinity_refused"], values["busy"], values["recorded_in"]  # of the moment
     for core in values["cores"]:
         core["cpus"] = format_cpu_list(core["cpus"])
     if topology.memory_bytes == math.inf:
@@ -130,12 +130,15 @@ def read_machine(path: Path) -> Topology:
     All CPUs of a folder's machine count as allowed. Raises UserError for anything else.
     """
     try:
+        name = shown(path.resolve().name or str(path))
         if not path.is_dir():
-            return parse_machine(path.read_text("utf-8", "replace"))
+            machine = parse_machine(path.read_text("utf-8", "replace"))
+            return dataclasses.replace(machine, recorded_in=name)
         online = frozenset(read_cpus(path / "sys/devices/system/cpu/online"))
         if online:
             there = read_topology(path, online, look_s=0)
-            return dataclasses.replace(there, has_affinity=True, affinity_refused="")
+            changes = {"has_affinity": True, "affinity_refused": "", "recorded_in": name}
+            return dataclasses.replace(there, **changes)
         reason = "a folder without sys/devices/system/cpu/online"
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"

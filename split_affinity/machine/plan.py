@@ -123,7 +123,7 @@ def check_core_options(topology: Topology, settings: CoreSettings) -> None:
     given = {flag: cpus for flag, cpus in lists.items() if cpus}
     if not topology.has_affinity and (given or settings.split != "none"):
         asked = next(iter(given), f"--split {settings.split}")
-        system = "its system" if settings.machine else platform.system()
+        system = f"the system of {topology.name}" if topology.recorded_in else platform.system()
         reason = f"{system} cannot keep threads on cores"
         if topology.affinity_refused:
             reason = f"the system keeps no thread on cores ({topology.affinity_refused})"
@@ -150,9 +150,10 @@ def check_cpus(topology: Topology, flag: str, cpus: Sequence[int]) -> None:
     """Raise UserError for the first CPU of a list that is not online and allowed."""
     for cpu in sorted(set(cpus) - topology.allowed):
         if cpu in topology.online:
-            reason = "not allowed for this process"
+            who = f"on {topology.name}" if topology.recorded_in else "for this process"
+            reason = f"not allowed {who}"
         else:
-            reason = "offline" if cpu in topology.offline else "not in this machine"
+            reason = "offline" if cpu in topology.offline else f"not in {topology.name}"
         asked, allowed = format_cpu_list(cpus), format_cpu_list(topology.allowed)
         raise UserError(f"{flag} {asked}: CPU {cpu} is {reason} (allowed: {allowed})")
 
@@ -244,10 +245,13 @@ class Host:
 
 
 def this_host(topology: Topology) -> Host:
-    """The machine of this process, identified by the kernel's random boot id."""
+    """The machine of this process, identified by the kernel's random boot id.
+
+    With --machine it has the name of that one.
+    """
     name = shown(platform.node())
     kernel = read_text(Path("/proc/sys/kernel/random/boot_id")) or name
-    return Host(kernel, name, topology, str(torch.__version__))
+    return Host(kernel, topology.recorded_in or name, topology, str(torch.__version__))
 
 
 def rank_topology(hosts: Sequence[Host], rank: int) -> Topology:

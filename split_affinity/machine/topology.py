@@ -53,6 +53,13 @@ class Topology:
     # the share of time in which each CPU works, known only if a CPU quota leaves a choice.
     affinity_refused: str = ""
     busy: dict[int, float] = field(default_factory=dict, compare=False)
+    # The name of the file or folder of --machine; empty for the machine that this runs on.
+    recorded_in: str = field(default="", compare=False)
+
+    @property
+    def name(self) -> str:
+        """What a sentence calls the machine; only the one that this runs on is `this machine`."""
+        return self.recorded_in or "this machine"
 
     @property
     def online(self) -> tuple[int, ...]:

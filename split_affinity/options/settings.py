@@ -262,7 +262,7 @@ class CoreSettings:
     machine: Path | None = free_option(None, "divide the cores of another machine, given by a file "
         "of --record, or by a folder with its /sys/devices/system and /proc/cpuinfo", only="plan",
         type=Path)
-    record: Path | None = free_option(None, "file to describe this machine in, for --machine "
+    record: Path | None = free_option(None, "file to describe the machine in, for --machine "
         "elsewhere (default: not written)", only="plan", type=Path)
 
 

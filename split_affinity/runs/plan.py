@@ -45,11 +45,11 @@ MOST_RANKS_TOLD, RANKS_TOLD_OF_MORE = 4, 2
 def decide_plan(settings: Settings, topology: Topology, ranks: Ranks) -> tuple[CorePlan, Ranks]:
     """The plan of this rank, and all ranks, which have theirs.
 
-    `plan --ranks 4` shows four ranks of this machine, though nobody has started them.
+    `plan --ranks 4` shows four ranks of one machine, though nobody has started them.
     """
     if settings.ranks > ranks.size:
         ranks = Ranks()
-        host = dataclasses.replace(this_host(topology), name="this machine")
+        host = dataclasses.replace(this_host(topology), name=topology.name)
         ranks.hosts = settings.ranks * [host]
         shares = (rank_topology(ranks.hosts, rank) for rank in range(settings.ranks))
         ranks.plans = [plan_for(settings, share) for share in shares]
@@ -114,7 +114,8 @@ def print_model(
 
 
 def plan_json(settings: Settings, topology: Topology, plan: CorePlan, ranks: Ranks) -> str:
-    """The plan of all ranks in JSON."""
+    """The plan of all ranks in JSON, without the name of a file that describes the machine."""
+    topology = dataclasses.replace(topology, recorded_in="")
     machines, plans = [topology], [(0, plan)]
     if ranks.hosts:
         machines = [machine for _, machine, _ in machines_of(ranks)]

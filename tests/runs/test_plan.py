@@ -13,6 +13,7 @@ from small import TINY
 
 from split_affinity import PROGRAM
 from split_affinity.machine.description import read_machine
+from split_affinity.machine.plan import this_host
 from split_affinity.machine.topology import read_topology
 from train_split_affinity import main
 
@@ -47,6 +48,9 @@ def test_plan_for_a_server_from_any_computer(in_tmp, capsys, monkeypatch):
     first = capsys.readouterr().out.splitlines()
     assert first.pop(-2) == "machine recorded in server.json"
     assert main(["plan", "--machine", "server.json", *TINY]) == 0
+    precision = "precision fp32: the CPU of {} shows no native bfloat16 arithmetic "
+    (line,) = (line for line in first if line.startswith(precision.format("server")))
+    first[first.index(line)] = line.replace("server", "server.json")
     assert capsys.readouterr().out.splitlines() == first
     assert first[0].startswith("Example CPU @ 3.0GHz: 1 socket, 16 cores, 32 hardware threads; ")
     assert "forward   cores 0-7,16-23, 8 threads: forward pass" in first
@@ -120,8 +124,32 @@ def test_core_lists_are_those_of_the_machine_planned_for(in_tmp, capsys):
     assert main([*options, "--backward-cores", "14-15"]) == 0
     assert "forward   cores 30-31, 2 threads: forward pass" in capsys.readouterr().out
     assert main([*options, "--backward-cores", "32"]) == 2
-    message = "--backward-cores 32: CPU 32 is not in this machine (allowed: 0-31)\n"
+    message = "--backward-cores 32: CPU 32 is not in server (allowed: 0-31)\n"
     assert capsys.readouterr().err.endswith(message)
+
+
+def test_this_machine_never_stands_for_a_recorded_one(in_tmp, capsys):
+    """Whatever goes wrong, and however many ranks there are: its file has a name."""
+    file = ROOT / "docs/machines/server-two-sockets.json"
+    (in_tmp / "mac.json").write_text(
+        file.read_text().replace('affinity": true', 'affinity": false')
+    )
+    (in_tmp / "part.json").write_text(file.read_text().replace('"0-255"', '"0-127"'))
+    printed = []
+    for machine, options, told in (
+        (file, "--ranks 2", "rank 1 on server-two-sockets.json: forward"),
+        (file, "--ranks 2", "precision bf16: the CPU of server-two-sockets.json computes"),
+        (file, "--ranks 129", "129 ranks on server-two-sockets.json: more than its 128 cores"),
+        ("mac.json", "", "--split even: the system of mac.json cannot keep threads on cores"),
+        ("part.json", "--loader-cores 128", "CPU 128 is not allowed on part.json (allowed: 0-127)"),
+    ):
+        main(["plan", "--machine", str(machine), *options.split(), *TINY])
+        printed += capsys.readouterr()
+        assert told in "".join(printed[-2:])
+    for words in ("this machine", "this process", platform.node()):
+        assert words not in "".join(printed)
+    topology = read_machine(file)
+    assert this_host(topology).name == file.name, "of ranks under torchrun, too"
 
 
 def test_plan_of_another_model(in_tmp, capsys):
