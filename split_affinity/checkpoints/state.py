@@ -370,7 +370,7 @@ def read_checkpoint(path: Path) -> SavedState:
     try:
         check_content(saved)
         check_size(saved, path)
-        saved["left"] = settings_left(saved["settings"])
+        saved["left"] = settings_left(saved["settings"], saved.get("asked"))
         for name in ("settings", "asked"):
             if saved.get(name) is not None:
                 saved[name] = settings_brought(saved[name])

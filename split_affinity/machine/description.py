@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from split_affinity.errors import UserError
-from split_affinity.machine.plan import CorePlan, Group
+from split_affinity.machine.plan import CorePlan, Group, loader_count
 from split_affinity.machine.topology import (
     BF16_FLAGS,
     Core,
@@ -150,7 +150,7 @@ def read_machine(path: Path) -> Topology:
 def plan_text(
     machines: Sequence[Topology],
     plans: Sequence[tuple[int, CorePlan]],
-    loaders: int,
+    settings: DataSettings,
     precision: tuple[str, str],
 ) -> str:
     """A plan in JSON, for programs: the machines, then the plan of each rank, in order.
@@ -163,7 +163,7 @@ def plan_text(
             "machine": number,
             "split": plan.split,
             "groups": [group_values(group, machines[number]) for group in plan.groups],
-            "loaders": loaders,
+            "loaders": loader_count(settings, plan.cores),
             "loader_cpus": plan.loader_cpus,
             "notes": plan.notes,
             "measured": {cores: vars(times) for cores, times in plan.measured.items()},
@@ -217,6 +217,6 @@ def describe_plan(plan: CorePlan, settings: DataSettings) -> list[str]:
         "all": "every phase, nothing is split",
     }
     lines = [f"{group.name:9} {group}: {tasks[group.name]}" for group in plan.groups]
-    loaders = plural(settings.workers, "loader process")
+    loaders = plural(loader_count(settings, plan.cores), "loader process")
     lines.append(f"loader    cores {format_cpu_list(plan.loader_cpus)}: main thread, {loaders}")
     return lines + [f"note: {note}" for note in plan.notes]

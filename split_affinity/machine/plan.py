@@ -18,11 +18,12 @@ import torch
 from split_affinity.errors import UserError
 from split_affinity.files import read_text
 from split_affinity.machine.topology import Core, Topology, cpus_of
-from split_affinity.options.settings import CoreSettings
+from split_affinity.options.settings import CoreSettings, DataSettings
 from split_affinity.text import format_cpu_list, plural, shown
 
 BUSY_SHARE = 0.1  # a core that others use for longer is not idle
 DOMAINS = "package", "node", "l3"
+LEAST_LOADERS, MOST_LOADERS, CORES_A_LOADER = 2, 16, 8  # unless --workers says how many
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,25 @@ class CorePlan:
         """The groups that get a lane."""
         return (self.forward,) if self.forward is self.backward else (self.forward, self.backward)
 
+    @property
+    def cores(self) -> int:
+        """The number of physical cores of the lanes."""
+        return sum(group.cores for group in self.groups)
+
     def group(self, lane: str) -> Group:
         """The group of a lane."""
         return self.forward if lane == self.forward.name else self.backward
+
+
+def loader_count(settings: DataSettings, cores: int) -> int:
+    """The loader processes of a run, or of a rank, on so many physical cores."""
+    if settings.workers is not None:
+        return settings.workers
+    # ResNet-50 takes about a tenth of a second of one core for an image, and a loader 10 to 20 ms
+    # for a photograph: so one loader feeds about eight cores. They share the forward group's cores,
+    # from which more would take time. Each needs up to 0.5 GiB, and with a validation there are
+    # twice as many: so there is an end to it.
+    return min(max(LEAST_LOADERS, cores // CORES_A_LOADER), MOST_LOADERS)
 
 
 def plan_cores(topology: Topology, settings: CoreSettings) -> CorePlan:

@@ -22,6 +22,7 @@ SHOWN = PATHS | {"ranks"}
 LEFT = frozenset(
     "workers mirror log_file output_dir tensorboard phases counters timeout json".split()
 )
+LOADERS_BEFORE = 2  # the default of earlier versions, which saved it as if it had been typed
 BEGUN = frozenset(
     """
     resume weights init_from test_only download machine record quick preload pictures open csv
@@ -108,11 +109,15 @@ def printable(text: str) -> str:
     return text
 
 
-def settings_left(values: Values) -> list[str]:
+def settings_left(values: Values, asked: Values | None = None) -> list[str]:
     """Which settings of a saved run you have to type again, by name.
 
-    Not the output folder, which is where the checkpoint is.
+    Not the output folder, which is where the checkpoint is, and not what was left to the machine:
+    then `asked` has None.
     """
+    values = values | (asked or {})
+    if values.get("workers") == LOADERS_BEFORE:
+        values["workers"] = None
     return [
         name
         for name in sorted(LEFT & values.keys() - {"output_dir"})

@@ -114,8 +114,9 @@ class DataSettings:
     max_bad_images: int | None = free_option(None, "broken images to skip before the run stops "
         "(default: one in a thousand training images, at least one); a batch of nothing but broken "
         "images always stops it", type=COUNT_FROM_0)
-    workers: int = free_option(2, "loader processes, as many again for validation; 0 loads in the "
-        "main thread", "-j", type=COUNT_FROM_0)
+    workers: int | None = free_option(None, "loader processes, as many again for validation "
+        "(default: one for each 8 cores of the run, at least 2, at most 16); 0 loads in the main "
+        "thread", "-j", type=COUNT_FROM_0)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from split_affinity.machine.plan import (
     PhaseTimes,
     check_core_options,
     divide_cores,
+    loader_count,
     make_group,
     plan_cores,
     usable_cores,
@@ -227,7 +228,9 @@ def measured_settings(settings: Settings, topology: Topology) -> Settings:
     """The settings for measuring: without epochs, growing images, trained weights, unfreezing."""
     left_out = dict.fromkeys(("epochs", "min_res", "init_from", "weights"))
     left_out |= {"freeze": mostly_frozen(settings), "freeze_epochs": None}
-    return settings_in_force(settings, topology, open_data(settings), **left_out)
+    loaders = loader_count(settings, len(usable_cores(topology)))
+    data = open_data(settings)
+    return settings_in_force(settings, topology, data, workers=loaders, **left_out)
 
 
 def measure_scaling(

@@ -125,7 +125,7 @@ def plan_json(settings: Settings, topology: Topology, plan: CorePlan, ranks: Ran
             for rank in there
         }
         plans = [(number_of[rank], each) for rank, each in enumerate(ranks.plans)]
-    return plan_text(machines, plans, settings.workers, choose_precision(settings, topology))
+    return plan_text(machines, plans, settings, choose_precision(settings, topology))
 
 
 def write_for_plan(flag: str, path: Path, text: str) -> None:

@@ -38,7 +38,7 @@ from split_affinity.data.samples import Batch
 from split_affinity.errors import RunError, UserError, memory_errors
 from split_affinity.files import write_where_asked
 from split_affinity.lanes.lane import Lanes, coordinating, tune_allocator
-from split_affinity.machine.plan import plan_cores
+from split_affinity.machine.plan import loader_count, plan_cores
 from split_affinity.machine.precision import choose_precision
 from split_affinity.machine.topology import Topology
 from split_affinity.models.pretrained import Preprocessing, find_weights
@@ -164,6 +164,7 @@ def set_up_prediction(
     trained = load_asked_model(settings)
     if settings.channels_last:
         trained.model.to(memory_format=torch.channels_last)
+    settings = dataclasses.replace(settings, workers=loader_count(settings, plan.cores))
     loader = picture_loader(paths, trained.ready, settings, plan.loader_cpus, stop.check)
     stack.callback(loader.close)
     lanes = stack.enter_context(Lanes(plan, topology.online))

@@ -27,7 +27,7 @@ from split_affinity.data.pictures import ImageData, derived_seed
 from split_affinity.errors import UserError
 from split_affinity.files import check_appendable, followed, write_whole
 from split_affinity.lanes.lane import Lanes, tune_allocator
-from split_affinity.machine.plan import CorePlan
+from split_affinity.machine.plan import CorePlan, loader_count
 from split_affinity.machine.precision import choose_precision
 from split_affinity.machine.topology import Topology
 from split_affinity.models.cost import check_memory
@@ -176,6 +176,7 @@ def check_run(
     notes += [note] if note else []
     tuned = settings.tuned_malloc and not note
     others = {"loader_cores": plan.loader_cpus, "tuned_malloc": tuned}
+    others |= {"workers": loader_count(settings, plan.cores)}
     settings = settings_in_force(settings, topology, data, **others)
     check_memory(settings, topology, settings.batch_size)
     return settings, data, notes

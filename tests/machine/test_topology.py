@@ -17,12 +17,18 @@ from hypothesis import strategies as st
 
 from split_affinity import ALLOWED_CPUS
 from split_affinity.errors import UserError
-from split_affinity.machine.description import machine_text, parse_machine, read_machine
+from split_affinity.machine.description import (
+    describe_plan,
+    machine_text,
+    parse_machine,
+    read_machine,
+)
 from split_affinity.machine.plan import (
     Host,
     choose_cores,
     forward_count,
     fullest_subset,
+    loader_count,
     plan_cores,
     rank_topology,
     share_by_kind,
@@ -318,6 +324,24 @@ def test_a_ratio_within_a_quota(tmp_path):
     files = machines.CGROUP_V2 | QUOTA_V2
     notes = plan(read(tmp_path, machines.SEVEN, files=files), split="1:2").notes
     assert "split 1:2 of 2 cores became 1:1" in notes
+
+
+@pytest.mark.parametrize(
+    ("cores", "loaders"), [(1, 2), (16, 2), (23, 2), (24, 3), (100, 12), (128, 16), (1024, 16)]
+)
+def test_loaders_follow_the_cores_of_a_large_machine(cores, loaders):
+    assert loader_count(Settings(), cores) == loaders
+    assert [loader_count(Settings(workers=asked), cores) for asked in (0, 1, 99)] == [0, 1, 99]
+
+
+def test_each_rank_has_the_loaders_of_its_share():
+    machine = machines.described("server-two-sockets")
+    hosts = 4 * [Host("boot", "box", machine, "2.15")]
+    made = [plan(machine), plan(rank_topology(hosts, 3)), plan(machine, split="none")]
+    made.append(plan(machine, forward_cores=(0, 1), backward_cores=(2, 3)))
+    assert [each.cores for each in made] == [128, 32, 128, 4]
+    words = [describe_plan(each, Settings())[-1].rpartition(", ")[2] for each in made]
+    assert words == [f"{count} loader processes" for count in (16, 4, 16, 2)]
 
 
 def test_split_none_is_one_lane_over_all_cores(tmp_path):
