@@ -155,7 +155,7 @@ class RunReport:
         self._settings, self._topology, self._plan = settings, topology, plan
         self._progress, self._ranks = progress, ranks
         self._total = total_steps(settings, progress.epoch_batches)
-        self._statistics = RunStatistics(plan)
+        self._statistics = RunStatistics(plan, loads_images=bool(settings.data_path))
         self.watch: OperatorWatch | None = None
         self._warnings: dict[str, str] = {}  # by kind: each kind is shown once
         if settings.output_dir and not ranks.rank:

@@ -19,6 +19,7 @@ from split_affinity.counters.memory import memory_by_node
 from split_affinity.lanes.audit import NOT_LOOKED_AT, PhaseRecord
 from split_affinity.lanes.contention import Contention, mean_contention
 from split_affinity.machine.plan import CorePlan
+from split_affinity.reports.loading import Loading, summarise_loading
 from split_affinity.text import format_cpu_list
 from split_affinity.training.steps import PHASES, StepResult
 
@@ -95,6 +96,7 @@ class Summary:
     profiled_steps: int = 0  # that were left out
     waited_s: tuple[float, ...] = ()  # by rank, for the slowest rank, mean of the steps
     joules_per_image: float | None = None  # of the whole machine
+    loading: Loading | None = None  # None without images to load
 
     @property
     def threads_seen(self) -> bool:
@@ -109,12 +111,14 @@ class RunStatistics:
     FIGURES_BY_CPU allows.
     """
 
-    def __init__(self, plan: CorePlan):
+    def __init__(self, plan: CorePlan, loads_images: bool = True):
+        """Synthetic images are made, not loaded: nothing is said about their loading."""
         self.steps = self.images = self._first = 0
         self.latest: deque[StepResult] = deque(maxlen=LATEST_STEPS)
         self.contention: Contention | None = None
         self.looks: list[Contention] = []  # those of the latest CONTENTION_WINDOW_S
-        self._plan, self._cpus = plan, 1  # those with figures
+        self._plan, self._loads_images = plan, loads_images
+        self._cpus = 1  # those with figures
         self._loss_first = math.nan
         self._stray_s: Counter[str] = Counter()  # by phase, like the next ones
         self._cpu_busy_s: dict[str, Counter[int]] = {phase: Counter() for phase in PHASES}
@@ -202,7 +206,12 @@ class RunStatistics:
             profiled_steps=len(warm) - len(timed),
             waited_s=tuple(map(statistics.fmean, waits_s)),
             joules_per_image=None if None in energies_j else sum(energies_j) / images,
+            loading=self._summarise_loading(timed),
         )
+
+    def _summarise_loading(self, timed: Sequence[StepResult]) -> Loading | None:
+        cpus = self._plan.loader_cpus
+        return summarise_loading(timed, cpus) if self._loads_images else None
 
     def _summarise_phase(
         self, phase: str, timed: Sequence[StepResult], timed_s: float

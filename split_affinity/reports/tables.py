@@ -11,6 +11,7 @@ from split_affinity.lanes.contention import CONTENTION_SHARE, Contention
 from split_affinity.machine.plan import CorePlan, Host
 from split_affinity.machine.topology import Topology, cpus_of
 from split_affinity.options.settings import Settings
+from split_affinity.reports.loading import loading_lines
 from split_affinity.reports.summary import Summary
 from split_affinity.text import folded, format_cpu_list, markdown_table, plural, span_text
 from split_affinity.training.steps import PHASES, StepResult
@@ -113,6 +114,7 @@ def summary_lines(summary: Summary) -> list[str]:
     ]
     if summary.joules_per_image is not None:
         lines.append(f"energy of the whole machine: {summary.joules_per_image:.2f} J an image")
+    lines[1:1] = loading_lines(summary.loading)
     if disturbed := disturbance(summary.contention):
         lines.insert(1, disturbed)
     elif summary.contention:
