@@ -93,7 +93,7 @@ def loading_lines(loading: Loading | None) -> list[str]:
     )
     if loading.enough_loaders > loading.loaders:
         line += (
-            f"; -j {loading.enough_loaders} would keep up, if as many cores are free for it: "
+            f"; -j {loading.enough_loaders} would keep up, if each had a core to itself; "
             f"loaders have cores {loading.cpus} (--loader-cores)"
         )
     else:

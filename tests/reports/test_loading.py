@@ -41,7 +41,7 @@ def test_loaders_that_hold_training_up():
     assert (loading.loaders, loading.enough_loaders) == (1, 2)
     assert loading_lines(loading) == [
         "loaders held training up for 45 % of the time: a batch takes 0.9 s to load and 0.55 s to "
-        "train with; -j 2 would keep up, if as many cores are free for it: loaders have cores 0 "
+        "train with; -j 2 would keep up, if each had a core to itself; loaders have cores 0 "
         "(--loader-cores)"
     ]
 
