@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
+from split_affinity.compare.curve import Sweep
 from split_affinity.compare.loops import ByLane
 from split_affinity.compare.report import (
     comparison_json,
@@ -16,6 +17,9 @@ from split_affinity.compare.report import (
     split_lines,
 )
 from split_affinity.compare.rounds import run_rounds
+from split_affinity.compare.sweep import check_sweep, sweep
+from split_affinity.compare.sweep_picture import draw_sweep
+from split_affinity.compare.sweep_report import sweep_csv, sweep_json, sweep_section, sweep_text
 from split_affinity.compare.verdict import Comparison
 from split_affinity.compare.ways import all_ways, is_loading, way_settings
 from split_affinity.errors import RunError, UserError, likely_reason
@@ -25,6 +29,7 @@ from split_affinity.machine.topology import Topology
 from split_affinity.models.cost import check_memory, measure_model
 from split_affinity.models.registry import check_input_shape, check_model_name, meta_model
 from split_affinity.options.settings import Settings
+from split_affinity.options.values import SWEEP
 from split_affinity.reports.log import LOG_HEADER, where_logged
 from split_affinity.reports.tables import TIMELINE
 from split_affinity.runs.measurement import measured_settings
@@ -32,10 +37,12 @@ from split_affinity.runs.setup import check_writable
 from split_affinity.terminal import say, say_lines
 
 
-def compare(settings: Settings, topology: Topology) -> Comparison:
+def compare(settings: Settings, topology: Topology) -> Comparison | Sweep:
     """Run all ways to train in turn, round by round; print and write how they compare."""
     begun_s, asked = time.perf_counter(), settings
     check_comparison(settings, topology)
+    sweeps = settings.split == SWEEP
+    machine = check_sweep(settings, topology) if sweeps else None
     say(describe_topology(topology))
     settings = measured_settings(settings, topology)
     # Preloaded images of a whole step stay in memory.
@@ -45,6 +52,11 @@ def compare(settings: Settings, topology: Topology) -> Comparison:
     shape = settings.model, settings.num_classes, settings.image_size
     for chosen in way_settings(settings).values():
         check_input_shape(meta_model(*shape), settings.model, chosen.batch_size, shape[2])
+    if sweeps:
+        found = sweep(asked, settings, topology, machine, image_flops(settings))
+        say("\n" + sweep_text(found))
+        write_results(settings, sweep_writers(found))
+        return found
     ways = all_ways(settings, topology)
     say_lines(split_lines(ways))
     rounds = run_rounds(ways, topology.online)
@@ -52,7 +64,7 @@ def compare(settings: Settings, topology: Topology) -> Comparison:
     found = Comparison(asked, settings, topology, ways, rounds, image_flops(settings), seconds)
     say_lines(["", *comparison_notes(found)])
     say("\n".join([*comparison_tables(found), "", found.verdict]))
-    write_comparison(found)
+    write_results(settings, comparison_writers(found))
     return found
 
 
@@ -77,15 +89,31 @@ def check_comparison(settings: Settings, topology: Topology) -> None:
     check_model_name(settings.model)
 
 
-def write_comparison(found: Comparison) -> None:
-    """Write figures, picture and a section of logs.md; RunError, in the end, if any cannot be."""
-    settings, reasons = found.settings, []
-    writers: list[Callable[[], None]] = []
+def comparison_writers(found: Comparison) -> Iterator[Callable[[], None]]:
+    """What writes a comparison's figures, its picture and its section of logs.md."""
+    settings = found.settings
     if settings.json:
-        writers.append(lambda: write_where_asked(settings.json, comparison_json(found)))
+        yield lambda: write_where_asked(settings.json, comparison_json(found))
     if settings.output_dir:
-        writers.append(lambda: draw_comparison(settings.output_dir / TIMELINE, found))
-    writers.append(lambda: append_text(settings.log_file, comparison_section(found), LOG_HEADER))
+        yield lambda: draw_comparison(settings.output_dir / TIMELINE, found)
+    yield lambda: append_text(settings.log_file, comparison_section(found), LOG_HEADER)
+
+
+def sweep_writers(found: Sweep) -> Iterator[Callable[[], None]]:
+    """What writes a sweep's figures, its picture and its section of logs.md."""
+    settings = found.settings
+    if settings.json:
+        yield lambda: write_where_asked(settings.json, sweep_json(found))
+    if settings.csv:
+        yield lambda: write_where_asked(settings.csv, sweep_csv(found))
+    if settings.output_dir:
+        yield lambda: draw_sweep(settings.output_dir, found)
+    yield lambda: append_text(settings.log_file, sweep_section(found), LOG_HEADER)
+
+
+def write_results(settings: Settings, writers: Iterable[Callable[[], None]]) -> None:
+    """Write results, each whatever becomes of the others; RunError in the end if any cannot be."""
+    reasons = []
     for write in writers:
         try:
             write()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from split_affinity.checkpoints.state import versions
 from split_affinity.compare.loops import ByLane
@@ -103,25 +104,29 @@ def comparison_section(found: Comparison) -> str:
     return log_section(title, items, speeds, found.verdict, more, folded_settings(settings))
 
 
-def comparison_json(found: Comparison) -> str:
-    """A comparison for programs."""
-    used = rounds_used(found.rounds)
-    rounds = [
+def rounds_figures(rounds: Sequence[Round]) -> list[dict[str, Any]]:
+    """The speeds in all rounds, and who disturbed them, as JSON types."""
+    used = rounds_used(rounds)
+    return [
         {
             "round": index + 1,
             "images_per_s": {way: result.images_per_s for way, result in each.items()},
             "disturbance": disturbance(each)[1] or None,
             "counts": index in used,
         }
-        for index, each in enumerate(found.rounds)
+        for index, each in enumerate(rounds)
     ]
+
+
+def comparison_json(found: Comparison) -> str:
+    """A comparison for programs."""
     figures = {
         "machine": describe_topology(found.topology),
         "versions": versions(),
         "settings": plain_settings(found.settings),
         "plans": {way.name: dataclasses.asdict(way.plan) for way in found.ways},
         "ways": [dataclasses.asdict(row) for row in found.rows],
-        "rounds": rounds,
+        "rounds": rounds_figures(found.rounds),
         "seconds": found.seconds,
         "verdict": found.verdict,
     }

@@ -236,8 +236,9 @@ def judge_ranks(best: Compared, compared: Sequence[Compared]) -> tuple[str, bool
     rounds = rival.to_none_rounds
     pairs = zip(rounds, best.to_none_rounds, strict=True)
     ahead = [own / max(1.0, other) for own, other in pairs]
+    where = "the same groups" if rival.split == best.split else f"groups of {rival.split}"
     sentence = (
-        f" Data parallelism on the same groups, {rival.way}, trains at {rival.to_none:.2f} of one "
+        f" Data parallelism on {where}, {rival.way}, trains at {rival.to_none:.2f} of one "
         f"lane's speed ({min(rounds):.2f} to {max(rounds):.2f})."
     )
     return sentence, beyond_noise(ahead, len(rivals)) > 0

@@ -124,10 +124,11 @@ def parse_fields(
     return fields
 
 
-def read_machine(path: Path) -> Topology:
+def read_machine(path: Path, flag: str = "--machine") -> Topology:
     """The machine that a file describes, or a folder with its system files as they are below /.
 
-    All CPUs of a folder's machine count as allowed. Raises UserError for anything else.
+    All CPUs of a folder's machine count as allowed. Raises UserError for anything else; `flag` is
+    the option that names the path.
     """
     try:
         name = shown(path.resolve().name or str(path))
@@ -144,7 +145,7 @@ def read_machine(path: Path) -> Topology:
         reason = f"cannot be read: {error.strerror}"
     except (ValueError, argparse.ArgumentTypeError) as error:
         reason = str(error)
-    raise UserError(f"--machine {path}: {reason}")
+    raise UserError(f"{flag} {path}: {reason}")
 
 
 def plan_text(

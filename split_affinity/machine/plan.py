@@ -19,6 +19,7 @@ from split_affinity.errors import UserError
 from split_affinity.files import read_text
 from split_affinity.machine.topology import Core, Topology, cpus_of
 from split_affinity.options.settings import CoreSettings, DataSettings
+from split_affinity.options.values import SWEEP
 from split_affinity.text import format_cpu_list, plural, shown
 
 BUSY_SHARE = 0.1  # a core that others use for longer is not idle
@@ -157,8 +158,9 @@ def check_core_options(topology: Topology, settings: CoreSettings) -> None:
         first, other, twice = map(format_cpu_list, (forward, backward, both))
         raise UserError(f"--forward-cores {first} and --backward-cores {other} overlap in {twice}")
     threads = settings.forward_threads or settings.backward_threads
-    if settings.split == "auto" and threads:
-        raise UserError(f"--split auto chooses the thread counts itself: {threads} cannot be given")
+    if settings.split in ("auto", SWEEP) and threads:
+        asked = f"--split {settings.split}"
+        raise UserError(f"{asked} chooses the thread counts itself: {threads} cannot be given")
     if settings.split == "none" and settings.forward_threads and settings.backward_threads:
         raise UserError("--split none has one lane: give --forward-threads alone")
 

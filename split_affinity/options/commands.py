@@ -35,7 +35,7 @@ from split_affinity.options.settings import (
     SpeedSettings,
     as_options,
 )
-from split_affinity.options.values import Values
+from split_affinity.options.values import SWEEP, Values
 from split_affinity.text import (
     as_option,
     did_you_mean,
@@ -139,7 +139,8 @@ COMMANDS = {
         weights init_from""".split())),
     "compare": Command("train in all ways, in turn, and say which is fastest", {
         "ResNet-50: plain loops, one lane, and every schedule of the split": "compare",
-        "two splits, with less to compute": "compare --quick --split even,1:2",
+        "all ratios of forward to backward cores, as a curve":
+            "compare --split sweep --output-dir out",
         "your own pictures, loading included, and the figures in a file":
             "compare --data-path photos --json compare.json",
     }, (AugmentationSettings, SpeedSettings, *TRAINED_WITH, *"""
@@ -342,6 +343,8 @@ def command_defaults(command: str, typed: Values) -> Values:
             defaults.pop(part, None)
     if command == "compare" and (quick or not recipe):
         defaults["accumulate"] = 1 if quick else COMPARED_BATCHES
+    if typed.get("simulate"):
+        defaults["split"] = SWEEP
     if typed.get("init_from") or resumes:
         defaults.pop("weights", None)
     if looks:

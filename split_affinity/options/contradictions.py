@@ -19,7 +19,7 @@ from split_affinity.options.settings import (
     images_in_step,
     learning_rate,
 )
-from split_affinity.options.values import RESIZING_STEP
+from split_affinity.options.values import RESIZING_STEP, SWEEP
 from split_affinity.text import as_option, plural
 
 # An option, another one that it needs, and what the message adds.
@@ -149,6 +149,12 @@ def typed_contradictions(command: str, settings: Settings, ranks: int = 1) -> It
         if only and command not in only and value != setting.default:
             takers = " and ".join(filter(None, (", ".join(only[:-1]), only[-1])))
             yield f"{as_option(setting.name, value)} is for {takers}, not for {command}"
+    if settings.split == SWEEP and command != "compare":
+        yield f"--split {SWEEP} is for compare, not for {command}: give one ratio, such as 1:2"
+    if settings.simulate and settings.split != SWEEP:
+        yield f"--simulate {settings.simulate} is for --split {SWEEP}, not for {settings.split}"
+    if command == "compare" and settings.csv and settings.split != SWEEP:
+        yield f"--csv {settings.csv}: of compare only --split {SWEEP} makes such a table"
     if "," in settings.split and command != "compare":
         yield f"--split {settings.split}: several splits are for compare, {command} takes one"
     from_newest = settings.resume == Path("auto")

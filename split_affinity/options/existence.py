@@ -31,7 +31,7 @@ def missing_early(command: str, settings: Settings, rank: int = 0) -> Iterator[s
     if not rank and resume not in (None, Path("auto")) and (fault := fault_of(resume)):
         reason = "no such checkpoint" if is_nowhere(fault) else f"cannot be read: {fault.strerror}"
         yield f"{resume}: {reason}"
-    files = {"--machine": settings.machine}
+    files = {"--machine": settings.machine, "--simulate": settings.simulate}
     if not resume:
         files["--init-from"] = settings.init_from
     if weights and not is_name(weights) and not settings.test_only:

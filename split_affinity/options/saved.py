@@ -25,8 +25,8 @@ LEFT = frozenset(
 LOADERS_BEFORE = 2  # the default of earlier versions, which saved it as if it had been typed
 BEGUN = frozenset(
     """
-    resume weights init_from test_only download machine record quick preload pictures open csv
-    operators
+    resume weights init_from test_only download machine record quick preload simulate pictures open
+    csv operators
     """.split()
 )
 # What is taken: all that changes the numbers, and these options.

@@ -244,7 +244,8 @@ class CheckpointSettings:
 class CoreSettings:
     split: str = free_option("even", "how cores are divided: even, forward:backward such as 1:2, "
         "auto (measured, for the shortest step) or none (one lane over all cores); compare takes "
-        "several, such as even,1:2", type=parse_split, metavar="even|F:B|auto|none")
+        "several, such as even,1:2, or sweep: all ratios of whole cores, one after the other (of "
+        "more than eight some)", type=parse_split, metavar="even|F:B|auto|none")
     schedule: str = option("sequential", "how the phases of a step are laid over the lanes: "
         "sequential alternates strictly; overlap runs the forward pass of a step's next batch "
         "beside backward, with the same numbers (needs --accumulate 2 or more); delayed overlaps "
@@ -302,6 +303,9 @@ class ComparisonSettings:
         "--quick", only="compare")
     preload: bool = free_option(False, "load the images of --data-path beforehand, so that loading "
         "and augmentation are not timed; synthetic images always are loaded so", only="compare")
+    simulate: Path | None = free_option(None, "simulate the sweep of another machine, given as for "
+        "plan --machine, from phases that are timed on one and on two cores of this one",
+        only="compare", type=Path, metavar="MACHINE")
 
 
 @dataclass(frozen=True)
@@ -332,8 +336,9 @@ class ReportSettings:
         "the end; without a screen a line says where they are", only="train find-lr compare data")
     json: Path | None = free_option(None, "file for the plan, for the figures of compare, or for "
         "the answers of predict (default: not written)", only="plan compare predict", type=Path)
-    csv: Path | None = free_option(None, "file for the answers of predict as a table, a row for "
-        "each picture (default: not written)", only="predict", type=Path)
+    csv: Path | None = free_option(None, "file for a table: the answers of predict, a row for "
+        "each picture, or the curve of compare --split sweep (default: not written)",
+        only="compare predict", type=Path)
 
 
 TITLES: dict[type, str] = {  # of the groups, in the order of --help

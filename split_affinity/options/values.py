@@ -15,6 +15,7 @@ from typing import Any
 RESIZING_STEP = 32  # pixels
 LARGEST_NUMBER = 2**31 - 1
 LARGEST_CPU = 2**16 - 1
+SWEEP = "sweep"  # the --split of compare that has all ratios
 
 
 def number(
@@ -79,9 +80,16 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
 
 
 def parse_split(text: str) -> str:
-    """A checked `--split`: `even`, `auto`, `none`, forward:backward, or several with commas."""
+    """A checked `--split`: even, auto, none, sweep, forward:backward, or several with commas.
+
+    A sweep stands alone: it has all ratios.
+    """
+    if text == SWEEP:
+        return text
     if "," in text:
         splits = [parse_split(part) for part in text.split(",")]
+        if SWEEP in splits:
+            raise argparse.ArgumentTypeError(f"{text!r}: {SWEEP} has all ratios, give it alone")
         if twice := [split for split, count in Counter(splits).items() if count > 1]:
             raise argparse.ArgumentTypeError(f"{text!r} names {twice[0]} twice")
         return text

@@ -19,6 +19,7 @@ from split_affinity.training.steps import PHASES, StepResult
 CONTENTION_IN_SUMMARY = 0.02  # below that it may be the error of the clocks
 METRICS, TIMELINE, TRACE = "metrics.jsonl", "timeline.png", "trace.json"
 CURVES, GRADIENTS, RANGE_PLOT = "curves.png", "gradients.png", "lr.png"
+SWEEP_PLOT, SIMULATED_PLOT = "sweep.png", "sweep-simulated.png"
 TENSORBOARD = "tensorboard"
 
 EPOCH_FIELDS = ("train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5")

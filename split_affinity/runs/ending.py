@@ -12,10 +12,18 @@ from split_affinity.checkpoints.folder import BEST, LAST
 from split_affinity.options.commands import ANSWERING, start_words
 from split_affinity.options.next_command import Left, next_commands
 from split_affinity.options.settings import Settings
+from split_affinity.options.values import SWEEP
 from split_affinity.reports.confusion import MATRIX_PNG
 from split_affinity.reports.opening import open_files
 from split_affinity.reports.page import SURVEY_PAGE
-from split_affinity.reports.tables import CURVES, GRADIENTS, RANGE_PLOT, TIMELINE
+from split_affinity.reports.tables import (
+    CURVES,
+    GRADIENTS,
+    RANGE_PLOT,
+    SIMULATED_PLOT,
+    SWEEP_PLOT,
+    TIMELINE,
+)
 from split_affinity.terminal import terminal_columns
 from split_affinity.text import shown, try_print
 
@@ -37,14 +45,20 @@ def end_well(command: str, settings: Settings, result: Any) -> None:
     next command goes to standard error, and only to a terminal.
     """
     if settings.open and settings.output_dir:
-        names = TESTED if settings.test_only else DRAWN.get(command, ())
-        open_files([settings.output_dir / name for name in names])
+        open_files([settings.output_dir / name for name in drawn(command, settings)])
     stream = sys.stderr if command in ANSWERING else sys.stdout
     if command in ANSWERING and not terminal_columns(stream):
         return
     left = left_behind(command, settings, result)
     for each in next_commands(command, settings, left):
         try_print(shown(f"next: {each}"), stream)  # in one line, however long, to be copied
+
+
+def drawn(command: str, settings: Settings) -> tuple[str, ...]:
+    """The names of the pictures that a command has drawn."""
+    if settings.split == SWEEP:
+        return (SIMULATED_PLOT if settings.simulate else SWEEP_PLOT,)
+    return TESTED if settings.test_only else DRAWN.get(command, ())
 
 
 def left_behind(command: str, settings: Settings, result: Any) -> Left:

@@ -37,7 +37,7 @@ from split_affinity.machine.plan import (
     plan_cores,
     usable_cores,
 )
-from split_affinity.machine.topology import Topology
+from split_affinity.machine.topology import Topology, cpus_of
 from split_affinity.models.cost import check_memory
 from split_affinity.models.freezing import mostly_frozen
 from split_affinity.models.registry import check_model_name
@@ -242,13 +242,26 @@ def measure_scaling(
     settings = measured_settings(settings, topology)
     check_memory(settings, topology, settings.batch_size)
     say(f"split auto: measuring {settings.model} on {', '.join(map(str, counts))} cores")
+    groups = [group_of_size(topology, count) for count in counts]
+    return dict(zip(counts, times_on_groups(settings, topology.online, groups), strict=True))
+
+
+def group_of_size(topology: Topology, count: int) -> Group:
+    """A group of so many of the usable cores, with the same mix of fast and slow ones."""
     cores = usable_cores(topology)
-    parts = [divide_cores(cores, f"{count}:{len(cores) - count}")[0] for count in counts]
-    groups = [make_group(topology, "all", cpus, None) for cpus in parts]
+    left = len(cores) - count
+    cpus = divide_cores(cores, f"{count}:{left}")[0] if left else cpus_of(cores)
+    return make_group(topology, "all", cpus, None)
+
+
+def times_on_groups(
+    settings: Settings, online: Sequence[int], groups: Sequence[Group]
+) -> list[PhaseTimes]:
+    """Phase times on each group, one after the other, in a process of their own."""
     with StopRequest() as stop:
-        measuring = MeasuringProcess(stop.check, time_groups, settings, topology.online, groups)
+        measuring = MeasuringProcess(stop.check, time_groups, settings, online, groups)
         with contextlib.closing(measuring):
-            return {count: next(measuring) for count in counts}
+            return [next(measuring) for _ in groups]
 
 
 def time_groups(

@@ -94,7 +94,9 @@ def wrong_values(value, where):
 # may lack, and what is not taken from it.
 FREE = {"data_path", "augment_confused", "teacher_weights", "class_weights", *LEFT, "json"}
 FREE |= {"output_dir"}
-FREE |= set("resume weights init_from test_only download machine record quick preload".split())
+FREE |= set(
+    "resume weights init_from test_only download machine record quick preload simulate".split()
+)
 FREE |= {"pictures", "csv", "open", "operators"}
 
 

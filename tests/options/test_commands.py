@@ -38,6 +38,7 @@ ELSEWHERE = {
     "csv": "predict",
     "quick": "compare",
     "preload": "compare",
+    "simulate": "compare",
     "machine": "plan",
     "record": "plan",
     "pictures": "predict",

@@ -31,7 +31,7 @@ def test_the_order_of_settings_in_help_and_in_files():
     weights init_from test_only save_steps save_freq keep_best mirror split schedule forward_cores
     backward_cores loader_cores forward_threads backward_threads machine record ranks timeout
     precision fused_norm channels_last fold_norm fused tuned_malloc flush_denormals grads_to_none
-    quick preload pictures log_file output_dir print_freq tensorboard phases
+    quick preload simulate pictures log_file output_dir print_freq tensorboard phases
     counters operators open json csv
     """
     assert [setting.name for setting in dataclasses.fields(Settings)] == names.split()

@@ -72,7 +72,7 @@ def test_formatting_uses_ranges():
     assert format_cpu_list([]) == "none"
 
 
-@pytest.mark.parametrize("text", ["even", "auto", "none", "1:2", "10:1"])
+@pytest.mark.parametrize("text", ["even", "auto", "none", "1:2", "10:1", "sweep"])
 def test_splits(text):
     assert parse_split(text) == text
 
