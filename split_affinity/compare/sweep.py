@@ -113,7 +113,7 @@ def sweep(
         if number < len(ordered):
             pace = took_s / expected_s[ratio]
             left_s = pace * sum(expected_s[each] for each in ordered[number:])
-            say(f"ratio {ratio} took {span_text(took_s)}; about {span_text(left_s)} left at most")
+            say(f"ratio {ratio} took {span_text(took_s)}; about {span_text(left_s)} left")
     seconds = time.perf_counter() - begun_s
     return Sweep(asked, settings, topology, ratios, timed, blocks, ruled_out, machine, seconds)
 
