@@ -205,7 +205,7 @@ def test_a_state_that_memory_cannot_hold_does_not_misfit(copied, capsys, argumen
     assert "error: not enough memory: can't allocate memory: " in capsys.readouterr().err
 
 
-def test_checkpoints_from_before_the_data_was_saved(copied, arguments, trained):
+def test_checkpoints_from_before_the_data_was_saved(copied, arguments, trained, in_tmp):
     path = copied / "last.pt"
     content = changed_state(path.read_bytes(), lambda state: state.pop("data"))
     path.unlink()
