@@ -167,7 +167,7 @@ BAD_INPUT = [
     (["--schedule", "delayed", "--split", "none"], "has nothing to overlap with --split none"),
     (["--split", "auto", "--forward-threads", "2"], "--split auto chooses the thread counts"),
     (["--json", "c.json"], "--json c.json is for plan, compare and predict, not for train"),
-    (["compare", "--csv", "c.csv"], "--csv c.csv is for predict, not for compare"),
+    (["compare", "--csv", "c.csv"], "--csv c.csv: of compare only --split sweep makes such a t"),
     (["--machine", "m.json"], "--machine m.json is for plan, not for train"),
     (["compare", "--record", "m.json"], "--record m.json is for plan, not for compare"),
     (["plan", "--machine", "m.json"], "--machine m.json: cannot be read: No such file or direct"),

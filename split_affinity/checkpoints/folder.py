@@ -48,7 +48,7 @@ class Checkpoints:
         self.folder = settings.output_dir
         self.warn = warn
         self.data = data
-        self._settings, self._asked, self._ranks = settings, asked, ranks
+        self._settings, self.asked, self._ranks = settings, asked, ranks
         self._saved_at: tuple[int, int] | None = None  # step and epoch of the newest state
         self._lock: io.FileIO | None = None
         self._mirror = Mirror(settings.mirror) if settings.mirror and not ranks.rank else None
@@ -89,7 +89,7 @@ class Checkpoints:
         temporary, last = self.folder / f"{LAST}.tmp", self.folder / LAST
         try:
             saved = make_state(
-                self._settings, train_state, progress, self.data, self._asked, rank_states
+                self._settings, train_state, progress, self.data, self.asked, rank_states
             )
             check_content(saved)
             write_verified(temporary, saved)

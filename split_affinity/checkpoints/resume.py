@@ -284,7 +284,8 @@ def resume(run: Run, checkpoints: Checkpoints) -> tuple[Progress, list[str]]:
     was_in = settings_to_go_on(saved).data_path
     if was_in and was_in == (settings.data_path and settings.data_path.absolute()):
         notes.append(f"its images are in {was_in}, as they were")
-    left = [name for name in saved["left"] if getattr(settings, name) == getattr(Settings(), name)]
+    typed, defaults = vars(settings) | (checkpoints.asked or {}), vars(Settings())
+    left = [name for name in saved["left"] if typed[name] == defaults[name]]
     if left:
         flags = ", ".join(as_option(name, True) for name in left)
         notes.append(f"{flags}: not taken from a checkpoint; give them again, if wanted")

@@ -138,7 +138,8 @@ def test_the_figures_of_a_way():
 def test_how_busy_the_plain_loop_is_by_physical_cores(tmp_path, monkeypatch):
     root = machines.write_machine(tmp_path, machines.SMT_FAR)
     topology = read_topology(root, frozenset(range(8)))
-    settings = Settings(batch_size=2, num_classes=3, image_size=8, precision="fp32", split="1:2")
+    shape = {"batch_size": 2, "num_classes": 3, "image_size": 8, "workers": 2}
+    settings = Settings(**shape, precision="fp32", split="1:2")
     plain = all_ways(settings, topology)[0]
     step = StepResult(0, 1.0, 2, step_s=0.5, records=(), main_thread_s=2.0)
     set_everywhere(monkeypatch, "build_model", lambda name, *shape: small_model(*shape[:2]))
@@ -207,6 +208,7 @@ def test_all_ways_freeze_alike(monkeypatch, split_plan, one_lane_plan):
     monkeypatch.setitem(OWN_MODELS, "blocks", lambda classes, _: SmallResNet(classes, 1))
     set_everywhere(monkeypatch, "start_team", set)
     settings = Settings(
+        workers=2,
         model="blocks",
         num_classes=3,
         image_size=8,

@@ -373,7 +373,7 @@ def test_a_profiled_run_tells_where_its_time_went(in_tmp, no_pictures, capsys):
     given = {"split": "none", "forward_threads": 1, "log_file": in_tmp / "l.md", "operators": True}
     train(output_dir=in_tmp / "profiled", steps=10, **given)
     printed = capsys.readouterr().out
-    assert "timeline.png, trace.json, operators.csv, metrics.jsonl\n" in printed
+    assert "timeline.png, trace.json, metrics.jsonl, operators.csv\n" in printed
     assert "2 warm-up steps and 4 profiled ones left out" in printed
     assert "\noperators of steps 3 to 5, under PyTorch's profiler: " in printed
     assert "| all of backward " in printed
@@ -401,7 +401,7 @@ def test_overlapping_runs_from_end_to_end(in_tmp, photos, settings, workers):
     assert run["settings"]["schedule"] == settings["schedule"]
     assert (steps[0]["refresh_s"] > 0) == (settings["schedule"] == "delayed")
     trace = json.loads((in_tmp / "trace.json").read_text())["traceEvents"]
-    rows = {event["args"]["name"] for event in trace if event["ph"] == "M"}
+    rows = {event["args"]["name"] for event in trace if event["name"] == "thread_name"}
     loaders = {"loader 0", "loader 1"} if workers else {"main thread"}
     assert rows == {"forward lane", "backward lane", *loaders}
     batches = 3 * settings.get("accumulate", 1)

@@ -1,4 +1,4 @@
-"""Whether loading held training up. Run: python -m pytest tests/reports/test_loading.py"""
+"""Whether loading held training up. Run: python -m pytest tests/reports/test_held_up.py"""
 
 import dataclasses
 
