@@ -190,7 +190,8 @@ def test_the_files_of_an_output_folder_are_those_of_the_program(tmp_path):
     """All that it may have written there, in an order that is no alphabet's, and of nobody else."""
     names = """best.pt best-0008.pt best-0010.pt best-12345.pt last.pt previous.pt epoch-0005.pt
         epoch-0010.pt curves.png gradients.png timeline.png trace.json metrics.jsonl phases.csv
-        phases.parquet operators.csv subset.json confusion.png confusion.csv confusion-pairs.csv confused.json lr.png""".split()
+        phases.parquet operators.csv subset.json confusion.png confusion.csv confusion-pairs.csv
+        confused.json lr.png""".split()
     names.append("traceback.txt")
     strangers = """best-8.pt best-0001.pt.tmp best-holiday.pt epoch-0001.png my-last.pt notes.md
         confusion.txt .lock worst-0008.pt""".split()
