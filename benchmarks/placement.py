@@ -6,9 +6,10 @@ cores.
 For each model, without loading and with it, `compare --quick` trains in all ways, in turn, round by
 round. Its figures stay in a JSON file each, and one that is there is not measured again: a study
 that was broken off goes on. From all of them come placement.csv, a row for each model, loading and
-way, and the picture placement.png. With --figures nothing is measured. On a machine whose cores
-have several hardware threads, all is measured with one thread for a core and with one for each
-hardware thread.
+way, and the picture placement.png. With --figures nothing is measured. Options of `compare` go to
+each comparison: with --steps 7 a way has one step a round, which takes a quarter of an hour. On a
+machine whose cores have several hardware threads, all is measured with one thread for a core and
+with one for each hardware thread.
 """
 
 from __future__ import annotations
@@ -95,15 +96,15 @@ def make_pictures(folder: Path) -> None:
         whole.crop((left, top, left + side, top + side)).resize(SIDES_PX).save(path, quality=90)
 
 
-def measure(case: Case, topology: Topology, folder: Path) -> None:
-    """Run a comparison, unless its file is there."""
+def measure(case: Case, topology: Topology, folder: Path, further: Sequence[str]) -> None:
+    """Run a comparison, with further options, unless its file is there."""
     path = folder / f"{case.name}.json"
     if path.exists():
         return
     say(f"{case.name}: measuring")
     command = [sys.executable, str(ROOT / "train_split_affinity.py"), "compare"]
     command += [*case.options(topology, folder / "pictures"), "--json", str(path)]
-    subprocess.run([*command, "--log-file", str(folder / "log.md")], check=True)
+    subprocess.run([*command, "--log-file", str(folder / "log.md"), *further], check=True)
 
 
 def rows_of(case: Case, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -180,14 +181,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--models", nargs="+", default=MODELS, help="(default: %(default)s)")
     parser.add_argument("--figures", action="store_true", help="measure nothing")
-    given = parser.parse_args()
+    given, further = parser.parse_known_args()
     topology = read_topology()
     if not given.figures and not (given.folder / "pictures").exists():
         make_pictures(given.folder / "pictures")
     rows: list[dict[str, Any]] = []
     for case in cases(given.models, topology):
         if not given.figures:
-            measure(case, topology, given.folder)
+            measure(case, topology, given.folder, further)
         path = given.folder / f"{case.name}.json"
         if path.exists():
             rows += rows_of(case, json.loads(path.read_text()))

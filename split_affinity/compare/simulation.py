@@ -96,6 +96,23 @@ class Scaling:
         return lambda cores: PhaseTimes(**{name: curve(cores) for name, curve in curves.items()})
 
 
+def limited_phases(scaling: dict[int, Scaling]) -> Iterator[str]:
+    """What was measured and no law can follow: phases that two cores do not help, or more than
+    double.
+    """
+    for batch_size, each in scaling.items():
+        on_few, on_many = median_times(each.on_few), median_times(each.on_many)
+        for phase in ("forward", "backward", "update"):
+            few_s, many_s = (getattr(times, f"{phase}_s") for times in (on_few, on_many))
+            if not few_s or not many_s or 1 < few_s / many_s < each.many / each.few:
+                continue
+            found = f"{phase} of {batch_size} images took {few_s:.4f} s on one core, {many_s:.4f} s"
+            if few_s <= many_s:
+                yield f"{found} on two: counted as wholly serial (did others use the cores?)"
+            else:
+                yield f"{found} on two, less than half: counted as wholly parallel"
+
+
 def capacity_of(machine: Topology, cpus: Iterable[int]) -> float:
     """How many cores of full capacity some CPUs are worth, each core counted once."""
     used = {*cpus}

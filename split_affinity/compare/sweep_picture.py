@@ -8,7 +8,7 @@ from typing import Any
 
 from split_affinity.compare.curve import Sweep
 from split_affinity.compare.ratios import RULED_OUT, Point, thinned_ratios
-from split_affinity.compare.simulation import ASSUMPTIONS, LAWS
+from split_affinity.compare.simulation import ASSUMPTIONS, LAWS, limited_phases
 from split_affinity.machine.plan import usable_cores
 from split_affinity.machine.topology import Topology
 from split_affinity.reports.log import picture_footer
@@ -34,7 +34,8 @@ def draw_sweep(folder: Path, found: Sweep) -> None:
     run = describe_run(found.settings)
     if found.machine:
         title = f"SIMULATED, not measured: {cores_of(found.machine)}, {run}"
-        footer = f"Assumed: {'; '.join(ASSUMPTIONS)}. {checked(found)}. Phases measured on "
+        assumed = "; ".join([*ASSUMPTIONS, *limited_phases(found.scaling)])
+        footer = f"Assumed: {assumed}. {checked(found)}. Phases measured on "
         footer += picture_footer(found.topology)
         draw_simulation(folder / SIMULATED_PLOT, title, footer, found.simulated)
         return

@@ -11,7 +11,7 @@ from split_affinity.checkpoints.state import versions
 from split_affinity.compare.curve import Sweep
 from split_affinity.compare.ratios import RULED_OUT, Point
 from split_affinity.compare.report import disturbance_lines, rounds_figures
-from split_affinity.compare.simulation import ASSUMPTIONS, LAWS
+from split_affinity.compare.simulation import ASSUMPTIONS, LAWS, limited_phases
 from split_affinity.compare.ways import ROUNDS, is_loading
 from split_affinity.machine.description import describe_topology, machine_text
 from split_affinity.machine.plan import usable_cores
@@ -126,7 +126,9 @@ def check_tables(found: Sweep) -> Iterator[str]:
 def simulation_notes(found: Sweep) -> list[str]:
     """Which machine is simulated, and what is assumed."""
     machine = describe_topology(found.machine)
-    return [f"{NOT_MEASURED}: {machine}", *(f"assumed: {text}" for text in ASSUMPTIONS)]
+    assumed = (f"assumed: {text}" for text in ASSUMPTIONS)
+    limited = (f"note: {text}" for text in limited_phases(found.scaling))
+    return [f"{NOT_MEASURED}: {machine}", *assumed, *limited]
 
 
 def simulation_tables(found: Sweep) -> Iterator[str]:
@@ -268,6 +270,7 @@ def sweep_json(found: Sweep) -> str:
         "simulated": {
             "machine": json.loads(machine_text(found.machine)),
             "assumptions": ASSUMPTIONS,
+            "limited": list(limited_phases(found.scaling)),
         }
         if found.machine
         else None,

@@ -18,6 +18,7 @@ from split_affinity.compare.simulation import (
     capacity_of,
     check_laws,
     group_capacities,
+    limited_phases,
     middle_half,
     power,
     simulate,
@@ -102,3 +103,16 @@ def test_the_law_is_held_against_larger_groups():
     checks = list(check_laws(scaling, timed, {1: 1.0, 2: 2.0, 4: 4.0}))
     assert [(each.cores, each.phase) for each in checks] == [(4, "forward"), (4, "backward")]
     assert [each.error for each in checks] == pytest.approx([-0.5, 0.0])
+
+
+def test_phases_that_no_law_can_follow_are_named():
+    """Others on the second core look like work that cannot be divided."""
+    on_one = PhaseTimes(forward_s=1.0, backward_s=2.0, update_s=0.1, refresh_s=0.0)
+    on_two = PhaseTimes(forward_s=1.25, backward_s=0.9, update_s=0.06, refresh_s=0.0)
+    assert list(limited_phases({16: Scaling(1, 2, 3 * (on_one,), 3 * (on_two,))})) == [
+        "forward of 16 images took 1.0000 s on one core, 1.2500 s on two: counted as wholly serial "
+        "(did others use the cores?)",
+        "backward of 16 images took 2.0000 s on one core, 0.9000 s on two, less than half: counted "
+        "as wholly parallel",
+    ]
+    assert not list(limited_phases({16: Scaling(1, 2, (times_on(1),), (times_on(2),))}))
