@@ -21,6 +21,7 @@ from photos import make_photos
 from places import ROOT, SCRIPT
 from torch.distributed.run import get_args_parser
 
+from split_affinity.compare.ways import way_settings
 from split_affinity.data.digits import write_digits
 from split_affinity.options.commands import build_parser, parse_arguments
 from train_split_affinity import main
@@ -92,12 +93,21 @@ def world(tmp_path, torch_cache) -> Path:
     return root
 
 
+def fewer_ways(settings):
+    """The ways to train of which no comparison can do without; test_ways_in.py runs all of them."""
+    ways = way_settings(settings).items()
+    kept = "plain", "none", "sequential"
+    return {name: way for name, way in ways if name != "plain" and name.split()[0] in kept}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page, world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     monkeypatch.syspath_prepend(ROOT / "tests")
-    set_everywhere(monkeypatch, "ROUNDS", 2)
+    for name in ("ROUNDS", "PHASE_ROUNDS"):
+        set_everywhere(monkeypatch, name, 2)
+    set_everywhere(monkeypatch, "way_settings", fewer_ways)
     cifar.accept(monkeypatch, world / "cifar")
     for program, *arguments in commands(page.read_text()):
         if program == SCRIPT.name:
