@@ -19,9 +19,7 @@ HELD_UP_IN_SUMMARY = 0.05  # below that it is not worth a line
 class Loading:
     """What loading took, and what training had to wait for."""
 
-    held_up: (
-        float  # share of the steps' time in which nothing ran, since the next batch was missing
-    )
+    held_up: float  # share of the steps' time in which nothing ran for want of the next batch
     load_s: float  # a batch, mean, in one process
     longest_load_s: float
     train_s: float  # a batch, mean of the steps' time without that wait

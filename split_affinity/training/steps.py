@@ -99,7 +99,9 @@ def run_schedule(
     """
     lanes.forward.call(train_state.network.build_view)
     steps = SCHEDULES[settings.schedule](lanes, train_state, batches)
-    lanes.counters.step_energy_j()  # from now on
+    # Joules are those of a machine: several ranks may have one each, or one together.
+    energy_j = lanes.counters.step_energy_j if train_state.ranks.size == 1 else lambda: None
+    energy_j()  # from now on
     for step in itertools.count(first_step):
         start_s, thread_start_s = time.perf_counter(), time.thread_time()
         lr = train_state.optimizer.param_groups[0]["lr"]
@@ -122,7 +124,7 @@ def run_schedule(
             loads=batches.take_records(),
             main_thread_s=time.thread_time() - thread_start_s,
             lr=lr,
-            energy_j=lanes.counters.step_energy_j(),
+            energy_j=energy_j(),
             ready_s=ready_s,
             synced_s=time.perf_counter(),
         )
