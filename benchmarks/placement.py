@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import subprocess
 import sys
@@ -76,10 +77,9 @@ class Case:
 def cases(models: Sequence[str], topology: Topology) -> Iterator[Case]:
     """All comparisons: those with several threads for a core only where cores have as many."""
     most = min(len(core.cpus) for core in topology.cores)
-    for model in models:
-        for threads in dict.fromkeys((1, most)):
-            for loading in (False, True):
-                yield Case(model, loading, threads)
+    for threads, loading in itertools.product(dict.fromkeys((1, most)), (False, True)):
+        for model in models:
+            yield Case(model, loading, threads)
 
 
 def make_pictures(folder: Path) -> None:

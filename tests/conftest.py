@@ -13,6 +13,7 @@ import hypothesis
 import pytest
 import torch
 import torchvision
+from patching import set_everywhere
 from photos import make_photos
 from torch import nn
 
@@ -143,3 +144,10 @@ def untouched_process():
     before = process_cpus(), torch.get_num_threads()
     yield
     assert (process_cpus(), torch.get_num_threads()) == before
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing them takes longer than a run."""
+    for name in ("draw_timelines", "draw_curves", "draw_gradients"):
+        set_everywhere(monkeypatch, name, lambda *args: None)

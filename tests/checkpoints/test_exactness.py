@@ -46,6 +46,8 @@ from split_affinity.training.network import Network
 from split_affinity.training.update import MovingAverage, TrainState
 from train_split_affinity import main
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 DELAYED_2 = {"schedule": "delayed", "accumulate": 2, "batch_size": 2}
 
 

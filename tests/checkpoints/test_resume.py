@@ -43,6 +43,8 @@ from split_affinity.options.recipes import RECIPES
 from split_affinity.options.settings import Settings, plain_settings
 from train_split_affinity import main
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 # Settings of a resumed run
 
 BASE = Settings(output_dir=Path("out"), epochs=3, lr=0.1, accumulate=2)

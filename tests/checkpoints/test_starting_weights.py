@@ -36,6 +36,8 @@ from split_affinity.options.settings import Settings
 from split_affinity.runs.starting_weights import build_teacher, read_weights
 from train_split_affinity import main
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 # A new run from old weights
 
 

@@ -1,7 +1,6 @@
 """Fixtures of the tests of runs."""
 
 import pytest
-from patching import set_everywhere
 from small import small_model
 
 from split_affinity.models.registry import OWN_MODELS
@@ -11,13 +10,6 @@ from split_affinity.models.registry import OWN_MODELS
 def small(monkeypatch):
     """`--model small`."""
     monkeypatch.setitem(OWN_MODELS, "small", small_model)
-
-
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Drawing them takes longer than a run."""
-    for name in ("draw_timelines", "draw_curves", "draw_gradients"):
-        set_everywhere(monkeypatch, name, lambda *args: None)
 
 
 @pytest.fixture
