@@ -36,7 +36,7 @@ from split_affinity.terminal import say
 
 MODELS = ("resnet50", "mobilenet_v3_large", "vit_b_16", "hybrid")
 CLASSES, PICTURES, SIDES_PX = 4, 64, (500, 375)
-COLOURS = {"sequential": "#4477aa", "overlap": "#cc6677", "delayed": "#228833", "ranks": "#aa3377"}
+COLOURS = {"sequential": "#4477aa", "overlap": "#228833", "delayed": "#cc6677", "ranks": "#aa3377"}
 COLUMNS = (
     *("machine", "torch", "model", "image_size", "batches", "loading", "threads", "way", "cores"),
     *("images_per_s", "lowest_images_per_s", "highest_images_per_s"),
@@ -146,7 +146,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     models = list(dict.fromkeys(row["model"] for row in rows))
     footer = f"{rows[0]['machine']}; torch {rows[0]['torch']}; medians and ranges over rounds"
     figure = new_figure(4.5 * len(panels), 1.2 + 1.1 * len(models), footer)
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
     for ax, (threads, loading) in zip(axes, panels, strict=True):
         for row in rows:
             if (row["threads"], row["loading"]) != (threads, loading):

@@ -80,7 +80,8 @@ def test_profiling_changes_no_number_and_explains_all_time(schedule, accumulate,
     assert nothing is None
     assert_same_state(model, plain)
     assert [step.profiled for step in steps] == [False, *5 * [True], False]
-    assert sum(step.total("stray_s") for step in steps) == 0
+    # The profiler starts a thread, which may be seen for a moment before a lane has adopted it.
+    assert sum(step.total("stray_s") for step in steps) < 1e-3
     assert (times.first, times.last) == (3, 5)
     audited = Counter()
     for step in steps[2:5]:
