@@ -30,19 +30,13 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from split_affinity.compare.sweep_picture import LOOKS
 from split_affinity.machine.topology import Topology, read_topology
 from split_affinity.reports.timeline import new_figure, save_figure, write_title
 from split_affinity.terminal import say
 
 MODELS = ("resnet50", "mobilenet_v3_large", "vit_b_16", "hybrid")
 CLASSES, PICTURES, SIDES_PX = 4, 64, (500, 375)
-COLOURS = {"sequential": "#4477aa", "overlap": "#228833", "delayed": "#cc6677", "ranks": "#aa3377"}
-COLUMNS = (
-    *("machine", "torch", "model", "image_size", "batches", "loading", "threads", "way", "cores"),
-    *("images_per_s", "lowest_images_per_s", "highest_images_per_s"),
-    *("to_none", "lowest_to_none", "highest_to_none", "bound_images_per_s"),
-    *("forward_busy", "backward_busy", "peak_memory_bytes", "stray_s", "rounds_disturbed"),
-)
 
 
 @dataclass(frozen=True)
@@ -151,10 +145,10 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         for row in rows:
             if (row["threads"], row["loading"]) != (threads, loading):
                 continue
-            if row["way"] not in COLOURS:
+            if row["way"] not in LOOKS:
                 continue
-            y = models.index(row["model"]) + 0.17 * (list(COLOURS).index(row["way"]) - 1.5)
-            ratio, color = row["to_none"], COLOURS[row["way"]]
+            y = models.index(row["model"]) + 0.17 * (list(LOOKS).index(row["way"]) - 1.5)
+            ratio, color = row["to_none"], LOOKS[row["way"]][0]
             ax.plot([row["lowest_to_none"], row["highest_to_none"]], [y, y], color=color, lw=1.5)
             ax.plot(ratio, y, "o", color=color, label=row["way"], markersize=5)
         ax.axvline(1, color="#8f8f8f", linewidth=1)
@@ -195,7 +189,7 @@ def main() -> None:
     if not rows:
         raise SystemExit(f"placement.py: {given.folder} has no comparison yet")
     with (given.folder / "placement.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     draw(given.folder / "placement.png", rows)

@@ -175,32 +175,8 @@ def sweep_section(found: Sweep) -> str:
     return log_section(title, items, *below, folded_settings(settings))
 
 
-COLUMNS = (
-    "machine",
-    "kind",
-    "way",
-    "cores",
-    "forward_cores",
-    "backward_cores",
-    "forward_share",
-    "images_per_s",
-    "images_per_s_low",
-    "images_per_s_high",
-    "to_none",
-    "to_none_low",
-    "to_none_high",
-    "bound_images_per_s",
-    "bound_to_none",
-    "simulated_images_per_s",
-    "forward_s",
-    "backward_s",
-    "update_s",
-    "refresh_s",
-)
-
-
 def sweep_rows(found: Sweep) -> Iterator[dict[str, Any]]:
-    """The points as rows with COLUMNS, those of this machine first; None where there is nothing."""
+    """The points as rows, those of this machine first; all have all columns, None for nothing."""
     places = [(found.topology, found.points)]
     if found.machine:
         places.append((found.machine, found.simulated))
@@ -239,7 +215,8 @@ def point_row(machine: Topology, point: Point) -> dict[str, Any]:
 
 def sweep_csv(found: Sweep) -> str:
     """The curve as a table, a row for each way at each ratio."""
-    return csv_text([COLUMNS, *(list(row.values()) for row in sweep_rows(found))])
+    rows = list(sweep_rows(found))
+    return csv_text([list(rows[0]), *(list(row.values()) for row in rows)])
 
 
 def sweep_json(found: Sweep) -> str:

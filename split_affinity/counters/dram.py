@@ -91,10 +91,6 @@ class MemoryTraffic(Source):
             total[name] += bytes_each * read_group(file)[2]
         return total
 
-    def between(self, lane: str, before: Counter[str], after: Counter[str]) -> dict[str, float]:
-        """Bytes between two readings."""
-        return {name: after[name] - before[name] for name in after}
-
     def close(self) -> None:
         """Stop counting."""
         close_all(file for _, file, _ in self._files)

@@ -20,8 +20,10 @@ class Source:
         """A reading, to be compared with a later one; none if the later one says all."""
 
     def between(self, lane: str, before: Any, after: Any) -> dict[str, Any]:
-        """What two readings say of the time between them: numbers by name, or by CPU or node."""
-        raise NotImplementedError
+        """What two readings say of the time between them: numbers by name, or by CPU or node. Of
+        readings that are sums by name, their differences.
+        """
+        return {name: after[name] - before[name] for name in after}
 
     def close(self) -> None:
         """Stop counting."""

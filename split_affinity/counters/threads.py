@@ -68,7 +68,3 @@ class ThreadCounts(Source):
         for thread in self._threads.get(lane, ()):
             total.update(thread_counts(self._tasks / str(thread)))
         return total
-
-    def between(self, lane: str, before: Counter[str], after: Counter[str]) -> dict[str, float]:
-        """What was counted between two readings."""
-        return {name: after[name] - before[name] for name in after}

@@ -49,15 +49,10 @@ def counts_table(phases: Sequence[PhaseSummary]) -> str:
     rows = []
     for phase in phases:
         values = phase.counts | {"looks": phase.looks, "looked_at_s": phase.looked_at_s}
-        rows.append([rate.cell(values) for rate in RATES])
-    shown = [column for column in range(len(RATES)) if any(row[column] for row in rows)]
+        rows.append([phase.phase, *(rate.cell(values) for rate in RATES)])
+    shown = [column for column in range(len(RATES)) if any(row[1 + column] for row in rows)]
     if not shown:
         return ""
-    header = "counted", *(RATES[column].title for column in shown)
-    return markdown_table(
-        header,
-        [
-            (phase.phase, *(row[column] for column in shown))
-            for phase, row in zip(phases, rows, strict=True)
-        ],
-    )
+    titles = (RATES[column].title for column in shown)
+    cells = [(row[0], *(row[1 + column] for column in shown)) for row in rows]
+    return markdown_table(("counted", *titles), cells)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,11 @@ from split_affinity.files import append_text, write_whole
 from split_affinity.lanes.audit import PhaseRecord
 from split_affinity.machine.plan import CorePlan
 from split_affinity.reports.timeline import by_start
-from split_affinity.text import format_cpu_list
+from split_affinity.text import csv_text, format_cpu_list
 from split_affinity.training.steps import StepResult
 
 PHASES_CSV, PHASES_PARQUET = "phases.csv", "phases.parquet"
+OF_OTHER_RANKS = "phases-rank[0-9]*.csv"
 WHAT = ("run", "rank", "step", "micro_batch", "phase", "lane", "threads", "mask")
 TIMES = ("start_s", "end_s", "step_end_s", "profiled")
 CPU_TIMES = ("cpu_s", "stray_s", "other_lane_s", "python_s", "audit_s")
@@ -25,15 +25,8 @@ LOOKED_AT = ("seen_on", "cpu_busy")
 COLUMNS = (*WHAT, *TIMES, *CPU_TIMES, *LOOKED_AT, *SUMS, *STATES)
 # Kinds of columns for Parquet; all others are numbers with a fraction.
 TEXTS = ("run", "phase", "lane", "mask", *LOOKED_AT, "clock_mhz", "node_bytes")
-WHOLE_NUMBERS = (
-    "rank",
-    "step",
-    "micro_batch",
-    "threads",
-    "profiled",
-    "resident_bytes",
-    *OF_THREADS,
-)
+OF_A_ROW = "rank", "step", "micro_batch", "threads", "profiled"
+WHOLE_NUMBERS = *OF_A_ROW, "resident_bytes", *OF_THREADS
 
 
 class PhaseOwners:
@@ -75,23 +68,16 @@ def phase_row(record: PhaseRecord, plan: CorePlan) -> dict[str, Any]:
     return row | record.counts
 
 
-def cell(value: Any) -> str:
-    """A value as text: seconds to the nanosecond; figures by CPU or node as `0:0.98 1:0.02`."""
+def cell(value: Any) -> Any:
+    """A value as it is written: seconds to the nanosecond; figures by CPU as `0:0.98 1:0.02`."""
     if isinstance(value, Mapping):
         return " ".join(f"{key}:{each:.6g}" for key, each in value.items())
     if isinstance(value, float):
         return f"{value:.9f}".rstrip("0").rstrip(".")
-    return "" if value is None else str(value)
+    return value
 
 
-def csv_lines(rows: Iterable[Iterable[str]]) -> str:
-    """Rows as lines of CSV."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
-HEADER = csv_lines([COLUMNS])
+HEADER = csv_text([COLUMNS])
 
 
 def phases_file(folder: Path, rank: int = 0, name: str = PHASES_CSV) -> Path:
@@ -102,11 +88,10 @@ def phases_file(folder: Path, rank: int = 0, name: str = PHASES_CSV) -> Path:
 
 def check_phases_file(path: Path) -> None:
     """Raise UserError if rows cannot be added to a file: it has other columns. OSError too."""
-    if path.exists():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            first = file.readline(2 * len(HEADER))
-        if first not in ("", HEADER):
-            raise UserError(f"{path}: has other columns than this version writes; move it away")
+    with path.open(encoding="utf-8", errors="replace") as file:
+        first = file.readline(2 * len(HEADER))
+    if first not in ("", HEADER):
+        raise UserError(f"{path}: has other columns than this version writes; move it away")
 
 
 class PhaseFile:
@@ -129,7 +114,7 @@ class PhaseFile:
             row |= {"micro_batch": batch, "step_end_s": step.synced_s}
             row["profiled"] = int(step.profiled)
             lines.append([cell(row.get(name)) for name in COLUMNS])
-        append_text(self._path, csv_lines(lines), HEADER)
+        append_text(self._path, csv_text(lines), HEADER)
 
     def finish(self) -> None:
         """Write all rows of the file as Parquet, if pyarrow is installed and there are any."""

@@ -64,7 +64,8 @@ def span_events(
         used = {"cpu_s": record.cpu_s, "stray_s": record.stray_s}
         cores = {"cores": format_cpu_list(record.mask)}
         name = f"{record.phase} {batch or ''}".strip()
-        counts = {key: value for key, value in record.counts.items() if not is_by_part(value)}
+        # Figures by CPU or node are curves.
+        counts = {key: each for key, each in record.counts.items() if not isinstance(each, Mapping)}
         spans.append((record, name, record.lane, owner | used | cores | counts))
     for span, name, key, args in spans:
         place = {"ts": 1e6 * (span.start_s - zero_s), "dur": 1e6 * (span.end_s - span.start_s)}
@@ -82,11 +83,6 @@ def phase_owners(steps: Sequence[StepResult]) -> Iterator[tuple[PhaseRecord, int
     owners = PhaseOwners(ahead=int(started["backward"] < started["forward"]))
     for step in steps:
         yield from owners.of(step)
-
-
-def is_by_part(value: Any) -> bool:
-    """Whether a count is one figure for each CPU or node."""
-    return isinstance(value, Mapping)
 
 
 def counter_events(steps: Sequence[StepResult], rank: int, zero_s: float) -> Iterator[Event]:

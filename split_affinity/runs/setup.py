@@ -40,7 +40,7 @@ from split_affinity.options.settings import ReportSettings, Settings
 from split_affinity.ranks.ranks import ONE_PROCESS, Ranks
 from split_affinity.reports.contents import SUBSET
 from split_affinity.reports.operators import OPERATORS_CSV
-from split_affinity.reports.phases import PHASES_CSV, check_phases_file
+from split_affinity.reports.phases import OF_OTHER_RANKS, PHASES_CSV, check_phases_file
 from split_affinity.reports.tables import CURVES, GRADIENTS, METRICS, TENSORBOARD, TIMELINE, TRACE
 from split_affinity.runs.fusing import fuse_where_it_pays
 from split_affinity.runs.starting_weights import build_teacher, starting_model, teacher_name
@@ -71,7 +71,8 @@ def check_writable(settings: ReportSettings) -> None:
                 check_appendable(output / name, existing)
             if settings.phases or settings.counters:
                 check_appendable(output / PHASES_CSV, existing)
-                check_phases_file(output / PHASES_CSV)
+                for path in (*output.glob(PHASES_CSV), *output.glob(OF_OTHER_RANKS)):
+                    check_phases_file(path)
             if settings.tensorboard and os.path.lexists(output / TENSORBOARD):
                 if (output / TENSORBOARD).is_symlink():
                     raise OSError(errno.ELOOP, f"{TENSORBOARD} is a link, which is not followed")

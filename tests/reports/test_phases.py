@@ -84,6 +84,7 @@ def test_a_run_that_goes_on_adds_rows_and_others_columns_are_refused(tmp_path):
     rows = rows_of(path)
     assert [row["run"] for row in rows] == 5 * ["first"] + 5 * ["second"]
     check_phases_file(path)
+    (tmp_path / "nothing.csv").touch()
     check_phases_file(tmp_path / "nothing.csv")
     path.write_text(path.read_text().replace("run,rank", "rank,run", 1))
     with pytest.raises(UserError, match="phases.csv: has other columns than this version writes"):
@@ -201,10 +202,12 @@ def test_counting_changes_no_number_and_rows_add_up_to_the_step(tmp_path):
     assert int(first["voluntary_switches"]) >= 0
 
 
-def test_rows_of_another_version_are_refused_before_anything_is_written(tmp_path, capsys):
-    (tmp_path / PHASES_CSV).write_text("step,phase\n1,forward\n")
+@pytest.mark.parametrize("name", [PHASES_CSV, "phases-rank1.csv"])
+def test_rows_of_another_version_are_refused_before_anything_is_written(tmp_path, capsys, name):
+    """Those of another rank too: it would find out after the others have begun."""
+    (tmp_path / name).write_text("step,phase\n1,forward\n")
     options = ["--phases", "--output-dir", str(tmp_path), "--log-file", str(tmp_path / "log.md")]
     assert main(["--model", "resnet20", "--image-size", "32", "--steps", "1", *options]) == 2
     *_, last = capsys.readouterr().err.splitlines()
-    assert last.endswith("phases.csv: has other columns than this version writes; move it away")
-    assert [path.name for path in tmp_path.iterdir()] == [PHASES_CSV]
+    assert last.endswith(f"{name}: has other columns than this version writes; move it away")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
